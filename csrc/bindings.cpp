@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// vitkern._C: addresses, sizes and codes come in, exceptions go out. Shapes, dtypes and devices are checked in Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/cpu_isa.h"
+#include "ms_deform_attn/cpu.h"
+#include "ms_deform_attn/params.h"
+#ifdef VITKERN_WITH_CUDA
+#include "ms_deform_attn/cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace vitkern {
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Sizes = std::array<int64_t, 7>;       // B, S, M, D, Q, L, K
+using Inputs = std::array<uintptr_t, 5>;    // value, spatial_shapes, level_start, locations, weights
+using Gradients = std::array<uintptr_t, 3>; // grad_value, grad_locations, grad_weights; 0 = not wanted
+using Codes = std::array<int32_t, 3>;       // sampling, value_dtype, coord_dtype
+
+// What every pass on every device is told. `point_end` is empty where all levels have K / L points.
+MsDeformAttnParams ms_deform_attn_params(const Inputs& inputs, const Sizes& sizes,
+                                         const std::vector<int64_t>& point_end, const Codes& codes) {
+  MsDeformAttnParams params{};
+  params.batch = sizes[0];
+  params.pixels = sizes[1];
+  params.heads = sizes[2];
+  params.channels = sizes[3];
+  params.queries = sizes[4];
+  params.levels = sizes[5];
+  params.points = sizes[6];
+  if (point_end.size() > kMaxRaggedLevels) throw std::invalid_argument("too many levels of unequal point counts");
+  params.ragged = !point_end.empty();
+  for (size_t level = 0; level < point_end.size(); ++level)
+    params.point_end[level] = static_cast<uint16_t>(point_end[level]);
+  params.sampling = static_cast<Sampling>(codes[0]);
+  params.value_dtype = static_cast<DType>(codes[1]);
+  params.coord_dtype = static_cast<DType>(codes[2]);
+  params.value = pointer<const void>(inputs[0]);
+  params.spatial_shapes = pointer<const int64_t>(inputs[1]);
+  params.level_start = pointer<const int64_t>(inputs[2]);
+  params.locations = pointer<const void>(inputs[3]);
+  params.weights = pointer<const void>(inputs[4]);
+  return params;
+}
+
+void set_gradients(MsDeformAttnParams& params, uintptr_t grad_output, const Gradients& gradients) {
+  params.grad_output = pointer<const void>(grad_output);
+  params.grad_value = pointer<void>(gradients[0]);
+  params.grad_locations = pointer<void>(gradients[1]);
+  params.grad_weights = pointer<void>(gradients[2]);
+}
+
+void forward_cpu(const Inputs& inputs, uintptr_t output, const Sizes& sizes, const std::vector<int64_t>& point_end,
+                 const Codes& codes, int threads) {
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  params.output = pointer<void>(output);
+  params.threads = threads;
+  VITKERN_DISPATCH_ISA(ms_deform_attn_forward(params));
+}
+
+void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients, const Sizes& sizes,
+                  const std::vector<int64_t>& point_end, const Codes& codes, int threads) {
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  set_gradients(params, grad_output, gradients);
+  params.threads = threads;
+  VITKERN_DISPATCH_ISA(ms_deform_attn_backward(params));
+}
+
+#ifdef VITKERN_WITH_CUDA
+void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes, const std::vector<int64_t>& point_end,
+                  const Codes& codes, int device, uintptr_t stream) {
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  params.output = pointer<void>(output);
+  params.device = device;
+  params.stream = pointer<void>(stream);
+  ms_deform_attn_forward_cuda(params);
+}
+
+void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients, const Sizes& sizes,
+                   const std::vector<int64_t>& point_end, const Codes& codes, int device, uintptr_t stream) {
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  set_gradients(params, grad_output, gradients);
+  params.device = device;
+  params.stream = pointer<void>(stream);
+  ms_deform_attn_backward_cuda(params);
+}
+
+void cells_cuda(const Inputs& inputs, uintptr_t cells, const Sizes& sizes, const std::vector<int64_t>& point_end,
+                const Codes& codes, int device, uintptr_t stream) {
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  params.device = device;
+  params.stream = pointer<void>(stream);
+  ms_deform_attn_cells_cuda(params, pointer<int64_t>(cells));
+}
+
+void gather_grad_value_cuda(const Inputs& inputs, uintptr_t grad_output, uintptr_t grad_value, uintptr_t order,
+                            uintptr_t first, const Sizes& sizes, const std::vector<int64_t>& point_end,
+                            const Codes& codes, int device, uintptr_t stream) {
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  set_gradients(params, grad_output, {grad_value, 0, 0});
+  params.device = device;
+  params.stream = pointer<void>(stream);
+  ms_deform_attn_gather_grad_value_cuda(params, pointer<const int64_t>(order), pointer<const int64_t>(first));
+}
+#endif
+
+}  // namespace
+}  // namespace vitkern
+
+// VITKERN_MODULE is _C, or _emulated where the CUDA kernels are compiled for the CPU (csrc/emulator).
+PYBIND11_MODULE(VITKERN_MODULE, m) {
+  using namespace vitkern;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+
+  m.attr("version") = VITKERN_VERSION;
+  m.attr("compiler") = VITKERN_COMPILER;
+  m.attr("max_ragged_levels") = kMaxRaggedLevels;
+#ifdef VITKERN_WITH_CUDA
+  m.attr("cuda_version") = VITKERN_CUDA_VERSION;
+  m.attr("cuda_architectures") = VITKERN_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_version") = py::none();
+  m.attr("cuda_architectures") = "";
+#endif
+
+  m.def("compiled_cpu_isas", &compiled_cpu_isas);
+  m.def("supported_cpu_isas", &supported_cpu_isas);
+  m.def("cpu_isa", &cpu_isa_name);
+  m.def("set_cpu_isa", &set_cpu_isa);
+
+  m.def("ms_deform_attn_forward_cpu", &forward_cpu, no_gil);
+  m.def("ms_deform_attn_backward_cpu", &backward_cpu, no_gil);
+#ifdef VITKERN_WITH_CUDA
+  m.def("ms_deform_attn_forward_cuda", &forward_cuda, no_gil);
+  m.def("ms_deform_attn_backward_cuda", &backward_cuda, no_gil);
+  m.def("ms_deform_attn_cells_cuda", &cells_cuda, no_gil);
+  m.def("ms_deform_attn_gather_grad_value_cuda", &gather_grad_value_cuda, no_gil);
+#endif
+}

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The maths of every op in plain PyTorch: the oracle that the kernels are checked against.
+
+Written to be read. Any dtype, any device, differentiable any number of times, no host reads, so it also serves where
+no kernel runs and where a second derivative is wanted. Equation numbers are those of ``docs/derivations``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ms_deform_attn(
+    value: Tensor,  # [B, S, M, D]
+    spatial_shapes: Tensor,  # [L, 2] as (height, width)
+    level_start_index: Tensor,  # [L]
+    sampling_locations: Tensor,  # [B, Q, M, K, 2] as (x, y)
+    attention_weights: Tensor,  # [B, Q, M, K]
+    points_per_level: tuple[int, ...],  # L numbers, K in all
+    method: str = "bilinear",
+) -> Tensor:  # [B, Q, M * D]
+    """Sum over the points of weight times sample, eq. (1)."""
+    batch, pixels, heads, channels = value.shape
+    queries = sampling_locations.shape[1]
+    value_of_head = value.transpose(1, 2)  # [B, M, S, D]
+    output = value.new_zeros(batch, heads, queries, channels)
+    if pixels == 0:
+        return output.transpose(1, 2).reshape(batch, queries, heads * channels)
+
+    first = 0
+    for level, points in enumerate(points_per_level):
+        height, width = spatial_shapes[level].unbind()
+        xy = sampling_locations[:, :, :, first : first + points].transpose(1, 2)  # [B, M, Q, P, 2]
+        weight = attention_weights[:, :, :, first : first + points].transpose(1, 2)  # [B, M, Q, P]
+        first += points
+        corners = _bilinear_corners if method == "bilinear" else _nearest_pixel
+        for x, y, coefficient, inside in corners(xy[..., 0], xy[..., 1], width, height):
+            pixel = torch.where(inside, level_start_index[level] + y * width + x, 0).flatten(2)  # [B, M, Q * P]
+            sample = value_of_head.gather(2, pixel[..., None].expand(-1, -1, -1, channels))
+            sample = sample.unflatten(2, (queries, points))
+            # A corner outside is no sample: its value must not be read, lest a NaN there times 0 come through.
+            share = torch.where(inside, weight * coefficient, 0)[..., None]
+            output = output + torch.where(inside[..., None], sample * share, 0).sum(-2)
+    return output.to(value.dtype).transpose(1, 2).reshape(batch, queries, heads * channels)
+
+
+def _bilinear_corners(x: Tensor, y: Tensor, width: Tensor, height: Tensor):
+    """The four pixels round a location with their bilinear coefficients, eqs. (2) and (3)."""
+    x = x * width - 0.5
+    y = y * height - 0.5
+    # Every comparison with NaN is false: a location that is not a number touches no pixel.
+    near = (x > -1) & (x < width) & (y > -1) & (y < height)
+    x = torch.where(near, x, 0)
+    y = torch.where(near, y, 0)
+    left, top = x.detach().floor(), y.detach().floor()
+    right_share, bottom_share = x - left, y - top
+    for down, row_share in ((0, 1 - bottom_share), (1, bottom_share)):
+        for along, column_share in ((0, 1 - right_share), (1, right_share)):
+            column, row = left.long() + along, top.long() + down
+            inside = near & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            yield column, row, row_share * column_share, inside
+
+
+def _nearest_pixel(x: Tensor, y: Tensor, width: Tensor, height: Tensor):
+    """The 'discrete' sampling of RT-DETR v2: pixel floor(location * size + 0.5), clamped to the level, eq. (4)."""
+    x = x.detach() * width + 0.5
+    y = y.detach() * height + 0.5
+    finite = x.isfinite() & y.isfinite() & (width > 0) & (height > 0)
+    column = torch.where(finite, x, 0).clamp(min=0).minimum((width - 1).to(x.dtype)).long()
+    row = torch.where(finite, y, 0).clamp(min=0).minimum((height - 1).to(y.dtype)).long()
+    yield column, row, torch.ones_like(x), finite
