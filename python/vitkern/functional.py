@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public functions: what they compute, what they take and give, and where they run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitkern import backends
+from vitkern.ops import ms_deform_attn as op
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    points_per_level: Sequence[int] | None = None,
+    method: str = "bilinear",
+    backend: str | None = None,
+) -> Tensor:
+    """Multi-scale deformable attention: for each query and head, the weighted sum of samples of a feature pyramid.
+
+    ``output[b, q, m] = sum over l, p of attention_weights[b, q, m, l, p] * sample(value of level l, head m, at
+    sampling_locations[b, q, m, l, p])``
+
+    Args:
+        value: ``[B, S, M, D]``, the pixels of all levels one after the other, M heads of D channels. float32, float64,
+            float16 or bfloat16, any strides.
+        spatial_shapes: ``[L, 2]`` int64 tensor of (height, width) on value's device, or a sequence of pairs.
+            The sizes add up to S.
+        level_start_index: ``[L]`` int64, the first pixel of each level; None: the levels follow one another.
+        sampling_locations: ``[B, Q, M, L, P, 2]`` as (x, y), where 0 and 1 are a level's outer edges; pixel centres
+            are at (i + 0.5) / size. Kept in float32 at least: float16 and bfloat16 cannot address a pixel in a wide map.
+        attention_weights: ``[B, Q, M, L, P]``.
+        points_per_level: for levels with different numbers of points, those L numbers. Locations are then
+            ``[B, Q, M, K, 2]`` and weights ``[B, Q, M, K]`` with K their sum, level after level.
+        method: ``"bilinear"`` (zeros outside the level) or ``"nearest"``, the 'discrete' sampling of RT-DETR v2:
+            pixel ``floor(location * size + 0.5)``, clamped to the level; locations get no gradient.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
+
+    Returns:
+        ``[B, Q, M * D]`` in value's dtype. Sums are made in float32 (float64 for float64).
+
+    A location that is NaN, infinite or outside adds nothing and receives zero gradient. Gradients flow to value,
+    locations and weights; a second derivative raises, except with ``backend="reference"``, which has all of them.
+    The CPU backward is bitwise reproducible, the CUDA and Triton ones under
+    ``torch.use_deterministic_algorithms(True)``. Under autocast, value is cast to the autocast dtype and locations and
+    weights to float32.
+
+    Example:
+        >>> shapes = [(8, 8), (4, 4)]
+        >>> value = torch.randn(1, 80, 2, 16)
+        >>> locations, weights = torch.rand(1, 5, 2, 2, 4, 2), torch.rand(1, 5, 2, 2, 4)
+        >>> vitkern.ms_deform_attn(value, shapes, None, locations, weights).shape
+        torch.Size([1, 5, 32])
+    """
+    spatial_shapes, level_start_index = _as_levels(spatial_shapes, level_start_index, value.device)
+    if torch.is_autocast_enabled(value.device.type) and value.dtype != torch.float64:
+        value = value.to(torch.get_autocast_dtype(value.device.type))
+        sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
+
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    points_per_level = None if points_per_level is None else list(points_per_level)
+    if _runs_as_plain_torch(value.device, value.dtype, backend):
+        return op.by_reference(*inputs, points_per_level, method)
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        raise NotImplementedError("vitkern.ms_deform_attn has no forward-mode derivative; backend='reference' has one")
+    return torch.ops.vitkern.ms_deform_attn(*inputs, points_per_level, method, backend)
+
+
+def _as_levels(
+    spatial_shapes: Tensor | Sequence[tuple[int, int]], level_start_index: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Shapes and first pixels of the levels as int64 tensors, without reading any element on the host."""
+    if not isinstance(spatial_shapes, Tensor):
+        shapes, starts = _level_tensors(tuple((int(h), int(w)) for h, w in spatial_shapes), device)
+        return shapes, starts if level_start_index is None else level_start_index.long()
+    spatial_shapes = spatial_shapes.long()
+    if level_start_index is None:
+        pixels = spatial_shapes.prod(-1)
+        return spatial_shapes, pixels.cumsum(0) - pixels
+    return spatial_shapes, level_start_index.long()
+
+
+@functools.lru_cache(maxsize=256)
+def _level_tensors(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    starts, first = [], 0
+    for height, width in shapes:
+        starts.append(first)
+        first += height * width
+    return torch.tensor(shapes, device=device).view(-1, 2).long(), torch.tensor(starts, device=device).long()
+
+
+@torch.compiler.assume_constant_result
+def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether the choice falls on the reference, which is no op but differentiable torch code."""
+    if device.type == "meta" or dtype not in backends.DTYPES:
+        return False  # the op's own check has the better message
+    return backends.choose(device, dtype, backend) == "reference"

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSDeformAttn of Deformable-DETR and ViT-Adapter: same constructor, same parameters, same results."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vitkern.functional import ms_deform_attn
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention with its projections. Loads checkpoints of Deformable-DETR and ViT-Adapter.
+
+    Args:
+        d_model: channels of queries, input and output, C.
+        n_levels, n_heads, n_points: L levels, M heads, P points of each level.
+        ratio: channels of the projected value over d_model (ViT-Adapter's ``deform_ratio``).
+        im2col_step: accepted for compatibility, without effect: any batch size runs.
+        backend: passed on to :func:`vitkern.ms_deform_attn`.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int = 4,
+        ratio: float = 1.0,
+        *,
+        im2col_step: int = 64,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"MSDeformAttn: d_model must be divisible by n_heads, got {d_model} and {n_heads}")
+        d_value = int(d_model * ratio)
+        if d_value % n_heads:
+            raise ValueError(f"MSDeformAttn: int(d_model * ratio) = {d_value} must be divisible by n_heads={n_heads}")
+        self.im2col_step = im2col_step
+        self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
+        self.ratio = ratio
+        self.backend = backend
+
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_value)
+        self.output_proj = nn.Linear(d_value, d_model)
+        self._reset_parameters()
+
+    @torch.no_grad()
+    def _reset_parameters(self) -> None:
+        """Each head looks along its own direction on a square, point p at distance p + 1, with equal attention."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().max(-1, keepdim=True)[0]
+        distances = torch.arange(1, self.n_points + 1, dtype=torch.float32)
+        bias = directions[:, None, None] * distances[:, None]  # [M, 1, P, 2]
+        bias = bias.expand(-1, self.n_levels, -1, -1).reshape(-1)
+        self.sampling_offsets.bias.copy_(bias)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,  # [B, Q, C]
+        reference_points: Tensor,  # [B | 1, Q, L | 1, 2] as (x, y), or 4 as (x, y, width, height), in [0, 1]
+        input_flatten: Tensor,  # [B, S, C]
+        input_spatial_shapes: Tensor,  # [L, 2] as (height, width)
+        input_level_start_index: Tensor | None = None,  # [L]
+        input_padding_mask: Tensor | None = None,  # [B, S], True where the input is padding
+    ) -> Tensor:  # [B, Q, C]
+        batch, queries, _ = query.shape
+        heads, levels, points = self.n_heads, self.n_levels, self.n_points
+        if not isinstance(input_spatial_shapes, Tensor):
+            input_spatial_shapes = torch.as_tensor(input_spatial_shapes, device=query.device).long()
+
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0.0)
+        value = value.unflatten(-1, (heads, -1))
+
+        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
+        weights = self.attention_weights(query).view(batch, queries, heads, levels * points).softmax(-1)
+        weights = weights.view(batch, queries, heads, levels, points)
+        locations = self._locations(reference_points, offsets, input_spatial_shapes)
+
+        output = ms_deform_attn(
+            value, input_spatial_shapes, input_level_start_index, locations, weights, backend=self.backend
+        )
+        return self.output_proj(output)
+
+    def _locations(self, reference_points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """Offsets are in pixels round a reference point, or in 2 P-ths of a reference box's size: [B, Q, M, L, P, 2]."""
+        reference = reference_points[:, :, None, :, None, :]
+        if reference_points.shape[-1] == 2:
+            width_height = spatial_shapes.flip(-1)[:, None, :]  # [L, 1, 2]
+            return reference + offsets / width_height
+        if reference_points.shape[-1] == 4:
+            return reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5
+        raise ValueError(
+            f"MSDeformAttn: reference_points must have 2 or 4 numbers, got {list(reference_points.shape)}"
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_model={self.d_model}, n_levels={self.n_levels}, n_heads={self.n_heads}, "
+            f"n_points={self.n_points}, ratio={self.ratio}"
+        )

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.vitkern.ms_deform_attn and its backward: schema, checks, fake implementation, autograd, choice of backend.
+
+The public, documented function is ``vitkern.ms_deform_attn``. Points of unequal levels arrive flattened: [..., K, 2]
+with ``points_per_level``; uniform ones as [..., L, P, 2] without.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from vitkern import backends, reference
+from vitkern.ops import native
+
+_INPUTS = (
+    "Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, "
+    "Tensor attention_weights, int[]? points_per_level=None, str method='bilinear', str? backend=None"
+)
+_library = torch.library.Library("vitkern", "FRAGMENT")
+_library.define(f"ms_deform_attn({_INPUTS}) -> Tensor")
+_library.define(
+    f"ms_deform_attn_backward(Tensor grad_output, bool[3] needed, {_INPUTS}) -> (Tensor, Tensor, Tensor)"
+)
+
+_VALIDATE_ON_DEVICE = "VITKERN_VALIDATE"
+
+
+def _fail(argument: str, expected: str, got: object) -> None:
+    raise ValueError(f"ms_deform_attn: {argument} must be {expected}, got {got}")
+
+
+def _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method):
+    """Everything that can be said without reading a tensor's elements. The same for real and fake tensors."""
+    if value.dim() != 4:
+        _fail("value", "[B, S, M, D]", list(value.shape))
+    if value.dtype not in backends.DTYPES:
+        raise TypeError(f"ms_deform_attn: value must be float32, float64, float16 or bfloat16, got {value.dtype}")
+    if method not in native.SAMPLING_CODES:
+        _fail("method", "'bilinear' or 'nearest'", repr(method))
+    batch, _, heads, _ = value.shape
+    if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
+        _fail("spatial_shapes", "[L, 2] as (height, width)", list(spatial_shapes.shape))
+    levels = spatial_shapes.shape[0]
+    if level_start_index.shape != (levels,):
+        _fail("level_start_index", f"[L] with L={levels}", list(level_start_index.shape))
+
+    if points_per_level is None:
+        form, dims = f"[B, Q, M, L, P, 2] with B={batch}, M={heads}, L={levels}", 6
+        points = tuple(sampling_locations.shape[3:5])
+        fits = points[:1] == (levels,)
+    else:
+        total = sum(points_per_level)
+        form, dims = f"[B, Q, M, K, 2] with B={batch}, M={heads}, K={total} points in all", 5
+        points = (total,)
+        if len(points_per_level) != levels or min(points_per_level, default=0) < 0:
+            _fail("points_per_level", f"L={levels} numbers of at least 0", list(points_per_level))
+        fits = sampling_locations.shape[3:4] == (total,)
+    shape = sampling_locations.shape
+    if sampling_locations.dim() != dims or shape[0] != batch or shape[2] != heads or shape[-1] != 2 or not fits:
+        _fail("sampling_locations", form, list(shape))
+    expected = (batch, shape[1], heads, *points)
+    if attention_weights.shape != expected:
+        _fail("attention_weights", f"{list(expected)}, like sampling_locations", list(attention_weights.shape))
+
+    for name, tensor in (("sampling_locations", sampling_locations), ("attention_weights", attention_weights)):
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"ms_deform_attn: {name} must be floating point, got {tensor.dtype}")
+    for name, tensor in (("spatial_shapes", spatial_shapes), ("level_start_index", level_start_index)):
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"ms_deform_attn: {name} must be int64, got {tensor.dtype}")
+    for name, tensor in (
+        ("spatial_shapes", spatial_shapes),
+        ("level_start_index", level_start_index),
+        ("sampling_locations", sampling_locations),
+        ("attention_weights", attention_weights),
+    ):
+        if tensor.device != value.device:
+            _fail(name, f"on value's device {value.device}", tensor.device)
+
+
+def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
+    """That the levels tile the S pixels. Reads the tensors, so on a GPU only under VITKERN_VALIDATE=1: it would wait."""
+    if value.device.type != "cpu" and os.environ.get(_VALIDATE_ON_DEVICE) != "1":
+        return
+    shapes, starts, pixels = spatial_shapes.tolist(), level_start_index.tolist(), value.shape[1]
+    covered = 0
+    for start, (height, width) in sorted(zip(starts, shapes)):
+        if height < 0 or width < 0:
+            _fail("spatial_shapes", "of sizes of at least 0", shapes)
+        if height * width == 0:
+            continue
+        if start != covered:
+            _fail("level_start_index", f"the first pixel of each level of {shapes}, without gap or overlap", starts)
+        covered += height * width
+    if covered != pixels:
+        _fail("spatial_shapes", f"the sizes of levels with S={pixels} pixels in all, as value has", f"{shapes}: {covered}")
+
+
+def _points_per_level(spatial_shapes: Tensor, attention_weights: Tensor, points_per_level) -> tuple[int, ...]:
+    if points_per_level is not None:
+        return tuple(points_per_level)
+    return (attention_weights.shape[4],) * spatial_shapes.shape[0]
+
+
+def _coordinates(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] in one dtype that the kernels read: value's or fp32 / fp64."""
+    dtype = sampling_locations.dtype
+    if dtype != attention_weights.dtype or dtype != value.dtype:
+        dtype = native.accumulator(value.dtype)
+    batch, queries, heads = sampling_locations.shape[:3]
+    points = attention_weights.shape[3:].numel()
+    locations = sampling_locations.to(dtype).contiguous().view(batch, queries, heads, points, 2)
+    return locations, attention_weights.to(dtype).contiguous().view(batch, queries, heads, points)
+
+
+def _kernel(name: str, backend: str):
+    """The launch function of this name for a backend; Triton is imported when first needed."""
+    if backend == "triton":
+        from vitkern.ops import triton_launch
+
+        return getattr(triton_launch, f"{name}_triton")
+    if backend == "reference":
+        raise RuntimeError("the plain torch reference is no kernel: call vitkern.ms_deform_attn(backend='reference')")
+    return getattr(native, f"{name}_{backend}")
+
+
+def _forward(
+    value,
+    spatial_shapes,
+    level_start_index,
+    sampling_locations,
+    attention_weights,
+    points_per_level=None,
+    method="bilinear",
+    backend=None,
+):
+    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method)
+    _check_levels(value, spatial_shapes, level_start_index)
+    launch = _kernel("ms_deform_attn_forward", backends.choose(value.device, value.dtype, backend))
+    points = _points_per_level(spatial_shapes, attention_weights, points_per_level)
+    locations, weights = _coordinates(value, sampling_locations, attention_weights)
+    shapes, starts = spatial_shapes.contiguous(), level_start_index.contiguous()
+    return launch(value.contiguous(), shapes, starts, locations, weights, points, method)
+
+
+def _backward(
+    grad_output,
+    needed,
+    value,
+    spatial_shapes,
+    level_start_index,
+    sampling_locations,
+    attention_weights,
+    points_per_level=None,
+    method="bilinear",
+    backend=None,
+):
+    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method)
+    _check_grad_output(grad_output, value, sampling_locations)
+    _check_levels(value, spatial_shapes, level_start_index)
+    launch = _kernel("ms_deform_attn_backward", backends.choose(value.device, value.dtype, backend))
+    points = _points_per_level(spatial_shapes, attention_weights, points_per_level)
+    locations, weights = _coordinates(value, sampling_locations, attention_weights)
+    gradients = launch(
+        grad_output.to(value.dtype).contiguous(),
+        tuple(needed),
+        value.contiguous(),
+        spatial_shapes.contiguous(),
+        level_start_index.contiguous(),
+        locations,
+        weights,
+        points,
+        method,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    inputs = (value, sampling_locations, attention_weights)
+    return tuple(
+        value.new_empty(0) if gradient is None else gradient.to(like.dtype).view(like.shape)
+        for gradient, like in zip(gradients, inputs)
+    )
+
+
+def by_reference(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, method):
+    """The same function as plain torch code, for backend="reference": differentiable any number of times."""
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    _check(*inputs, points, method)
+    if not torch.compiler.is_compiling():
+        _check_levels(value, spatial_shapes, level_start_index)
+    points = _points_per_level(spatial_shapes, attention_weights, points)
+    locations, weights = _coordinates(value, sampling_locations, attention_weights)
+    return reference.ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights, points, method)
+
+
+def _check_grad_output(grad_output, value, sampling_locations) -> None:
+    expected = (value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
+    if grad_output.shape != expected:
+        _fail("grad_output", list(expected), list(grad_output.shape))
+
+
+def _forward_fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *options):
+    points_per_level, method, _ = (*options, *(None, "bilinear", None)[len(options) :])
+    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method)
+    return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
+
+
+def _backward_fake(grad_output, needed, value, spatial_shapes, level_start_index, locations, weights, *options):
+    points_per_level, method, _ = (*options, *(None, "bilinear", None)[len(options) :])
+    _check(value, spatial_shapes, level_start_index, locations, weights, points_per_level, method)
+    _check_grad_output(grad_output, value, locations)
+    inputs = (value, locations, weights)
+    return tuple(like.new_empty(like.shape) if need else value.new_empty(0) for like, need in zip(inputs, needed))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.points_per_level, ctx.method, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad_output):
+    value, spatial_shapes, level_start_index, locations, weights = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
+    gradients = torch.ops.vitkern.ms_deform_attn_backward(
+        grad_output,
+        needed,
+        *ctx.saved_tensors,
+        ctx.points_per_level,
+        ctx.method,
+        ctx.backend,
+    )
+    grad_value, grad_locations, grad_weights = (g if need else None for g, need in zip(gradients, needed))
+    return grad_value, None, None, grad_locations, grad_weights, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "vitkern.ms_deform_attn has no second derivative in its kernels; backend='reference' has derivatives of any order"
+    )
+
+
+for _name, _real, _fake, _formula, _save in (
+    ("ms_deform_attn", _forward, _forward_fake, _differentiate, _save_for_backward),
+    ("ms_deform_attn_backward", _backward, _backward_fake, _no_second_derivative, None),
+):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vitkern::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"vitkern::{_name}", _formula, setup_context=_save, lib=_library)
