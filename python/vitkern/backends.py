@@ -83,7 +83,7 @@ _PREDICATES = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def choose(device: torch.device, dtype: torch.dtype, requested: str | None) -> str:
     """The backend that runs: the requested one (or VITKERN_BACKEND's) or an error; else the first that can."""
     requested = requested or os.environ.get("VITKERN_BACKEND") or None

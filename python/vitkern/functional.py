@@ -61,16 +61,16 @@ def ms_deform_attn(
         torch.Size([1, 5, 32])
     """
     spatial_shapes, level_start_index = _as_levels(spatial_shapes, level_start_index, value.device)
-    if torch.is_autocast_enabled(value.device.type) and value.dtype != torch.float64:
-        value = value.to(torch.get_autocast_dtype(value.device.type))
+    device_type = value.device.type
+    if _knows_autocast(device_type) and torch.is_autocast_enabled(device_type) and value.dtype != torch.float64:
+        value = value.to(torch.get_autocast_dtype(device_type))
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
 
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     points_per_level = None if points_per_level is None else list(points_per_level)
     if _runs_as_plain_torch(value.device, value.dtype, backend):
         return op.by_reference(*inputs, points_per_level, method)
-    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
-        raise NotImplementedError("vitkern.ms_deform_attn has no forward-mode derivative; backend='reference' has one")
+    _refuse_transforms("ms_deform_attn")
     return torch.ops.vitkern.ms_deform_attn(*inputs, points_per_level, method, backend)
 
 
@@ -79,7 +79,10 @@ def _as_levels(
 ) -> tuple[Tensor, Tensor]:
     """Shapes and first pixels of the levels as int64 tensors, without reading any element on the host."""
     if not isinstance(spatial_shapes, Tensor):
-        shapes, starts = _level_tensors(tuple((int(h), int(w)) for h, w in spatial_shapes), device)
+        # Tensors made while something traces (dynamo, fake tensors) belong to that trace alone.
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        make = _make_levels if traced else _cached_levels
+        shapes, starts = make(tuple((int(h), int(w)) for h, w in spatial_shapes), device)
         return shapes, starts if level_start_index is None else level_start_index.long()
     spatial_shapes = spatial_shapes.long()
     if level_start_index is None:
@@ -88,13 +91,16 @@ def _as_levels(
     return spatial_shapes, level_start_index.long()
 
 
-@functools.lru_cache(maxsize=256)
-def _level_tensors(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     starts, first = [], 0
     for height, width in shapes:
         starts.append(first)
         first += height * width
-    return torch.tensor(shapes, device=device).view(-1, 2).long(), torch.tensor(starts, device=device).long()
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a later backward
+        return torch.tensor(shapes, device=device).view(-1, 2).long(), torch.tensor(starts, device=device).long()
+
+
+_cached_levels = functools.lru_cache(maxsize=256)(_make_levels)
 
 
 @torch.compiler.assume_constant_result
@@ -103,3 +109,20 @@ def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str 
     if device.type == "meta" or dtype not in backends.DTYPES:
         return False  # the op's own check has the better message
     return backends.choose(device, dtype, backend) == "reference"
+
+
+@functools.lru_cache
+def _knows_autocast(device_type: str) -> bool:
+    """Asking a device type without autocast ("meta", others in older releases) for its state would raise."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+def _refuse_transforms(op: str) -> None:
+    """Derivatives that the kernels do not have would come back as zeros or None in some releases: say so instead."""
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        raise NotImplementedError(f"vitkern.{op} has no forward-mode derivative; backend='reference' has one")
+    if torch.compiler.is_compiling():
+        return
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Grad:
+        raise NotImplementedError(f"vitkern.{op} does not run under torch.func's gradients; backend='reference' does")

@@ -220,7 +220,6 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_output):
-    value, spatial_shapes, level_start_index, locations, weights = ctx.saved_tensors
     needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
     gradients = torch.ops.vitkern.ms_deform_attn_backward(
         grad_output,
