@@ -70,3 +70,24 @@ def _nearest_pixel(x: Tensor, y: Tensor, width: Tensor, height: Tensor):
     column = torch.where(finite, x, 0).clamp(min=0).minimum((width - 1).to(x.dtype)).long()
     row = torch.where(finite, y, 0).clamp(min=0).minimum((height - 1).to(y.dtype)).long()
     yield column, row, torch.ones_like(x), finite
+
+
+def ms_deform_attn_by_grid_sample(
+    value: Tensor,  # [B, S, M, D]
+    level_sizes: list[tuple[int, int]],  # L pairs of (height, width) on the host
+    sampling_locations: Tensor,  # [B, Q, M, L, P, 2]
+    attention_weights: Tensor,  # [B, Q, M, L, P]
+) -> Tensor:  # [B, Q, M * D]
+    """What everybody runs where no kernel is built: one ``grid_sample`` a level. The yardstick of the benchmarks."""
+    batch, _, heads, channels = value.shape
+    queries = sampling_locations.shape[1]
+    grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # [B * M, Q, L, P, 2]
+    samples = []
+    for level, pixels in enumerate(value.split([height * width for height, width in level_sizes], dim=1)):
+        image = pixels.permute(0, 2, 3, 1).reshape(batch * heads, channels, *level_sizes[level])
+        samples.append(
+            torch.nn.functional.grid_sample(image, grids[:, :, level], padding_mode="zeros", align_corners=False)
+        )
+    weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)  # [B * M, 1, Q, L * P]
+    output = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1)  # [B * M, D, Q]
+    return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()

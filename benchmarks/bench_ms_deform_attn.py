@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m benchmarks.bench_ms_deform_attn: vitkern's CPU kernels against the grid_sample formulation.
+
+A ratio is printed only if outputs and gradients of the two agreed in this run. Times are minima over interleaved
+rounds; look at ratios, not at milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+import torch
+
+import vitkern
+from benchmarks.cases import CASES, MsDeformAttnInputs, make_inputs
+from benchmarks.harness import forward_backward, interleaved
+from vitkern import _C
+from vitkern.doctor import cpu_model
+from vitkern.reference import ms_deform_attn_by_grid_sample
+
+# (case, locations, dtype, pass): one row each. Batch 1 throughout.
+ROWS = [
+    ("detr-encoder", "uniform", torch.float32, "forward"),
+    ("detr-encoder", "near", torch.float32, "forward"),
+    ("detr-encoder", "uniform", torch.float32, "both"),
+    ("detr-encoder", "near", torch.float32, "both"),
+    ("detr-encoder", "uniform", torch.bfloat16, "forward"),
+    ("detr-encoder", "near", torch.bfloat16, "forward"),
+    ("detr-decoder", "near", torch.float32, "forward"),
+    ("injector-B512", "near", torch.float32, "forward"),
+    ("injector-B512", "near", torch.float32, "both"),
+    ("extractor-B512", "near", torch.float32, "forward"),
+    ("extractor-B512", "near", torch.float32, "both"),
+    ("injector-B512", "near", torch.bfloat16, "forward"),
+    ("extractor-B512", "near", torch.bfloat16, "forward"),
+]
+
+
+def ours(inputs: MsDeformAttnInputs):
+    return lambda value, locations, weights: vitkern.ms_deform_attn(
+        value, inputs.spatial_shapes, inputs.level_start_index, locations, weights
+    )
+
+
+def yardstick(inputs: MsDeformAttnInputs):
+    sizes = [tuple(size) for size in inputs.spatial_shapes.tolist()]
+    return lambda value, locations, weights: ms_deform_attn_by_grid_sample(value, sizes, locations, weights)
+
+
+def agree(inputs: MsDeformAttnInputs) -> bool:
+    """Whether output and gradients match, as far as the dtype of the yardstick allows."""
+    tolerance = 1e-4 if inputs.value.dtype == torch.float32 else 0.1
+    inputs = inputs.to(inputs.value.dtype).requires_grad_()
+    results = []
+    for function in (ours(inputs), yardstick(inputs)):
+        output = function(*inputs.differentiable())
+        results.append([output, *torch.autograd.grad(output.sum(), inputs.differentiable()[::2])])
+    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(*results))
+
+
+def measure(name: str, locations: str, dtype: torch.dtype, what: str, seconds: float):
+    inputs = make_inputs(CASES[name].with_batch(1), locations=locations, dtype=dtype)
+    if not agree(inputs):
+        return None
+    if what == "both":
+        inputs.requires_grad_()
+        wrap = functools.partial(forward_backward, inputs=inputs.differentiable())
+    else:
+
+        def wrap(function):
+            return lambda: function(*inputs.differentiable())
+
+    with torch.set_grad_enabled(what == "both"):
+        samples = interleaved(
+            {"vitkern": wrap(ours(inputs)), "grid_sample": wrap(yardstick(inputs))}, seconds=seconds
+        )
+    return {name: min(times) for name, times in samples.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=15.0, help="time limit of a row")
+    parser.add_argument("--match", default="", help="only rows whose text contains this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{cpu_model()}, {arguments.threads} threads, {_C.cpu_isa()} kernels, torch {torch.__version__}, batch 1")
+    print(f"{'case':<17}{'locations':<11}{'dtype':<10}{'pass':<9}{'grid_sample ms':>15}{'vitkern ms':>12}{'ratio':>8}")
+    for name, locations, dtype, what in ROWS:
+        label = f"{name:<17}{locations:<11}{str(dtype)[6:]:<10}{what:<9}"
+        if arguments.match not in label:
+            continue
+        best = measure(name, locations, dtype, what, arguments.seconds)
+        if best is None:
+            print(f"{label}  results differ: not timed")
+            continue
+        ratio = best["grid_sample"] / best["vitkern"]
+        print(f"{label}{best['grid_sample']:>15.2f}{best['vitkern']:>12.2f}{ratio:>7.1f}x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing on machines that others use too: variants in turn, many rounds, the minimum of each, ratios within one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 7, seconds: float = 20.0):
+    """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met.
+
+    Every sample is made of as many calls as take a millisecond, so that the clock's grain and the first touch of a
+    sleeping thread pool do not count.
+    """
+    calls = {}
+    for name, run in variants.items():
+        run()
+        started = time.perf_counter()
+        run()
+        calls[name] = max(1, round(1e-3 / max(time.perf_counter() - started, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    deadline = time.perf_counter() + seconds
+    for done in range(rounds):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            for _ in range(calls[name]):
+                run()
+            samples[name].append((time.perf_counter() - started) * 1e3 / calls[name])
+        if time.perf_counter() > deadline and done >= 2:
+            break
+    return samples
+
+
+def forward_backward(function: Callable, inputs: tuple[torch.Tensor, ...]) -> Callable[[], object]:
+    """A call that runs `function(*inputs)` and the backward pass to those that require a gradient."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+
+    def run():
+        output = function(*inputs)
+        return torch.autograd.grad(output, wanted, torch.ones_like(output))
+
+    return run
