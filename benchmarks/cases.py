@@ -146,7 +146,7 @@ def make_inputs(
     else:
         where = _reference_points(case, generator)[None, :, None, None, None] + _initial_offsets(case)
         where = where + 0.01 * torch.randn(*shape, 2, generator=generator) / _width_height(case)[:, None]
-    shapes = torch.tensor(case.levels, device=device).view(-1, 2)
+    shapes = torch.tensor(case.levels, dtype=torch.int64, device=device).view(-1, 2)
     pixels = shapes.prod(1)
     return MsDeformAttnInputs(
         value.to(device, dtype), shapes, pixels.cumsum(0) - pixels, where.to(device, dtype), weights.to(device, dtype)

@@ -52,7 +52,7 @@ def _no_image_for(capability: tuple[int, int], architectures: str) -> str | None
     card = 10 * major + minor
     for architecture in architectures.split():
         name, _, kind = architecture.partition("-")
-        number = int(name.rstrip("af"))
+        number = int(name)
         same_family = number // 10 == major and number <= card and kind != "virtual"
         by_ptx = kind != "real" and number <= card
         if same_family or by_ptx:

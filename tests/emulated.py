@@ -1,0 +1,1 @@
+REASON = "not built"

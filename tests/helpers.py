@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparisons that a wrong kernel cannot pass. tests/test_helpers.py shows what each of them catches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def max_error(actual: Tensor, oracle: Tensor) -> float:
+    finite = oracle.isfinite()
+    return (actual.double() - oracle.double())[finite].abs().max().item() if finite.any() else 0.0
+
+
+def assert_as_exact_as(actual: Tensor, plain: Tensor, oracle: Tensor, *, what: str, factor: float = 2.0) -> None:
+    """`actual`'s error against the fp64 oracle is at most `factor` times that of plain torch in the same dtype.
+
+    Non-finite values must stand in the same places. One unit in the last place of the largest value is always granted:
+    where plain torch happens to be exact, a rounding is still no mistake.
+    """
+    assert actual.shape == oracle.shape, f"{what}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
+    assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
+    assert torch.equal(actual.isnan(), oracle.isnan()), f"{what}: NaN in other places than the oracle"
+    if oracle.numel() == 0:
+        return
+    finite = oracle[oracle.isfinite()].abs()
+    unit = torch.finfo(actual.dtype).eps * (finite.max().item() if finite.numel() else 1.0)
+    allowed = factor * max_error(plain, oracle) + unit
+    error = max_error(actual, oracle)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} (plain torch in {actual.dtype})"
+
+
+def assert_gradient_not_missing(actual: Tensor, oracle: Tensor, *, what: str) -> None:
+    """No zero where the oracle has a gradient: an absolute tolerance would let a forgotten small one pass."""
+    large = oracle.abs() > 1e-3 * oracle.abs().max()
+    missing = (large & (actual == 0)).sum().item()
+    assert missing == 0, f"{what}: {missing} of {large.sum().item()} gradients are missing"
+
+
+def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor | None = None):
+    """Output and gradients of every input: [output, *gradients]."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = function(*leaves)
+    grad_output = torch.ones_like(output) if grad_output is None else grad_output.to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+
+@contextlib.contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Inside, uninitialised tensors are NaN and lie between margins of NaN, which are checked at the end.
+
+    An element that a kernel forgets to write is NaN in the result; one that it writes outside breaks a margin.
+    """
+    margin = 64  # elements: keeps any alignment that kernels may rely on
+    guarded: list[tuple[Tensor, Tensor]] = []
+
+    def allocate(shape, dtype, device) -> Tensor:
+        size = torch.Size(shape).numel()
+        fill = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        whole = torch.full((size + 2 * margin,), fill, dtype=dtype, device=device)
+        guarded.append((whole[:margin], whole[margin + size :]))
+        return whole[margin : margin + size].view(shape)
+
+    def new_empty(self, *shape, dtype=None, device=None, **_):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return allocate(shape, dtype or self.dtype, device or self.device)
+
+    def empty_like(like, *, dtype=None, **_):
+        return allocate(like.shape, dtype or like.dtype, like.device)
+
+    def empty(*shape, dtype=None, device=None, **_):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return allocate(shape, dtype or torch.get_default_dtype(), device or "cpu")
+
+    originals = torch.Tensor.new_empty, torch.empty_like, torch.empty
+    torch.Tensor.new_empty, torch.empty_like, torch.empty = new_empty, empty_like, empty
+    try:
+        yield
+    finally:
+        torch.Tensor.new_empty, torch.empty_like, torch.empty = originals
+    for margins in guarded:
+        for part in margins:
+            intact = part.isnan() if part.dtype.is_floating_point else part == torch.iinfo(part.dtype).max
+            assert intact.all(), "a kernel wrote outside its output"

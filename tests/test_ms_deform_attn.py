@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every backend against the oracle in float64: outputs, each gradient, every dtype, every odd input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vitkern
+from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
+from tests.helpers import assert_as_exact_as, assert_gradient_not_missing, gradients, guarded_memory
+
+NAMES = ("output", "grad_value", "grad_locations", "grad_weights")
+LOW = (torch.float16, torch.bfloat16)
+
+
+def away_from_cell_edges(inputs, margin=0.15):
+    """Moves locations that lie within `margin` pixels of a pixel centre's row or column: the gradient jumps there."""
+    width_height = inputs.spatial_shapes.flip(-1).double()[:, None]
+    pixels = inputs.sampling_locations.double() * width_height - 0.5
+    cell = pixels.floor()
+    pixels = cell + (pixels - cell).clamp(margin, 1 - margin)
+    inputs.sampling_locations = ((pixels + 0.5) / width_height.clamp(min=1)).to(inputs.sampling_locations.dtype)
+    return inputs
+
+
+def make(case, runner, dtype, *, spread=1.4, coordinates=None, seed=0):
+    """Uniform locations in and somewhat outside of the map, off the cell edges, in `dtype` on the runner's device."""
+    inputs = make_inputs(case, locations="uniform", dtype=torch.float64, device=runner.device, seed=seed)
+    inputs.sampling_locations = (inputs.sampling_locations - 0.5) * spread + 0.5
+    return away_from_cell_edges(inputs).to(dtype, coordinates)
+
+
+def call(inputs, backend, **options):
+    def function(value, locations, weights):
+        levels = inputs.spatial_shapes, inputs.level_start_index
+        return vitkern.ms_deform_attn(value, *levels, locations, weights, backend=backend, **options)
+
+    return function
+
+
+def check(inputs, runner, **options):
+    """Output and gradients of the runner against float64, in units of plain torch's own error."""
+    ours, oracle = call(inputs, runner.backend, **options), call(inputs, "reference", **options)
+    tensors = inputs.differentiable()
+    grad_output = torch.randn_like(oracle(*(t.double() for t in tensors))).to(tensors[0].dtype)
+    with guarded_memory():
+        actual = gradients(ours, tensors, grad_output)
+    plain = gradients(oracle, tensors, grad_output)
+    exact = gradients(oracle, tuple(t.double() for t in tensors), grad_output.double())
+    for name, a, p, e in zip(NAMES, actual, plain, exact):
+        assert_as_exact_as(a, p, e, what=name)
+        assert_gradient_not_missing(a, e, what=name)
+
+
+def skip_dtype(runner, dtype):
+    if dtype not in runner.dtypes:
+        pytest.skip(f"{runner.backend} has no {dtype}")
+
+
+SMALL = MsDeformAttnCase("small", "", 2, ((5, 7), (3, 4), (2, 1)), 9, 3, 16, 3)
+
+
+def small(**changes):
+    return MsDeformAttnCase(**{**vars(SMALL), **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16, 30, 32, 64, 71])
+def test_matches_the_oracle(runner, dtype, channels):
+    skip_dtype(runner, dtype)
+    check(make(small(channels=channels), runner, dtype), runner)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_matches_the_oracle_on_shapes_of_real_models(runner, name):
+    if runner.slow and CASES[name].query_count > 12000:
+        pytest.skip("same dispatch as a smaller case")
+    check(make(CASES[name].shrunk(), runner, torch.float32), runner)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_16_bit_values_with_float32_coordinates(runner, dtype):
+    check(make(small(channels=32), runner, dtype, coordinates=torch.float32), runner)
+
+
+@pytest.mark.parametrize("value, coordinates", [(torch.float32, torch.float64), (torch.float32, torch.float16)])
+def test_mixed_dtypes_give_gradients_in_the_dtype_of_each_input(runner, value, coordinates):
+    inputs = make(SMALL, runner, value, coordinates=coordinates)
+    actual = gradients(call(inputs, runner.backend), inputs.differentiable())
+    assert [tensor.dtype for tensor in actual] == [value, value, coordinates, coordinates]
+    exact = gradients(call(inputs, "reference"), tuple(t.double() for t in inputs.differentiable()))
+    for a, e in zip(actual, exact):
+        torch.testing.assert_close(a.double(), e, atol=3e-3 * e.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("points_per_level", [(3, 6, 3), (1, 0, 2), (0, 0, 5)])
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+def test_levels_with_their_own_number_of_points(runner, dtype, points_per_level, method):
+    inputs = make(small(points=sum(points_per_level)), runner, torch.float64)
+    # The first level's points, spread over levels: edges are kept clear of for the finest grid only, so snap again.
+    inputs.sampling_locations = _off_edges_of_their_level(inputs, points_per_level)
+    inputs.attention_weights = inputs.attention_weights[:, :, :, 0].contiguous()
+    inputs = inputs.to(dtype, torch.float32)
+    check(inputs, runner, points_per_level=points_per_level, method=method)
+
+
+def _off_edges_of_their_level(inputs, points_per_level):
+    sizes = inputs.spatial_shapes.flip(-1).double()
+    sizes = sizes.repeat_interleave(torch.tensor(points_per_level, device=sizes.device), 0)  # [K, 2]
+    pixels = inputs.sampling_locations[:, :, :, 0] * sizes - 0.5
+    cell = pixels.floor()
+    return (cell + (pixels - cell).clamp(0.15, 0.85) + 0.5) / sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nearest(runner, dtype):
+    check(make(small(channels=32), runner, dtype, coordinates=torch.float32), runner, method="nearest")
+
+
+NOT_FINITE = [float("nan"), float("inf"), float("-inf"), float("nan"), float("-inf")]
+FAR = [1e30, -1e30, 3e37, -7.0, 1e9]
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_locations_add_nothing_and_get_no_gradient(runner, dtype, method):
+    inputs = make(small(points=5), runner, dtype, coordinates=torch.float32, spread=0.9)
+    not_finite, far = torch.tensor([NOT_FINITE, FAR], device=runner.device)
+    locations = inputs.sampling_locations  # [B, Q, M, L, P, 2]
+    locations[:, 1, :, :, :, 0] = not_finite
+    locations[:, 2, :, :, :, 1] = not_finite
+    locations[:, 3, :, 0] = far[:, None]
+    locations[:, 4, :, :, :, 0] = far
+    locations[:, 5, :, :, 2] = torch.tensor([1e-42, -1e-42])  # denormal: a location like any other
+    check(inputs, runner, method=method)
+    _, _, grad_locations, grad_weights = gradients(
+        call(inputs, runner.backend, method=method), inputs.differentiable()
+    )
+    assert (grad_weights[:, 1:3] == 0).all()
+    assert (grad_locations[:, 1:5, :, 0] == 0).all()
+
+
+def test_locations_exactly_on_edges_and_centres(runner):
+    inputs = make(small(levels=((4, 4), (2, 8), (1, 1)), points=4), runner, torch.float32)
+    exact = torch.tensor([0.0, 1.0, -0.125, 0.125, 0.5, 0.375, 1.125, 0.875], device=runner.device)
+    grid = torch.stack(torch.meshgrid(exact, exact, indexing="ij"), -1).flatten()
+    size = inputs.sampling_locations.numel()
+    inputs.sampling_locations = grid.repeat(size // grid.numel() + 1)[:size].view_as(inputs.sampling_locations)
+    check(inputs, runner)
+
+
+@pytest.mark.parametrize("pixel", range(6))
+def test_nan_pixels_go_where_plain_torch_lets_them(runner, pixel):
+    inputs = make(small(levels=((2, 3),), channels=5, points=2), runner, torch.float32)
+    inputs.value[:, pixel] = float("nan")
+    actual = call(inputs, runner.backend)(*inputs.differentiable())
+    exact = call(inputs, "reference")(*inputs.differentiable())
+    assert torch.equal(actual.isnan(), exact.isnan())
+    assert exact.isnan().any()
+    assert not exact.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_gradients_propagate(runner, bad):
+    inputs = make(small(channels=8), runner, torch.float32)
+    grad_output = torch.ones(2, 9, 24, device=runner.device)
+    grad_output[0, 2, 3] = bad
+    actual = gradients(call(inputs, runner.backend), inputs.differentiable(), grad_output)
+    exact = gradients(call(inputs, "reference"), inputs.differentiable(), grad_output)
+    for name, a, e in zip(NAMES, actual, exact):
+        assert torch.equal(a.isfinite(), e.isfinite()), name
+
+
+EMPTIES = {
+    "batch": dict(batch=0),
+    "queries": dict(queries=0),
+    "heads": dict(heads=0),
+    "channels": dict(channels=0),
+    "points": dict(points=0),
+    "levels": dict(levels=()),
+    "pixels": dict(levels=((0, 4), (3, 0))),
+    "one level": dict(levels=((4, 3), (0, 5), (2, 2))),
+}
+
+
+@pytest.mark.parametrize("empty", EMPTIES)
+def test_empty_inputs_give_empty_or_zero_results(runner, empty):
+    inputs = make(small(**EMPTIES[empty]), runner, torch.float32)
+    inputs.sampling_locations = inputs.sampling_locations.nan_to_num()
+    check(inputs, runner)
+
+
+def test_any_strides(runner):
+    inputs = make(small(channels=6), runner, torch.float32)
+    expected = gradients(call(inputs, runner.backend), inputs.differentiable())
+    inputs.value = inputs.value.transpose(1, 3).contiguous().transpose(1, 3)
+    inputs.sampling_locations = inputs.sampling_locations.flip(-1).flip(-1).transpose(0, 2).contiguous().transpose(0, 2)
+    inputs.attention_weights = torch.stack([inputs.attention_weights] * 2, -1)[..., 1]
+    inputs.spatial_shapes = torch.stack([inputs.spatial_shapes] * 2, -1)[..., 0]
+    inputs.level_start_index = torch.stack([inputs.level_start_index] * 2, -1)[..., 0]
+    assert not any(tensor.is_contiguous() for tensor in inputs)
+    for name, a, e in zip(NAMES, gradients(call(inputs, runner.backend), inputs.differentiable()), expected):
+        torch.testing.assert_close(a, e, msg=name)
+
+
+def test_expanded_inputs_and_gradient(runner):
+    inputs = make(small(batch=1), runner, torch.float32)
+    value, locations, weights = (tensor.expand(3, *tensor.shape[1:]) for tensor in inputs.differentiable())
+    output = call(inputs, runner.backend)(value, locations, weights)
+    single = call(inputs, runner.backend)(*inputs.differentiable())
+    torch.testing.assert_close(output, single.expand_as(output))
+    leaves = [tensor.requires_grad_() for tensor in inputs.differentiable()]
+    call(inputs, runner.backend)(*leaves).sum().backward()  # an expanded gradient, strides 0
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
+def test_only_the_gradients_that_are_asked_for(runner, wanted):
+    inputs = make(SMALL, runner, torch.float32)
+    everything = gradients(call(inputs, runner.backend), inputs.differentiable())[1:]
+    leaves = [t.clone().requires_grad_(bool(want)) for t, want in zip(inputs.differentiable(), wanted)]
+    output = call(inputs, runner.backend)(*leaves)
+    with guarded_memory():
+        output.backward(torch.ones_like(output))
+    for leaf, gradient, want in zip(leaves, everything, wanted):
+        assert (leaf.grad is not None) == bool(want)
+        if want:
+            torch.testing.assert_close(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_deterministic_backward_is_right_and_bitwise_repeatable(runner, dtype):
+    skip_dtype(runner, dtype)
+    inputs = make(small(channels=32, queries=40), runner, dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(inputs, runner)
+        first = gradients(call(inputs, runner.backend), inputs.differentiable())
+        for _ in range(2 if runner.slow else 10):
+            again = gradients(call(inputs, runner.backend), inputs.differentiable())
+            assert all(torch.equal(a, b) for a, b in zip(first, again))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 16, 30, 32, 64, 71])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
+def test_gradcheck(runner, channels, deterministic):
+    skip_dtype(runner, torch.float64)
+    inputs = make(small(batch=1, levels=((4, 3), (2, 2)), queries=2, heads=2, channels=channels, points=2), runner, torch.float64)
+    leaves = tuple(tensor.requires_grad_() for tensor in inputs.differentiable())
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert torch.autograd.gradcheck(call(inputs, runner.backend), leaves, fast_mode=runner.slow or channels > 32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@given(
+    batch=st.integers(1, 3),
+    levels=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    queries=st.sampled_from([1, 2, 7, 8, 15, 16, 17, 33]),
+    heads=st.integers(1, 5),
+    channels=st.sampled_from([1, 2, 4, 7, 8, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 96, 130]),
+    points=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.float64, *LOW]),
+    spread=st.sampled_from([0.5, 1.0, 3.0]),
+    seed=st.integers(0, 999),
+)
+def test_any_shape_on_the_cpu(batch, levels, queries, heads, channels, points, dtype, spread, seed):
+    from tests.runners import RUNNERS
+
+    runner = RUNNERS[0]
+    case = MsDeformAttnCase("drawn", "", batch, tuple(levels), queries, heads, channels, points)
+    check(make(case, runner, dtype, spread=spread, seed=seed), runner)
+
+
+def test_threads_do_not_change_a_bit():
+    from tests.runners import RUNNERS
+
+    inputs = make(small(queries=70, channels=32), RUNNERS[0], torch.float32)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(gradients(call(inputs, "cpu"), inputs.differentiable()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))

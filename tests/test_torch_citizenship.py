@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op as a citizen of torch: dispatcher, compiler, exporter, autocast, checkpointing, transforms, second order."""
+
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import vitkern
+from benchmarks.cases import MsDeformAttnCase, make_inputs
+from vitkern import backends
+from vitkern.nn import MSDeformAttn
+
+CASE = MsDeformAttnCase("small", "", 2, ((6, 5), (3, 2)), 5, 2, 8, 3)
+OP = torch.ops.vitkern.ms_deform_attn
+BACKWARD = torch.ops.vitkern.ms_deform_attn_backward
+
+
+def make(dtype=torch.float64, **changes):
+    return make_inputs(MsDeformAttnCase(**{**vars(CASE), **changes}), locations="uniform", dtype=dtype)
+
+
+def attend(value, shapes, starts, locations, weights, **options):
+    return vitkern.ms_deform_attn(value, shapes, starts, locations, weights, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [(), ([4, 2],), ([3, 3], "nearest")], ids=str)
+def test_opcheck(dtype, options):
+    inputs = make(dtype)
+    if options:
+        inputs.sampling_locations = inputs.sampling_locations.flatten(3, 4)
+        inputs.attention_weights = inputs.attention_weights.flatten(3)
+    torch.library.opcheck(OP.default, (*inputs.requires_grad_(), *options))
+
+
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False)])
+def test_opcheck_of_the_backward(needed):
+    inputs = make()
+    torch.library.opcheck(BACKWARD.default, (torch.randn(2, 5, 16, dtype=torch.float64), needed, *inputs))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    inputs = make(torch.float32).requires_grad_()
+    compiled = torch.compile(lambda *args: attend(*args).sin() * 2, fullgraph=True, dynamic=dynamic)
+    for output in (compiled(*inputs), attend(*inputs).sin() * 2):
+        grads = torch.autograd.grad(output.sum(), inputs.differentiable())
+        results = (output, *grads)
+        if output.grad_fn is not None and "CompiledFunction" in type(output.grad_fn).__name__:
+            first = results
+    for ours, eager in zip(first, results):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_compiles_with_sizes_as_numbers_and_a_second_shape():
+    compiled = torch.compile(lambda v, loc, w, levels: attend(v, levels, None, loc, w), fullgraph=True)
+    for levels in (((6, 5), (3, 2)), ((4, 4), (2, 2))):
+        inputs = make(levels=levels)
+        args = inputs.value, inputs.sampling_locations, inputs.attention_weights
+        torch.testing.assert_close(compiled(*args, levels), attend(*inputs))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = MSDeformAttn(16, 2, 2, 3)
+
+    def forward(self, query, reference_points, pixels, shapes, starts):
+        return self.attention(query, reference_points, pixels, shapes, starts)
+
+
+def layer_inputs(batch=2, queries=5):
+    shapes, starts = torch.tensor([[6, 5], [3, 2]]), torch.tensor([0, 30])
+    return torch.randn(batch, queries, 16), torch.rand(1, queries, 1, 2), torch.randn(batch, 36, 16), shapes, starts
+
+
+def test_exports_with_a_dynamic_batch_and_the_exported_program_trains():
+    layer, arguments = Layer(), layer_inputs()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    dynamic = ({0: batch}, None, {0: batch}, None, None)
+    exported = torch.export.export(layer, arguments, dynamic_shapes=dynamic).module()
+    arguments = layer_inputs(batch=3)
+    torch.testing.assert_close(exported(*arguments), layer(*arguments))
+
+    layer(*arguments).square().sum().backward()
+    exported(*arguments).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    trained = dict(exported.named_parameters())
+    assert trained.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(trained[name].grad, gradient, msg=name)
+
+
+def test_a_second_derivative_is_never_silently_wrong():
+    """With once_differentiable, as the peers use it, the second-order term of this loss vanishes without a word."""
+    inputs = make().requires_grad_()
+    (gradient,) = torch.autograd.grad(attend(*inputs).square().sum(), inputs.value, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        ((gradient * gradient).sum() + inputs.value.sum()).backward()
+
+
+def test_the_reference_has_the_second_derivative():
+    inputs = make().requires_grad_()
+
+    def loss(value):
+        output = attend(value, *list(inputs)[1:], backend="reference").square().sum()
+        (gradient,) = torch.autograd.grad(output, value, create_graph=True)
+        return (gradient * gradient).sum() + value.sum()
+
+    assert torch.autograd.gradcheck(loss, (inputs.value,), fast_mode=True)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad", "jacrev", "hessian"])
+def test_transforms_without_a_kernel_say_so(transform):
+    inputs = make()
+
+    def function(value):
+        return attend(value, *list(inputs)[1:]).sum()
+
+    call = getattr(torch.func, transform)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        call(function, (inputs.value,), (inputs.value,)) if transform == "jvp" else call(function)(inputs.value)
+
+
+def test_the_reference_runs_under_every_transform():
+    inputs = make()
+
+    def function(value):
+        return attend(value, *list(inputs)[1:], backend="reference").sum()
+
+    gradient = torch.func.grad(function)(inputs.value)
+    _, tangent = torch.func.jvp(function, (inputs.value,), (torch.ones_like(inputs.value),))
+    torch.testing.assert_close(gradient.sum(), tangent)
+
+
+def test_vmap():
+    inputs = make()
+    locations = torch.rand(3, *inputs.sampling_locations.shape, dtype=torch.float64)
+
+    def function(where):
+        return attend(inputs.value, inputs.spatial_shapes, inputs.level_start_index, where, inputs.attention_weights)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch loops over the batch and says so
+        torch.testing.assert_close(torch.vmap(function)(locations), torch.stack([function(w) for w in locations]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_lowers_the_value_and_keeps_locations(dtype):
+    inputs = make(torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        output = attend(*inputs)
+    assert output.dtype == dtype
+    by_hand = attend(inputs.value.to(dtype), *list(inputs)[1:])
+    assert torch.equal(output, by_hand)
+    output.float().sum().backward()
+    assert all(tensor.grad.dtype == torch.float32 for tensor in inputs.differentiable())
+    with torch.autocast("cpu", dtype=dtype):
+        assert attend(*make(torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    inputs = make(torch.float32).requires_grad_()
+    expected = torch.autograd.grad(attend(*inputs).sum(), inputs.differentiable())
+    checkpoint(attend, *inputs, use_reentrant=reentrant).sum().backward()
+    for tensor, gradient in zip(inputs.differentiable(), expected):
+        assert torch.equal(tensor.grad, gradient)
+
+
+def test_inference_mode_and_then_training():
+    inputs = make(torch.float32)
+    sizes = [(6, 5), (3, 2)]
+    args = inputs.sampling_locations, inputs.attention_weights
+    with torch.inference_mode():
+        attend(inputs.value, sizes, None, *args)
+    value = inputs.value.clone().requires_grad_()
+    attend(value, sizes, None, *args).sum().backward()
+    assert value.grad is not None
+
+
+def test_fake_tensors_leave_nothing_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    sizes = [(7, 5), (3, 2)]
+    with FakeTensorMode():
+        value, where, weights = torch.empty(1, 41, 2, 4), torch.empty(1, 3, 2, 2, 2, 2), torch.empty(1, 3, 2, 2, 2)
+        assert attend(value, sizes, None, where, weights).shape == (1, 3, 8)
+    value, where, weights = torch.ones(1, 41, 2, 4), torch.rand(1, 3, 2, 2, 2, 2), torch.ones(1, 3, 2, 2, 2)
+    assert type(attend(value, sizes, None, where, weights)) is torch.Tensor
+
+
+def test_meta_tensors_get_shapes_and_checks():
+    inputs = make(torch.float32)
+    meta = [tensor.to("meta") for tensor in inputs]
+    assert attend(*meta).shape == (2, 5, 16)
+    with pytest.raises(ValueError, match="sampling_locations must be"):
+        attend(*meta[:3], meta[3][:, :, :, :1], meta[4])
+
+
+MISTAKES = {
+    "value must be [B, S, M, D]": lambda i: {"value": i.value[0]},
+    "S=36 pixels": lambda i: {"spatial_shapes": i.spatial_shapes + 1, "level_start_index": torch.tensor([0, 42])},
+    "without gap or overlap": lambda i: {"level_start_index": torch.tensor([0, 6])},
+    "spatial_shapes must be [L, 2]": lambda i: {"spatial_shapes": i.spatial_shapes.flatten()},
+    "level_start_index must be [L] with L=2": lambda i: {"level_start_index": torch.tensor([0])},
+    "with B=2, M=2, L=2, got [2, 5, 2, 1, 3, 2]": lambda i: {"sampling_locations": i.sampling_locations[:, :, :, :1]},
+    "got [1, 5, 2, 2, 3, 2]": lambda i: {"sampling_locations": i.sampling_locations[:1]},
+    "attention_weights must be [2, 5, 2, 2, 3]": lambda i: {"attention_weights": i.attention_weights[..., :2]},
+    "method must be 'bilinear' or 'nearest', got 'cubic'": lambda i: {"method": "cubic"},
+    "points_per_level must be L=2 numbers": lambda i: {
+        "points_per_level": [6],
+        "sampling_locations": i.sampling_locations.flatten(3, 4),
+    },
+    "K=7 points in all": lambda i: {
+        "points_per_level": [4, 3],
+        "sampling_locations": i.sampling_locations.flatten(3, 4),
+    },
+    "backend must be one of": lambda i: {"backend": "tpu"},
+    "on value's device cpu, got meta": lambda i: {"attention_weights": i.attention_weights.to("meta")},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_named(message):
+    inputs = make()
+    arguments = {**vars(inputs), **MISTAKES[message](inputs)}
+    with pytest.raises(ValueError) as error:
+        vitkern.ms_deform_attn(**arguments)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["value", "sampling_locations", "attention_weights"])
+def test_integer_tensors_are_refused(name):
+    inputs = make()
+    with pytest.raises(TypeError, match=name):
+        vitkern.ms_deform_attn(**{**vars(inputs), name: getattr(inputs, name).long()})
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_that_cannot_run_says_why(backend, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends.choose.cache_clear()
+    inputs = make(torch.float32)
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run here: "):
+        attend(*inputs, backend=backend)
+    backends.choose.cache_clear()
+
+
+def test_an_environment_variable_picks_the_backend():
+    program = """
+        import torch, vitkern
+        value, shapes = torch.ones(1, 4, 1, 2), [(2, 2)]
+        locations, weights = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
+        value.requires_grad_()
+        print(vitkern.ms_deform_attn(value, shapes, None, locations, weights).grad_fn)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    for backend, expected in (("reference", "Reshape"), ("cpu", "ms_deform_attn")):
+        run = subprocess.run(command, env={**_environment(), "VITKERN_BACKEND": backend}, capture_output=True, text=True)
+        assert expected in run.stdout, run.stderr
+    run = subprocess.run(command, env={**_environment(), "VITKERN_BACKEND": "gpu"}, capture_output=True, text=True)
+    assert "backend must be one of cpu, cuda, triton, reference, got 'gpu'" in run.stderr
+
+
+def _environment():
+    import os
+
+    return dict(os.environ)
+
+
+@pytest.mark.parametrize(
+    "architectures, capability, fits",
+    [
+        ("80-real 90-real 100-real 120", (8, 0), True),
+        ("80-real 90-real 100-real 120", (8, 9), True),
+        ("80-real 90-real 100-real 120", (7, 5), False),
+        ("80-real 90-real 100-real 120", (12, 1), True),
+        ("80-real 90-real", (10, 0), False),
+        ("80", (10, 0), True),
+        ("90-virtual", (10, 0), True),
+        ("90-virtual", (8, 0), False),
+    ],
+)
+def test_which_cards_a_build_serves(architectures, capability, fits):
+    assert (backends._no_image_for(capability, architectures) is None) == fits
