@@ -1,9 +1,85 @@
 // SPDX-License-Identifier: Apache-2.0
+// The entry points: reads the levels, then picks the kernel for the element types and the way of sampling.
 #include "ms_deform_attn/cpu.h"
 
 #include <stdexcept>
 
+#include "ms_deform_attn/cpu_backward.h"
+#include "ms_deform_attn/cpu_forward.h"
+
 namespace vitkern::VITKERN_ISA {
-void ms_deform_attn_forward(const MsDeformAttnParams&) { throw std::runtime_error("not written yet"); }
-void ms_deform_attn_backward(const MsDeformAttnParams&) { throw std::runtime_error("not written yet"); }
+namespace {
+
+// Shapes come from the user's tensors: what would read outside of value is an error, not a crash.
+void read_levels(const MsDeformAttnParams& p, Level* levels) {
+  for (int64_t i = 0; i < p.levels; ++i) {
+    Level& level = levels[i];
+    level.height = p.spatial_shapes[2 * i];
+    level.width = p.spatial_shapes[2 * i + 1];
+    level.start = p.level_start[i];
+    level.first_point = i == 0 ? 0 : levels[i - 1].last_point;
+    level.last_point = p.ragged ? p.point_end[i] : (i + 1) * (p.points / p.levels);
+    const bool sized = level.height >= 0 && level.width >= 0 && level.height <= p.pixels && level.width <= p.pixels;
+    if (!sized || level.start < 0 || level.start > p.pixels || level.pixels() > p.pixels - level.start)
+      throw std::invalid_argument("ms_deform_attn: a level of spatial_shapes reaches outside of value");
+  }
+}
+
+// Calls run(T{}, C{}) with the types of value and of coordinates.
+template <typename Run>
+void dispatch_dtypes(const MsDeformAttnParams& p, const Run& run) {
+  const bool same = p.coord_dtype == p.value_dtype;
+  switch (p.value_dtype) {
+    case DType::kFloat32:
+      return run(float{}, float{});
+    case DType::kFloat64:
+      return run(double{}, double{});
+    case DType::kFloat16:
+      return same ? run(Half{}, Half{}) : run(Half{}, float{});
+    case DType::kBFloat16:
+      return same ? run(BFloat16{}, BFloat16{}) : run(BFloat16{}, float{});
+  }
+  throw std::invalid_argument("ms_deform_attn: unknown dtype code");
+}
+
+// Rows are 32-bit numbers beside 32-bit floats.
+void check_sizes(const MsDeformAttnParams& p) {
+  if (p.pixels > INT32_MAX) throw std::invalid_argument("ms_deform_attn: value has 2^31 pixels or more");
+}
+
+}  // namespace
+
+void ms_deform_attn_forward(const MsDeformAttnParams& p) {
+  check_sizes(p);
+  if (p.batch * p.queries * p.heads * p.channels == 0) return;
+  const Scratch scratch((p.levels + 1) * sizeof(Level));
+  Level* const levels = reinterpret_cast<Level*>(scratch.data());
+  read_levels(p, levels);
+  dispatch_dtypes(p, [&](auto value, auto coordinate) {
+    using T = decltype(value);
+    using C = decltype(coordinate);
+    if (p.sampling == Sampling::kBilinear)
+      forward<kCorners, T, C>(p, levels);
+    else
+      forward<1, T, C>(p, levels);
+  });
+}
+
+void ms_deform_attn_backward(const MsDeformAttnParams& p) {
+  check_sizes(p);
+  if (p.batch * p.heads == 0 || !(p.grad_value || p.grad_locations || p.grad_weights)) return;
+  const Scratch scratch((p.levels + 1) * (sizeof(Level) + sizeof(Group)));
+  Level* const levels = reinterpret_cast<Level*>(scratch.data());
+  read_levels(p, levels);
+  Group* const groups = reinterpret_cast<Group*>(levels + p.levels + 1);
+  dispatch_dtypes(p, [&](auto value, auto coordinate) {
+    using T = decltype(value);
+    using C = decltype(coordinate);
+    if (p.sampling == Sampling::kBilinear)
+      backward<kCorners, T, C>(p, levels, groups);
+    else
+      backward<1, T, C>(p, levels, groups);
+  });
+}
+
 }  // namespace vitkern::VITKERN_ISA

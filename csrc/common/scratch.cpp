@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/scratch.h"
+
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace vitkern {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+// Leaked on purpose: kernels may still run while static objects are destroyed.
+struct Kept {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  size_t bytes = 0;
+};
+
+Kept& kept() {
+  static Kept& instance = *new Kept;
+  return instance;
+}
+
+size_t alignment_of(size_t bytes) { return bytes < kHugePage ? kScratchAlignment : kHugePage; }
+
+void* allocate(size_t bytes) {
+  void* data = ::operator new(bytes, std::align_val_t{alignment_of(bytes)});
+#if defined(__linux__)
+  // Random gathers miss the translation buffers on small pages. A refusal changes nothing.
+  if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
+void release(const Block& block) { ::operator delete(block.data, std::align_val_t{alignment_of(block.bytes)}); }
+
+}  // namespace
+
+Scratch::Scratch(size_t bytes) {
+  const size_t granule = alignment_of(bytes);
+  bytes_ = (bytes + granule) / granule * granule;
+  {
+    Kept& store = kept();
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    // The smallest kept block that is large enough without wasting more than half of it.
+    auto best = store.blocks.end();
+    for (auto block = store.blocks.begin(); block != store.blocks.end(); ++block)
+      if (block->bytes >= bytes_ && block->bytes / 2 <= bytes_)
+        if (best == store.blocks.end() || block->bytes < best->bytes) best = block;
+    if (best != store.blocks.end()) {
+      data_ = best->data;
+      bytes_ = best->bytes;
+      store.bytes -= bytes_;
+      store.blocks.erase(best);
+      return;
+    }
+  }
+  data_ = allocate(bytes_);
+}
+
+Scratch::~Scratch() {
+  Kept& store = kept();
+  const std::lock_guard<std::mutex> lock(store.mutex);
+  store.blocks.push_back({data_, bytes_});
+  store.bytes += bytes_;
+  // The oldest go first.
+  while (store.bytes > kMaxKeptBytes) {
+    release(store.blocks.front());
+    store.bytes -= store.blocks.front().bytes;
+    store.blocks.erase(store.blocks.begin());
+  }
+}
+
+}  // namespace vitkern

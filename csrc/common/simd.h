@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vec<T, N>: N numbers that are computed with together, on any instruction set, and the element types' conversions.
+//
+// GCC and Clang translate their vector extension into what the target has, splitting vectors that are wider than its
+// registers; other compilers get loops over an array. Everything here has internal linkage: the linker must never
+// replace a function of one instruction set by its twin of another. For the same reason no std:: template is used.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define VITKERN_INLINE __forceinline
+#define VITKERN_VECTOR_EXTENSION 0
+#else
+#define VITKERN_INLINE inline __attribute__((always_inline))
+#define VITKERN_VECTOR_EXTENSION 1
+#endif
+
+// Picks four lanes of two vectors of four.
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+#define VITKERN_SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#elif defined(__GNUC__)
+#define VITKERN_SHUFFLE(A, B, ...) __builtin_shuffle(A, B, (typename Vec<Integer<T>, 4>::Native){__VA_ARGS__})
+#endif
+
+// Tests set it, to run the wide code on a chip that has only narrow registers.
+#ifndef VITKERN_VECTOR_BYTES
+#if defined(__AVX512F__)
+#define VITKERN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VITKERN_VECTOR_BYTES 32
+#else
+#define VITKERN_VECTOR_BYTES 16
+#endif
+#endif
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+template <typename T>
+constexpr int kLanes = VITKERN_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// The integers as wide as T: what comparisons give (all bits set = true), and indices that travel beside T.
+template <typename T>
+struct IntegerOf {
+  using Type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using Type = int64_t;
+};
+template <>
+struct IntegerOf<int64_t> {
+  using Type = int64_t;
+};
+template <typename T>
+using Integer = typename IntegerOf<T>::Type;
+
+#if VITKERN_VECTOR_EXTENSION
+
+template <typename T, int N>
+struct Vec {
+  typedef T Native __attribute__((vector_size(sizeof(T) * N)));
+  Native v;
+};
+
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> broadcast(T x) {
+  return {x - typename Vec<T, N>::Native{}};
+}
+
+#define VITKERN_ARITHMETIC(OP)                                      \
+  template <typename T, int N>                                      \
+  VITKERN_INLINE Vec<T, N> operator OP(Vec<T, N> a, Vec<T, N> b) {  \
+    return {a.v OP b.v};                                            \
+  }
+#define VITKERN_COMPARISON(OP)                                               \
+  template <typename T, int N>                                               \
+  VITKERN_INLINE Vec<Integer<T>, N> operator OP(Vec<T, N> a, Vec<T, N> b) {  \
+    return {(typename Vec<Integer<T>, N>::Native)(a.v OP b.v)};              \
+  }
+
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> select(Vec<Integer<T>, N> mask, Vec<T, N> yes, Vec<T, N> no) {
+  return {mask.v ? yes.v : no.v};
+}
+
+template <typename U, typename T, int N>
+VITKERN_INLINE Vec<U, N> convert(Vec<T, N> a) {
+  return {__builtin_convertvector(a.v, typename Vec<U, N>::Native)};
+}
+
+#else
+
+template <typename T, int N>
+struct Vec {
+  T v[N];
+};
+
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> broadcast(T x) {
+  Vec<T, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = x;
+  return r;
+}
+
+#define VITKERN_ARITHMETIC(OP)                                                   \
+  template <typename T, int N>                                                   \
+  VITKERN_INLINE Vec<T, N> operator OP(Vec<T, N> a, Vec<T, N> b) {               \
+    for (int i = 0; i < N; ++i) a.v[i] = static_cast<T>(a.v[i] OP b.v[i]);       \
+    return a;                                                                    \
+  }
+#define VITKERN_COMPARISON(OP)                                               \
+  template <typename T, int N>                                               \
+  VITKERN_INLINE Vec<Integer<T>, N> operator OP(Vec<T, N> a, Vec<T, N> b) {  \
+    Vec<Integer<T>, N> r;                                                    \
+    for (int i = 0; i < N; ++i) r.v[i] = -(a.v[i] OP b.v[i]);                \
+    return r;                                                                \
+  }
+
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> select(Vec<Integer<T>, N> mask, Vec<T, N> yes, Vec<T, N> no) {
+  for (int i = 0; i < N; ++i) no.v[i] = mask.v[i] ? yes.v[i] : no.v[i];
+  return no;
+}
+
+template <typename U, typename T, int N>
+VITKERN_INLINE Vec<U, N> convert(Vec<T, N> a) {
+  Vec<U, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = static_cast<U>(a.v[i]);
+  return r;
+}
+
+#endif
+
+VITKERN_ARITHMETIC(+)
+VITKERN_ARITHMETIC(-)
+VITKERN_ARITHMETIC(*)
+VITKERN_ARITHMETIC(&)
+VITKERN_ARITHMETIC(|)
+VITKERN_ARITHMETIC(>>)
+VITKERN_ARITHMETIC(<<)
+VITKERN_COMPARISON(<)
+VITKERN_COMPARISON(>)
+VITKERN_COMPARISON(>=)
+VITKERN_COMPARISON(==)
+#undef VITKERN_ARITHMETIC
+#undef VITKERN_COMPARISON
+
+template <typename U, typename T, int N>
+VITKERN_INLINE Vec<U, N> bit_cast(Vec<T, N> a) {
+  static_assert(sizeof(U) == sizeof(T), "a cast of bits keeps the size");
+  Vec<U, N> r;
+  memcpy(&r, &a, sizeof r);
+  return r;
+}
+
+// Memory needs no alignment.
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> load(const T* from) {
+  Vec<T, N> r;
+  memcpy(&r, from, sizeof r);
+  return r;
+}
+
+template <typename T, int N>
+VITKERN_INLINE void store(T* to, Vec<T, N> a) {
+  memcpy(to, &a, sizeof a);
+}
+
+// a * b + c; one instruction where there is one, as the compiler may contract.
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> multiply_add(Vec<T, N> a, Vec<T, N> b, Vec<T, N> c) {
+  return a * b + c;
+}
+
+// Right for numbers that the integer can hold.
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> floor(Vec<T, N> a) {
+  const Vec<T, N> truncated = convert<T>(convert<Integer<T>>(a));
+  return select(truncated > a, truncated - broadcast<T, N>(1), truncated);
+}
+
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N / 2> add_halves(Vec<T, N> a) {
+  Vec<T, N / 2> low, high;
+  memcpy(&low, &a, sizeof low);
+  memcpy(&high, reinterpret_cast<const char*>(&a) + sizeof low, sizeof high);
+  return low + high;
+}
+
+template <typename T, int N>
+VITKERN_INLINE T sum(Vec<T, N> a) {
+  if constexpr (N > 1) {
+    return sum(add_halves(a));
+  } else {
+    T x;
+    memcpy(&x, &a, sizeof x);
+    return x;
+  }
+}
+
+// The sums of four vectors.
+template <typename T, int N>
+VITKERN_INLINE Vec<T, 4> sum_each(Vec<T, N> a, Vec<T, N> b, Vec<T, N> c, Vec<T, N> d) {
+#if defined(VITKERN_SHUFFLE)
+  if constexpr (N > 4) {
+    return sum_each(add_halves(a), add_halves(b), add_halves(c), add_halves(d));
+  } else if constexpr (N == 4) {
+    const Vec<T, 4> ab = {VITKERN_SHUFFLE(a.v, b.v, 0, 4, 1, 5) + VITKERN_SHUFFLE(a.v, b.v, 2, 6, 3, 7)};
+    const Vec<T, 4> cd = {VITKERN_SHUFFLE(c.v, d.v, 0, 4, 1, 5) + VITKERN_SHUFFLE(c.v, d.v, 2, 6, 3, 7)};
+    return {VITKERN_SHUFFLE(ab.v, cd.v, 0, 1, 4, 5) + VITKERN_SHUFFLE(ab.v, cd.v, 2, 3, 6, 7)};
+  }
+#endif
+  const T sums[4] = {sum(a), sum(b), sum(c), sum(d)};
+  return load<T, 4>(sums);
+}
+
+VITKERN_INLINE void prefetch(const void* address) {
+#if VITKERN_VECTOR_EXTENSION
+  __builtin_prefetch(address);
+#elif defined(_M_X64)
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
+#endif
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA

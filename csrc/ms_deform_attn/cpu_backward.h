@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward: gradients of value, weights and locations, eqs. (5) to (7), without atomics.
+//
+// Work split: a task is (image, head, level): it alone adds to the gradient of that level's rows, and it alone owns the
+// gradients of that level's points. Where those are too few to occupy a machine, the queries are cut into a number of
+// chunks that depends on the shapes only; each adds to a slab of its own, and the slabs are summed in their order. So
+// results do not depend on the number of threads.
+// Memory: where rows are met several times over, a task copies its level's rows side by side, and adds to a slab of
+// accumulators that is written to grad_value once.
+#pragma once
+
+#include "ms_deform_attn/cpu_scatter.h"
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+constexpr int64_t kEnoughTasks = 32;
+constexpr int64_t kMinChunkQueries = 256;
+constexpr int64_t kMaxSlabBytes = int64_t{64} << 20;  // of all chunks' slabs together
+
+// One head's rows [begin, begin + count) of an image, side by side, channels padded with zeros.
+template <typename T>
+void pack_head(const MsDeformAttnParams& p, int64_t image, int64_t head, int64_t begin, int64_t count, int64_t channels,
+               T* packed) {
+  const T* value = static_cast<const T*>(p.value) + ((image * p.pixels + begin) * p.heads + head) * p.channels;
+  for (int64_t pixel = 0; pixel < count; ++pixel, packed += channels) {
+    memcpy(packed, value + pixel * p.heads * p.channels, p.channels * sizeof(T));
+    for (int64_t channel = p.channels; channel < channels; ++channel) packed[channel] = T{};
+  }
+}
+
+// Rows of a slab to grad_value, rounded once.
+template <typename T>
+void write_rows(const MsDeformAttnParams& p, int64_t image, int64_t head, int64_t begin, int64_t count,
+                int64_t channels, const Accumulator<T>* slab) {
+  T* to = static_cast<T*>(p.grad_value) + ((image * p.pixels + begin) * p.heads + head) * p.channels;
+  for (int64_t pixel = 0; pixel < count; ++pixel)
+    narrow_array(slab + pixel * channels, p.channels, to + pixel * p.heads * p.channels);
+}
+
+// How the work of one call is cut.
+struct BackwardPlan {
+  Group* groups;
+  int64_t group_count, chunks;
+  int64_t channels;      // padded
+  int64_t widest_group;  // pixels
+  bool packs;
+};
+
+// Levels that share pixels must be added up by one task.
+inline bool levels_overlap(const Level* levels, int64_t count) {
+  for (const Level* a = levels; a < levels + count; ++a)
+    for (const Level* b = levels; b < a; ++b)
+      if (a->start < b->start + b->pixels() && b->start < a->start + a->pixels()) return true;
+  return false;
+}
+
+template <typename T>
+BackwardPlan plan_backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
+  using Acc = Accumulator<T>;
+  BackwardPlan plan{groups, p.levels, 1, padded_channels<Acc>(p.channels), 0, false};
+  if (levels_overlap(levels, p.levels)) {
+    plan.group_count = 1;
+    groups[0] = {levels, p.levels, 0, p.pixels};
+    plan.widest_group = p.pixels;
+  } else {
+    for (int64_t i = 0; i < p.levels; ++i) {
+      groups[i] = {levels + i, 1, levels[i].start, levels[i].pixels()};
+      if (groups[i].pixels > plan.widest_group) plan.widest_group = groups[i].pixels;
+    }
+  }
+  plan.packs = plan.channels != p.channels || p.queries * p.points >= p.pixels;
+  const int64_t tasks = p.batch * p.heads * plan.group_count;
+  const int64_t slab_bytes = p.batch * p.heads * p.pixels * plan.channels * static_cast<int64_t>(sizeof(Acc));
+  if (tasks == 0) return plan;
+  plan.chunks = divide_up(kEnoughTasks, tasks);
+  // Each chunk must be worth its slab.
+  const int64_t most[] = {p.queries / kMinChunkQueries, p.pixels ? p.queries * p.points / p.pixels : 1,
+                          slab_bytes ? kMaxSlabBytes / slab_bytes : 1};
+  for (const int64_t bound : most)
+    if (plan.chunks > bound) plan.chunks = bound < 1 ? 1 : bound;
+  return plan;
+}
+
+// Pixels that no group covers have no gradient.
+template <typename T>
+void clear_gaps(const MsDeformAttnParams& p, const BackwardPlan& plan, int64_t image) {
+  T* const grad = static_cast<T*>(p.grad_value) + image * p.pixels * p.heads * p.channels;
+  for (int64_t pixel = 0; pixel < p.pixels;) {
+    int64_t next = p.pixels, covered_to = pixel;
+    for (const Group* group = plan.groups; group < plan.groups + plan.group_count; ++group) {
+      const int64_t end = group->first_pixel + group->pixels;
+      if (group->first_pixel <= pixel && end > covered_to) covered_to = end;
+      if (group->first_pixel > pixel && group->pixels && group->first_pixel < next) next = group->first_pixel;
+    }
+    if (covered_to == pixel) {
+      memset(static_cast<void*>(grad + pixel * p.heads * p.channels), 0,
+             (next - pixel) * p.heads * p.channels * sizeof(T));
+      covered_to = next;
+    }
+    pixel = covered_to;
+  }
+}
+
+template <typename Acc>
+void clear_rows(const Rows<Acc>& rows, int64_t count, int64_t channels) {
+  for (int64_t row = 0; row < count; ++row) memset(rows.base + row * rows.stride, 0, channels * sizeof(Acc));
+}
+
+// Where a task reads its rows, after copying them if the plan says so.
+template <typename T>
+Rows<const T> value_rows(const MsDeformAttnParams& p, const BackwardPlan& plan, const BackwardWorker<T>& worker,
+                         const Group& group, int64_t image, int64_t head, const T* outside) {
+  if (plan.packs) {
+    pack_head(p, image, head, group.first_pixel, group.pixels, plan.channels, worker.value);
+    return {worker.value, plan.channels, outside};
+  }
+  const T* value = static_cast<const T*>(p.value);
+  return {value + ((image * p.pixels + group.first_pixel) * p.heads + head) * p.channels, p.heads * p.channels, outside};
+}
+
+// Sums the chunks' slabs in their order, into the first, and writes them out.
+template <typename T>
+void merge_slabs(const MsDeformAttnParams& p, const BackwardPlan& plan, Accumulator<T>* slabs, int64_t slab_size) {
+  using Acc = Accumulator<T>;
+  parallel_for(p.batch * p.heads * plan.group_count, p.threads, [&](int64_t task, int) {
+    const Group& group = plan.groups[task % plan.group_count];
+    const int64_t head = task / plan.group_count % p.heads, image = task / plan.group_count / p.heads;
+    Acc* const first = slabs + ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
+      for (int64_t i = 0; i < group.pixels * plan.channels; ++i) first[i] += first[chunk * slab_size + i];
+    write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, first);
+  });
+}
+
+template <int kUsed, typename T, typename C>
+void backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
+  using Acc = Accumulator<T>;
+  const BackwardPlan plan = plan_backward<T>(p, levels, groups);
+  const int64_t tasks = p.batch * p.heads * plan.group_count * plan.chunks;
+  const int workers = worker_count(tasks, p.threads);
+  // Few points on many pixels: add to grad_value itself, if it can hold sums.
+  const bool in_place = sizeof(T) == sizeof(Acc) && !plan.packs && plan.chunks == 1;
+  const bool shared_slabs = plan.chunks > 1 && p.grad_value;
+  const int64_t value_rows_kept = plan.packs ? plan.widest_group : 0;
+  const int64_t slab_rows_kept = in_place || shared_slabs || !p.grad_value ? 0 : plan.widest_group;
+  const int64_t slab_size = p.batch * p.heads * p.pixels * plan.channels;
+
+  BackwardWorker<T>* worker;
+  T* outside;
+  Acc* slabs;
+  const auto lay_out = [&](Cursor& cursor) {
+    worker = cursor.take<BackwardWorker<T>>(workers);
+    outside = cursor.take<T>(plan.channels);
+    slabs = cursor.take<Acc>(shared_slabs ? plan.chunks * slab_size : 0);
+    for (int i = 0; i < workers; ++i) {
+      BackwardWorker<T> measured;
+      (cursor.base ? worker[i] : measured).lay_out(cursor, p, plan.channels, value_rows_kept, slab_rows_kept);
+    }
+  };
+  Cursor measure{nullptr};
+  lay_out(measure);
+  const Scratch scratch(measure.used);
+  Cursor cursor{scratch.data()};
+  lay_out(cursor);
+  for (int64_t channel = 0; channel < plan.channels; ++channel) outside[channel] = T{};
+  for (int i = 0; i < workers; ++i) memset(worker[i].grad_output, 0, kTileQueries * plan.channels * sizeof(Acc));
+
+  parallel_for(tasks, p.threads, [&](int64_t task, int who) {
+    BackwardWorker<T>& mine = worker[who];
+    const int64_t chunk = task % plan.chunks, owner = task / plan.chunks;
+    const Group& group = groups[owner % plan.group_count];
+    const int64_t head = owner / plan.group_count % p.heads, image = owner / plan.group_count / p.heads;
+    set_levels(mine.tile, group.levels, group.count, group.first_pixel);
+
+    Rows<Acc> grad = {mine.slab, plan.channels, mine.nowhere};
+    if (shared_slabs)
+      grad.base = slabs + chunk * slab_size + ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
+    if (in_place) {
+      grad.base = static_cast<Acc*>(p.grad_value) + ((image * p.pixels + group.first_pixel) * p.heads + head) * p.channels;
+      grad.stride = p.heads * p.channels;
+    }
+    if (p.grad_value) clear_rows(grad, group.pixels, plan.channels);
+    const Rows<const T> value = value_rows(p, plan, mine, group, image, head, outside);
+    backward_queries<kUsed, T, C>(p, mine, value, grad, group, image, head, p.queries * chunk / plan.chunks,
+                                  p.queries * (chunk + 1) / plan.chunks);
+    if (p.grad_value && !in_place && !shared_slabs)
+      write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, grad.base);
+  });
+
+  if (p.grad_value)
+    for (int64_t image = 0; image < p.batch; ++image) clear_gaps<T>(p, plan, image);
+  if (shared_slabs) merge_slabs<T>(p, plan, slabs, slab_size);
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward: out[q] = sum over points and corners of coefficient * value row, eq. (1).
+//
+// Work split: a task is a stretch of queries of one head of one image; consecutive tasks, which run at the same time,
+// share the head. Within a task, tiles of queries: first the coordinates of all points, then the rows they name.
+// Memory: where the rows are read several times over, [S, M, D] is first copied to [M, S, D]: its stride of M * D
+// numbers maps neighbours to the same cache sets. Rows are prefetched kAhead queries before they are added.
+// Numerics: sums in the accumulator type, in an order that depends on nothing but the shape.
+#pragma once
+
+#include "common/parallel.h"
+#include "ms_deform_attn/cpu_points.h"
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+constexpr int kAhead = 2;
+constexpr int kRing = 4;  // a power of two above kAhead
+constexpr int64_t kTaskQueries = 64;
+constexpr int64_t kTaskPixels = 64;
+static_assert(kRing > kAhead && (kRing & (kRing - 1)) == 0, "addresses of coming queries stay until they are used");
+
+template <typename Acc>
+int64_t padded_channels(int64_t channels) {
+  return (channels + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Adds the corners of a query, kVectors vectors of channels.
+template <int kVectors, int kUsed, typename T, typename Acc>
+void gather(const T* const* address, const Tile<Acc>& tile, int64_t first, int64_t channel, Acc* out) {
+  constexpr int N = kLanes<Acc>;
+  constexpr int kSums = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : kUsed;  // as many as hide the latency of an addition
+  Vec<Acc, N> sums[kSums][kVectors] = {};
+  for (int64_t point = 0; point < tile.points; ++point)
+    for (int corner = 0; corner < kUsed; ++corner) {
+      const auto coefficient = broadcast<Acc, N>(tile.coefficient[corner][first + point]);
+      const T* row = address[point * kUsed + corner] + channel;
+      for (int i = 0; i < kVectors; ++i) {
+        auto& sum = sums[corner % kSums][i];
+        sum = multiply_add(load_wide<N>(row + i * N), coefficient, sum);
+      }
+    }
+  for (int i = 0; i < kVectors; ++i) {
+    Vec<Acc, N> total = sums[0][i];
+    for (int s = 1; s < kSums; ++s) total = total + sums[s][i];
+    store(out + channel + i * N, total);
+  }
+}
+
+template <int kUsed, typename T, typename Acc>
+void gather_all(const T* const* address, const Tile<Acc>& tile, int64_t first, int64_t channels, Acc* out) {
+  constexpr int N = kLanes<Acc>;
+  int64_t channel = 0;
+  for (; channel + 8 * N <= channels; channel += 8 * N) gather<8, kUsed>(address, tile, first, channel, out);
+  for (; channel + 4 * N <= channels; channel += 4 * N) gather<4, kUsed>(address, tile, first, channel, out);
+  for (; channel + 2 * N <= channels; channel += 2 * N) gather<2, kUsed>(address, tile, first, channel, out);
+  for (; channel < channels; channel += N) gather<1, kUsed>(address, tile, first, channel, out);
+}
+
+// What a worker needs for itself.
+template <typename T>
+struct ForwardWorker {
+  using Acc = Accumulator<T>;
+  Tile<Acc> tile;
+  const T** addresses[kRing];
+  Acc* sums;
+
+  void lay_out(Cursor& cursor, const MsDeformAttnParams& p) {
+    tile.lay_out(cursor, p.points);
+    for (const T**& address : addresses) address = cursor.take<const T*>(p.points * kCorners);
+    sums = cursor.take<Acc>(padded_channels<Acc>(p.channels));
+  }
+};
+
+// Queries [begin, end) of one head. kUsed = corners of a point: 4, or 1 for the nearest pixel.
+template <int kUsed, typename T, typename C>
+void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, const Rows<const T>& rows, int64_t image,
+                     int64_t head, int64_t begin, int64_t end) {
+  using Acc = Accumulator<T>;
+  Tile<Acc>& tile = worker.tile;
+  const int64_t channels = padded_channels<Acc>(p.channels);
+  for (int64_t first = begin; first < end; first += tile.queries) {
+    const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
+    const int64_t row = (image * p.queries + first) * p.heads + head;
+    read_points<C>(tile, p, row * p.points, p.heads * p.points, queries);
+    if constexpr (kUsed == kCorners)
+      locate_bilinear(tile);
+    else
+      locate_nearest(tile);
+
+    T* out = static_cast<T*>(p.output) + row * p.channels;
+    for (int64_t step = -kAhead; step < queries; ++step) {
+      if (step + kAhead < queries) {
+        const T** ahead = worker.addresses[(step + kAhead) % kRing];
+        address_corners<kUsed>(tile, step + kAhead, rows, ahead);
+        prefetch_rows(ahead, tile.points * kUsed, p.channels * static_cast<int64_t>(sizeof(T)));
+      }
+      if (step < 0) continue;
+      gather_all<kUsed>(worker.addresses[step % kRing], tile, step * tile.points, channels, worker.sums);
+      narrow_array(worker.sums, p.channels, out + step * p.heads * p.channels);
+    }
+  }
+}
+
+// Copies pixels [begin, end) of an image to [M, S, channels], channels padded with zeros to whole vectors.
+template <typename T>
+void pack(const MsDeformAttnParams& p, int64_t image, int64_t begin, int64_t end, int64_t channels, T* packed) {
+  const T* value = static_cast<const T*>(p.value) + (image * p.pixels + begin) * p.heads * p.channels;
+  for (int64_t pixel = begin; pixel < end; ++pixel)
+    for (int64_t head = 0; head < p.heads; ++head, value += p.channels) {
+      T* row = packed + (head * p.pixels + pixel) * channels;
+      memcpy(row, value, p.channels * sizeof(T));
+      for (int64_t channel = p.channels; channel < channels; ++channel) row[channel] = T{};
+    }
+}
+
+template <int kUsed, typename T, typename C>
+void forward(const MsDeformAttnParams& p, const Level* levels) {
+  using Acc = Accumulator<T>;
+  const int64_t channels = padded_channels<Acc>(p.channels);
+  const bool packs = channels != p.channels || p.queries * p.points >= p.pixels;
+  const int64_t stretches = divide_up(p.queries, kTaskQueries);
+  const int64_t images_at_once = packs ? 1 : p.batch;
+  const int64_t tasks = images_at_once * p.heads * stretches;
+  const int workers = worker_count(tasks, p.threads);
+
+  ForwardWorker<T>* worker;
+  T *packed, *outside;
+  const auto lay_out = [&](Cursor& cursor) {
+    worker = cursor.take<ForwardWorker<T>>(workers);
+    outside = cursor.take<T>(channels);
+    for (int i = 0; i < workers; ++i) {
+      ForwardWorker<T> measured;
+      (cursor.base ? worker[i] : measured).lay_out(cursor, p);
+    }
+    packed = cursor.take<T>(packs ? p.heads * p.pixels * channels : 0);
+  };
+  Cursor measure{nullptr};
+  lay_out(measure);
+  const Scratch scratch(measure.used);
+  Cursor cursor{scratch.data()};
+  lay_out(cursor);
+  for (int64_t channel = 0; channel < channels; ++channel) outside[channel] = T{};
+  for (int i = 0; i < workers; ++i) set_levels(worker[i].tile, levels, p.levels, 0);
+
+  for (int64_t first_image = 0; first_image < p.batch; first_image += images_at_once) {
+    if (packs)
+      parallel_for(divide_up(p.pixels, kTaskPixels), p.threads, [&](int64_t task, int) {
+        const int64_t begin = task * kTaskPixels, rest = p.pixels - begin;
+        pack(p, first_image, begin, begin + (rest < kTaskPixels ? rest : kTaskPixels), channels, packed);
+      });
+    parallel_for(tasks, p.threads, [&](int64_t task, int who) {
+      const int64_t begin = task % stretches * kTaskQueries, rest = p.queries - begin;
+      const int64_t head = task / stretches % p.heads, image = first_image + task / stretches / p.heads;
+      Rows<const T> rows = {packed + head * p.pixels * channels, channels, outside};
+      if (!packs) {
+        rows.base = static_cast<const T*>(p.value) + (image * p.pixels * p.heads + head) * p.channels;
+        rows.stride = p.heads * p.channels;
+      }
+      forward_queries<kUsed, T, C>(p, worker[who], rows, image, head, begin,
+                                   begin + (rest < kTaskQueries ? rest : kTaskQueries));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tile: the sampling points of a few queries of one head, side by side, so that the maths of coordinates runs over
+// whole vectors whatever the number of points a query has. Forward and backward begin here.
+#pragma once
+
+#include "common/elements.h"
+#include "common/scratch.h"
+#include "ms_deform_attn/params.h"
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+constexpr int kCorners = 4;           // top left, top right, bottom left, bottom right
+constexpr int kOutside = -1;          // the row of a corner that is not in its level
+constexpr int64_t kTilePoints = 256;  // a tile's arrays stay in the L1 cache
+constexpr int64_t kTileQueries = 64;
+
+struct Level {
+  int64_t height, width, start;
+  int64_t first_point, last_point;
+
+  int64_t pixels() const { return height * width; }
+};
+
+// Arrays over the points of a tile, [queries, points] flat and padded to whole vectors.
+template <typename Acc>
+struct Tile {
+  using Index = Integer<Acc>;
+
+  int64_t points;   // of one query
+  int64_t queries;  // at most
+  int64_t padded;   // queries * points, up to whole vectors
+
+  // Size and first row of each point's level.
+  Acc *width, *height;
+  Index *columns, *rows, *start;
+
+  // Locations and weight of each point. x and y become the shares of the right and bottom corners.
+  Acc *xy, *x, *y, *weight;
+
+  // Row of each corner or kOutside, and its bilinear coefficient times the weight (0 outside).
+  Index* row[kCorners];
+  Acc* coefficient[kCorners];
+
+  // Room for queries of up to `most` points each.
+  void lay_out(Cursor& cursor, int64_t most) {
+    const int64_t size = (most < kTilePoints ? kTilePoints : most) + kLanes<Acc>;
+    width = cursor.take<Acc>(size);
+    height = cursor.take<Acc>(size);
+    columns = cursor.take<Index>(size);
+    rows = cursor.take<Index>(size);
+    start = cursor.take<Index>(size);
+    xy = cursor.take<Acc>(2 * size);
+    x = cursor.take<Acc>(size);
+    y = cursor.take<Acc>(size);
+    weight = cursor.take<Acc>(size);
+    for (int corner = 0; corner < kCorners; ++corner) {
+      row[corner] = cursor.take<Index>(size);
+      coefficient[corner] = cursor.take<Acc>(size);
+    }
+  }
+};
+
+// Cuts the tile for queries with the points of these levels. `first_row` is the pixel that row 0 stands for. Padding
+// lanes belong to a level without pixels.
+template <typename Acc>
+void set_levels(Tile<Acc>& tile, const Level* levels, int64_t level_count, int64_t first_row) {
+  using Index = Integer<Acc>;
+  const int64_t first_point = level_count ? levels[0].first_point : 0;
+  tile.points = level_count ? levels[level_count - 1].last_point - first_point : 0;
+  tile.queries = tile.points ? kTilePoints / tile.points : kTileQueries;
+  tile.queries = tile.queries < 1 ? 1 : tile.queries > kTileQueries ? kTileQueries : tile.queries;
+  tile.padded = (tile.queries * tile.points + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+  for (int64_t i = 0; i < tile.padded; ++i) {
+    tile.width[i] = tile.height[i] = 0;
+    tile.columns[i] = tile.rows[i] = tile.start[i] = 0;
+    tile.xy[2 * i] = tile.xy[2 * i + 1] = tile.weight[i] = 0;
+  }
+  for (int64_t query = 0; query < tile.queries; ++query)
+    for (const Level* level = levels; level < levels + level_count; ++level)
+      for (int64_t point = level->first_point; point < level->last_point; ++point) {
+        const int64_t i = query * tile.points + point - first_point;
+        tile.width[i] = static_cast<Acc>(level->width);
+        tile.height[i] = static_cast<Acc>(level->height);
+        tile.columns[i] = static_cast<Index>(level->width);
+        tile.rows[i] = static_cast<Index>(level->height);
+        tile.start[i] = static_cast<Index>(level->start - first_row);
+      }
+}
+
+// Reads `queries` queries; `row` is the index of the first one's points in [B, Q, M, K], `stride` from query to query.
+template <typename C, typename Acc>
+void read_points(Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int64_t stride, int64_t queries) {
+  const C* locations = static_cast<const C*>(p.locations) + 2 * row;
+  const C* weights = static_cast<const C*>(p.weights) + row;
+  for (int64_t query = 0; query < queries; ++query) {
+    widen_array(locations + 2 * query * stride, 2 * tile.points, tile.xy + 2 * query * tile.points);
+    widen_array(weights + query * stride, tile.points, tile.weight + query * tile.points);
+  }
+  const Acc* __restrict xy = tile.xy;
+  Acc* __restrict x = tile.x;
+  Acc* __restrict y = tile.y;
+  for (int64_t i = 0; i < tile.padded; ++i) {
+    x[i] = xy[2 * i];
+    y[i] = xy[2 * i + 1];
+  }
+}
+
+// Rows and coefficients of the four corners, eqs. (2) and (3).
+template <typename Acc>
+void locate_bilinear(Tile<Acc>& tile) {
+  using Index = Integer<Acc>;
+  constexpr int N = kLanes<Acc>;
+  using Numbers = Vec<Acc, N>;
+  using Indices = Vec<Index, N>;
+  const Numbers zero = broadcast<Acc, N>(0), half = broadcast<Acc, N>(Acc(0.5)), one = broadcast<Acc, N>(1);
+  const Indices first = broadcast<Index, N>(0), next = broadcast<Index, N>(1), outside = broadcast<Index, N>(kOutside);
+  for (int64_t i = 0; i < tile.padded; i += N) {
+    const Numbers width = load<Acc, N>(tile.width + i), height = load<Acc, N>(tile.height + i);
+    Numbers x = load<Acc, N>(tile.x + i) * width - half;
+    Numbers y = load<Acc, N>(tile.y + i) * height - half;
+    // Every comparison with NaN is false: a location that is not a number touches no pixel.
+    const Indices near = (x > zero - one) & (x < width) & (y > zero - one) & (y < height);
+    x = select(near, x, zero);
+    y = select(near, y, zero);
+    const Numbers left = floor(x), top = floor(y);
+    const Numbers right_share = x - left, bottom_share = y - top;
+    store(tile.x + i, right_share);
+    store(tile.y + i, bottom_share);
+
+    const Indices columns = load<Index, N>(tile.columns + i), rows = load<Index, N>(tile.rows + i);
+    const Indices column = convert<Index>(left), row = convert<Index>(top);
+    const Indices at_left = (column >= first) & (column < columns) & near;
+    const Indices at_right = (column + next < columns) & near;
+    const Indices at_top = (row >= first) & (row < rows), at_bottom = row + next < rows;
+    const Indices inside[kCorners] = {at_left & at_top, at_right & at_top, at_left & at_bottom, at_right & at_bottom};
+    const Indices top_left = load<Index, N>(tile.start + i) + row * columns + column;
+    const Indices pixel[kCorners] = {top_left, top_left + next, top_left + columns, top_left + columns + next};
+    const Numbers weight = load<Acc, N>(tile.weight + i);
+    const Numbers share[kCorners] = {(one - right_share) * (one - bottom_share), right_share * (one - bottom_share),
+                                     (one - right_share) * bottom_share, right_share * bottom_share};
+    for (int corner = 0; corner < kCorners; ++corner) {
+      store(tile.row[corner] + i, select(inside[corner], pixel[corner], outside));
+      store(tile.coefficient[corner] + i, select(inside[corner], weight * share[corner], zero));
+    }
+  }
+}
+
+// One corner with coefficient 1: the pixel under the location, clamped to the level, eq. (4).
+template <typename Acc>
+void locate_nearest(Tile<Acc>& tile) {
+  using Index = Integer<Acc>;
+  constexpr int N = kLanes<Acc>;
+  using Numbers = Vec<Acc, N>;
+  using Indices = Vec<Index, N>;
+  const Numbers zero = broadcast<Acc, N>(0), half = broadcast<Acc, N>(Acc(0.5)), one = broadcast<Acc, N>(1);
+  for (int64_t i = 0; i < tile.padded; i += N) {
+    const Numbers width = load<Acc, N>(tile.width + i), height = load<Acc, N>(tile.height + i);
+    Numbers x = load<Acc, N>(tile.x + i) * width + half;
+    Numbers y = load<Acc, N>(tile.y + i) * height + half;
+    // x - x is 0 for finite x, NaN for the others. A level without pixels has none to read.
+    const Indices finite = (x - x == zero) & (y - y == zero) & (width > zero) & (height > zero);
+    x = select(finite & (x > zero), x, zero);
+    y = select(finite & (y > zero), y, zero);
+    x = select(x < width - one, x, width - one);
+    y = select(y < height - one, y, height - one);
+    const Indices columns = load<Index, N>(tile.columns + i);
+    const Indices pixel = load<Index, N>(tile.start + i) + convert<Index>(y) * columns + convert<Index>(x);
+    store(tile.row[0] + i, select(finite, pixel, broadcast<Index, N>(kOutside)));
+    store(tile.coefficient[0] + i, select(finite, load<Acc, N>(tile.weight + i), zero));
+  }
+}
+
+// Where the rows of one head lie: packed side by side, or within [S, M, D]. Corners outside read `outside`.
+template <typename T>
+struct Rows {
+  T* base;
+  int64_t stride;
+  T* outside;
+};
+
+// The addresses of all corners of a query, [points, corners].
+template <int kUsed, typename T, typename Acc>
+VITKERN_INLINE void address_corners(const Tile<Acc>& tile, int64_t query, const Rows<T>& rows, T** address) {
+  for (int64_t point = 0; point < tile.points; ++point)
+    for (int corner = 0; corner < kUsed; ++corner) {
+      const int64_t row = tile.row[corner][query * tile.points + point];
+      address[point * kUsed + corner] = row < 0 ? rows.outside : rows.base + row * rows.stride;
+    }
+}
+
+template <typename T>
+VITKERN_INLINE void prefetch_rows(T* const* address, int64_t count, int64_t bytes) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(reinterpret_cast<const char*>(address[i]) + byte);
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA

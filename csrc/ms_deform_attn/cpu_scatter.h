@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of a stretch of queries: dots of grad_output with the rows of the corners, from which follow the gradients of
+// weights and locations, eqs. (6) and (7), and shares of grad_output added to the gradients of those rows, eq. (5).
+// cpu_backward.h says who runs it on what.
+#pragma once
+
+#include "ms_deform_attn/cpu_forward.h"
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+// Levels whose gradients one task adds up: one level, or all of them where levels share pixels.
+struct Group {
+  const Level* levels;
+  int64_t count;
+  int64_t first_pixel, pixels;
+};
+
+template <typename T>
+struct BackwardWorker {
+  using Acc = Accumulator<T>;
+  Tile<Acc> tile;
+  int64_t channels;  // padded to whole vectors
+  const T** value_addresses[kRing];
+  Acc** grad_addresses[kRing];
+  Acc* grad_output;  // [tile queries, channels]
+  Acc* dots;         // [tile points, corners]: grad_output times the row of the corner
+  T* value;          // [pixels of a group, channels]
+  Acc* slab;         // [pixels of a group, channels]
+  Acc* nowhere;      // [channels] takes what corners outside would add
+
+  void lay_out(Cursor& cursor, const MsDeformAttnParams& p, int64_t padded, int64_t value_rows, int64_t slab_rows) {
+    channels = padded;
+    tile.lay_out(cursor, p.points);
+    const int64_t points = p.points < kTilePoints ? kTilePoints : p.points;
+    for (const T**& address : value_addresses) address = cursor.take<const T*>(p.points * kCorners);
+    for (Acc**& address : grad_addresses) address = cursor.take<Acc*>(p.points * kCorners);
+    grad_output = cursor.take<Acc>(kTileQueries * channels);
+    dots = cursor.take<Acc>((points + kLanes<Acc>) * kCorners);
+    nowhere = cursor.take<Acc>(channels);
+    value = cursor.take<T>(value_rows * channels);
+    slab = cursor.take<Acc>(slab_rows * channels);
+  }
+};
+
+// One query, kVectors vectors of channels: dots with the rows, and shares of grad_output into the slab.
+template <int kVectors, int kUsed, bool kScatter, bool kDots, typename T, typename Acc>
+void scatter(const BackwardWorker<T>& worker, int64_t query, int64_t channel, Acc* dots) {
+  constexpr int N = kLanes<Acc>;
+  const Tile<Acc>& tile = worker.tile;
+  const T* const* value = worker.value_addresses[query % kRing];
+  Acc* const* grad = worker.grad_addresses[query % kRing];
+  const int64_t first = query * tile.points;
+  Vec<Acc, N> grad_output[kVectors];
+  for (int i = 0; i < kVectors; ++i)
+    grad_output[i] = load<Acc, N>(worker.grad_output + query * worker.channels + channel + i * N);
+
+  for (int64_t point = 0; point < tile.points; ++point) {
+    Vec<Acc, N> products[kCorners] = {};
+    for (int corner = 0; corner < kUsed; ++corner) {
+      if constexpr (kDots) {
+        const T* row = value[point * kUsed + corner] + channel;
+        for (int i = 0; i < kVectors; ++i)
+          products[corner] = multiply_add(load_wide<N>(row + i * N), grad_output[i], products[corner]);
+      }
+      if constexpr (kScatter) {
+        const auto share = broadcast<Acc, N>(tile.coefficient[corner][first + point]);
+        Acc* row = grad[point * kUsed + corner] + channel;
+        for (int i = 0; i < kVectors; ++i)
+          store(row + i * N, multiply_add(share, grad_output[i], load<Acc, N>(row + i * N)));
+      }
+    }
+    if constexpr (kDots) {
+      Acc* to = dots + (first + point) * kCorners;
+      const auto sums = sum_each(products[0], products[1], products[2], products[3]);
+      store(to, channel == 0 ? sums : sums + load<Acc, 4>(to));
+    }
+  }
+}
+
+template <int kUsed, bool kScatter, bool kDots, typename T>
+void scatter_all(const BackwardWorker<T>& worker, int64_t query) {
+  using Acc = Accumulator<T>;
+  constexpr int N = kLanes<Acc>;
+  const int64_t channels = worker.channels;
+  int64_t channel = 0;
+  for (; channel + 4 * N <= channels; channel += 4 * N)
+    scatter<4, kUsed, kScatter, kDots>(worker, query, channel, worker.dots);
+  for (; channel + 2 * N <= channels; channel += 2 * N)
+    scatter<2, kUsed, kScatter, kDots>(worker, query, channel, worker.dots);
+  for (; channel < channels; channel += N) scatter<1, kUsed, kScatter, kDots>(worker, query, channel, worker.dots);
+}
+
+// From the dots of each corner to the gradients of weight (into tile.weight) and location (into tile.xy), eqs. (6), (7).
+template <int kUsed, typename Acc>
+void finish_points(Tile<Acc>& tile, const Acc* dots) {
+  using Index = Integer<Acc>;
+  for (int64_t i = 0; i < tile.padded; ++i) {
+    Acc dot[kCorners] = {};
+    bool touched = false;
+    for (int corner = 0; corner < kUsed; ++corner) {
+      const bool inside = tile.row[corner][i] >= Index{0};
+      dot[corner] = inside ? dots[i * kCorners + corner] : Acc{0};
+      touched |= inside;
+    }
+    if constexpr (kUsed == 1) {
+      tile.weight[i] = dot[0];
+      tile.xy[2 * i] = tile.xy[2 * i + 1] = 0;
+    } else {
+      const Acc right = tile.x[i], bottom = tile.y[i], left = 1 - right, top = 1 - bottom;
+      const Acc slope_x = top * (dot[1] - dot[0]) + bottom * (dot[3] - dot[2]);
+      const Acc slope_y = left * (dot[2] - dot[0]) + right * (dot[3] - dot[1]);
+      const Acc weight = tile.weight[i];
+      tile.xy[2 * i] = touched ? weight * tile.width[i] * slope_x : Acc{0};
+      tile.xy[2 * i + 1] = touched ? weight * tile.height[i] * slope_y : Acc{0};
+      tile.weight[i] = top * (left * dot[0] + right * dot[1]) + bottom * (left * dot[2] + right * dot[3]);
+    }
+  }
+}
+
+template <typename C, typename Acc>
+void write_points(const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int64_t stride, int64_t queries) {
+  for (int64_t query = 0; query < queries; ++query) {
+    const int64_t to = row + query * stride, from = query * tile.points;
+    if (p.grad_locations)
+      narrow_array(tile.xy + 2 * from, 2 * tile.points, static_cast<C*>(p.grad_locations) + 2 * to);
+    if (p.grad_weights) narrow_array(tile.weight + from, tile.points, static_cast<C*>(p.grad_weights) + to);
+  }
+}
+
+// Queries [begin, end) of one head, points of one group.
+template <int kUsed, typename T, typename C>
+void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, const Rows<const T>& value,
+                      const Rows<Accumulator<T>>& grad, const Group& group, int64_t image, int64_t head, int64_t begin,
+                      int64_t end) {
+  Tile<Accumulator<T>>& tile = worker.tile;
+  const bool scatters = p.grad_value, dots = p.grad_locations || p.grad_weights;
+  const int64_t row_bytes = p.channels * static_cast<int64_t>(sizeof(T));
+  for (int64_t first = begin; first < end; first += tile.queries) {
+    const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
+    const int64_t row = (image * p.queries + first) * p.heads + head;
+    const int64_t first_point = row * p.points + (group.count ? group.levels->first_point : 0);
+    read_points<C>(tile, p, first_point, p.heads * p.points, queries);
+    if constexpr (kUsed == kCorners)
+      locate_bilinear(tile);
+    else
+      locate_nearest(tile);
+    const T* grad_output = static_cast<const T*>(p.grad_output) + row * p.channels;
+    for (int64_t query = 0; query < queries; ++query)
+      widen_array(grad_output + query * p.heads * p.channels, p.channels, worker.grad_output + query * worker.channels);
+
+    for (int64_t step = -kAhead; step < queries; ++step) {
+      const int64_t ahead = step + kAhead;
+      if (ahead < queries) {
+        address_corners<kUsed>(tile, ahead, value, worker.value_addresses[ahead % kRing]);
+        address_corners<kUsed>(tile, ahead, grad, worker.grad_addresses[ahead % kRing]);
+        prefetch_rows(worker.value_addresses[ahead % kRing], tile.points * kUsed, row_bytes);
+        prefetch_rows(worker.grad_addresses[ahead % kRing], tile.points * kUsed, row_bytes);
+      }
+      if (step < 0) continue;
+      if (scatters && dots)
+        scatter_all<kUsed, true, true>(worker, step);
+      else if (scatters)
+        scatter_all<kUsed, true, false>(worker, step);
+      else
+        scatter_all<kUsed, false, true>(worker, step);
+    }
+    if (!dots) continue;
+    finish_points<kUsed>(tile, worker.dots);
+    write_points<C>(tile, p, first_point, p.heads * p.points, queries);
+  }
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA
