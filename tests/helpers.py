@@ -19,7 +19,8 @@ def assert_as_exact_as(actual: Tensor, plain: Tensor, oracle: Tensor, *, what: s
     """`actual`'s error against the fp64 oracle is at most `factor` times that of plain torch in the same dtype.
 
     Non-finite values must stand in the same places. One unit in the last place of the largest value is always granted:
-    where plain torch happens to be exact, a rounding is still no mistake.
+    where plain torch happens to be exact, a rounding is still no mistake. In float64 the oracle itself is no better than
+    the kernel, and sums in another order differ by some units.
     """
     assert actual.shape == oracle.shape, f"{what}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
     assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
@@ -28,13 +29,16 @@ def assert_as_exact_as(actual: Tensor, plain: Tensor, oracle: Tensor, *, what: s
         return
     finite = oracle[oracle.isfinite()].abs()
     unit = torch.finfo(actual.dtype).eps * (finite.max().item() if finite.numel() else 1.0)
-    allowed = factor * max_error(plain, oracle) + unit
+    units = 32 if actual.dtype == torch.float64 else 1
+    allowed = factor * max_error(plain, oracle) + units * unit
     error = max_error(actual, oracle)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} (plain torch in {actual.dtype})"
 
 
 def assert_gradient_not_missing(actual: Tensor, oracle: Tensor, *, what: str) -> None:
     """No zero where the oracle has a gradient: an absolute tolerance would let a forgotten small one pass."""
+    if oracle.numel() == 0:
+        return
     large = oracle.abs() > 1e-3 * oracle.abs().max()
     missing = (large & (actual == 0)).sum().item()
     assert missing == 0, f"{what}: {missing} of {large.sum().item()} gradients are missing"
@@ -45,7 +49,7 @@ def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     output = function(*leaves)
     grad_output = torch.ones_like(output) if grad_output is None else grad_output.to(output.dtype)
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)]
 
 
 @contextlib.contextmanager

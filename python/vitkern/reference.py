@@ -24,12 +24,12 @@ def ms_deform_attn(
     batch, pixels, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     value_of_head = value.transpose(1, 2)  # [B, M, S, D]
-    output = value.new_zeros(batch, heads, queries, channels)
-    if pixels == 0:
-        return output.transpose(1, 2).reshape(batch, queries, heads * channels)
+    # Zero, yet a function of the inputs: with nothing to sample there is still a gradient, of zeros.
+    zero = value[:0].sum() + sampling_locations[:0].sum() + attention_weights[:0].sum()
+    output = zero + value.new_zeros(batch, heads, queries, channels)
 
     first = 0
-    for level, points in enumerate(points_per_level):
+    for level, points in enumerate(points_per_level if pixels else ()):
         height, width = spatial_shapes[level].unbind()
         xy = sampling_locations[:, :, :, first : first + points].transpose(1, 2)  # [B, M, Q, P, 2]
         weight = attention_weights[:, :, :, first : first + points].transpose(1, 2)  # [B, M, Q, P]

@@ -67,7 +67,10 @@ def ms_deform_attn_forward_cpu(*args) -> Tensor:
     return output
 
 
-def ms_deform_attn_backward_cpu(grad_output: Tensor, needed: tuple[bool, bool, bool], *args) -> list[Tensor | None]:
+def ms_deform_attn_backward_cpu(
+    grad_output: Tensor, needed: tuple[bool, bool, bool], *args, deterministic: bool = False
+) -> list[Tensor | None]:
+    """Bitwise reproducible, asked for or not."""
     value, locations, weights = args[0], args[3], args[4]
     inputs, sizes, point_end, codes = _describe(*args)
     gradients = [torch.empty_like(t) if need else None for t, need in zip((value, locations, weights), needed)]
