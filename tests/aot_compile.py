@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every Triton kernel for cards that are not here and prints one JSON line of static figures for each.
+
+Needs a process without TRITON_INTERPRET: ``python tests/aot_compile.py --arch 90 --channels 32``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vitkern.triton_kernels import ms_deform_attn as kernels
+
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+TABLES = {"shapes_ptr": "*i64", "level_start_ptr": "*i64", "order_ptr": "*i64", "first_ptr": "*i64", "cells_ptr": "*i64"}
+KERNELS = ("forward", "backward", "cells", "gather_grad_value")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def _signature(kernel, dtype: str) -> dict[str, str]:
+    """Types of the arguments: value and its like in dtype, everything else as float tensors, tables or sizes."""
+    signature = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr or name == "level_of_group_ptr":
+            signature[name] = "constexpr"
+        elif name in TABLES:
+            signature[name] = TABLES[name]
+        elif name in ("value_ptr", "output_ptr", "grad_output_ptr"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "*fp32" if name.endswith("_ptr") else "i32"
+    return signature
+
+
+def _constants(kernel, dtype: str, channels: int, table: dict[str, int], bilinear: bool) -> dict[str, object]:
+    """Deformable-DETR's four levels of four points."""
+    known = {"D": channels, "L": 4, "K": 16, "GROUPS": 4, "GROUP_POINTS": 4, "BILINEAR": bilinear, "ACC": tl.float32}
+    known |= {"BLOCK_S": table["BLOCK_Q"], "level_of_group_ptr": None} | table
+    if kernel is kernels.ms_deform_attn_cells:
+        known["BLOCK_Q"] = 128
+    return {p.name: known[p.name] for p in kernel.params if p.name in known}
+
+
+def compile_kernel(name: str, arch: int, dtype: str, channels: int, bilinear: bool = True):
+    """One kernel as the launcher would specialise it: 16-byte aligned pointers, eight heads."""
+    kernel = getattr(kernels, f"ms_deform_attn_{name}")
+    table = kernels.launch_table(channels, ITEM_BYTES[dtype])
+    signature = _signature(kernel, dtype)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, signature, _constants(kernel, dtype, channels, table, bilinear), aligned)
+    options = {"num_warps": table["num_warps"], "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def static_figures(compiled) -> dict[str, object]:
+    """Registers, spills and shared memory from the cubin; the widths of global accesses from the PTX."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
+    resources = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    accesses = re.findall(r"\b((?:ld|st|red|atom)\.global[\w.:]*)", compiled.asm["ptx"])
+    return {
+        "registers": resources["REG"],
+        "spilled": resources["LOCAL"] + resources["STACK"],
+        "shared": compiled.metadata.shared,
+        "accesses": {access: accesses.count(access) for access in sorted(set(accesses))},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernel", nargs="+", default=KERNELS)
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100, 120])
+    parser.add_argument("--dtype", nargs="+", default=list(ITEM_BYTES))
+    parser.add_argument("--channels", nargs="+", type=int, default=[16, 30, 32, 64])
+    parser.add_argument("--nearest", action="store_true", help="compile the nearest-pixel variant")
+    options = parser.parse_args()
+    for case in itertools.product(options.kernel, options.arch, options.dtype, options.channels):
+        figures = static_figures(compile_kernel(*case, bilinear=not options.nearest))
+        print(json.dumps(dict(zip(("kernel", "arch", "dtype", "channels"), case)) | figures), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
