@@ -20,11 +20,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vitkern.triton_kernels import ms_deform_attn as kernels
+from vitkern.triton_kernels import ms_deform_attn, ms_deform_attn_deterministic
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 TABLES = {"shapes_ptr": "*i64", "level_start_ptr": "*i64", "order_ptr": "*i64", "first_ptr": "*i64", "cells_ptr": "*i64"}
-KERNELS = ("forward", "backward", "cells", "gather_grad_value")
+KERNELS = {
+    "forward": ms_deform_attn.ms_deform_attn_forward,
+    "backward": ms_deform_attn.ms_deform_attn_backward,
+    "cells": ms_deform_attn_deterministic.ms_deform_attn_cells,
+    "gather_grad_value": ms_deform_attn_deterministic.ms_deform_attn_gather_grad_value,
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -47,16 +52,17 @@ def _signature(kernel, dtype: str) -> dict[str, str]:
 def _constants(kernel, dtype: str, channels: int, table: dict[str, int], bilinear: bool) -> dict[str, object]:
     """Deformable-DETR's four levels of four points."""
     known = {"D": channels, "L": 4, "K": 16, "GROUPS": 4, "GROUP_POINTS": 4, "BILINEAR": bilinear, "ACC": tl.float32}
+    known |= {"OFFSET": tl.int32, "BLOCK_P": 4}
     known |= {"BLOCK_S": table["BLOCK_Q"], "level_of_group_ptr": None} | table
-    if kernel is kernels.ms_deform_attn_cells:
+    if kernel is KERNELS["cells"]:
         known["BLOCK_Q"] = 128
     return {p.name: known[p.name] for p in kernel.params if p.name in known}
 
 
 def compile_kernel(name: str, arch: int, dtype: str, channels: int, bilinear: bool = True):
     """One kernel as the launcher would specialise it: 16-byte aligned pointers, eight heads."""
-    kernel = getattr(kernels, f"ms_deform_attn_{name}")
-    table = kernels.launch_table(channels, ITEM_BYTES[dtype])
+    kernel = KERNELS[name]
+    table = ms_deform_attn.launch_table(channels, ITEM_BYTES[dtype], backward=name == "backward")
     signature = _signature(kernel, dtype)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, _constants(kernel, dtype, channels, table, bilinear), aligned)
@@ -84,7 +90,7 @@ def static_figures(compiled) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernel", nargs="+", default=KERNELS)
+    parser.add_argument("--kernel", nargs="+", default=list(KERNELS))
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100, 120])
     parser.add_argument("--dtype", nargs="+", default=list(ITEM_BYTES))
     parser.add_argument("--channels", nargs="+", type=int, default=[16, 30, 32, 64])

@@ -6,10 +6,11 @@ head. The points come in GROUPS runs of GROUP_POINTS that share a level: one run
 number of points, else runs of their greatest common divisor and a table that tells the level of each.
 
 Work split: one program handles BLOCK_Q queries of one head of one image and loops over levels and points. Coordinates
-are vectors over the queries; only samples are [BLOCK_Q, BLOCK_D] tiles, with the channels in 16-byte loads.
-Memory: locations and weights are read once; a query's corners are gathered from value, which lives in L2.
-Numerics: everything is computed in ACC (float, double for double). Range tests are the ones that NaN fails, and a
-corner outside its level is neither read nor written.
+are vectors over the queries; samples are [BLOCK_Q, BLOCK_D] tiles, each thread with one vector of one query.
+Memory: locations and weights are read once; the corners of a query are gathered from value, which lives in L2.
+Offsets within an image are OFFSET (int32 where an image is small enough), everything above them is int64.
+Numerics: everything is computed in ACC (float; double while interpreting). Range tests are the ones that NaN fails,
+and a corner outside its level is neither read nor written.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import triton
 import triton.language as tl
 
 
-def launch_table(channels: int, item_bytes: int) -> dict[str, int]:
-    """Block sizes that give each thread one 16-byte vector of one query.
+def launch_table(channels: int, item_bytes: int, backward: bool = False) -> dict[str, int]:
+    """Block sizes that give each thread one vector of one query: 16 bytes of value, in backward 16 of grad_value.
 
-    Chosen by static figures, not measured on a card: one vector a thread keeps the forward at or under 64 registers
-    and the backward under 96, without spills, on sm_80 to sm_120 (tests/test_triton_aot.py holds them there).
-    A table, because a run-time search would add into live gradients and break the capture of CUDA graphs.
+    Chosen by static figures, not measured on a card: with one vector a thread nothing spills on sm_80 to sm_120, and
+    wider 16-bit tiles in backward would go through shared memory on their way to the vector atomics.
+    A table, because a search at run time would add into live gradients and break the capture of CUDA graphs.
     """
     num_warps = 4
-    block_d = min(triton.next_power_of_2(channels), 256)
-    vector = min(16 // item_bytes, block_d)
+    block_d = min(max(triton.next_power_of_2(channels), 2), 256)
+    vector = min(16 // (4 if backward else item_bytes), block_d)
     block_q = max(1, 32 * num_warps * vector // block_d)
     return {"BLOCK_Q": block_q, "BLOCK_D": block_d, "num_warps": num_warps}
 
@@ -57,47 +58,63 @@ def _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr):
 @triton.jit
 def _locate(locations_ptr, point, m_point, height, width, BILINEAR: tl.constexpr, ACC: tl.constexpr):
     """Eqs. (2) and (4): does the point count, its upper left pixel, its shares of the right and of the lower pixels."""
-    x = tl.load(locations_ptr + 2 * point, mask=m_point, other=0.0).to(ACC) * width
-    y = tl.load(locations_ptr + 2 * point + 1, mask=m_point, other=0.0).to(ACC) * height
+    xy = tl.load(locations_ptr + 2 * point[:, None] + tl.arange(0, 2)[None, :], mask=m_point[:, None], other=0.0)
+    x, y = tl.split(xy.to(ACC))
+    x *= width
+    y *= height
     if BILINEAR:
-        x -= 0.5
-        y -= 0.5
-        counts = m_point & (x > -1) & (x < width) & (y > -1) & (y < height)
+        # Two comparisons through a select: four joined by "and" compile to fifteen instructions.
+        x = tl.where(x - 0.5 < width, x - 0.5, -1.0)
+        y = tl.where(y - 0.5 < height, y - 0.5, -1.0)
+        counts = m_point & (x > -1) & (y > -1)
         x = tl.where(counts, x, 0.0)
         y = tl.where(counts, y, 0.0)
     else:
-        x += 0.5
-        y += 0.5
-        counts = m_point & (tl.abs(x) < float("inf")) & (tl.abs(y) < float("inf"))
-        x = tl.floor(tl.minimum(tl.maximum(tl.where(counts, x, 0.0), 0.0), (width - 1).to(ACC)))
-        y = tl.floor(tl.minimum(tl.maximum(tl.where(counts, y, 0.0), 0.0), (height - 1).to(ACC)))
-        counts = counts & (x >= 0) & (y >= 0)  # -1 in a level without pixels
+        finite = m_point & (tl.abs(x) < float("inf")) & (tl.abs(y) < float("inf"))
+        x = tl.floor(tl.minimum(tl.maximum(tl.where(finite, x + 0.5, 0.0), 0.0), (width - 1).to(ACC)))
+        y = tl.floor(tl.minimum(tl.maximum(tl.where(finite, y + 0.5, 0.0), 0.0), (height - 1).to(ACC)))
+        counts = finite & (x >= 0) & (y >= 0)  # -1 in a level without pixels
     left = tl.floor(x)
     top = tl.floor(y)
     return counts, left.to(tl.int32), top.to(tl.int32), x - left, y - top
 
 
 @triton.jit
-def _corner(CORNER: tl.constexpr, counts, left, top, right_share, lower_share, height, width):
-    """Eq. (3): is the corner inside, its pixel of the level, its coefficient and that one's slopes along x and y.
+def _corner(CORNER: tl.constexpr, counts, left, top, right, lower, height, width):
+    """Eq. (3): is the corner inside, its coefficient and that one's slopes along x and y.
 
     Corners 0 and 1 are left and right of the upper row, 2 and 3 of the lower. A point that counts has its left column
     in [-1, width - 1], so that one comparison a column and a row is enough.
     """
     if CORNER % 2 == 0:
-        column, column_share, column_slope = left, 1 - right_share, -1.0
-        inside = counts & (column >= 0)
+        column_share, column_slope = 1 - right, -1.0
+        inside = counts & (left >= 0)
     else:
-        column, column_share, column_slope = left + 1, right_share, 1.0
-        inside = counts & (column < width)
+        column_share, column_slope = right, 1.0
+        inside = counts & (left + 1 < width)
     if CORNER // 2 == 0:
-        row, row_share, row_slope = top, 1 - lower_share, -1.0
-        inside = inside & (row >= 0)
+        row_share, row_slope = 1 - lower, -1.0
+        inside = inside & (top >= 0)
     else:
-        row, row_share, row_slope = top + 1, lower_share, 1.0
-        inside = inside & (row < height)
-    pixel = row.to(tl.int64) * width + column
-    return inside, pixel, column_share * row_share, column_slope * row_share, row_slope * column_share
+        row_share, row_slope = lower, 1.0
+        inside = inside & (top + 1 < height)
+    return inside, column_share * row_share, column_slope * row_share, row_slope * column_share
+
+
+@triton.jit
+def _tile_mask(m_row, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mask of a tile of rows and channels, of rows alone where all blocks of channels are full."""
+    if D % BLOCK_D == 0:
+        mask = m_row[:, None]
+    else:
+        mask = m_row[:, None] & (channel < D)[None, :]
+    return mask
+
+
+@triton.jit
+def _channels(ptr, offset, m_row, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Some channels of the rows at some offsets."""
+    return tl.load(ptr + channel[None, :] + offset[:, None], mask=_tile_mask(m_row, channel, D, BLOCK_D), other=0.0)
 
 
 @triton.jit
@@ -117,41 +134,65 @@ def ms_deform_attn_forward(
     GROUP_POINTS: tl.constexpr,
     BILINEAR: tl.constexpr,
     ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Eq. (1). The second axis of the grid goes over blocks of channels."""
     image, head, row, m_q = _queries(M, Q, BLOCK_Q)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = channel < D
-    corners: tl.constexpr = 4 if BILINEAR else 1
-
     output = tl.zeros([BLOCK_Q, BLOCK_D], dtype=ACC)
     for group in range(GROUPS):
         height, width, start = _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr)
-        level_ptr = value_ptr + ((image * S + start) * M + head) * D
+        level = ((image * S + start) * M + head) * D
         for step in range(GROUP_POINTS):
-            point = (row * GROUPS + group) * GROUP_POINTS + step
+            point = row * (GROUPS * GROUP_POINTS) + (group * GROUP_POINTS + step)
             weight = tl.load(weights_ptr + point, mask=m_q, other=0.0).to(ACC)
-            counts, left, top, right_share, lower_share = _locate(
-                locations_ptr, point, m_q, height, width, BILINEAR, ACC
-            )
-            for corner in tl.static_range(corners):
-                inside, pixel, coefficient, _, _ = _corner(
-                    corner, counts, left, top, right_share, lower_share, height, width
-                )
-                sample = tl.load(
-                    level_ptr + (pixel * (M * D))[:, None] + channel[None, :],
-                    mask=inside[:, None] & m_d[None, :],
-                    other=0.0,
-                )
+            counts, left, top, right, lower = _locate(locations_ptr, point, m_q, height, width, BILINEAR, ACC)
+            pixel = top.to(OFFSET) * width + left
+            for corner in tl.static_range(4 if BILINEAR else 1):
+                inside, coefficient, _, _ = _corner(corner, counts, left, top, right, lower, height, width)
+                offset = (pixel + (corner % 2 + corner // 2 * width)) * (M * D)
+                sample = _channels(value_ptr + level, offset, inside, channel, D, BLOCK_D)
                 # A weight that is infinite or NaN must not turn the zero of a corner outside into a NaN.
                 output += tl.where(inside, weight * coefficient, 0.0)[:, None] * sample.to(ACC)
-    tl.store(
-        output_ptr + (row * D)[:, None] + channel[None, :],
-        output.to(output_ptr.dtype.element_ty),
-        mask=m_q[:, None] & m_d[None, :],
-    )
+    target = output_ptr + (row * D)[:, None] + channel[None, :]
+    tl.store(target, output.to(output_ptr.dtype.element_ty), mask=_tile_mask(m_q, channel, D, BLOCK_D))
+
+
+@triton.jit
+def _dots(
+    grad_output, value_ptr, offset, channel, counts, left, top, right, lower, height, width, stride,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BILINEAR: tl.constexpr,
+):  # fmt: skip
+    """Dot products of grad_output with the sample and with its slopes along x and y, over a block of channels."""
+    sample = tl.zeros_like(right)
+    x = tl.zeros_like(right)
+    y = tl.zeros_like(right)
+    for corner in tl.static_range(4 if BILINEAR else 1):
+        inside, coefficient, x_slope, y_slope = _corner(corner, counts, left, top, right, lower, height, width)
+        shift = (corner % 2 + corner // 2 * width.to(offset.dtype)) * stride
+        value = _channels(value_ptr, offset + shift, inside, channel, D, BLOCK_D).to(grad_output.dtype)
+        # A NaN of grad_output times the zero of a corner outside is not a gradient.
+        dot = tl.where(inside, tl.sum(value * grad_output, axis=1), 0.0)
+        sample += coefficient * dot
+        if BILINEAR:
+            x += x_slope * dot
+            y += y_slope * dot
+    return sample, x, y
+
+
+@triton.jit
+def _scatter(
+    tile, ptr, offset, channel, counts, left, top, right, lower, height, width, stride,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BILINEAR: tl.constexpr,
+):  # fmt: skip
+    """Adds the corners' shares of a tile into their pixels, which may repeat."""
+    for corner in tl.static_range(4 if BILINEAR else 1):
+        inside, coefficient, _, _ = _corner(corner, counts, left, top, right, lower, height, width)
+        shift = (corner % 2 + corner // 2 * width.to(offset.dtype)) * stride
+        target = ptr + channel[None, :] + (offset + shift)[:, None]
+        tl.atomic_add(target, coefficient[:, None] * tile, mask=_tile_mask(inside, channel, D, BLOCK_D), sem="relaxed")
 
 
 @triton.jit
@@ -159,193 +200,52 @@ def ms_deform_attn_backward(
     grad_value_ptr,  # [B, S, M, D] of ACC, added to; a gradient that nobody wants is None
     grad_locations_ptr,  # [B, Q, M, K, 2]
     grad_weights_ptr,  # [B, Q, M, K]
-    grad_output_ptr,  # [B, Q, M, D]
-    value_ptr,  # the rest as in forward
-    shapes_ptr,
-    level_start_ptr,
-    level_of_group_ptr,
-    locations_ptr,
-    weights_ptr,
-    S,
-    M,
-    Q,
-    D: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_POINTS: tl.constexpr,
-    BILINEAR: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Eqs. (5), (6) and (7). The dot product of a corner with grad_output serves both weights and locations."""
+    grad_output_ptr,  # [B, Q, M, D]; the rest as in forward
+    value_ptr, shapes_ptr, level_start_ptr, level_of_group_ptr, locations_ptr, weights_ptr, S, M, Q,
+    D: tl.constexpr, GROUPS: tl.constexpr, GROUP_POINTS: tl.constexpr, BILINEAR: tl.constexpr,
+    ACC: tl.constexpr, OFFSET: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Eqs. (5), (6) and (7)."""
     image, head, row, m_q = _queries(M, Q, BLOCK_Q)
-    corners: tl.constexpr = 4 if BILINEAR else 1
-    grad_output = _channels(grad_output_ptr, row, 0, m_q, D, BLOCK_D, ACC)
+    channel = tl.arange(0, BLOCK_D)
+    step_of = tl.arange(0, BLOCK_P)[None, :]
+    axis_of = tl.arange(0, 2 * BLOCK_P)[None, :]
+    grad_output = _channels(grad_output_ptr, row * D, m_q, channel, D, BLOCK_D).to(ACC)
     for group in range(GROUPS):
         height, width, start = _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr)
-        level_row = (image * S + start) * M + head
+        level = ((image * S + start) * M + head) * D
+        run = row * (GROUPS * GROUP_POINTS) + group * GROUP_POINTS
+        # The gradients of a run are stored together: one by one, each would cross shared memory, with two barriers.
+        weights = tl.zeros([BLOCK_Q, BLOCK_P], dtype=ACC)
+        locations = tl.zeros([BLOCK_Q, 2 * BLOCK_P], dtype=ACC)
         for step in range(GROUP_POINTS):
-            point = (row * GROUPS + group) * GROUP_POINTS + step
-            weight = tl.load(weights_ptr + point, mask=m_q, other=0.0).to(ACC)
-            counts, left, top, right_share, lower_share = _locate(
-                locations_ptr, point, m_q, height, width, BILINEAR, ACC
-            )
-            grad_weight = tl.zeros([BLOCK_Q], dtype=ACC)
-            grad_x = tl.zeros([BLOCK_Q], dtype=ACC)
-            grad_y = tl.zeros([BLOCK_Q], dtype=ACC)
-            for corner in tl.static_range(corners):
-                inside, pixel, coefficient, x_slope, y_slope = _corner(
-                    corner, counts, left, top, right_share, lower_share, height, width
-                )
-                value_row = level_row + pixel * M
-                dot = tl.zeros([BLOCK_Q], dtype=ACC)
-                for first in range(0, D, BLOCK_D):
-                    if D > BLOCK_D:
-                        grad_output = _channels(grad_output_ptr, row, first, m_q, D, BLOCK_D, ACC)
-                    if grad_value_ptr is not None:
-                        _add(grad_value_ptr, value_row, first, inside, (weight * coefficient)[:, None] * grad_output, D)
-                    if grad_locations_ptr is not None or grad_weights_ptr is not None:
-                        sample = _channels(value_ptr, value_row, first, inside, D, BLOCK_D, ACC)
-                        dot += tl.sum(sample * grad_output, axis=1)
-                # A NaN of grad_output times the zero of a corner outside is not a gradient.
-                dot = tl.where(inside, dot, 0.0)
-                grad_weight += coefficient * dot
-                if BILINEAR:
-                    grad_x += x_slope * dot
-                    grad_y += y_slope * dot
-            if grad_weights_ptr is not None:
-                tl.store(grad_weights_ptr + point, grad_weight.to(grad_weights_ptr.dtype.element_ty), mask=m_q)
-            if grad_locations_ptr is not None:
-                grad_x = tl.where(counts, grad_x * weight * width, 0.0)
-                grad_y = tl.where(counts, grad_y * weight * height, 0.0)
-                tl.store(grad_locations_ptr + 2 * point, grad_x.to(grad_locations_ptr.dtype.element_ty), mask=m_q)
-                tl.store(grad_locations_ptr + 2 * point + 1, grad_y.to(grad_locations_ptr.dtype.element_ty), mask=m_q)
-
-
-@triton.jit
-def _channels(ptr, row, first, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """Channels [first, first + BLOCK_D) of some rows of [.., D], as ACC."""
-    channel = first + tl.arange(0, BLOCK_D)
-    mask = m_row[:, None] & (channel < D)[None, :]
-    return tl.load(ptr + (row * D)[:, None] + channel[None, :], mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _add(ptr, row, first, m_row, tile, D: tl.constexpr):
-    """Adds a tile into channels [first, ..) of some rows of [.., D]; rows may repeat."""
-    channel = first + tl.arange(0, tile.shape[1])
-    mask = m_row[:, None] & (channel < D)[None, :]
-    tl.atomic_add(ptr + (row * D)[:, None] + channel[None, :], tile, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def ms_deform_attn_cells(
-    cells_ptr,  # [B, Q, M, K] int64: in [0, B * M * 4 * S), or that bound for a point that touches no pixel
-    shapes_ptr,
-    level_start_ptr,
-    level_of_group_ptr,
-    locations_ptr,
-    B,
-    S,
-    M,
-    Q,
-    GROUPS: tl.constexpr,
-    GROUP_POINTS: tl.constexpr,
-    BILINEAR: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """Numbers each point by the cell between four pixels, or the pixel, that it falls in ("Deterministic").
-
-    A level of W x H pixels has (W + 1) * (H + 1) <= 4 * W * H cells, so level l of S pixels starts at cell 4 * start.
-    """
-    image, head, row, m_q = _queries(M, Q, BLOCK_Q)
-    for group in range(GROUPS):
-        height, width, start = _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr)
-        for step in range(GROUP_POINTS):
-            point = (row * GROUPS + group) * GROUP_POINTS + step
-            counts, left, top, _, _ = _locate(locations_ptr, point, m_q, height, width, BILINEAR, ACC)
-            cell = (top + 1).to(tl.int64) * (width + 1) + (left + 1)
-            cell = tl.where(counts, ((image * M + head) * S + start) * 4 + cell, 4 * S * M * B)
-            tl.store(cells_ptr + point, cell, mask=m_q)
-
-
-@triton.jit
-def ms_deform_attn_gather_grad_value(
-    grad_value_ptr,  # [B, S, M, D] of ACC, written
-    grad_output_ptr,  # [B, Q, M, D]
-    shapes_ptr,  # [L, 2]
-    level_start_ptr,  # [L]
-    locations_ptr,  # [B, Q, M, K, 2]
-    weights_ptr,  # [B, Q, M, K]
-    order_ptr,  # [B * Q * M * K] points in the order of their cells
-    first_ptr,  # [B * M * 4 * S + 1] how many points are in the cells below
-    S,
-    M,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    K: tl.constexpr,
-    BILINEAR: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Eq. (5) without atomics: one program sums, for BLOCK_S pixels of one head, the points of their cells in order.
-
-    A pixel is a corner of two cells in each of two rows; the two of a row follow each other, and so do their points.
-    """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(S, BLOCK_S)
-    head = (program % M).to(tl.int64)
-    image = (program // M // blocks).to(tl.int64)
-    pixel = (program // M % blocks).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    m_s = pixel < S
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = channel < D
-
-    height, width, start = _level_of_pixel(pixel, shapes_ptr, level_start_ptr, L)
-    in_level = m_s & (width > 0)
-    row = (pixel - start) // tl.maximum(width, 1)
-    column = (pixel - start) - row * width
-    total = tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC)
-    for down in tl.static_range(2 if BILINEAR else 1):
-        # Nearest: the pixel is its own cell. Bilinear: the cells above left and above, then left and below.
-        cell_row = row + down if BILINEAR else row + 1
-        cell_column = column if BILINEAR else column + 1
-        cell = ((image * M + head) * S + start) * 4 + cell_row * (width + 1) + cell_column
-        i = tl.load(first_ptr + cell, mask=in_level, other=0)
-        end = tl.load(first_ptr + cell + (2 if BILINEAR else 1), mask=in_level, other=0)
-        longest = tl.max(end - i, axis=0)
-        while longest > 0:
-            m_i = i < end
-            point = tl.load(order_ptr + i, mask=m_i, other=0)
-            share = tl.load(weights_ptr + point, mask=m_i, other=0.0).to(ACC)
-            if BILINEAR:
-                x = tl.load(locations_ptr + 2 * point, mask=m_i, other=0.0).to(ACC) * width.to(ACC) - 0.5
-                y = tl.load(locations_ptr + 2 * point + 1, mask=m_i, other=0.0).to(ACC) * height.to(ACC) - 0.5
-                share *= (1 - tl.abs(x - column.to(ACC))) * (1 - tl.abs(y - row.to(ACC)))
-            grad_row = tl.load(
-                grad_output_ptr + (point // K * D)[:, None] + channel[None, :],
-                mask=m_i[:, None] & m_d[None, :],
-                other=0.0,
-            )
-            total += tl.where(m_i, share, 0.0)[:, None] * grad_row.to(ACC)
-            i += 1
-            longest -= 1
-    grad_ptr = grad_value_ptr + (((image * S + pixel) * M + head) * D)[:, None] + channel[None, :]
-    tl.store(grad_ptr, total, mask=m_s[:, None] & m_d[None, :])
-
-
-@triton.jit
-def _level_of_pixel(pixel, shapes_ptr, level_start_ptr, L: tl.constexpr):
-    """Height, width and first pixel of the level that each pixel belongs to; zeros where it belongs to none."""
-    height = tl.zeros_like(pixel)
-    width = tl.zeros_like(pixel)
-    start = tl.zeros_like(pixel)
-    for level in range(L):
-        level_height, level_width, first = _level(level, None, shapes_ptr, level_start_ptr)
-        mine = (pixel >= first) & (pixel < first + level_height.to(tl.int64) * level_width)
-        height = tl.where(mine, level_height, height)
-        width = tl.where(mine, level_width, width)
-        start = tl.where(mine, first, start)
-    return height, width, start
+            weight = tl.load(weights_ptr + run + step, mask=m_q, other=0.0).to(ACC)
+            counts, left, top, right, lower = _locate(locations_ptr, run + step, m_q, height, width, BILINEAR, ACC)
+            offset = (top.to(OFFSET) * width + left) * (M * D)
+            for first in range(0, D, BLOCK_D):
+                if D > BLOCK_D:
+                    channel = first + tl.arange(0, BLOCK_D)
+                    grad_output = _channels(grad_output_ptr, row * D, m_q, channel, D, BLOCK_D).to(ACC)
+                if grad_locations_ptr is not None or grad_weights_ptr is not None:
+                    sample, x, y = _dots(
+                        grad_output, value_ptr + level, offset, channel, counts, left, top, right, lower, height,
+                        width, M * D, D, BLOCK_D, BILINEAR,
+                    )  # fmt: skip
+                    x = tl.where(counts, x * weight * width, 0.0)
+                    y = tl.where(counts, y * weight * height, 0.0)
+                    weights += tl.where(step_of == step, sample[:, None], 0.0)
+                    locations += tl.where(axis_of == 2 * step, x[:, None], 0.0)
+                    locations += tl.where(axis_of == 2 * step + 1, y[:, None], 0.0)
+                if grad_value_ptr is not None:
+                    _scatter(
+                        weight[:, None] * grad_output, grad_value_ptr + level, offset, channel, counts, left, top, right,
+                        lower, height, width, M * D, D, BLOCK_D, BILINEAR,
+                    )  # fmt: skip
+        if grad_weights_ptr is not None:
+            target = grad_weights_ptr + run[:, None] + step_of
+            mask = m_q[:, None] & (step_of < GROUP_POINTS)
+            tl.store(target, weights.to(grad_weights_ptr.dtype.element_ty), mask=mask)
+        if grad_locations_ptr is not None:
+            target = grad_locations_ptr + 2 * run[:, None] + axis_of
+            mask = m_q[:, None] & (axis_of < 2 * GROUP_POINTS)
+            tl.store(target, locations.to(grad_locations_ptr.dtype.element_ty), mask=mask)

@@ -18,6 +18,8 @@ from vitkern.ops.native import accumulator, sort_by_cell
 
 # Queries, or pixels, of one program while interpreting: there the price is per operation, whatever the block size.
 _INTERPRETED_BLOCK = 64
+# Elements of an image up to which an offset fits 32 bits, one row of pixels beyond either end included.
+_INT32_OFFSETS = 2**30
 
 
 @functools.lru_cache(maxsize=None)
@@ -30,11 +32,9 @@ def _groups(points_per_level: tuple[int, ...], device: torch.device) -> tuple[in
     return len(levels), points, torch.tensor(levels, dtype=torch.int32, device=device)
 
 
-def _arguments(value: Tensor, weights: Tensor, points_per_level: tuple[int, ...], method: str):
-    """What forward and backward share: the table of levels, the constants of a specialisation, the block sizes."""
+def _constants(value: Tensor, points_per_level: tuple[int, ...], method: str):
+    """What every kernel is specialised on, and its table of levels."""
     import triton.language as tl
-
-    from vitkern.triton_kernels import ms_deform_attn as kernels
 
     groups, group_points, level_of_group = _groups(points_per_level, value.device)
     constants = {
@@ -43,10 +43,21 @@ def _arguments(value: Tensor, weights: Tensor, points_per_level: tuple[int, ...]
         "BILINEAR": method == "bilinear",
         "ACC": tl.float64 if value.dtype == torch.float64 else tl.float32,
     }
-    blocks = kernels.launch_table(value.shape[3], value.element_size())
-    if not value.is_cuda:
-        blocks["BLOCK_Q"] = _INTERPRETED_BLOCK
-    return kernels, level_of_group, constants, blocks
+    return constants, level_of_group
+
+
+def _offset(value: Tensor):
+    """The type of an offset within one image."""
+    import triton.language as tl
+
+    return tl.int32 if value[0].numel() < _INT32_OFFSETS else tl.int64
+
+
+def _blocks(value: Tensor, backward: bool = False) -> dict[str, int]:
+    from vitkern.triton_kernels import ms_deform_attn as kernels
+
+    blocks = kernels.launch_table(value.shape[3], value.element_size(), backward)
+    return blocks if value.is_cuda else blocks | {"BLOCK_Q": _INTERPRETED_BLOCK}
 
 
 def _on(tensor: Tensor):
@@ -56,6 +67,10 @@ def _on(tensor: Tensor):
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def ms_deform_attn_forward_triton(
@@ -75,7 +90,10 @@ def ms_deform_attn_forward_triton(
     if pixels == 0 or weights.numel() == 0:
         return output.zero_()
 
-    kernels, level_of_group, constants, blocks = _arguments(value, weights, points_per_level, method)
+    from vitkern.triton_kernels import ms_deform_attn as kernels
+
+    constants, level_of_group = _constants(value, points_per_level, method)
+    blocks = _blocks(value)
     grid = (batch * heads * _cdiv(queries, blocks["BLOCK_Q"]), _cdiv(channels, blocks["BLOCK_D"]))
     with _on(value):
         kernels.ms_deform_attn_forward[grid](
@@ -92,6 +110,7 @@ def ms_deform_attn_forward_triton(
             channels,
             **constants,
             **blocks,
+            OFFSET=_offset(value),
         )
     return output
 
@@ -118,8 +137,11 @@ def ms_deform_attn_backward_triton(
     grad_value = torch.zeros_like(value, dtype=accumulator(value.dtype)) if scatter else None
     grad_locations = torch.empty_like(locations) if needed[1] else None
     grad_weights = torch.empty_like(weights) if needed[2] else None
-    kernels, level_of_group, constants, blocks = _arguments(value, weights, points_per_level, method)
     if scatter or any(needed[1:]):
+        from vitkern.triton_kernels import ms_deform_attn as kernels
+
+        constants, level_of_group = _constants(value, points_per_level, method)
+        blocks = _blocks(value, backward=True)
         with _on(value):
             kernels.ms_deform_attn_backward[(batch * heads * _cdiv(queries, blocks["BLOCK_Q"]),)](
                 grad_value,
@@ -138,6 +160,8 @@ def ms_deform_attn_backward_triton(
                 channels,
                 **constants,
                 **blocks,
+                OFFSET=_offset(value),
+                BLOCK_P=_next_power_of_2(constants["GROUP_POINTS"]),
             )
     if gather:
         grad_value = _gather_grad_value(
@@ -150,15 +174,18 @@ def _gather_grad_value(
     grad_output, value, spatial_shapes, level_start_index, locations, weights, points_per_level, method
 ) -> Tensor:
     """The bitwise reproducible gradient of value: points sorted by cell, then summed pixel by pixel."""
+    from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
+
     batch, pixels, heads, channels = value.shape
     queries, points = weights.shape[1], weights.shape[3]
-    kernels, level_of_group, constants, blocks = _arguments(value, weights, points_per_level, method)
-    block_q, block_d, num_warps = blocks["BLOCK_Q"], blocks["BLOCK_D"], blocks["num_warps"]
+    constants, level_of_group = _constants(value, points_per_level, method)
+    blocks = _blocks(value)
+    num_warps, block_s, block_d = blocks["num_warps"], blocks["BLOCK_Q"], blocks["BLOCK_D"]
+    block_q = 32 * num_warps
     cells = torch.empty(weights.numel(), dtype=torch.int64, device=value.device)
     grad_value = torch.empty_like(value, dtype=accumulator(value.dtype))
     with _on(value):
-        block_cells = max(block_q, 32 * num_warps)
-        kernels.ms_deform_attn_cells[(batch * heads * _cdiv(queries, block_cells),)](
+        kernels.ms_deform_attn_cells[(batch * heads * _cdiv(queries, block_q),)](
             cells,
             spatial_shapes,
             level_start_index,
@@ -169,11 +196,11 @@ def _gather_grad_value(
             heads,
             queries,
             **constants,
-            BLOCK_Q=block_cells,
+            BLOCK_Q=block_q,
             num_warps=num_warps,
         )
         order, first = sort_by_cell(cells, 4 * batch * heads * pixels)
-        kernels.ms_deform_attn_gather_grad_value[(batch * heads * _cdiv(pixels, block_q), _cdiv(channels, block_d))](
+        kernels.ms_deform_attn_gather_grad_value[(batch * heads * _cdiv(pixels, block_s), _cdiv(channels, block_d))](
             grad_value,
             grad_output,
             spatial_shapes,
@@ -189,7 +216,7 @@ def _gather_grad_value(
             K=points,
             BILINEAR=constants["BILINEAR"],
             ACC=constants["ACC"],
-            BLOCK_S=block_q,
+            BLOCK_S=block_s,
             BLOCK_D=block_d,
             num_warps=num_warps,
         )
