@@ -1,1 +1,94 @@
-REASON = "not built"
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels compiled for the CPU (csrc/emulator), built on demand under build/: ``python -m tests.emulated``."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+SANITIZERS = "address,undefined"
+
+
+def _reason() -> str | None:
+    """Why the emulator cannot run here, if it cannot."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return f"the emulator is for Linux on x86-64 and aarch64, not {platform.system()} on {platform.machine()}"
+    missing = [tool for tool in ("cmake", "c++") if _tool(tool) is None]
+    missing += [name for name in ("pybind11",) if importlib.util.find_spec(name) is None]
+    return f"the emulator is built with {' and '.join(missing)}, not found" if missing else None
+
+
+def _tool(name: str) -> str | None:
+    beside_python = Path(sys.executable).parent / name
+    return str(beside_python) if beside_python.exists() else shutil.which(name)
+
+
+def build(sanitize: str = "") -> Path:
+    """The up-to-date module's file. CMake knows what changed; nothing is compiled when nothing did."""
+    import pybind11
+
+    folder = ROOT / "build" / ("emulator-sanitized" if sanitize else "emulator")
+    defines = {
+        "VITKERN_EMULATOR": "ON",
+        "VITKERN_CUDA": "OFF",
+        "VITKERN_SANITIZE": sanitize,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    ninja = _tool("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    _run(_tool("cmake"), "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in defines.items()))
+    _run(_tool("cmake"), "--build", folder, "--target", "_emulated", "--parallel", "2")
+    return next(folder.glob(f"_emulated*{importlib.machinery.EXTENSION_SUFFIXES[0]}"))
+
+
+def compile_program(name: str, folder: Path, sanitize: str = "") -> Path:
+    """An executable of tests/emulator/<name>."""
+    program = folder / (Path(name).stem + ("-sanitized" if sanitize else ""))
+    flags = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+    flags += ["-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-DVITKERN_EMULATED", f"-I{ROOT / 'csrc'}"]
+    _run(_tool("c++"), *flags, "-x", "c++", ROOT / "tests" / "emulator" / name, "-o", program)
+    return program
+
+
+def _run(*command) -> None:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The emulated twin of vitkern._C: its functions ending in _cuda run on CPU tensors."""
+    path = Path(os.environ.get("VITKERN_EMULATED") or build())
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a Python process needs to load a module built with SANITIZERS."""
+    libraries = (subprocess.check_output(["c++", f"-print-file-name=lib{n}.so"], text=True) for n in ("asan", "ubsan"))
+    return {
+        "VITKERN_EMULATED": str(build(SANITIZERS)),
+        "LD_PRELOAD": ":".join(library.strip() for library in libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+    }
+
+
+REASON = _reason()
+
+if __name__ == "__main__":
+    print(REASON or build(SANITIZERS if "--sanitize" in sys.argv else ""))

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Starting CUDA kernels: the right device, the caller's stream, and no error that goes unheard. The one place that
+// knows whether a GPU or the emulator runs them.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#ifdef VITKERN_EMULATED
+#include "emulator/cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define VITKERN_DYNAMIC_SHARED(TYPE, NAME)                \
+  extern __shared__ __align__(16) unsigned char NAME##_bytes[]; \
+  TYPE* NAME = reinterpret_cast<TYPE*>(NAME##_bytes)
+#endif
+
+namespace vitkern {
+
+inline void check_cuda(cudaError_t error, const std::string& doing) {
+  if (error != cudaSuccess) throw std::runtime_error("vitkern: " + doing + ": " + cudaGetErrorString(error));
+}
+
+// Makes `device` current for a scope. Switching costs, so it is done only where another one is current.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device_) check_cuda(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
+  }
+  ~DeviceGuard() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_;
+  int before_ = 0;
+};
+
+#ifndef VITKERN_EMULATED
+inline std::string launch_failure(const char* name, dim3 grid, dim3 block, size_t shared_bytes, cudaError_t error) {
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  std::string text = std::string("vitkern: kernel ") + name + " <<<(" + std::to_string(grid.x) + ", " +
+                     std::to_string(grid.y) + ", " + std::to_string(grid.z) + "), " +
+                     std::to_string(block.x * block.y * block.z) + ", " + std::to_string(shared_bytes) +
+                     " bytes>>> on device " + std::to_string(device) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    text += std::string("; this build has code for ") + VITKERN_CUDA_ARCHITECTURES + ", the card is " +
+            std::to_string(major) + std::to_string(minor) + ": rebuild with VITKERN_CUDA_ARCHITECTURES";
+  }
+  return text;
+}
+#endif
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            const Arguments&... arguments) {
+#ifdef VITKERN_EMULATED
+  (void)stream;
+  emulator::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
+#else
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(launch_failure(name, grid, block, shared_bytes, error));
+#endif
+}
+
+}  // namespace vitkern

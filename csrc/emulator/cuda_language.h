@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a kernel's source says, in terms of the emulator: qualifiers, built-in variables, intrinsics, runtime calls.
+// Included by cuda_emulator.h.
+#pragma once
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local  // a block stays on one OS thread
+
+#define threadIdx (::emulator::Block::current().fiber->thread)
+#define blockIdx (::emulator::Block::current().index)
+#define blockDim (::emulator::Block::current().block_dim)
+#define gridDim (::emulator::Block::current().grid_dim)
+#define VITKERN_DYNAMIC_SHARED(TYPE, NAME) \
+  TYPE* NAME = reinterpret_cast<TYPE*>(::emulator::Block::current().dynamic_shared.data())
+
+using std::fma;
+using std::max;
+using std::min;
+
+// ---- Block and warp -------------------------------------------------------------------------------------------------
+
+inline void __syncthreads() { emulator::Block::current().sync_threads(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::Block::current().meet("__syncwarp", mask, 0, -1); }
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return static_cast<unsigned>(emulator::Block::current().meet("__ballot_sync", mask, predicate != 0, -1));
+}
+inline bool __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+namespace emulator {
+
+// `source_of(lane)` names the lane to read; one outside the segment of `width` lanes means the caller itself.
+template <typename T, typename SourceOf>
+T shuffle(const char* operation, unsigned mask, T value, int width, const SourceOf& source_of) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  const int lane = Block::current().fiber->index % kWarpLanes, segment = lane / width * width;
+  const int wanted = source_of(lane - segment);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = Block::current().meet(operation, mask, bits, wanted >= 0 && wanted < width ? segment + wanted : lane);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace emulator
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  return emulator::shuffle("__shfl_sync", mask, value, width, [&](int) { return source & (width - 1); });
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32) {
+  return emulator::shuffle("__shfl_xor_sync", mask, value, width, [&](int lane) { return lane ^ flip; });
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int distance, int width = 32) {
+  return emulator::shuffle("__shfl_up_sync", mask, value, width, [&](int lane) { return lane - distance; });
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int distance, int width = 32) {
+  return emulator::shuffle("__shfl_down_sync", mask, value, width, [&](int lane) { return lane + distance; });
+}
+
+// ---- Memory and arithmetic ------------------------------------------------------------------------------------------
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+
+namespace emulator {
+
+template <typename Bits, typename T, typename Sum>
+T atomic_update(T* address, const Sum& sum) {
+  static_assert(sizeof(Bits) == sizeof(T));
+  Bits* word = reinterpret_cast<Bits*>(address);
+  Bits before = __atomic_load_n(word, __ATOMIC_RELAXED), after;
+  T value;
+  do {
+    std::memcpy(&value, &before, sizeof value);
+    const T next = sum(value);
+    std::memcpy(&after, &next, sizeof after);
+  } while (!__atomic_compare_exchange_n(word, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return value;
+}
+
+}  // namespace emulator
+
+inline int atomicAdd(int* address, int addend) { return __atomic_fetch_add(address, addend, __ATOMIC_RELAXED); }
+inline float atomicAdd(float* address, float addend) {
+  return emulator::atomic_update<uint32_t>(address, [=](float value) { return value + addend; });
+}
+inline double atomicAdd(double* address, double addend) {
+  return emulator::atomic_update<uint64_t>(address, [=](double value) { return value + addend; });
+}
+inline __half atomicAdd(__half* address, __half addend) {
+  return emulator::atomic_update<uint16_t>(
+      address, [=](__half value) { return __float2half_rn(__half2float(value) + __half2float(addend)); });
+}
+inline __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 addend) {
+  return emulator::atomic_update<uint16_t>(address, [=](__nv_bfloat16 value) {
+    return __float2bfloat16_rn(__bfloat162float(value) + __bfloat162float(addend));
+  });
+}
+
+// ---- The runtime: one device, no waiting ----------------------------------------------------------------------------
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* address, int byte, size_t bytes, cudaStream_t) {
+  return std::memset(address, byte, bytes), cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
