@@ -64,6 +64,7 @@ void set_gradients(MsDeformAttnParams& params, uintptr_t grad_output, const Grad
   params.grad_weights = pointer<void>(gradients[2]);
 }
 
+#ifndef VITKERN_EMULATED
 void forward_cpu(const Inputs& inputs, uintptr_t output, const Sizes& sizes, const std::vector<int64_t>& point_end,
                  const Codes& codes, int threads) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
@@ -79,6 +80,7 @@ void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& 
   params.threads = threads;
   VITKERN_DISPATCH_ISA(ms_deform_attn_backward(params));
 }
+#endif
 
 #ifdef VITKERN_WITH_CUDA
 void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes, const std::vector<int64_t>& point_end,
@@ -137,6 +139,7 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.attr("cuda_architectures") = "";
 #endif
 
+#ifndef VITKERN_EMULATED
   m.def("compiled_cpu_isas", &compiled_cpu_isas);
   m.def("supported_cpu_isas", &supported_cpu_isas);
   m.def("cpu_isa", &cpu_isa_name);
@@ -144,6 +147,7 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
 
   m.def("ms_deform_attn_forward_cpu", &forward_cpu, no_gil);
   m.def("ms_deform_attn_backward_cpu", &backward_cpu, no_gil);
+#endif
 #ifdef VITKERN_WITH_CUDA
   m.def("ms_deform_attn_forward_cuda", &forward_cuda, no_gil);
   m.def("ms_deform_attn_backward_cuda", &backward_cuda, no_gil);

@@ -128,13 +128,14 @@ def ms_deform_attn_backward_cuda(
 
 
 def _sorted_by_cell(value, weights, inputs, sizes, point_end, codes, target) -> tuple[Tensor, Tensor]:
+    """Sampling points in the order of the last pixel they touch, and where the points of each pixel begin."""
     cells = torch.empty(weights.numel(), dtype=torch.int64, device=value.device)
     cuda_module.ms_deform_attn_cells_cuda(inputs, cells.data_ptr(), sizes, point_end, codes, *target)
-    return sort_by_cell(cells, value.shape[0] * value.shape[2] * 4 * value.shape[1])  # see csrc/ms_deform_attn/cuda.h
+    return sort_by_cell(cells, value.shape[0] * value.shape[2] * value.shape[1])  # B * M * S
 
 
 def sort_by_cell(cells: Tensor, cell_bound: int) -> tuple[Tensor, Tensor]:
-    """Sampling points in the order of the pixel-grid cells they fall in, and where each cell's points begin."""
+    """Sampling points in the order of the cells they fall in, and where each cell's points begin."""
     sorted_cells, order = torch.sort(cells, stable=True)
     first = torch.searchsorted(sorted_cells, torch.arange(cell_bound + 1, device=cells.device))
     return order, first

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Operations of a whole warp whose lanes form teams of a power of two.
+#pragma once
+
+#include "common/launch.cuh"
+
+namespace vitkern {
+
+constexpr int kWarpLanes = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// The predicates of the caller's team of kLanes, lane 0 of the team in bit 0. All of the warp must call it.
+template <int kLanes>
+__device__ __forceinline__ unsigned team_ballot(bool predicate) {
+  const unsigned warp = __ballot_sync(kWholeWarp, predicate);
+  if constexpr (kLanes == kWarpLanes) {
+    return warp;
+  } else {
+    const unsigned first = threadIdx.x % kWarpLanes / kLanes * kLanes;
+    return warp >> first & ((1u << kLanes) - 1);
+  }
+}
+
+// Sums kValues (a power of two) over the lanes of each team and leaves the sums spread over it: while there are
+// values to halve, each step keeps half of them and hands the other half across, so the shuffles number about
+// kValues + log2(kLanes) instead of kValues * log2(kLanes). Lane i then holds, in front, the sums of the values from
+// i * kValues / kLanes on: one of them, or kValues / kLanes where the team is smaller. All of the warp must call it.
+template <int kLanes, int kValues, typename A, int kSize>
+__device__ __forceinline__ void scatter_sums(A (&values)[kSize]) {
+  static_assert(kValues <= kSize);
+  if constexpr (kLanes > 1) {
+    constexpr int kHalfTeam = kLanes / 2, kKept = kValues > 1 ? kValues / 2 : 1;
+    if constexpr (kValues > 1) {
+      const bool upper = threadIdx.x & kHalfTeam;
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        const A kept = upper ? values[i + kKept] : values[i];
+        const A given = upper ? values[i] : values[i + kKept];
+        values[i] = kept + __shfl_xor_sync(kWholeWarp, given, kHalfTeam);
+      }
+    } else {
+      values[0] += __shfl_xor_sync(kWholeWarp, values[0], kHalfTeam);
+    }
+    scatter_sums<kHalfTeam, kKept>(values);
+  }
+}
+
+}  // namespace vitkern
