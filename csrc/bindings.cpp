@@ -138,6 +138,7 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.attr("cuda_version") = py::none();
   m.attr("cuda_architectures") = "";
 #endif
+  m.attr("cuda_reason") = VITKERN_CUDA_REASON;  // why there are no CUDA kernels, or empty
 
 #ifndef VITKERN_EMULATED
   m.def("compiled_cpu_isas", &compiled_cpu_isas);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 
 #if defined(_MSC_VER) && defined(_M_X64)
@@ -66,8 +67,21 @@ const std::vector<IsaEntry>& entries() {
   return all;
 }
 
+// The entry of that name, or an error that lists what could have been said.
+const IsaEntry& usable(const std::string& name) {
+  std::string known;
+  for (const IsaEntry& entry : entries()) {
+    if (name == entry.name && entry.supported) return entry;
+    known += std::string(known.empty() ? "" : ", ") + entry.name + (entry.supported ? "" : " (not on this chip)");
+  }
+  throw std::invalid_argument("cpu instruction set '" + name + "' cannot be used; this build has: " + known);
+}
+
+// Made by the first call, which throws if VITKERN_CPU_ISA cannot be obeyed; so then does the next.
 std::atomic<CpuIsa>& chosen() {
   static std::atomic<CpuIsa> isa = [] {
+    const char* wanted = std::getenv("VITKERN_CPU_ISA");
+    if (wanted != nullptr && *wanted != '\0') return usable(wanted).isa;
     CpuIsa fastest = CpuIsa::kBaseline;
     for (const IsaEntry& entry : entries())
       if (entry.supported) fastest = entry.isa;
@@ -100,15 +114,7 @@ std::string cpu_isa_name() {
 }
 
 void set_cpu_isa(const std::string& name) {
-  std::string known;
-  for (const IsaEntry& entry : entries()) {
-    if (name == entry.name && entry.supported) {
-      chosen().store(entry.isa);
-      return;
-    }
-    known += std::string(known.empty() ? "" : ", ") + entry.name + (entry.supported ? "" : " (not on this chip)");
-  }
-  throw std::invalid_argument("cpu instruction set '" + name + "' cannot be used; this build has: " + known);
+  chosen().store(usable(name).isa);
 }
 
 }  // namespace vitkern

@@ -1,8 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA, Triton and native CPU kernels, with PyTorch autograd, for the ViT-Adapter family of vision models."""
 
-from vitkern import nn
-from vitkern._C import version as __version__
-from vitkern.functional import ms_deform_attn
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __all__ = ["__version__", "ms_deform_attn", "nn"]
+
+try:
+    from vitkern import nn
+    from vitkern._C import version as __version__
+    from vitkern.functional import ms_deform_attn
+except ImportError as error:
+    # `vitkern doctor` has to run where the compiled module or torch does not load; every other use says why it cannot.
+    _cause = error
+
+    if not TYPE_CHECKING:  # a checker is to see the names above and no others
+
+        def __getattr__(name: str) -> object:
+            if name not in __all__:
+                raise AttributeError(f"module 'vitkern' has no attribute {name!r}")
+            raise ImportError(
+                f"vitkern does not load ({_cause}); `python -m vitkern doctor` says more"
+            ) from _cause

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# What a developer types. Every target sets up what it needs in .venv, so `make demo` or `make test` can be the first.
+#
+#   make demo PYTHON=python3.12        the interpreter that .venv is made with (any from 3.10 on)
+#   make test PYTEST_ARGS="-k nearest" arguments for pytest
+#   make test VITKERN_CUDA=OFF         how to build; docs/environment.md has all such variables
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Two workers must not build the emulated kernels at once, nor spin while they wait for each other's threads.
+PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+PARALLEL := --numprocesses auto --maxprocesses 4
+SANITIZED_TESTS := tests/test_cpu_kernels.py tests/test_cuda_emulated.py
+PYTHON_FILES := python triton_kernels tests benchmarks
+
+export VITKERN_CUDA VITKERN_CUDA_ARCHITECTURES
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+##@ Run
+
+demo: setup  ## What this machine has, then a transformer layer checked and timed against plain torch
+	$(BIN)/vitkern doctor
+	$(BIN)/vitkern demo --output build/demo
+
+test: setup  ## Everything this machine can run; what it cannot is listed with the reason
+	$(PYTEST) -m "not alone" $(PARALLEL) $(PYTEST_ARGS)
+	$(PYTEST) -m alone $(PYTEST_ARGS)
+
+bench: setup  ## Time each backend against plain torch; a figure is printed only where the result was checked
+	$(BIN)/python -m benchmarks.bench_ms_deform_attn $(BENCH_ARGS)
+
+##@ Check
+
+check: lint typecheck setup  ## The quick half of ci: lint, types and the tests that are not slow
+	$(PYTEST) -m "not alone and not slow" $(PARALLEL) $(PYTEST_ARGS)
+
+emulate: setup  ## The CUDA kernels, run on the CPU
+	$(PYTEST) -k emulated $(PARALLEL) $(PYTEST_ARGS)
+
+sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
+	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest \
+	  -m "not alone and not slow" $(SANITIZED_TESTS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.requirements  ## Style of Python and C++
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
+
+typecheck: setup  ## mypy, strict on the package
+	$(BIN)/mypy
+
+ci:  ## What has to pass before a merge, the tests last
+	$(MAKE) lint
+	$(MAKE) typecheck
+	$(MAKE) sanitize
+	$(MAKE) test
+
+##@ Build
+
+setup: $(VENV)/.built  ## .venv with everything pinned, and the package built into it
+
+dist: $(VENV)/.requirements  ## Source distribution and wheel, in dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+format: $(VENV)/.requirements  ## Rewrite Python and C++ in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	git ls-files 'csrc/*' | xargs $(BIN)/clang-format -i
+
+clean:  ## Remove what was built, keep .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
+	find $(PYTHON_FILES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## Remove .venv too
+	rm -rf $(VENV)
+
+help:  ## This list
+	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo test bench check emulate sanitize lint typecheck ci setup dist format clean distclean help
+
+# ---- How .venv comes about -------------------------------------------------------------------------------------------
+# One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is
+# not, so .unfinished stands while pip writes; where it is still there, it is newer than .made and .venv starts afresh.
+
+$(VENV)/.made: $(wildcard $(VENV)/.unfinished)
+	@PYTHON="$(PYTHON)" tools/make_venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: $(VENV)/.made $(wildcard requirements/*.txt)
+	@echo "Installing torch, tools and test requirements into $(VENV): minutes, once"
+	@touch $(VENV)/.unfinished
+	@$(PIP) install -r requirements/torch.txt
+	@$(PIP) install -c requirements/torch.txt -r requirements/build.txt -r requirements/dev.txt
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install -c requirements/torch.txt -r requirements/triton.txt
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+# Python files are read where they lie, so only what is compiled or describes the package asks for a new build; and so
+# does a build option other than the last one.
+BUILD_OPTIONS := CUDA=$(VITKERN_CUDA) ARCHITECTURES=$(VITKERN_CUDA_ARCHITECTURES)
+ifneq ($(shell cat $(VENV)/.built 2>/dev/null),$(BUILD_OPTIONS))
+.PHONY: $(VENV)/.built
+endif
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+$(VENV)/.built: $(VENV)/.requirements $(SOURCES)
+	@echo "Building vitkern"
+	@rm -f $@
+	@$(PIP) install --no-build-isolation --no-deps --ignore-installed --editable .
+	@echo "$(BUILD_OPTIONS)" > $@
+
+build/sanitize/.done: $(VENV)/.requirements $(SOURCES) $(shell find python triton_kernels -name '*.py')
+	@echo "Building vitkern with sanitizers"
+	@rm -f $@
+	@tools/build_sanitized $(VENV)
+	@touch $@

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vitkern`. Only the subcommand that runs is imported: `doctor` has to work where nothing else does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from vitkern.doctor import main
+
+    return main(as_json=arguments.json)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from vitkern.demo import main
+
+    return main(output=arguments.output, threads=arguments.threads, quick=arguments.quick)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vitkern", description="Kernels for the ViT-Adapter family of vision models"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    doctor = commands.add_parser(
+        "doctor", help="what is installed, what can run here, and what cannot and why"
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser(
+        "demo", help="a transformer layer, checked and timed against plain torch, and a picture"
+    )
+    demo.add_argument("--output", type=Path, default=Path("vitkern-demo"), help="folder for the picture")
+    demo.add_argument("--threads", type=int, help="default: torch's own number")
+    demo.add_argument("--quick", action="store_true", help="the smallest size only")
+    demo.set_defaults(run=_demo)
+
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
