@@ -14,7 +14,6 @@ PARALLEL := --numprocesses auto --maxprocesses 4
 SANITIZED_TESTS := tests/test_cpu_kernels.py tests/test_cuda_emulated.py
 PYTHON_FILES := python triton_kernels tests benchmarks
 
-export VITKERN_CUDA VITKERN_CUDA_ARCHITECTURES
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
