@@ -35,7 +35,12 @@ class PlainMSDeformAttn(vitkern.nn.MSDeformAttn):
     """The same module with nothing but torch in it."""
 
     def forward(  # type: ignore[override]
-        self, query: Tensor, reference: Tensor, features: Tensor, spatial_shapes: Tensor, level_start_index: Tensor
+        self,
+        query: Tensor,
+        reference: Tensor,
+        features: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
     ) -> Tensor:
         points = (*query.shape[:2], HEADS, LEVELS, POINTS)
         value = self.value_proj(features).unflatten(-1, (HEADS, -1))
@@ -55,8 +60,12 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(CHANNELS), nn.LayerNorm(CHANNELS)
         self.widen, self.narrow = nn.Linear(CHANNELS, feedforward), nn.Linear(feedforward, CHANNELS)
 
-    def forward(self, features: Tensor, position: Tensor, reference: Tensor, shapes: Tensor, starts: Tensor) -> Tensor:
-        features = self.norm1(features + self.attention(features + position, reference, features, shapes, starts))
+    def forward(
+        self, features: Tensor, position: Tensor, reference: Tensor, shapes: Tensor, starts: Tensor
+    ) -> Tensor:
+        features = self.norm1(
+            features + self.attention(features + position, reference, features, shapes, starts)
+        )
         return self.norm2(features + self.narrow(F.relu(self.widen(features))))
 
 
@@ -79,7 +88,11 @@ class Comparison:
         def run(side: Callable[..., Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
             with torch.set_grad_enabled(backward):
                 output = side(*inputs)
-            return [output, *torch.autograd.grad(output, [*inputs, *parameters], towards)] if backward else [output]
+            return (
+                [output, *torch.autograd.grad(output, [*inputs, *parameters], towards)]
+                if backward
+                else [output]
+            )
 
         return [lambda: run(self.ours, self.parameters[0]), lambda: run(self.plain, self.parameters[1])]
 
@@ -109,7 +122,9 @@ def comparisons(image: tuple[int, int]) -> list[Comparison]:
     return [
         Comparison(
             "attention",
-            lambda value, locations, weights: vitkern.ms_deform_attn(value, shapes, starts, locations, weights),
+            lambda value, locations, weights: vitkern.ms_deform_attn(
+                value, shapes, starts, locations, weights
+            ),
             lambda value, locations, weights: ms_deform_attn_by_grid_sample(value, sizes, locations, weights),
             [value, locations, weights],
         ),
@@ -127,7 +142,9 @@ def pixel_centres(shapes: Tensor) -> Tensor:
     """Every pixel of every level is a query: its centre as (x, y) in [0, 1], repeated a level, [1, S, L, 2]."""
     centres = []
     for height, width in shapes.tolist():
-        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        y, x = torch.meshgrid(
+            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+        )
         centres.append(torch.stack([x, y], -1).view(-1, 2))
     return torch.cat(centres)[None, :, None].expand(-1, -1, LEVELS, -1)
 
@@ -153,7 +170,9 @@ def time_in_turn(runs: Sequence[Callable[[], object]]) -> list[float]:
 
 def table(images: Sequence[tuple[int, int]]) -> bool:
     """Print check and times row by row; whether every check passed."""
-    print(f"{'image':<11}{'queries':>7}  {'what':<10}{'pass':<19}{'torch ms':>10}{'vitkern ms':>12}{'ratio':>8}   equal to within")
+    print(
+        f"{'image':<11}{'queries':>7}  {'what':<10}{'pass':<19}{'torch ms':>10}{'vitkern ms':>12}{'ratio':>8}   equal to within"
+    )
     passed = True
     for image in images:
         for comparison in comparisons(image):
@@ -175,11 +194,19 @@ def table(images: Sequence[tuple[int, int]]) -> bool:
 def main(*, output: Path, threads: int | None = None, quick: bool = False) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
-    print("\nEncoder layer of Deformable-DETR with random weights, float32, batch 1, against plain torch (grid_sample)")
-    print(f"on {cpu_model()}, {torch.get_num_threads()} threads, {vitkern._C.cpu_isa()} kernels, torch {torch.__version__}\n")
+    print(
+        "\nEncoder layer of Deformable-DETR with random weights, float32, batch 1, against plain torch (grid_sample)"
+    )
+    print(
+        f"on {cpu_model()}, {torch.get_num_threads()} threads, {vitkern._C.cpu_isa()} kernels, torch {torch.__version__}\n"
+    )
     passed = table(IMAGES[:1] if quick else IMAGES)
-    print("\nTimes are the best of several rounds taken in turn. The two sides are equal to within the relative difference")
-    print("in the 2-norm, the largest over the output and, with backward, the gradients of all inputs and parameters.\n")
+    print(
+        "\nTimes are the best of several rounds taken in turn. The two sides are equal to within the relative difference"
+    )
+    print(
+        "in the 2-norm, the largest over the output and, with backward, the gradients of all inputs and parameters.\n"
+    )
 
     if importlib.util.find_spec("matplotlib") is None:
         print("No picture: matplotlib is not installed (pip install 'vitkern[demo]')")
