@@ -51,7 +51,7 @@ def _signature(kernel, dtype: str) -> dict[str, str]:
 
 def _constants(kernel, dtype: str, channels: int, table: dict[str, int], bilinear: bool) -> dict[str, object]:
     """Deformable-DETR's four levels of four points."""
-    known = {"D": channels, "L": 4, "K": 16, "GROUPS": 4, "GROUP_POINTS": 4, "BILINEAR": bilinear, "ACC": tl.float32}
+    known = {"D": channels, "L": 4, "GROUPS": 4, "GROUP_POINTS": 4, "BILINEAR": bilinear, "ACC": tl.float32}
     known |= {"OFFSET": tl.int32, "BLOCK_P": 4}
     known |= {"BLOCK_S": table["BLOCK_Q"], "level_of_group_ptr": None} | table
     if kernel is KERNELS["cells"]:

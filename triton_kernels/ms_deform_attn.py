@@ -35,13 +35,16 @@ def launch_table(channels: int, item_bytes: int, backward: bool = False) -> dict
 
 @triton.jit
 def _queries(M, Q, BLOCK_Q: tl.constexpr):
-    """This program's image, head and rows of [B, Q, M]. Heads vary fastest: neighbours share lines of all inputs."""
+    """This program's image, head, queries and their rows of [B, Q, M].
+
+    Heads vary fastest, for programs that run side by side then share the lines of all inputs.
+    """
     program = tl.program_id(0)
     blocks = tl.cdiv(Q, BLOCK_Q)
     head = (program % M).to(tl.int64)
     image = (program // M // blocks).to(tl.int64)
     query = (program // M % blocks).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    return image, head, (image * Q + query) * M + head, query < Q
+    return image, head, query, (image * Q + query) * M + head
 
 
 @triton.jit
@@ -139,7 +142,8 @@ def ms_deform_attn_forward(
     BLOCK_D: tl.constexpr,
 ):
     """Eq. (1). The second axis of the grid goes over blocks of channels."""
-    image, head, row, m_q = _queries(M, Q, BLOCK_Q)
+    image, head, query, row = _queries(M, Q, BLOCK_Q)
+    m_q = query < Q
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     output = tl.zeros([BLOCK_Q, BLOCK_D], dtype=ACC)
     for group in range(GROUPS):
@@ -206,7 +210,8 @@ def ms_deform_attn_backward(
     ACC: tl.constexpr, OFFSET: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Eqs. (5), (6) and (7)."""
-    image, head, row, m_q = _queries(M, Q, BLOCK_Q)
+    image, head, query, row = _queries(M, Q, BLOCK_Q)
+    m_q = query < Q
     channel = tl.arange(0, BLOCK_D)
     step_of = tl.arange(0, BLOCK_P)[None, :]
     axis_of = tl.arange(0, 2 * BLOCK_P)[None, :]

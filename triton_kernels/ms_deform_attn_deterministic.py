@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bitwise reproducible gradient of value: docs/derivations/ms_deform_attn.md, "Deterministic".
+"""grad_value without atomics, eq. (5), bit for bit the same each time ("Deterministic" in the derivation).
 
-``ms_deform_attn_cells`` numbers each sampling point by the cell of the pixel grid that it falls in, the caller sorts
-the points by that number (stably), and ``ms_deform_attn_gather_grad_value`` sums, pixel by pixel, the points of the
-pixel's cells in their sorted order. No atomics; shapes and names as in ms_deform_attn.py.
+``ms_deform_attn_cells`` files each sampling point under the last pixel, in memory order, that it touches; the caller
+sorts the points by it, stably; ``ms_deform_attn_gather_grad_value`` sums for each pixel the points that touch it, which
+are filed under the pixel itself and its neighbours to the right, below, and both: two runs of the sorted order, for
+neighbours in a row are neighbours in it. Shapes and names are those of ms_deform_attn.py.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ms_deform_attn import _level, _locate, _queries, _tile_mask
+from .ms_deform_attn import _channels, _level, _locate, _queries, _tile_mask
 
 
 @triton.jit
 def ms_deform_attn_cells(
-    cells_ptr,  # [B, Q, M, K] int64: in [0, B * M * 4 * S), or that bound for a point that touches no pixel
-    shapes_ptr,
-    level_start_ptr,
-    level_of_group_ptr,
-    locations_ptr,
+    cells_ptr,  # [B, Q, M, K] int64: in [0, B * M * S), or that bound for a point that touches no pixel
+    shapes_ptr,  # [L, 2] as (height, width)
+    level_start_ptr,  # [L]
+    level_of_group_ptr,  # [GROUPS], None where group and level are the same
+    locations_ptr,  # [B, Q, M, K, 2] as (x, y)
     B,
     S,
     M,
@@ -31,96 +32,86 @@ def ms_deform_attn_cells(
     ACC: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Numbers each point by the cell between four pixels, or the pixel, that it falls in ("Deterministic").
-
-    A level of W x H pixels has (W + 1) * (H + 1) <= 4 * W * H cells, so level l of S pixels starts at cell 4 * start.
-    """
-    image, head, row, m_q = _queries(M, Q, BLOCK_Q)
+    """One program files the points of BLOCK_Q queries of one head of one image."""
+    image, head, query, row = _queries(M, Q, BLOCK_Q)
+    m_q = query < Q
+    nowhere = tl.cast(S, tl.int64) * M * B
     for group in range(GROUPS):
         height, width, start = _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr)
         for step in range(GROUP_POINTS):
-            point = (row * GROUPS + group) * GROUP_POINTS + step
-            counts, left, top, _, _ = _locate(locations_ptr, point, m_q, height, width, BILINEAR, ACC)
-            cell = (top + 1).to(tl.int64) * (width + 1) + (left + 1)
-            cell = tl.where(counts, ((image * M + head) * S + start) * 4 + cell, 4 * S * M * B)
-            tl.store(cells_ptr + point, cell, mask=m_q)
+            point = row * (GROUPS * GROUP_POINTS) + (group * GROUP_POINTS + step)
+            counts, column, line, _, _ = _locate(locations_ptr, point, m_q, height, width, BILINEAR, ACC)
+            if BILINEAR:
+                column = tl.minimum(column + 1, width - 1)
+                line = tl.minimum(line + 1, height - 1)
+            pixel = (image * M + head) * S + start + line.to(tl.int64) * width + column
+            tl.store(cells_ptr + point, tl.where(counts, pixel, nowhere), mask=m_q)
 
 
 @triton.jit
 def ms_deform_attn_gather_grad_value(
-    grad_value_ptr,  # [B, S, M, D] of ACC, written
+    grad_value_ptr,  # [B, S, M, D] of ACC, all of it written
     grad_output_ptr,  # [B, Q, M, D]
-    shapes_ptr,  # [L, 2]
-    level_start_ptr,  # [L]
-    locations_ptr,  # [B, Q, M, K, 2]
+    shapes_ptr,
+    level_start_ptr,
+    level_of_group_ptr,
+    locations_ptr,
     weights_ptr,  # [B, Q, M, K]
     order_ptr,  # [B * Q * M * K] points in the order of their cells
-    first_ptr,  # [B * M * 4 * S + 1] how many points are in the cells below
+    first_ptr,  # [B * M * S + 1] how many points are in the cells below
     S,
     M,
     D: tl.constexpr,
     L: tl.constexpr,
-    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_POINTS: tl.constexpr,
     BILINEAR: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Eq. (5) without atomics: one program sums, for BLOCK_S pixels of one head, the points of their cells in order.
-
-    A pixel is a corner of two cells in each of two rows; the two of a row follow each other, and so do their points.
-    """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(S, BLOCK_S)
-    head = (program % M).to(tl.int64)
-    image = (program // M // blocks).to(tl.int64)
-    pixel = (program // M % blocks).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    """One program owns BLOCK_S pixels and BLOCK_D channels of one head; each of its pixels takes a point a round."""
+    image, head, pixel, target = _queries(M, S, BLOCK_S)
     m_s = pixel < S
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-
-    height, width, start = _level_of_pixel(pixel, shapes_ptr, level_start_ptr, L)
-    in_level = m_s & (width > 0)
-    row = (pixel - start) // tl.maximum(width, 1)
-    column = (pixel - start) - row * width
     total = tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC)
-    for down in tl.static_range(2 if BILINEAR else 1):
-        # Nearest: the pixel is its own cell. Bilinear: the cells above left and above, then left and below.
-        cell_row = row + down if BILINEAR else row + 1
-        cell_column = column if BILINEAR else column + 1
-        cell = ((image * M + head) * S + start) * 4 + cell_row * (width + 1) + cell_column
-        i = tl.load(first_ptr + cell, mask=in_level, other=0)
-        end = tl.load(first_ptr + cell + (2 if BILINEAR else 1), mask=in_level, other=0)
-        longest = tl.max(end - i, axis=0)
-        while longest > 0:
-            m_i = i < end
-            point = tl.load(order_ptr + i, mask=m_i, other=0)
-            share = tl.load(weights_ptr + point, mask=m_i, other=0.0).to(ACC)
+    for level in range(L):
+        height, width, start = _level(level, None, shapes_ptr, level_start_ptr)
+        in_level = pixel - start
+        inside = m_s & (in_level >= 0) & (in_level < height.to(tl.int64) * width)
+        line = in_level // tl.maximum(width, 1)
+        column = in_level - line * width
+        for down in tl.static_range(2 if BILINEAR else 1):
+            m_run = inside & (line + down < height)
+            cell = first_ptr + (image * M + head) * S + pixel + down * width
+            cells = 1
             if BILINEAR:
-                x = tl.load(locations_ptr + 2 * point, mask=m_i, other=0.0).to(ACC) * width.to(ACC) - 0.5
-                y = tl.load(locations_ptr + 2 * point + 1, mask=m_i, other=0.0).to(ACC) * height.to(ACC) - 0.5
-                share *= (1 - tl.abs(x - column.to(ACC))) * (1 - tl.abs(y - row.to(ACC)))
-            grad_row = tl.load(
-                grad_output_ptr + (point // K * D)[:, None] + channel[None, :],
-                mask=_tile_mask(m_i, channel, D, BLOCK_D),
-                other=0.0,
-            )
-            total += tl.where(m_i, share, 0.0)[:, None] * grad_row.to(ACC)
-            i += 1
-            longest -= 1
-    grad_ptr = grad_value_ptr + (((image * S + pixel) * M + head) * D)[:, None] + channel[None, :]
-    tl.store(grad_ptr, total, mask=_tile_mask(m_s, channel, D, BLOCK_D))
+                cells = tl.where(column + 1 < width, 2, 1)
+            i = tl.load(cell, mask=m_run, other=0)
+            end = tl.load(cell + cells, mask=m_run, other=0)
+            rounds = tl.max(end - i, axis=0)
+            while rounds > 0:
+                point = tl.load(order_ptr + i, mask=i < end, other=0)
+                weight = tl.load(weights_ptr + point, mask=i < end, other=0.0).to(ACC)
+                counts, left, top, right, lower = _locate(
+                    locations_ptr, point, i < end, height, width, BILINEAR, ACC
+                )
+                takes = counts & _of_level(point, level, level_of_group_ptr, GROUPS, GROUP_POINTS)
+                takes = takes & (column - left >= 0) & (column - left <= 1) & (line - top >= 0) & (line - top <= 1)
+                share = tl.where(column == left, 1 - right, right) * tl.where(line == top, 1 - lower, lower)
+                row = point // (GROUPS * GROUP_POINTS)
+                grad_output = _channels(grad_output_ptr, row * D, takes, channel, D, BLOCK_D).to(ACC)
+                total += tl.where(takes, weight * share, 0.0)[:, None] * grad_output
+                i += 1
+                rounds -= 1
+    target = grad_value_ptr + (target * D)[:, None] + channel[None, :]
+    tl.store(target, total, mask=_tile_mask(m_s, channel, D, BLOCK_D))
 
 
 @triton.jit
-def _level_of_pixel(pixel, shapes_ptr, level_start_ptr, L: tl.constexpr):
-    """Height, width and first pixel of the level that each pixel belongs to; zeros where it belongs to none."""
-    height = tl.zeros_like(pixel)
-    width = tl.zeros_like(pixel)
-    start = tl.zeros_like(pixel)
-    for level in range(L):
-        level_height, level_width, first = _level(level, None, shapes_ptr, level_start_ptr)
-        mine = (pixel >= first) & (pixel < first + level_height.to(tl.int64) * level_width)
-        height = tl.where(mine, level_height, height)
-        width = tl.where(mine, level_width, width)
-        start = tl.where(mine, first, start)
-    return height, width, start
+def _of_level(point, level, level_of_group_ptr, GROUPS: tl.constexpr, GROUP_POINTS: tl.constexpr):
+    """Does a point sample this level? Levels that overlap share pixels, and a point counts once."""
+    group = point % (GROUPS * GROUP_POINTS) // GROUP_POINTS
+    if level_of_group_ptr is not None:
+        group = tl.load(level_of_group_ptr + group)
+    return group == level

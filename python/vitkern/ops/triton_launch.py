@@ -173,11 +173,11 @@ def ms_deform_attn_backward_triton(
 def _gather_grad_value(
     grad_output, value, spatial_shapes, level_start_index, locations, weights, points_per_level, method
 ) -> Tensor:
-    """The bitwise reproducible gradient of value: points sorted by cell, then summed pixel by pixel."""
+    """The bitwise reproducible gradient of value: points sorted by the pixels they touch, then summed pixel by pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 
     batch, pixels, heads, channels = value.shape
-    queries, points = weights.shape[1], weights.shape[3]
+    queries = weights.shape[1]
     constants, level_of_group = _constants(value, points_per_level, method)
     blocks = _blocks(value)
     num_warps, block_s, block_d = blocks["num_warps"], blocks["BLOCK_Q"], blocks["BLOCK_D"]
@@ -199,12 +199,13 @@ def _gather_grad_value(
             BLOCK_Q=block_q,
             num_warps=num_warps,
         )
-        order, first = sort_by_cell(cells, 4 * batch * heads * pixels)
+        order, first = sort_by_cell(cells, batch * heads * pixels)
         kernels.ms_deform_attn_gather_grad_value[(batch * heads * _cdiv(pixels, block_s), _cdiv(channels, block_d))](
             grad_value,
             grad_output,
             spatial_shapes,
             level_start_index,
+            level_of_group,
             locations,
             weights,
             order,
@@ -213,9 +214,7 @@ def _gather_grad_value(
             heads,
             channels,
             L=spatial_shapes.shape[0],
-            K=points,
-            BILINEAR=constants["BILINEAR"],
-            ACC=constants["ACC"],
+            **constants,
             BLOCK_S=block_s,
             BLOCK_D=block_d,
             num_warps=num_warps,
