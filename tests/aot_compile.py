@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel for cards that are not here and prints one JSON line of static figures for each.
 
-Needs a process without TRITON_INTERPRET: ``python tests/aot_compile.py --arch 90 --channels 32``.
+Needs a process without TRITON_INTERPRET: ``python tests/aot_compile.py --arch 90 --case fp32x32``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -49,9 +48,9 @@ def _signature(kernel, dtype: str) -> dict[str, str]:
     return signature
 
 
-def _constants(kernel, dtype: str, channels: int, table: dict[str, int], bilinear: bool) -> dict[str, object]:
+def _constants(kernel, dtype: str, channels: int, table: dict[str, int]) -> dict[str, object]:
     """Deformable-DETR's four levels of four points."""
-    known = {"D": channels, "L": 4, "GROUPS": 4, "GROUP_POINTS": 4, "BILINEAR": bilinear, "ACC": tl.float32}
+    known = {"D": channels, "L": 4, "GROUPS": 4, "GROUP_POINTS": 4, "BILINEAR": True, "ACC": tl.float32}
     known |= {"OFFSET": tl.int32, "BLOCK_P": 4}
     known |= {"BLOCK_S": table["BLOCK_Q"], "level_of_group_ptr": None} | table
     if kernel is KERNELS["cells"]:
@@ -59,14 +58,14 @@ def _constants(kernel, dtype: str, channels: int, table: dict[str, int], bilinea
     return {p.name: known[p.name] for p in kernel.params if p.name in known}
 
 
-def compile_kernel(name: str, arch: int, dtype: str, channels: int, bilinear: bool = True):
+def compile_kernel(name: str, arch: int, dtype: str, channels: int):
     """One kernel as the launcher would specialise it: 16-byte aligned pointers, eight heads."""
     kernel = KERNELS[name]
     table = ms_deform_attn.launch_table(channels, ITEM_BYTES[dtype], backward=name == "backward")
     signature = _signature(kernel, dtype)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, signature, _constants(kernel, dtype, channels, table, bilinear), aligned)
-    options = {"num_warps": table["num_warps"], "enable_fp_fusion": True}
+    source = ASTSource(kernel, signature, _constants(kernel, dtype, channels, table), aligned)
+    options = {key: table[key] for key in ("num_warps", "maxnreg") if key in table} | {"enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -82,7 +81,8 @@ def static_figures(compiled) -> dict[str, object]:
     accesses = re.findall(r"\b((?:ld|st|red|atom)\.global[\w.:]*)", compiled.asm["ptx"])
     return {
         "registers": resources["REG"],
-        "spilled": resources["LOCAL"] + resources["STACK"],
+        "local": resources["LOCAL"],
+        "stack": resources["STACK"],
         "shared": compiled.metadata.shared,
         "accesses": {access: accesses.count(access) for access in sorted(set(accesses))},
     }
@@ -90,16 +90,15 @@ def static_figures(compiled) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernel", nargs="+", default=list(KERNELS))
+    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100, 120])
-    parser.add_argument("--dtype", nargs="+", default=list(ITEM_BYTES))
-    parser.add_argument("--channels", nargs="+", type=int, default=[16, 30, 32, 64])
-    parser.add_argument("--nearest", action="store_true", help="compile the nearest-pixel variant")
+    parser.add_argument("--case", nargs="+", default=["fp32x32", "fp16x32", "bf16x64", "fp16x16", "fp32x30"])
     options = parser.parse_args()
-    for case in itertools.product(options.kernel, options.arch, options.dtype, options.channels):
-        figures = static_figures(compile_kernel(*case, bilinear=not options.nearest))
-        print(json.dumps(dict(zip(("kernel", "arch", "dtype", "channels"), case)) | figures), flush=True)
+    for name, arch, case in itertools.product(options.kernel, options.arch, options.case):
+        dtype, channels = case.split("x")
+        figures = static_figures(compile_kernel(name, arch, dtype, int(channels)))
+        print(json.dumps({"kernel": name, "arch": arch, "case": case} | figures), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

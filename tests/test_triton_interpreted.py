@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is Triton's own: branches of its kernels and launcher that the contract in test_ms_deform_attn.py passes by.
+
+Interpreted, the price is per operation and program, so shapes have few heads and points.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.helpers import gradients
+from vitkern import reference
+from vitkern.ops import triton_launch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("no triton", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs the compiled kernels", allow_module_level=True)
+
+
+def make(points_per_level, channels, *, sizes=((3, 5), (4, 2), (1, 2)), batch=1, heads=2, queries=3):
+    """Arguments in float64, with locations in and around the map and a quarter pixel off the cell edges."""
+    shapes = torch.tensor(sizes[: len(points_per_level)])
+    pixels = shapes.prod(1)
+    points = torch.tensor(points_per_level)
+    width_height = shapes.flip(1).repeat_interleave(points, 0).double()
+    cell = (torch.rand(batch, queries, heads, len(width_height), 2) * (width_height + 2) - 1.5).floor()
+    locations = (cell + 0.25 + 0.5 * torch.rand_like(cell) + 0.5) / width_height
+    value = torch.randn(batch, int(pixels.sum()), heads, channels, dtype=torch.float64)
+    weights = torch.rand(batch, queries, heads, len(width_height), dtype=torch.float64)
+    return value, shapes, pixels.cumsum(0) - pixels, locations.double(), weights, points_per_level
+
+
+class Interpreted(torch.autograd.Function):
+    """The two launchers under autograd, to be checked in float64: the public op does not offer that on Triton."""
+
+    @staticmethod
+    def forward(ctx, value, locations, weights, shapes, level_start, points_per_level, method, deterministic):
+        ctx.save_for_backward(value, shapes, level_start, locations, weights)
+        ctx.options = points_per_level, method, deterministic
+        return triton_launch.ms_deform_attn_forward_triton(
+            value, shapes, level_start, locations, weights, points_per_level, method
+        )
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        points_per_level, method, deterministic = ctx.options
+        needed = tuple(ctx.needs_input_grad[:3])
+        grads = triton_launch.ms_deform_attn_backward_triton(
+            grad_output.contiguous(), needed, *ctx.saved_tensors, points_per_level, method, deterministic=deterministic
+        )
+        return *grads, None, None, None, None, None
+
+
+def compare(arguments, method="bilinear", deterministic=False, dtype=torch.float64, tolerance=1e-12):
+    value, shapes, level_start, locations, weights, points_per_level = arguments
+    tensors = tuple(t.to(dtype) for t in (value, locations, weights))
+    rest = shapes, level_start
+
+    def ours(v, x, w):
+        return Interpreted.apply(v, x, w, *rest, points_per_level, method, deterministic)
+
+    def oracle(v, x, w):
+        return reference.ms_deform_attn(v, *rest, x, w, points_per_level, method)
+
+    grad_output = torch.randn_like(oracle(*tensors))
+    exact = gradients(oracle, tuple(t.double() for t in tensors), grad_output.double())
+    for actual, expected in zip(gradients(ours, tensors, grad_output), exact):
+        torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
+@pytest.mark.parametrize("channels", [1, 130, 300])  # two and more blocks of channels beyond 256
+def test_any_number_of_channels(channels, deterministic):
+    compare(make((2, 2), channels), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
+@pytest.mark.parametrize("points_per_level", [(3, 3), (2, 4, 2), (1, 0, 2)])
+def test_runs_of_points(points_per_level, deterministic, method):
+    compare(make(points_per_level, 3, batch=2, heads=1), method, deterministic)
+
+
+def test_runs_are_the_greatest_common_divisor():
+    groups = triton_launch._groups
+    cpu = torch.device("cpu")
+    assert groups((4, 4, 4), cpu) == (3, 4, None)
+    assert groups((2, 4, 0), cpu)[:2] == (3, 2)
+    assert groups((2, 4, 0), cpu)[2].tolist() == [0, 1, 1]
+
+
+def test_64_bit_offsets(monkeypatch):
+    monkeypatch.setattr(triton_launch, "_INT32_OFFSETS", 0)
+    compare(make((2, 1), 16))
+
+
+def test_levels_that_overlap_add_up_in_the_deterministic_pass():
+    value, shapes, level_start, *rest = make((2, 2), 4, sizes=((3, 4), (2, 4)))
+    compare((value[:, :12].contiguous(), shapes, torch.tensor([0, 4]), *rest), deterministic=True)
+
+
+def test_pixels_of_no_level_get_a_zero_gradient():
+    value, shapes, level_start, locations, weights, points = make((2, 2), 4)
+    gap = torch.cat([value, value[:, :3]], 1)
+    compare((gap, shapes, level_start + 1, locations, weights, points), deterministic=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_weight_spoils_nothing_outside_the_map(bad):
+    value, shapes, level_start, locations, weights, points = make((1,), 4, queries=2)
+    locations[:] = 5.0
+    weights[:] = bad
+    output = triton_launch.ms_deform_attn_forward_triton(
+        value, shapes, level_start, locations, weights, points, "bilinear"
+    )
+    assert (output == 0).all()
+    arguments = value, shapes, level_start, locations, weights, points, "bilinear"
+    for deterministic in (False, True):
+        grads = triton_launch.ms_deform_attn_backward_triton(
+            torch.ones_like(output), (True, True, True), *arguments, deterministic=deterministic
+        )
+        assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
+def test_gradcheck(deterministic):
+    value, shapes, level_start, locations, weights, points = make((1, 1), 2, heads=1, queries=2, sizes=((2, 2), (1, 2)))
+    inputs = tuple(t.requires_grad_() for t in (value, locations, weights))
+
+    def function(v, x, w):
+        return Interpreted.apply(v, x, w, shapes, level_start, points, "bilinear", deterministic)
+
+    # Atomics add in the order of the block, so even this interpreted backward repeats bit for bit.
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
