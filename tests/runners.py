@@ -23,7 +23,8 @@ class Runner:
     activate: Callable[[], contextlib.AbstractContextManager]
     device: str = "cpu"
     dtypes: tuple[torch.dtype, ...] = backends.DTYPES
-    slow: bool = False  # emulated and interpreted kernels take small shapes only
+    slow: bool = False  # small shapes only
+    interpreted: bool = False  # the smallest ones
     marks: tuple = ()
 
     @contextlib.contextmanager
@@ -77,6 +78,7 @@ RUNNERS = [
         contextlib.nullcontext,
         dtypes=_NO_FP64,
         slow=True,
+        interpreted=True,
         marks=_reason(_HAS_TRITON and not _HAS_GPU, "a GPU runs the compiled kernels" if _HAS_GPU else "no triton"),
     ),
     Runner("cuda-gpu", "cuda", contextlib.nullcontext, "cuda", marks=(pytest.mark.gpu, *_reason(_HAS_GPU, "no GPU"))),

@@ -71,7 +71,7 @@ def ms_deform_attn(
     if _runs_as_plain_torch(value.device, value.dtype, backend):
         return op.by_reference(*inputs, points_per_level, method)
     _refuse_transforms("ms_deform_attn")
-    return torch.ops.vitkern.ms_deform_attn(*inputs, points_per_level, method, backend)
+    return op.ms_deform_attn(*inputs, points_per_level, method, backend)
 
 
 def _as_levels(

@@ -18,14 +18,15 @@ _PLAIN = (Tensor, Parameter)
 
 def nothing_watches(*tensors: Tensor) -> bool:
     """Whether an op on these tensors would go through the dispatcher unseen."""
+    if torch.compiler.is_compiling():
+        return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in _PLAIN or tensor.is_meta:
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and not torch.autograd._profiler_enabled()
     )
