@@ -106,12 +106,13 @@ VITKERN_INLINE void store_narrow(T* to, Vec<Accumulator<T>, N> a) {
   }
 }
 
-// Arrays of any length. Whole vectors, then the rest through a padded vector.
+// Arrays of any length: whole vectors, then fours (a query often has four points), then the rest one vector, padded.
 template <typename T>
 void widen_array(const T* from, int64_t count, Accumulator<T>* to) {
   constexpr int N = kLanes<Accumulator<T>>;
   int64_t i = 0;
   for (; i + N <= count; i += N) store(to + i, load_wide<N>(from + i));
+  for (; i + 4 <= count; i += 4) store(to + i, load_wide<4>(from + i));
   if (i == count) return;
   T padded[N] = {};
   memcpy(padded, from + i, (count - i) * sizeof(T));
@@ -125,6 +126,7 @@ void narrow_array(const Accumulator<T>* from, int64_t count, T* to) {
   constexpr int N = kLanes<Accumulator<T>>;
   int64_t i = 0;
   for (; i + N <= count; i += N) store_narrow<N>(to + i, load<Accumulator<T>, N>(from + i));
+  for (; i + 4 <= count; i += 4) store_narrow<4>(to + i, load<Accumulator<T>, 4>(from + i));
   if (i == count) return;
   Accumulator<T> padded[N] = {};
   memcpy(padded, from + i, (count - i) * sizeof padded[0]);

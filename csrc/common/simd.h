@@ -68,6 +68,7 @@ using Integer = typename IntegerOf<T>::Type;
 template <typename T, int N>
 struct Vec {
   typedef T Native __attribute__((vector_size(sizeof(T) * N)));
+  typedef T InMemory __attribute__((vector_size(sizeof(T) * N), aligned(alignof(T)), may_alias));
   Native v;
 };
 
@@ -89,12 +90,24 @@ VITKERN_INLINE Vec<T, N> broadcast(T x) {
 
 template <typename T, int N>
 VITKERN_INLINE Vec<T, N> select(Vec<Integer<T>, N> mask, Vec<T, N> yes, Vec<T, N> no) {
-  return {mask.v ? yes.v : no.v};
+  typedef typename Vec<Integer<T>, N>::Native Bits;
+  return {(typename Vec<T, N>::Native)(((Bits)yes.v & mask.v) | ((Bits)no.v & ~mask.v))};
 }
 
 template <typename U, typename T, int N>
 VITKERN_INLINE Vec<U, N> convert(Vec<T, N> a) {
   return {__builtin_convertvector(a.v, typename Vec<U, N>::Native)};
+}
+
+// Memory needs no alignment.
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> load(const T* from) {
+  return {*reinterpret_cast<const typename Vec<T, N>::InMemory*>(from)};
+}
+
+template <typename T, int N>
+VITKERN_INLINE void store(T* to, Vec<T, N> a) {
+  *reinterpret_cast<typename Vec<T, N>::InMemory*>(to) = a.v;
 }
 
 #else
@@ -138,6 +151,18 @@ VITKERN_INLINE Vec<U, N> convert(Vec<T, N> a) {
   return r;
 }
 
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> load(const T* from) {
+  Vec<T, N> r;
+  memcpy(&r, from, sizeof r);
+  return r;
+}
+
+template <typename T, int N>
+VITKERN_INLINE void store(T* to, Vec<T, N> a) {
+  memcpy(to, &a, sizeof a);
+}
+
 #endif
 
 VITKERN_ARITHMETIC(+)
@@ -160,19 +185,6 @@ VITKERN_INLINE Vec<U, N> bit_cast(Vec<T, N> a) {
   Vec<U, N> r;
   memcpy(&r, &a, sizeof r);
   return r;
-}
-
-// Memory needs no alignment.
-template <typename T, int N>
-VITKERN_INLINE Vec<T, N> load(const T* from) {
-  Vec<T, N> r;
-  memcpy(&r, from, sizeof r);
-  return r;
-}
-
-template <typename T, int N>
-VITKERN_INLINE void store(T* to, Vec<T, N> a) {
-  memcpy(to, &a, sizeof a);
 }
 
 // a * b + c; one instruction where there is one, as the compiler may contract.
@@ -223,11 +235,20 @@ VITKERN_INLINE Vec<T, 4> sum_each(Vec<T, N> a, Vec<T, N> b, Vec<T, N> c, Vec<T, 
   return load<T, 4>(sums);
 }
 
+// One cache line, to be read; prefetch_write: to be written.
 VITKERN_INLINE void prefetch(const void* address) {
 #if VITKERN_VECTOR_EXTENSION
   __builtin_prefetch(address);
 #elif defined(_M_X64)
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
+#endif
+}
+
+VITKERN_INLINE void prefetch_write(const void* address) {
+#if VITKERN_VECTOR_EXTENSION
+  __builtin_prefetch(address, 1);
+#else
+  prefetch(address);
 #endif
 }
 

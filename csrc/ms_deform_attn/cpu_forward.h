@@ -14,11 +14,9 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-constexpr int kAhead = 2;
-constexpr int kRing = 4;  // a power of two above kAhead
+constexpr int64_t kAhead = 2;
 constexpr int64_t kTaskQueries = 64;
 constexpr int64_t kTaskPixels = 64;
-static_assert(kRing > kAhead && (kRing & (kRing - 1)) == 0, "addresses of coming queries stay until they are used");
 
 template <typename Acc>
 int64_t padded_channels(int64_t channels) {
@@ -29,14 +27,14 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Adds the corners of a query, kVectors vectors of channels.
 template <int kVectors, int kUsed, typename T, typename Acc>
-void gather(const T* const* address, const Tile<Acc>& tile, int64_t first, int64_t channel, Acc* out) {
+void gather(const Rows<const T>& rows, const Tile<Acc>& tile, int64_t first, int64_t channel, Acc* out) {
   constexpr int N = kLanes<Acc>;
   constexpr int kSums = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : kUsed;  // as many as hide the latency of an addition
   Vec<Acc, N> sums[kSums][kVectors] = {};
   for (int64_t point = 0; point < tile.points; ++point)
     for (int corner = 0; corner < kUsed; ++corner) {
       const auto coefficient = broadcast<Acc, N>(tile.coefficient[corner][first + point]);
-      const T* row = address[point * kUsed + corner] + channel;
+      const T* row = rows.at(tile.row[corner][first + point]) + channel;
       for (int i = 0; i < kVectors; ++i) {
         auto& sum = sums[corner % kSums][i];
         sum = multiply_add(load_wide<N>(row + i * N), coefficient, sum);
@@ -50,13 +48,13 @@ void gather(const T* const* address, const Tile<Acc>& tile, int64_t first, int64
 }
 
 template <int kUsed, typename T, typename Acc>
-void gather_all(const T* const* address, const Tile<Acc>& tile, int64_t first, int64_t channels, Acc* out) {
+void gather_all(const Rows<const T>& rows, const Tile<Acc>& tile, int64_t first, int64_t channels, Acc* out) {
   constexpr int N = kLanes<Acc>;
   int64_t channel = 0;
-  for (; channel + 8 * N <= channels; channel += 8 * N) gather<8, kUsed>(address, tile, first, channel, out);
-  for (; channel + 4 * N <= channels; channel += 4 * N) gather<4, kUsed>(address, tile, first, channel, out);
-  for (; channel + 2 * N <= channels; channel += 2 * N) gather<2, kUsed>(address, tile, first, channel, out);
-  for (; channel < channels; channel += N) gather<1, kUsed>(address, tile, first, channel, out);
+  for (; channel + 8 * N <= channels; channel += 8 * N) gather<8, kUsed>(rows, tile, first, channel, out);
+  for (; channel + 4 * N <= channels; channel += 4 * N) gather<4, kUsed>(rows, tile, first, channel, out);
+  for (; channel + 2 * N <= channels; channel += 2 * N) gather<2, kUsed>(rows, tile, first, channel, out);
+  for (; channel < channels; channel += N) gather<1, kUsed>(rows, tile, first, channel, out);
 }
 
 // What a worker needs for itself.
@@ -64,12 +62,10 @@ template <typename T>
 struct ForwardWorker {
   using Acc = Accumulator<T>;
   Tile<Acc> tile;
-  const T** addresses[kRing];
   Acc* sums;
 
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p) {
     tile.lay_out(cursor, p.points);
-    for (const T**& address : addresses) address = cursor.take<const T*>(p.points * kCorners);
     sums = cursor.take<Acc>(padded_channels<Acc>(p.channels));
   }
 };
@@ -80,7 +76,7 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
                      int64_t head, int64_t begin, int64_t end) {
   using Acc = Accumulator<T>;
   Tile<Acc>& tile = worker.tile;
-  const int64_t channels = padded_channels<Acc>(p.channels);
+  const int64_t channels = padded_channels<Acc>(p.channels), row_bytes = p.channels * sizeof(T);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
@@ -91,15 +87,14 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
       locate_nearest(tile);
 
     T* out = static_cast<T*>(p.output) + row * p.channels;
-    for (int64_t step = -kAhead; step < queries; ++step) {
-      if (step + kAhead < queries) {
-        const T** ahead = worker.addresses[(step + kAhead) % kRing];
-        address_corners<kUsed>(tile, step + kAhead, rows, ahead);
-        prefetch_rows(ahead, tile.points * kUsed, p.channels * static_cast<int64_t>(sizeof(T)));
-      }
-      if (step < 0) continue;
-      gather_all<kUsed>(worker.addresses[step % kRing], tile, step * tile.points, channels, worker.sums);
-      narrow_array(worker.sums, p.channels, out + step * p.heads * p.channels);
+    const bool far = scattered(tile, queries);
+    for (int64_t query = 0; query < queries; ++query) {
+      prefetch_points<C>(p, (row + (query + tile.queries) * p.heads) * p.points, p.points);
+      for (int64_t byte = 0; byte < row_bytes; byte += 64)
+        prefetch_write(reinterpret_cast<char*>(out + (query + kAhead) * p.heads * p.channels) + byte);
+      if (far && query + kAhead < queries) prefetch_rows<kUsed>(tile, query + kAhead, rows, row_bytes);
+      gather_all<kUsed>(rows, tile, query * tile.points, channels, worker.sums);
+      narrow_array(worker.sums, p.channels, out + query * p.heads * p.channels);
     }
   }
 }

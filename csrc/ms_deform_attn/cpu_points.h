@@ -171,28 +171,49 @@ void locate_nearest(Tile<Acc>& tile) {
   }
 }
 
-// Where the rows of one head lie: packed side by side, or within [S, M, D]. Corners outside read `outside`.
+// Where the rows of one head lie: packed side by side, or within [S, M, D]. Corners outside are sent to `outside`.
 template <typename T>
 struct Rows {
   T* base;
   int64_t stride;
   T* outside;
+
+  VITKERN_INLINE T* at(int64_t row) const {
+    T* const inside = base + row * stride;
+    return row < 0 ? outside : inside;
+  }
 };
 
-// The addresses of all corners of a query, [points, corners].
+// Brings the rows of a query into the cache.
 template <int kUsed, typename T, typename Acc>
-VITKERN_INLINE void address_corners(const Tile<Acc>& tile, int64_t query, const Rows<T>& rows, T** address) {
-  for (int64_t point = 0; point < tile.points; ++point)
-    for (int corner = 0; corner < kUsed; ++corner) {
-      const int64_t row = tile.row[corner][query * tile.points + point];
-      address[point * kUsed + corner] = row < 0 ? rows.outside : rows.base + row * rows.stride;
-    }
+VITKERN_INLINE void prefetch_rows(const Tile<Acc>& tile, int64_t query, const Rows<T>& rows, int64_t bytes) {
+  for (int corner = 0; corner < kUsed; ++corner) {
+    const Integer<Acc>* row = tile.row[corner] + query * tile.points;
+    for (int64_t point = 0; point < tile.points; ++point)
+      for (int64_t byte = 0; byte < bytes; byte += 64)
+        prefetch(reinterpret_cast<const char*>(rows.at(row[point])) + byte);
+  }
 }
 
-template <typename T>
-VITKERN_INLINE void prefetch_rows(T* const* address, int64_t count, int64_t bytes) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(reinterpret_cast<const char*>(address[i]) + byte);
+// Whether queries that follow one another read rows far from one another. Where they do not, the caches already hold
+// what prefetching would bring.
+template <typename Acc>
+bool scattered(const Tile<Acc>& tile, int64_t queries) {
+  constexpr int kNearby = 16;  // rows
+  const Integer<Acc>*row = tile.row[0], *following = tile.row[0] + tile.points;
+  int32_t far = 0;
+  for (int64_t i = 0; i < (queries - 1) * tile.points; ++i)
+    far += following[i] - row[i] > kNearby || row[i] - following[i] > kNearby;
+  return queries == 1 || 4 * far > (queries - 1) * tile.points;
+}
+
+// Brings the points that a later read_points() reads into the cache: a query's lie far from the next one's.
+template <typename C>
+VITKERN_INLINE void prefetch_points(const MsDeformAttnParams& p, int64_t row, int64_t points) {
+  const char* locations = reinterpret_cast<const char*>(static_cast<const C*>(p.locations) + 2 * row);
+  const char* weights = reinterpret_cast<const char*>(static_cast<const C*>(p.weights) + row);
+  for (int64_t byte = 0; byte < 2 * points * static_cast<int64_t>(sizeof(C)); byte += 64) prefetch(locations + byte);
+  for (int64_t byte = 0; byte < points * static_cast<int64_t>(sizeof(C)); byte += 64) prefetch(weights + byte);
 }
 
 }  // namespace

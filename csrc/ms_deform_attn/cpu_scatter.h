@@ -9,6 +9,8 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
+constexpr int64_t kHalfPage = 2048;
+
 // Levels whose gradients one task adds up: one level, or all of them where levels share pixels.
 struct Group {
   const Level* levels;
@@ -21,8 +23,6 @@ struct BackwardWorker {
   using Acc = Accumulator<T>;
   Tile<Acc> tile;
   int64_t channels;  // padded to whole vectors
-  const T** value_addresses[kRing];
-  Acc** grad_addresses[kRing];
   Acc* grad_output;  // [tile queries, channels]
   Acc* dots;         // [tile points, corners]: grad_output times the row of the corner
   T* value;          // [pixels of a group, channels]
@@ -33,62 +33,61 @@ struct BackwardWorker {
     channels = padded;
     tile.lay_out(cursor, p.points);
     const int64_t points = p.points < kTilePoints ? kTilePoints : p.points;
-    for (const T**& address : value_addresses) address = cursor.take<const T*>(p.points * kCorners);
-    for (Acc**& address : grad_addresses) address = cursor.take<Acc*>(p.points * kCorners);
     grad_output = cursor.take<Acc>(kTileQueries * channels);
     dots = cursor.take<Acc>((points + kLanes<Acc>) * kCorners);
     nowhere = cursor.take<Acc>(channels);
     value = cursor.take<T>(value_rows * channels);
+    cursor.take<char>(kHalfPage);  // equal rows of value and slab at equal offsets in a page would look like one to loads
     slab = cursor.take<Acc>(slab_rows * channels);
   }
 };
 
 // One query, kVectors vectors of channels: dots with the rows, and shares of grad_output into the slab.
 template <int kVectors, int kUsed, bool kScatter, bool kDots, typename T, typename Acc>
-void scatter(const BackwardWorker<T>& worker, int64_t query, int64_t channel, Acc* dots) {
+void scatter(const BackwardWorker<T>& worker, const Rows<const T>& value, const Rows<Acc>& grad, int64_t query,
+             int64_t channel) {
   constexpr int N = kLanes<Acc>;
-  const Tile<Acc>& tile = worker.tile;
-  const T* const* value = worker.value_addresses[query % kRing];
-  Acc* const* grad = worker.grad_addresses[query % kRing];
-  const int64_t first = query * tile.points;
+  const Tile<Acc> tile = worker.tile;  // a copy, which the stores below cannot change
+  const Rows<const T> value_rows = value;
+  const Rows<Acc> grad_rows = grad;
+  Acc* dots = worker.dots + query * tile.points * kCorners;
   Vec<Acc, N> grad_output[kVectors];
   for (int i = 0; i < kVectors; ++i)
     grad_output[i] = load<Acc, N>(worker.grad_output + query * worker.channels + channel + i * N);
 
-  for (int64_t point = 0; point < tile.points; ++point) {
+  for (int64_t point = query * tile.points; point < (query + 1) * tile.points; ++point, dots += kCorners) {
     Vec<Acc, N> products[kCorners] = {};
     for (int corner = 0; corner < kUsed; ++corner) {
+      const int64_t row = tile.row[corner][point];
       if constexpr (kDots) {
-        const T* row = value[point * kUsed + corner] + channel;
+        const T* from = value_rows.at(row) + channel;
         for (int i = 0; i < kVectors; ++i)
-          products[corner] = multiply_add(load_wide<N>(row + i * N), grad_output[i], products[corner]);
+          products[corner] = multiply_add(load_wide<N>(from + i * N), grad_output[i], products[corner]);
       }
       if constexpr (kScatter) {
-        const auto share = broadcast<Acc, N>(tile.coefficient[corner][first + point]);
-        Acc* row = grad[point * kUsed + corner] + channel;
+        const auto share = broadcast<Acc, N>(tile.coefficient[corner][point]);
+        Acc* to = grad_rows.at(row) + channel;
         for (int i = 0; i < kVectors; ++i)
-          store(row + i * N, multiply_add(share, grad_output[i], load<Acc, N>(row + i * N)));
+          store(to + i * N, multiply_add(share, grad_output[i], load<Acc, N>(to + i * N)));
       }
     }
     if constexpr (kDots) {
-      Acc* to = dots + (first + point) * kCorners;
       const auto sums = sum_each(products[0], products[1], products[2], products[3]);
-      store(to, channel == 0 ? sums : sums + load<Acc, 4>(to));
+      store(dots, channel == 0 ? sums : sums + load<Acc, 4>(dots));
     }
   }
 }
 
-template <int kUsed, bool kScatter, bool kDots, typename T>
-void scatter_all(const BackwardWorker<T>& worker, int64_t query) {
-  using Acc = Accumulator<T>;
+template <int kUsed, bool kScatter, bool kDots, typename T, typename Acc>
+void scatter_all(const BackwardWorker<T>& worker, const Rows<const T>& value, const Rows<Acc>& grad, int64_t query) {
   constexpr int N = kLanes<Acc>;
   const int64_t channels = worker.channels;
   int64_t channel = 0;
   for (; channel + 4 * N <= channels; channel += 4 * N)
-    scatter<4, kUsed, kScatter, kDots>(worker, query, channel, worker.dots);
+    scatter<4, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
   for (; channel + 2 * N <= channels; channel += 2 * N)
-    scatter<2, kUsed, kScatter, kDots>(worker, query, channel, worker.dots);
-  for (; channel < channels; channel += N) scatter<1, kUsed, kScatter, kDots>(worker, query, channel, worker.dots);
+    scatter<2, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
+  for (; channel < channels; channel += N) scatter<1, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
 }
 
 // From the dots of each corner to the gradients of weight (into tile.weight) and location (into tile.xy), eqs. (6), (7).
@@ -135,7 +134,7 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
                       int64_t end) {
   Tile<Accumulator<T>>& tile = worker.tile;
   const bool scatters = p.grad_value, dots = p.grad_locations || p.grad_weights;
-  const int64_t row_bytes = p.channels * static_cast<int64_t>(sizeof(T));
+  const int64_t row_bytes = p.channels * sizeof(T), grad_bytes = p.channels * sizeof(Accumulator<T>);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
@@ -149,21 +148,20 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
     for (int64_t query = 0; query < queries; ++query)
       widen_array(grad_output + query * p.heads * p.channels, p.channels, worker.grad_output + query * worker.channels);
 
-    for (int64_t step = -kAhead; step < queries; ++step) {
-      const int64_t ahead = step + kAhead;
-      if (ahead < queries) {
-        address_corners<kUsed>(tile, ahead, value, worker.value_addresses[ahead % kRing]);
-        address_corners<kUsed>(tile, ahead, grad, worker.grad_addresses[ahead % kRing]);
-        prefetch_rows(worker.value_addresses[ahead % kRing], tile.points * kUsed, row_bytes);
-        prefetch_rows(worker.grad_addresses[ahead % kRing], tile.points * kUsed, row_bytes);
+    const bool far = scattered(tile, queries);
+    for (int64_t query = 0; query < queries; ++query) {
+      prefetch_points<C>(p, first_point + (query + tile.queries) * p.heads * p.points, tile.points);
+      prefetch(grad_output + (query + tile.queries) * p.heads * p.channels);
+      if (far && query + kAhead < queries) {
+        prefetch_rows<kUsed>(tile, query + kAhead, value, row_bytes);
+        prefetch_rows<kUsed>(tile, query + kAhead, grad, grad_bytes);
       }
-      if (step < 0) continue;
       if (scatters && dots)
-        scatter_all<kUsed, true, true>(worker, step);
+        scatter_all<kUsed, true, true>(worker, value, grad, query);
       else if (scatters)
-        scatter_all<kUsed, true, false>(worker, step);
+        scatter_all<kUsed, true, false>(worker, value, grad, query);
       else
-        scatter_all<kUsed, false, true>(worker, step);
+        scatter_all<kUsed, false, true>(worker, value, grad, query);
     }
     if (!dots) continue;
     finish_points<kUsed>(tile, worker.dots);
