@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vitkern demo`: an encoder layer of Deformable-DETR, checked against plain torch and timed against it.
 
-The plain side is what one writes without a kernel: one ``grid_sample`` a level, then the weighted sum. A time is printed
-only if output and gradients of the two sides have agreed in this run. A picture shows where queries sample.
+The plain side is what one writes without a kernel: one ``grid_sample`` a level, then the weighted sum. A time is
+printed only if output and gradients of the two sides have agreed in this run. A picture shows where queries sample.
 """
 
 from __future__ import annotations
@@ -170,9 +170,10 @@ def time_in_turn(runs: Sequence[Callable[[], object]]) -> list[float]:
 
 def table(images: Sequence[tuple[int, int]]) -> bool:
     """Print check and times row by row; whether every check passed."""
-    print(
-        f"{'image':<11}{'queries':>7}  {'what':<10}{'pass':<19}{'torch ms':>10}{'vitkern ms':>12}{'ratio':>8}   equal to within"
+    heading = (
+        f"{'image':<11}{'queries':>7}  {'what':<10}{'pass':<19}{'torch ms':>10}{'vitkern ms':>12}{'ratio':>8}"
     )
+    print(f"{heading}   equal to within")
     passed = True
     for image in images:
         for comparison in comparisons(image):
@@ -195,18 +196,14 @@ def main(*, output: Path, threads: int | None = None, quick: bool = False) -> in
     if threads is not None:
         torch.set_num_threads(threads)
     print(
-        "\nEncoder layer of Deformable-DETR with random weights, float32, batch 1, against plain torch (grid_sample)"
+        "\nEncoder layer of Deformable-DETR, random weights, float32, batch 1, against plain torch (grid_sample),"
     )
-    print(
-        f"on {cpu_model()}, {torch.get_num_threads()} threads, {vitkern._C.cpu_isa()} kernels, torch {torch.__version__}\n"
-    )
+    print(f"on {cpu_model()}, {torch.get_num_threads()} threads, {vitkern._C.cpu_isa()} kernels\n")
     passed = table(IMAGES[:1] if quick else IMAGES)
     print(
-        "\nTimes are the best of several rounds taken in turn. The two sides are equal to within the relative difference"
+        "\nThe best of several rounds taken in turn. 'Equal to within' is the relative difference in the 2-norm, the"
     )
-    print(
-        "in the 2-norm, the largest over the output and, with backward, the gradients of all inputs and parameters.\n"
-    )
+    print("largest over the output and, with backward, the gradients of all inputs and parameters.\n")
 
     if importlib.util.find_spec("matplotlib") is None:
         print("No picture: matplotlib is not installed (pip install 'vitkern[demo]')")

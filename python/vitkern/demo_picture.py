@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of `vitkern demo`: where queries sample, before and after their sampling points were fitted.
 
-No trained detector is at work. A few queries on a photograph start from the star of points that ``MSDeformAttn`` begins
-with. Gradient descent through the op's own backward then moves the points, and shifts their attention weights, until what
-a head samples has the colour at its query.
+No trained detector is at work. A few queries on a photograph start from the star of points that ``MSDeformAttn``
+begins with. Gradient descent through the op's own backward then moves the points, and shifts their attention weights,
+until what a head samples has the colour at its query.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def photograph() -> Tensor:
     from matplotlib import cbook
     from PIL import Image
 
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        pixels = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32) / 255
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     height, width = (side // STRIDES[-1] * STRIDES[-1] for side in pixels.shape[:2])
     return torch.from_numpy(pixels[:height, :width].copy()).permute(2, 0, 1)
 
@@ -79,7 +79,7 @@ class Sampler:
                 self.value, self.shapes, self.starts, self.locations(), self.weights()
             )
             error = (sampled.unflatten(-1, (HEADS, -1)) - self.wanted).square().sum(-1).mean()
-            error.backward()  # type: ignore[no-untyped-call]
+            error.backward()
             optimizer.step()
             errors.append(error.item())
         return errors
@@ -112,9 +112,9 @@ def draw(folder: Path) -> Path:
         axes = figure.add_subplot(grid[1, level])
         _level(axes, photo, level, before[0][:, :, level], after[0][:, :, level], after[1][:, :, level])
     caption = (
-        "Colour: query. Area of a dot: attention weight. Below, each level as the op sees it: hollow rings are the starting "
-        "points, lines lead to where they went.\nNo trained network: points and weights were fitted so that the colour a "
-        f"head samples is that at its query (mean squared error {errors[0]:.3f} to {errors[-1]:.4f})."
+        "Colour: query. Area of a dot: attention weight. Below, each level as the op sees it: hollow rings are the "
+        "starting points, lines lead to where they went.\nNo trained network: points and weights were fitted so that "
+        f"the colour a head samples is that at its query (mean squared error {errors[0]:.3f} to {errors[-1]:.4f})."
     )
     figure.text(0.5, 0.012, caption, ha="center", fontsize=10.5, color="#333333", linespacing=1.5)
     folder.mkdir(parents=True, exist_ok=True)
