@@ -133,8 +133,8 @@ class MsDeformAttnInputs:
 def make_inputs(
     case: MsDeformAttnCase, *, locations: str = "near", dtype=torch.float32, device="cpu", seed: int = 0
 ) -> MsDeformAttnInputs:
-    """Random inputs. "uniform": locations anywhere in [0, 1], the worst for a cache. "near": each query's own grid point
-    plus Deformable-DETR's initial offsets, one direction a head and 1 to P pixels far, which is what layers start from.
+    """Random inputs. "uniform": locations anywhere in [0, 1], the worst for a cache. "near": each query's own point of the
+    grid plus Deformable-DETR's initial offsets, one direction a head and 1 to P pixels far, as layers start.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, heads, levels, points = case.batch, case.heads, len(case.levels), case.points

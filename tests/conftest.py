@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test may count on: interpreted Triton where there is no GPU, repeatable randomness, runners of the kernels."""
+"""What every test may count on: interpreted Triton where there is no GPU, repeatable randomness, runners of kernels."""
 
 import os
 

@@ -90,7 +90,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 def test_wheel_imports_and_runs_from_another_folder(elsewhere, tmp_path):
-    program = "import vitkern as v; print(v.__file__); print(tuple(v.nn.MSDeformAttn(64).output_proj.weight.shape))"
+    program = (
+        "import vitkern as v; print(v.__file__); print(tuple(v.nn.MSDeformAttn(64).output_proj.weight.shape))"
+    )
     where, shape = python("-c", program, executable=elsewhere, cwd=tmp_path).splitlines()
     assert str(ROOT) not in where
     assert shape == "(64, 64)"

@@ -36,7 +36,7 @@ def ms_deform_attn(
             The sizes add up to S.
         level_start_index: ``[L]`` int64, the first pixel of each level; None: the levels follow one another.
         sampling_locations: ``[B, Q, M, L, P, 2]`` as (x, y), where 0 and 1 are a level's outer edges; pixel centres
-            are at (i + 0.5) / size. Kept in float32 at least: float16 and bfloat16 cannot address a pixel in a wide map.
+            are at (i + 0.5) / size. Kept in float32 at least: 16-bit numbers cannot address a pixel in a wide map.
         attention_weights: ``[B, Q, M, L, P]``.
         points_per_level: for levels with different numbers of points, those L numbers. Locations are then
             ``[B, Q, M, K, 2]`` and weights ``[B, Q, M, K]`` with K their sum, level after level.

@@ -7,8 +7,12 @@ no kernel runs and where a second derivative is wanted. Equation numbers are tho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+Corner = tuple[Tensor, Tensor, Tensor, Tensor]  # column, row, coefficient, whether it is inside
 
 
 def ms_deform_attn(
@@ -45,7 +49,7 @@ def ms_deform_attn(
     return output.to(value.dtype).transpose(1, 2).reshape(batch, queries, heads * channels)
 
 
-def _bilinear_corners(x: Tensor, y: Tensor, width: Tensor, height: Tensor):
+def _bilinear_corners(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Iterator[Corner]:
     """The four pixels round a location with their bilinear coefficients, eqs. (2) and (3)."""
     x = x * width - 0.5
     y = y * height - 0.5
@@ -62,7 +66,7 @@ def _bilinear_corners(x: Tensor, y: Tensor, width: Tensor, height: Tensor):
             yield column, row, row_share * column_share, inside
 
 
-def _nearest_pixel(x: Tensor, y: Tensor, width: Tensor, height: Tensor):
+def _nearest_pixel(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Iterator[Corner]:
     """The 'discrete' sampling of RT-DETR v2: pixel floor(location * size + 0.5), clamped to the level, eq. (4)."""
     x = x.detach() * width + 0.5
     y = y.detach() * height + 0.5

@@ -97,7 +97,7 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(output)
 
     def _locations(self, reference_points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
-        """Offsets are in pixels round a reference point, or in 2 P-ths of a reference box's size: [B, Q, M, L, P, 2]."""
+        """Offsets are in pixels round a point, or in 2 P-ths of a reference box's size: [B, Q, M, L, P, 2]."""
         reference = reference_points[:, :, None, :, None, :]
         if reference_points.shape[-1] == 2:
             width_height = spatial_shapes.flip(-1)[:, None, :]  # [L, 1, 2]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The short way into a kernel, for when nothing but autograd watches.
 
-The dispatcher's way to an op with a Python implementation costs several times what a small kernel takes. It is there for
-compilers, exporters, tracers, transforms, profilers and tensor subclasses. Where none of them is at work, the public
-functions call the implementation themselves, under an ``autograd.Function`` if a gradient is wanted. Both ways share
-the implementation and the formula of the gradient.
+The dispatcher's way to an op with a Python implementation costs several times what a small kernel takes. It is there
+for compilers, exporters, tracers, transforms, profilers and tensor subclasses. Where none of them is at work, the
+public functions call the implementation themselves, under an ``autograd.Function`` if a gradient is wanted. Both ways
+share the implementation and the formula of the gradient.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _check(value, spatial_shapes, level_start_index, sampling_locations, attenti
 
 
 def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
-    """That the levels tile the S pixels. Reads the tensors, so on a GPU only under VITKERN_VALIDATE=1: it would wait."""
+    """That the levels tile the S pixels. Reads the tensors: on a GPU, where that waits, only if VITKERN_VALIDATE=1."""
     if value.device.type != "cpu" and os.environ.get(_VALIDATE_ON_DEVICE) != "1":
         return
     shapes, starts, pixels = spatial_shapes.tolist(), level_start_index.tolist(), value.shape[1]
@@ -96,7 +96,7 @@ def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tens
             _fail("level_start_index", f"the first pixel of each level of {shapes}, without gap or overlap", starts)
         covered += height * width
     if covered != pixels:
-        _fail("spatial_shapes", f"the sizes of levels with S={pixels} pixels in all, as value has", f"{shapes}: {covered}")
+        _fail("spatial_shapes", f"the sizes of levels with S={pixels} pixels in all, as value", f"{shapes}: {covered}")
 
 
 def _points_per_level(spatial_shapes: Tensor, attention_weights: Tensor, points_per_level) -> tuple[int, ...]:
@@ -197,17 +197,17 @@ def by_reference(value, spatial_shapes, level_start_index, sampling_locations, a
 def _check_grad_output(grad_output, value, sampling_locations) -> None:
     expected = (value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
     if grad_output.shape != expected:
-        _fail("grad_output", list(expected), list(grad_output.shape))
+        _fail("grad_output", str(list(expected)), list(grad_output.shape))
 
 
 def _forward_fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *options):
-    points_per_level, method, _ = (*options, *(None, "bilinear", None)[len(options) :])
+    points_per_level, method, _ = list(options) + [None, "bilinear", None][len(options) :]
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method)
     return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
 
 
 def _backward_fake(grad_output, needed, value, spatial_shapes, level_start_index, locations, weights, *options):
-    points_per_level, method, _ = (*options, *(None, "bilinear", None)[len(options) :])
+    points_per_level, method, _ = list(options) + [None, "bilinear", None][len(options) :]
     _check(value, spatial_shapes, level_start_index, locations, weights, points_per_level, method)
     _check_grad_output(grad_output, value, locations)
     inputs = (value, locations, weights)
@@ -232,7 +232,7 @@ def _differentiate(ctx, grad_output):
 
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError(
-        "vitkern.ms_deform_attn has no second derivative in its kernels; backend='reference' has derivatives of any order"
+        "vitkern.ms_deform_attn has no second derivative in its kernels; backend='reference' has those of any order"
     )
 
 

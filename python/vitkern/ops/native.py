@@ -110,6 +110,7 @@ def ms_deform_attn_backward_cuda(
             inputs, grad_output.data_ptr(), addresses, sizes, point_end, codes, *target
         )
     if gather:
+        assert grad_value is not None
         order, first = _sorted_by_cell(value, weights, inputs, sizes, point_end, codes, target)
         cuda_module.ms_deform_attn_gather_grad_value_cuda(
             inputs,

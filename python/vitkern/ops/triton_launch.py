@@ -22,7 +22,7 @@ _INTERPRETED_BLOCK = 64
 _INT32_OFFSETS = 2**30
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _groups(points_per_level: tuple[int, ...], device: torch.device) -> tuple[int, int, Tensor | None]:
     """Runs of points that share a level: how many, points of one, and their levels unless run and level agree."""
     points = math.gcd(*points_per_level)
@@ -173,7 +173,7 @@ def ms_deform_attn_backward_triton(
 def _gather_grad_value(
     grad_output, value, spatial_shapes, level_start_index, locations, weights, points_per_level, method
 ) -> Tensor:
-    """The bitwise reproducible gradient of value: points sorted by the pixels they touch, then summed pixel by pixel."""
+    """The bitwise reproducible gradient of value: points sorted by the pixels they touch, then summed a pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 
     batch, pixels, heads, channels = value.shape
