@@ -2,6 +2,7 @@
 // Elements of any type as numbers of their accumulator type, 16 bytes at a time where the type and the count allow.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
 #include "common/launch.cuh"
@@ -57,6 +58,12 @@ __device__ __forceinline__ void load(const T* address, Accumulator<T> (&out)[kCo
 #pragma unroll
     for (int i = 0; i < kCount; ++i) out[i] = widen(vector.at[i]);
   }
+}
+
+// The same, counted in vectors of kCount elements from `first`.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_vector(const T* first, uint32_t vector, Accumulator<T> (&out)[kCount]) {
+  load((reinterpret_cast<const Vector<T, kCount>*>(first) + vector)->at, out);
 }
 
 template <int kCount, typename T>

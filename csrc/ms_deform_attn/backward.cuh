@@ -14,36 +14,44 @@
 
 namespace vitkern {
 
-// One point, a tile of channels: adds the products of grad_output and pixels to `products`, and the point's part to
-// grad_value, eq. (5). A point that touches nothing reads the first pixel in vain, which spares a branch.
+// A point in shared memory, and the products of grad_output with its four pixels, summed over the team.
+template <typename A>
+struct GradPoint {
+  Corners<A> corners;
+  A products[4];
+};
+
+// One point, the lane's channels: adds the products of grad_output and pixels to `products`, and to grad_value the
+// point's part, eq. (5). A point that touches nothing reads the first pixel in vain, which spares a branch.
 template <int kCorners, int kVector, typename T, typename A = Accumulator<T>>
-__device__ __forceinline__ void scatter_point(const Corners<A>& corners, bool touches, const T* value, A* grad_value,
-                                              uint32_t row_channels, bool coordinates, const A (&grad)[kVector],
+__device__ __forceinline__ void scatter_point(const Corners<A>& corners, const T* value, A* grad_value,
+                                              bool coordinates, bool scatter, const A (&grad)[kVector],
                                               A (&products)[4]) {
   if (coordinates) {
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
       A pixel[kVector];
-      load(at_row(value, corners.pixel[c], row_channels * uint32_t{sizeof(T)}), pixel);
+      load_vector(value, corners.vector[c], pixel);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) products[c] = fma(grad[j], pixel[j], products[c]);
     }
   }
-  if (grad_value && touches) {
+  if (scatter) {
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
       A part[kVector];
 #pragma unroll
       for (int j = 0; j < kVector; ++j) part[j] = corners.share[c] * grad[j];
-      atomic_add(at_row(grad_value, corners.pixel[c], row_channels * uint32_t{sizeof(A)}), part);
+      atomic_add(grad_value, corners.vector[c], part);
     }
   }
 }
 
-// Eqs. (6) and (7), from the products of grad_output with the four pixels. `index` is that of the point.
+// Eqs. (6) and (7), from the products of grad_output with the four pixels. `index` is that of the point, whose axes'
+// slopes count in locations here and hold the attention weight.
 template <typename T, typename A = Accumulator<T>>
-__device__ __forceinline__ void store_point_gradients(const MsDeformAttnParams& p, int64_t index,
-                                                      const Sample<A>& sample, const A (&products)[4]) {
+__device__ __forceinline__ void store_point_gradients(const Task& task, int64_t index, const Sample<A>& sample,
+                                                      const A (&products)[4]) {
   A weight = 0, x = 0, y = 0;
   if (sample.touches) {
 #pragma unroll
@@ -53,90 +61,83 @@ __device__ __forceinline__ void store_point_gradients(const MsDeformAttnParams& 
       y += sample.y.slope[r] * along;
       x += sample.y.share[r] * (sample.x.slope[0] * products[2 * r] + sample.x.slope[1] * products[2 * r + 1]);
     }
-    x *= sample.weight * sample.width;
-    y *= sample.weight * sample.height;
   }
-  const bool wide = wide_coordinates<T>(p);
-  if (p.grad_weights) store_coordinate<T>(p.grad_weights, index, wide, weight);
-  if (p.grad_locations) {
-    store_coordinate<T>(p.grad_locations, 2 * index, wide, x);
-    store_coordinate<T>(p.grad_locations, 2 * index + 1, wide, y);
+  if (task.grad_weights) store_coordinate<T>(task.grad_weights, index, task.wide, weight);
+  if (task.grad_locations) {
+    store_coordinate<T>(task.grad_locations, 2 * index, task.wide, x);
+    store_coordinate<T>(task.grad_locations, 2 * index + 1, task.wide, y);
   }
 }
 
-// A round's points in shared memory, as forward has them, and the four products of each, summed over the team.
-template <typename T, int kChannels>
-struct StagedGradients {
-  StagedPoints<T, kChannels> points;
-  Accumulator<T> products[Team<T, kChannels>::kPerBlock][Team<T, kChannels>::kLanes][4];
-};
-
 // All points of one image, query and head.
-template <typename T, int kChannels, int kCorners>
-__device__ __forceinline__ void backward_team(const MsDeformAttnParams& p, const Place& place,
-                                              StagedGradients<T, kChannels>& staged) {
-  using A = Accumulator<T>;
+template <typename T, int kChannels, bool kNearest, typename A = Accumulator<T>>
+__device__ __forceinline__ void backward_team(const Task& task, const Level* levels, const Place& place,
+                                              GradPoint<A>* points) {
   using Split = Team<T, kChannels>;
-  Corners<A>* points = staged.points[threadIdx.x / Split::kLanes];
-  A(*sums)[4] = staged.products[threadIdx.x / Split::kLanes];
-  const uint32_t lane = threadIdx.x % Split::kLanes, channels = static_cast<uint32_t>(p.channels);
-  const uint32_t channel = lane * Split::kVector, row_channels = static_cast<uint32_t>(p.heads * p.channels);
-  const bool coordinates = p.grad_locations || p.grad_weights;
-  const int64_t head = (int64_t{place.image} * p.pixels * p.heads + place.head) * p.channels;
-  const T* value = static_cast<const T*>(p.value) + head + channel;
-  A* grad_value = p.grad_value ? static_cast<A*>(p.grad_value) + head + channel : nullptr;
-  const T* grad_output = static_cast<const T*>(p.grad_output) + place.index * p.channels + channel;
+  constexpr int kCorners = kNearest ? 1 : 4;
+  const uint32_t lane = threadIdx.x % Split::kLanes, channel = lane * Split::kVector;
+  const bool coordinates = task.grad_locations || task.grad_weights;
+  const T* value = static_cast<const T*>(task.value) + first_pixel(task, place) + channel;
+  A* grad_value = static_cast<A*>(task.grad_value) + first_pixel(task, place) + channel;
+  const T* grad_output = static_cast<const T*>(task.grad_output) + place.index * task.channels + channel;
   A grad[Split::kVector] = {};
   if (kChannels && place.exists) load(grad_output, grad);
 
-  for (uint32_t first = 0; first < p.points; first += Split::kLanes) {
+  for (uint32_t first = 0; first < task.points; first += Split::kLanes) {
     const uint32_t point = first + lane;
-    Sample<A> sample;
-    sample.touches = false;
-    if (place.exists && point < p.points) sample = locate<T>(p, place.index, point);
-    const unsigned touching = team_ballot<Split::kLanes>(sample.touches);
-    __syncwarp();  // nobody reads the last round's points any more
-    points[lane] = sample.touches ? corners_of(sample) : Corners<A>{};
+    const bool mine = place.exists && point < task.points;
+    const int64_t index = place.index * task.points + point;
+    Sample<A> sample{};
+    if (mine) sample = locate<T>(task, levels, index, point, kNearest);
+    const unsigned scattering = team_ballot<Split::kLanes>(sample.touches && task.grad_value);
+    points[lane].corners = sample.touches ? corners_of(task, sample) : Corners<A>{};
     __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sample.x.slope[i] *= sample.weight * sample.width;
+      sample.y.slope[i] *= sample.weight * sample.height;
+    }
 
     // The same number of rounds for all teams of the warp, for the shuffles' sake.
-    const int count = min(Split::kLanes, static_cast<int>(p.points - first));
+    const int count = min(Split::kLanes, static_cast<int>(task.points - first));
     for (int i = 0; i < count; ++i) {
-      const Corners<A> corners = points[i];
-      const bool touches = touching >> i & 1;
+      const Corners<A> corners = points[i].corners;
+      const bool scatter = scattering >> i & 1;
       A products[4] = {};
       if constexpr (kChannels != 0) {
-        scatter_point<kCorners>(corners, touches, value, grad_value, row_channels, coordinates, grad, products);
+        scatter_point<kCorners>(corners, value, grad_value, coordinates, scatter, grad, products);
       } else {
-        for (uint32_t c = 0; c + lane < channels && place.exists; c += Split::kTile) {
+        for (uint32_t c = 0; c + lane < task.channels && place.exists; c += Split::kTile) {
           load(grad_output + c, grad);
-          scatter_point<kCorners>(corners, touches, value + c, grad_value ? grad_value + c : nullptr, row_channels,
-                                  coordinates, grad, products);
+          scatter_point<kCorners>(corners, value + c, grad_value + c, coordinates, scatter, grad, products);
         }
       }
       if (coordinates) {
         scatter_sums<Split::kLanes, 4>(products);
-        constexpr int kHeld = Split::kLanes < 4 ? 4 / Split::kLanes : 1;
+        constexpr int kHeld = Split::kLanes < 4 ? 4 / Split::kLanes : 1, kHolders = 4 / kHeld;
+        constexpr int kLanesPerSum = Split::kLanes / kHolders;
 #pragma unroll
         for (int h = 0; h < kHeld; ++h)
-          if (lane * 4 % Split::kLanes == 0 || kHeld > 1) sums[i][lane * 4 / Split::kLanes + h] = products[h];
+          if (lane % kLanesPerSum == 0) points[i].products[lane / kLanesPerSum * kHeld + h] = products[h];
       }
     }
     __syncwarp();
-    if (coordinates && place.exists && point < p.points)
-      store_point_gradients<T>(p, place.index * p.points + point, sample, sums[lane]);
+    if (coordinates && mine) store_point_gradients<T>(task, index, sample, points[lane].products);
   }
 }
 
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    ms_deform_attn_backward(const __grid_constant__ MsDeformAttnParams p) {
-  __shared__ StagedGradients<T, kChannels> staged;
-  const Place place = team_place<Team<T, kChannels>::kLanes>(p.queries, p.heads);
-  if (p.sampling == Sampling::kBilinear) {
-    backward_team<T, kChannels, 4>(p, place, staged);
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>) ms_deform_attn_backward(const __grid_constant__ Task task) {
+  using Split = Team<T, kChannels>;
+  __shared__ GradPoint<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
+  VITKERN_DYNAMIC_SHARED(Level, levels);
+  load_levels(task, levels);
+  GradPoint<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
+  const Place place = team_place<Split::kLanes>(task);
+  if (task.nearest) {
+    backward_team<T, kChannels, true>(task, levels, place, points);
   } else {
-    backward_team<T, kChannels, 1>(p, place, staged);
+    backward_team<T, kChannels, false>(task, levels, place, points);
   }
 }
 

@@ -2,6 +2,9 @@
 // Picks and starts the CUDA kernels of ms_deform_attn.
 #include "ms_deform_attn/cuda.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "ms_deform_attn/backward.cuh"
 #include "ms_deform_attn/deterministic.cuh"
 #include "ms_deform_attn/forward.cuh"
@@ -10,17 +13,50 @@ namespace vitkern {
 namespace {
 
 constexpr int64_t kMax31Bits = 0x7fffffff;
+constexpr int64_t kMaxLevels = 1024;  // their table takes 16 KB of shared memory
 
-// What the kernels' 32-bit arithmetic and the grid rely on.
-void check_sizes(const MsDeformAttnParams& p) {
-  const auto need = [](bool holds, const char* what) {
-    if (!holds) throw std::runtime_error(std::string("vitkern: ms_deform_attn on CUDA: ") + what);
-  };
-  need(p.pixels <= kMax31Bits, "value has more than 2^31 - 1 pixels an image");
-  need(p.points <= kMax31Bits, "more than 2^31 - 1 points a query and head");
-  need(p.heads * p.channels <= kMax31Bits / 8, "a pixel of value has more than 2^28 - 1 channels");
-  need(p.queries * p.heads <= kMax31Bits, "more than 2^31 - 1 pairs of query and head an image");
-  need(p.pixels * p.heads <= kMax31Bits, "more than 2^31 - 1 pairs of pixel and head an image");
+[[noreturn]] void refuse(const char* what) {
+  throw std::runtime_error(std::string("vitkern: ms_deform_attn on CUDA: ") + what);
+}
+
+int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+int64_t bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams share with its heads:
+// queries, or pixels; `lanes` and `vector` those of a team.
+Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int vector) {
+  if (p.pixels > kMax31Bits) refuse("more than 2^31 - 1 pixels an image");
+  if (p.levels > kMaxLevels) refuse("more than 1024 levels");
+  if (p.points > 1 << 20) refuse("more than 2^20 points a query and head");
+  if (p.pixels * (p.heads * p.channels / vector) > 2 * kMax31Bits) refuse("an image of value has too many elements");
+  if (rows * p.heads > kMax31Bits) refuse("more than 2^31 - 1 pairs of query, or pixel, and head an image");
+  Task task{};
+  task.pixels = static_cast<uint32_t>(p.pixels);
+  task.heads = static_cast<uint32_t>(p.heads);
+  task.channels = static_cast<uint32_t>(p.channels);
+  task.levels = static_cast<uint32_t>(p.levels);
+  task.points = static_cast<uint32_t>(p.points);
+  task.teams = static_cast<uint32_t>(rows * p.heads);
+  task.blocks = (task.teams + kThreads / lanes - 1) / (kThreads / lanes);
+  if (p.batch * task.blocks > kMax31Bits) refuse("more than 2^31 - 1 blocks");
+  task.pixel_vectors = static_cast<uint32_t>(p.heads * p.channels / vector);
+  task.point_reciprocal = p.points > 1 ? ~uint64_t{0} / p.points + 1 : 0;
+  task.levels_per_point = static_cast<float>(p.levels) / static_cast<float>(p.points);
+  task.ragged = p.ragged != 0;
+  task.nearest = p.sampling == Sampling::kNearest;
+  task.wide = p.coord_dtype != p.value_dtype || bytes(p.value_dtype) == accumulator_bytes(p.value_dtype);
+  std::copy(std::begin(p.point_end), std::end(p.point_end), task.point_end);
+  task.value = p.value;
+  task.locations = p.locations;
+  task.weights = p.weights;
+  task.grad_output = p.grad_output;
+  task.spatial_shapes = p.spatial_shapes;
+  task.level_start = p.level_start;
+  task.output = p.output;
+  task.grad_value = p.grad_value;
+  task.grad_locations = p.grad_locations;
+  task.grad_weights = p.grad_weights;
+  return task;
 }
 
 template <typename T>
@@ -55,38 +91,32 @@ void dispatch(const MsDeformAttnParams& p, const Call& call) {
   });
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-dim3 grid_of(int64_t blocks) {
-  if (blocks > kMax31Bits) throw std::runtime_error("vitkern: ms_deform_attn on CUDA: more than 2^31 - 1 blocks");
-  return dim3(static_cast<unsigned>(blocks));
-}
-
-// A team for each (image, row, head), team_place() of device.cuh.
-template <typename Split>
-dim3 team_grid(const MsDeformAttnParams& p, int64_t rows) {
-  return grid_of(p.batch * ceil_div(rows * p.heads, Split::kPerBlock));
+// One team for each image, row and head.
+template <typename Kernel, typename... Arguments>
+void launch_teams(const char* name, Kernel kernel, const MsDeformAttnParams& p, int64_t rows, int lanes, int vector,
+                  const Arguments&... arguments) {
+  const Task task = make_task(p, rows, lanes, vector);
+  launch(name, kernel, dim3(static_cast<unsigned>(p.batch * task.blocks)), dim3(kThreads), task.levels * sizeof(Level),
+         p.stream, task, arguments...);
 }
 
 void zero(void* address, int64_t elements, DType dtype, void* stream) {
-  const int64_t bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
   if (address && elements)
-    check_cuda(cudaMemsetAsync(address, 0, elements * bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(address, 0, elements * bytes(dtype), static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 
 }  // namespace
 
 void ms_deform_attn_forward_cuda(const MsDeformAttnParams& p) {
-  const int64_t teams = p.batch * p.queries * p.heads;
-  if (teams * p.channels == 0) return;
+  const int64_t outputs = p.batch * p.queries * p.heads * p.channels;
+  if (outputs == 0) return;
   const DeviceGuard guard(p.device);
-  if (p.pixels == 0 || p.points == 0) return zero(p.output, teams * p.channels, p.value_dtype, p.stream);
-  check_sizes(p);
+  if (p.pixels == 0 || p.points == 0) return zero(p.output, outputs, p.value_dtype, p.stream);
   dispatch(p, [&](auto type, auto channels) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch("ms_deform_attn_forward", ms_deform_attn_forward<T, kChannels>,
-           team_grid<Team<T, kChannels>>(p, p.queries), dim3(kThreads), 0, p.stream, p);
+    launch_teams("ms_deform_attn_forward", ms_deform_attn_forward<T, kChannels>, p, p.queries,
+                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
   });
 }
 
@@ -98,36 +128,33 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& p) {
     zero(p.grad_locations, 2 * points, p.coord_dtype, p.stream);
     return zero(p.grad_weights, points, p.coord_dtype, p.stream);
   }
-  check_sizes(p);
   dispatch(p, [&](auto type, auto channels) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch("ms_deform_attn_backward", ms_deform_attn_backward<T, kChannels>,
-           team_grid<Team<T, kChannels>>(p, p.queries), dim3(kThreads), 0, p.stream, p);
+    launch_teams("ms_deform_attn_backward", ms_deform_attn_backward<T, kChannels>, p, p.queries,
+                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
   });
 }
 
 void ms_deform_attn_cells_cuda(const MsDeformAttnParams& p, int64_t* cells) {
-  const int64_t points = p.batch * p.queries * p.heads * p.points;
-  if (points == 0) return;
+  if (p.batch * p.queries * p.heads * p.points == 0) return;
   const DeviceGuard guard(p.device);
-  check_sizes(p);
   dispatch_dtype(p.value_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch("ms_deform_attn_cells", ms_deform_attn_cells<T>, grid_of(ceil_div(points, kThreads)), dim3(kThreads), 0,
-           p.stream, p, cells);
+    launch_teams("ms_deform_attn_cells", ms_deform_attn_cells<T>, p, p.queries, kFilingLanes, 1, cells,
+                 p.batch * p.heads * p.pixels);
   });
 }
 
 void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const int64_t* order, const int64_t* first) {
   if (p.batch * p.pixels * p.heads * p.channels == 0) return;
   const DeviceGuard guard(p.device);
-  check_sizes(p);
+  if (p.batch * p.queries * p.points > int64_t{1} << 44) refuse("more than 2^44 points");
   dispatch(p, [&](auto type, auto channels) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, kChannels>,
-           team_grid<Team<T, kChannels>>(p, p.pixels), dim3(kThreads), 0, p.stream, p, order, first);
+    launch_teams("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, kChannels>, p, p.pixels,
+                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector, order, first);
   });
 }
 

@@ -13,16 +13,21 @@
 
 namespace vitkern {
 
-// One thread files one point.
+constexpr int kFilingLanes = 16;  // of one image, query and head; one point at a time each
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    ms_deform_attn_cells(const __grid_constant__ MsDeformAttnParams p, int64_t* cells) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, teams = p.batch * p.queries * p.heads;
-  if (i >= teams * p.points) return;
-  const int64_t index = i / p.points, image = index / (p.queries * p.heads), head = index % p.heads;
-  const Sample<Accumulator<T>> sample = locate<T>(p, index, static_cast<uint32_t>(i - index * p.points));
-  const int64_t pixel = sample.first + int64_t{sample.y.pixel[1]} * sample.width + sample.x.pixel[1];
-  cells[i] = sample.touches ? (image * p.heads + head) * p.pixels + pixel : p.batch * p.heads * p.pixels;
+    ms_deform_attn_cells(const __grid_constant__ Task task, int64_t* cells, int64_t none) {
+  VITKERN_DYNAMIC_SHARED(Level, levels);
+  load_levels(task, levels);
+  const Place place = team_place<kFilingLanes>(task);
+  if (!place.exists) return;
+  const int64_t first = (uint64_t{place.image} * task.heads + place.head) * task.pixels;
+  for (uint32_t point = threadIdx.x % kFilingLanes; point < task.points; point += kFilingLanes) {
+    const int64_t index = place.index * task.points + point;
+    const Sample<Accumulator<T>> sample = locate<T>(task, levels, index, point, task.nearest);
+    cells[index] = sample.touches ? first + pixel_of(sample, 1, 1) : none;
+  }
 }
 
 // What a pixel takes of one point: a share of one row of grad_output.
@@ -32,44 +37,46 @@ struct alignas(16) Part {
   A share;
 };
 
-// The part of the point numbered `point` that `pixel` of `level` takes; returns whether there is one.
+// The part of the point numbered `index` that `pixel` of `level` takes; returns whether there is one.
 template <typename T>
-__device__ __forceinline__ bool part_of_pixel(const MsDeformAttnParams& p, int64_t point, int level, uint32_t pixel,
-                                              Part<Accumulator<T>>& part) {
-  part.row = point / p.points;
+__device__ __forceinline__ bool part_of_pixel(const Task& task, const Level* levels, uint64_t index,
+                                              uint32_t level, uint32_t pixel, Part<Accumulator<T>>& part) {
+  // A division by K: the reciprocal's error grows to a whole only beyond the 2^44 points that cuda.cu admits.
+  part.row = task.point_reciprocal ? __umul64hi(index, task.point_reciprocal) : index;
   part.share = 0;
-  const Sample<Accumulator<T>> sample =
-      locate<T>(p, part.row, static_cast<uint32_t>(point - part.row * p.points));
-  const Corners<Accumulator<T>> corners = corners_of(sample);
+  const uint32_t point = static_cast<uint32_t>(index - part.row * task.points);
+  const Sample<Accumulator<T>> sample = locate<T>(task, levels, index, point, task.nearest);
+  // Levels that overlap share pixels, and a point must not be counted once for each.
+  if (!sample.touches || sample.level != level) return false;
   bool takes = false;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    if (corners.pixel[c] != pixel || (c > 0 && p.sampling == Sampling::kNearest)) continue;
-    part.share += corners.share[c];
+  for (int i = 0; i < 4; ++i) {
+    if (pixel_of(sample, i / 2, i % 2) != pixel) continue;
+    part.share += sample.weight * sample.y.share[i / 2] * sample.x.share[i % 2];
     takes = true;
   }
-  // Levels that overlap share pixels, and a point must not be counted once for each.
-  return takes && sample.level == level;
+  return takes;
 }
 
 // Adds the points order[begin .. end) to the lane's channels. All of the warp calls it, each team with its own run.
 template <typename T, int kLanes, int kVector>
-__device__ __forceinline__ void add_run(const MsDeformAttnParams& p, const int64_t* order, int64_t begin, int64_t end,
-                                        int level, uint32_t pixel, const T* grad_output,
+__device__ __forceinline__ void add_run(const Task& task, const Level* levels, const int64_t* order, int64_t begin,
+                                        int64_t end, uint32_t level, uint32_t pixel, const T* grad_output,
                                         Part<Accumulator<T>>* parts, Accumulator<T> (&sum)[kVector]) {
   const uint32_t lane = threadIdx.x % kLanes;
   for (; __any_sync(kWholeWarp, begin < end); begin += kLanes) {
     Part<Accumulator<T>> part;
     const bool takes =
-        begin + lane < end && part_of_pixel<T>(p, __ldg(order + begin + lane), level, pixel, part);
+        begin + lane < end && part_of_pixel<T>(task, levels, __ldg(order + begin + lane), level, pixel, part);
     const unsigned takers = team_ballot<kLanes>(takes);
     __syncwarp();  // nobody reads the last round's parts any more
     if (takes) parts[__popc(takers & ((1u << lane) - 1))] = part;
     __syncwarp();
     const int count = __popc(takers);
+#pragma unroll 2
     for (int i = 0; i < count; ++i) {
       Accumulator<T> grad[kVector];
-      load(grad_output + parts[i].row * p.channels, grad);
+      load(grad_output + parts[i].row * task.channels, grad);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum[j] = fma(parts[i].share, grad[j], sum[j]);
     }
@@ -78,34 +85,36 @@ __device__ __forceinline__ void add_run(const MsDeformAttnParams& p, const int64
 
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    ms_deform_attn_gather_grad_value(const __grid_constant__ MsDeformAttnParams p, const int64_t* order,
-                                     const int64_t* first) {
+    ms_deform_attn_gather_grad_value(const __grid_constant__ Task task, const int64_t* order, const int64_t* first) {
   using A = Accumulator<T>;
   using Split = Team<T, kChannels>;
-  __shared__ Part<A> staged[Split::kPerBlock][Split::kLanes + 1];
+  __shared__ Part<A> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
+  VITKERN_DYNAMIC_SHARED(Level, levels);
+  load_levels(task, levels);
   Part<A>* parts = staged[threadIdx.x / Split::kLanes];
-  const Place place = team_place<Split::kLanes>(p.pixels, p.heads);
-  const uint32_t lane = threadIdx.x % Split::kLanes, channels = static_cast<uint32_t>(p.channels);
-  const int64_t* first_of_pixel = first + (int64_t{place.image} * p.heads + place.head) * p.pixels + place.row;
+  const Place place = team_place<Split::kLanes>(task);
+  const uint32_t lane = threadIdx.x % Split::kLanes;
+  const int64_t* first_of_pixel = first + (uint64_t{place.image} * task.heads + place.head) * task.pixels + place.row;
 
-  for (uint32_t tile = 0; tile < (kChannels ? kChannels : channels); tile += Split::kTile) {
+  for (uint32_t tile = 0; tile < (kChannels ? kChannels : task.channels); tile += Split::kTile) {
     const uint32_t channel = tile + lane * Split::kVector;
-    const bool mine = place.exists && (kChannels || channel < channels);
-    const T* grad_output = static_cast<const T*>(p.grad_output) + (mine ? channel : 0);
+    const bool mine = place.exists && (kChannels || channel < task.channels);
+    const T* grad_output = static_cast<const T*>(task.grad_output) + (mine ? channel : 0);
     A sum[Split::kVector] = {};
-    for (int level = 0; level < p.levels; ++level) {
-      const int64_t height = __ldg(p.spatial_shapes + 2 * level), width = __ldg(p.spatial_shapes + 2 * level + 1);
-      const int64_t in_level = place.row - __ldg(p.level_start + level);
-      const bool inside = place.exists && in_level >= 0 && in_level < height * width;
+    for (uint32_t level = 0; level < task.levels; ++level) {
+      const uint32_t in_level = place.row - levels[level].first, width = levels[level].width;
+      const uint32_t area = width * levels[level].height;
+      const bool inside = place.exists && levels[level].fits && levels[level].width > 0 && in_level < area;
       const bool last_column = inside && (in_level + 1) % width == 0;
-      for (int down = 0; down < 2; ++down) {
-        const bool any = inside && in_level + down * width < height * width;
-        const int64_t* run = first_of_pixel + (any ? down * width : 0);
-        add_run<T, Split::kLanes>(p, order, any ? run[0] : 0, any ? run[last_column ? 1 : 2] : 0, level, place.row,
-                                  grad_output, parts, sum);
+#pragma unroll 1
+      for (uint32_t down = 0; down < 2; ++down) {
+        const bool any = inside && in_level + down * width < area;
+        const int64_t* run = first_of_pixel + down * width;
+        add_run<T, Split::kLanes>(task, levels, order, any ? run[0] : 0, any ? run[last_column ? 1 : 2] : 0, level,
+                                  place.row, grad_output, parts, sum);
       }
     }
-    if (mine) store(static_cast<A*>(p.grad_value) + place.index * p.channels + channel, sum);
+    if (mine) store(static_cast<A*>(task.grad_value) + place.index * task.channels + channel, sum);
   }
 }
 

@@ -21,6 +21,22 @@ static_assert(kThreads % kWarpLanes == 0);
 template <typename T>
 constexpr int kMinBlocks = sizeof(Accumulator<T>) == 4 ? 4 : 2;
 
+// MsDeformAttnParams as the kernels want them, made by cuda.cu: sizes that were checked to fit 32 bits, and quotients
+// that each thread would have to work out again.
+struct Task {
+  uint32_t pixels, heads, channels, levels, points;  // S, M, D, L, K
+  uint32_t teams;                                    // of an image: rows * heads; rows are queries or pixels
+  uint32_t blocks;                                   // of an image: what its teams need
+  uint32_t pixel_vectors;                            // of a pixel and all its heads, Team::kVector channels each
+  uint64_t point_reciprocal;                         // 2^64 / K rounded up, 0 for K = 1
+  float levels_per_point;                            // L / K where not ragged
+  bool ragged, nearest, wide;                        // wide: coordinates in the accumulator type
+  uint16_t point_end[kMaxRaggedLevels];              // as in MsDeformAttnParams
+  const void *value, *locations, *weights, *grad_output;
+  const int64_t *spatial_shapes, *level_start;
+  void *output, *grad_value, *grad_locations, *grad_weights;
+};
+
 // kChannels = 0 stands for any number of channels: 32 lanes with one channel each go over them in tiles.
 template <typename T, int kChannels>
 struct Team {
@@ -31,8 +47,7 @@ struct Team {
   static_assert(kLanes <= kWarpLanes && kWarpLanes % kLanes == 0);
 };
 
-// Which (image, row, head) the caller's team works on: rows are queries, or pixels where a pass gathers. Blocks do not
-// straddle images. The launch has checked that rows * heads < 2^31 and that the grid has at most 2^31 - 1 blocks.
+// Which (image, row, head) the caller's team works on. Blocks do not straddle images.
 struct Place {
   uint32_t image, row, head;
   bool exists;    // teams beyond the last take part in the warp's operations, and in nothing else
@@ -40,31 +55,28 @@ struct Place {
 };
 
 template <int kLanes>
-__device__ __forceinline__ Place team_place(int64_t rows, int64_t heads) {
-  constexpr uint32_t kTeams = kThreads / kLanes;
-  const uint32_t in_image = static_cast<uint32_t>(rows * heads), blocks = (in_image + kTeams - 1) / kTeams;
+__device__ __forceinline__ Place team_place(const Task& task) {
   Place place;
-  place.image = blockIdx.x / blocks;
-  const uint32_t in_block = (blockIdx.x - place.image * blocks) * kTeams + threadIdx.x / kLanes;
-  place.row = in_block / static_cast<uint32_t>(heads);
-  place.head = in_block - place.row * static_cast<uint32_t>(heads);
-  place.exists = in_block < in_image;
-  place.index = int64_t{place.image} * in_image + in_block;
+  place.image = blockIdx.x / task.blocks;
+  const uint32_t block = blockIdx.x - place.image * task.blocks;
+  const uint32_t team = block * (kThreads / kLanes) + threadIdx.x / kLanes;
+  place.row = team / task.heads;
+  place.head = team - place.row * task.heads;
+  place.exists = team < task.teams;
+  place.index = uint64_t{place.image} * task.teams + team;
   return place;
 }
 
-// Element `channel` of row `row` of an array [rows, row_bytes]. One multiplication reaches past 2^32 bytes.
-template <typename T>
-__device__ __forceinline__ T* at_row(T* first, uint32_t row, uint32_t row_bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + uint64_t{row} * row_bytes);
+// Where an image and head begin in [B, S, M, D].
+__device__ __forceinline__ int64_t first_pixel(const Task& task, const Place& place) {
+  return (uint64_t{place.image} * task.pixels * task.heads + place.head) * task.channels;
 }
 
 // Locations and weights come in the type of value or in its accumulator, the same for the whole launch.
 template <typename T>
 __device__ __forceinline__ Accumulator<T> load_coordinate(const void* data, int64_t index, bool wide) {
-  using A = Accumulator<T>;
-  return wide ? __ldg(static_cast<const A*>(data) + index) : widen(__ldg(static_cast<const T*>(data) + index));
+  if (wide) return __ldg(static_cast<const Accumulator<T>*>(data) + index);
+  return widen(__ldg(static_cast<const T*>(data) + index));
 }
 
 template <typename T>
@@ -76,17 +88,12 @@ __device__ __forceinline__ void store_coordinate(void* data, int64_t index, bool
   }
 }
 
-template <typename T>
-__device__ __forceinline__ bool wide_coordinates(const MsDeformAttnParams& p) {
-  return sizeof(T) == sizeof(Accumulator<T>) || p.coord_dtype != p.value_dtype;
-}
-
-// The two pixels of a bilinear sample along one axis, their shares of it, and the shares' slopes, eqs. (3) and (7).
-// Beyond the border there is no pixel: there the inner one stands in and both carry half of its share. So nothing is
-// read that does not count, and no reader needs to ask.
+// The two pixels of a sample along one axis, their shares of it, and the shares' slopes, eqs. (3) and (7). Beyond the
+// border there is no pixel: there the inner one stands in and both carry half of its share. So nothing is read that
+// does not count, and no reader needs to ask.
 template <typename A>
 struct Axis {
-  uint32_t pixel[2];
+  int pixel[2];
   A share[2], slope[2];
 };
 
@@ -94,18 +101,17 @@ template <typename A>
 __device__ __forceinline__ Axis<A> bilinear_axis(A x, int size) {
   const A left = floor(x), right_share = x - left;
   const int pixel = static_cast<int>(left);  // -1 .. size - 1
-  Axis<A> axis{{uint32_t(pixel), uint32_t(pixel) + 1}, {1 - right_share, right_share}, {-1, 1}};
-  if (pixel < 0) {
-    axis = {{0, 0}, {right_share / 2, right_share / 2}, {A(0.5), A(0.5)}};
-  } else if (pixel + 1 == size) {
-    axis = {{axis.pixel[0], axis.pixel[0]}, {axis.share[0] / 2, axis.share[0] / 2}, {A(-0.5), A(-0.5)}};
+  Axis<A> axis{{max(pixel, 0), min(pixel + 1, size - 1)}, {1 - right_share, right_share}, {-1, 1}};
+  if (axis.pixel[0] == axis.pixel[1]) {
+    axis.share[0] = axis.share[1] = A(0.5) * (pixel < 0 ? axis.share[1] : axis.share[0]);
+    axis.slope[0] = axis.slope[1] = pixel < 0 ? A(0.5) : A(-0.5);
   }
   return axis;
 }
 
 template <typename A>
 __device__ __forceinline__ Axis<A> nearest_axis(A x, int size) {
-  const uint32_t pixel = static_cast<uint32_t>(min(max(x, A(0)), A(size - 1)));
+  const int pixel = static_cast<int>(min(max(x, A(0)), A(size - 1)));
   return {{pixel, pixel}, {1, 0}, {0, 0}};
 }
 
@@ -119,65 +125,69 @@ struct Sample {
   A weight;
   Axis<A> x, y;
   int width, height;
-  int64_t first;  // the level's first pixel
-  int level;
+  uint32_t level, first;  // first pixel of the level
 };
 
-__device__ __forceinline__ int level_of_point(const MsDeformAttnParams& p, uint32_t point) {
-  if (!p.ragged) return static_cast<int>(point / (static_cast<uint32_t>(p.points) / static_cast<uint32_t>(p.levels)));
-  int level = 0;
-  while (point >= p.point_end[level]) ++level;
+// A level, read once a block into shared memory. Of an empty one nothing can be touched: -1 < x < -1 is never true.
+struct alignas(16) Level {
+  int width, height;
+  uint32_t first;
+  bool fits;  // all of it lies in value
+};
+
+__device__ __forceinline__ void load_levels(const Task& task, Level* levels) {
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < task.levels; i += kThreads) {
+    const int64_t height = __ldg(task.spatial_shapes + 2 * i), width = __ldg(task.spatial_shapes + 2 * i + 1);
+    const int64_t first = __ldg(task.level_start + i);
+    // Sizes that are negative or leave the 31 bits of S cannot fit; without them the area cannot overflow.
+    const bool small = static_cast<uint64_t>(height | width | first) <= 0x7fffffffu;
+    const bool fits = small && height * width + first <= task.pixels, empty = width == 0 || height == 0;
+    levels[i] = {empty ? -1 : static_cast<int>(width), empty ? -1 : static_cast<int>(height),
+                 static_cast<uint32_t>(first), fits};
+  }
+  __syncthreads();
+}
+
+// Half a point off the quotients' steps, which are 1 / K apart: exact for the K <= 2^20 that cuda.cu admits.
+__device__ __forceinline__ uint32_t level_of_point(const Task& task, uint32_t point) {
+  if (!task.ragged) return static_cast<uint32_t>((static_cast<float>(point) + 0.5f) * task.levels_per_point);
+  uint32_t level = 0;
+  while (point >= task.point_end[level]) ++level;
   return level;
 }
 
-// Point `point` of the (image, query, head) with index `index`, eqs. (2) to (4). Every comparison with NaN is false:
-// a location that is not a number touches nothing.
+// Point `point` of its query and head, number `index` of all, eqs. (2) to (4). Every comparison with NaN is false: a
+// location that is not a number touches nothing.
 template <typename T>
-__device__ __forceinline__ Sample<Accumulator<T>> locate(const MsDeformAttnParams& p, int64_t index, uint32_t point) {
+__device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const Level* levels, int64_t index,
+                                                         uint32_t point, bool nearest) {
   using A = Accumulator<T>;
-  const bool wide = wide_coordinates<T>(p);
-  const int64_t at = index * p.points + point;
-  A x = load_coordinate<T>(p.locations, 2 * at, wide), y = load_coordinate<T>(p.locations, 2 * at + 1, wide);
-  Sample<A> sample{};
-  sample.weight = load_coordinate<T>(p.weights, at, wide);
-  sample.level = level_of_point(p, point);
-  const int64_t height = __ldg(p.spatial_shapes + 2 * sample.level);
-  const int64_t width = __ldg(p.spatial_shapes + 2 * sample.level + 1);
-  sample.first = __ldg(p.level_start + sample.level);
-  // No size may be negative or leave the 31 bits that S has; then the area cannot overflow.
-  const bool small = !((height | width | sample.first) >> 31);
-  const bool fits = small && sample.first + height * width <= p.pixels;
-  sample.width = static_cast<int>(width);
-  sample.height = static_cast<int>(height);
+  A x = load_coordinate<T>(task.locations, 2 * index, task.wide);
+  A y = load_coordinate<T>(task.locations, 2 * index + 1, task.wide);
+  Sample<A> sample;
+  sample.weight = load_coordinate<T>(task.weights, index, task.wide);
+  sample.level = level_of_point(task, point);
+  Level level = levels[sample.level];
+  if (!level.fits) {
+    // Rather than fault, or drop the points in silence, the result is NaN: the first pixel counts with that weight.
+    level = {1, 1, 0, true};
+    sample.weight = A(NAN);
+    x = y = A(0.5);
+  }
+  sample.width = level.width;
+  sample.height = level.height;
+  sample.first = level.first;
 
   // The product is rounded before the shift, as in torch: the same location is in the same cell on every backend.
-  x = product(x, static_cast<A>(sample.width));
-  y = product(y, static_cast<A>(sample.height));
-  const bool empty = width == 0 || height == 0;
-  if (p.sampling == Sampling::kBilinear) {
-    x -= A(0.5);
-    y -= A(0.5);
-    sample.touches = x > -1 && x < A(sample.width) && y > -1 && y < A(sample.height) && !empty && fits;
-    if (sample.touches) {
-      sample.x = bilinear_axis(x, sample.width);
-      sample.y = bilinear_axis(y, sample.height);
-    }
-  } else {
-    x += A(0.5);
-    y += A(0.5);
-    sample.touches = isfinite(x) && isfinite(y) && !empty && fits;
-    if (sample.touches) {
-      sample.x = nearest_axis(x, sample.width);
-      sample.y = nearest_axis(y, sample.height);
-    }
-  }
-  if (!fits) {
-    // A level that reaches out of value: rather than fault, or drop its points in silence, the result is NaN.
-    const A nan = A(NAN);
-    sample.touches = true;
-    sample.weight = nan;
-    sample.x = sample.y = {{0, 0}, {nan, nan}, {nan, nan}};
-    sample.first = 0;
+  const A columns = static_cast<A>(sample.width), rows = static_cast<A>(sample.height);
+  x = product(x, columns) + (nearest ? A(0.5) : A(-0.5));
+  y = product(y, rows) + (nearest ? A(0.5) : A(-0.5));
+  const bool near = nearest ? isfinite(x) && isfinite(y) : x > -1 && x < columns && y > -1 && y < rows;
+  sample.touches = nearest ? near && sample.width > 0 : near;
+  if (sample.touches) {
+    sample.x = nearest ? nearest_axis(x, sample.width) : bilinear_axis(x, sample.width);
+    sample.y = nearest ? nearest_axis(y, sample.height) : bilinear_axis(y, sample.height);
   }
   return sample;
 }
@@ -185,26 +195,24 @@ __device__ __forceinline__ Sample<Accumulator<T>> locate(const MsDeformAttnParam
 // What the lanes of a team need of a point: which pixels, and how much of each, eq. (1). Nearest uses the first only.
 template <typename A>
 struct alignas(16) Corners {
-  A share[4];  // times the attention weight
-  uint32_t pixel[4];
+  A share[4];          // times the attention weight
+  uint32_t vector[4];  // where the pixels begin, counted in vectors from the first of the image and head
 };
 
 template <typename A>
-__device__ __forceinline__ Corners<A> corners_of(const Sample<A>& sample) {
+__device__ __forceinline__ uint32_t pixel_of(const Sample<A>& sample, int down, int along) {
+  return sample.first + sample.y.pixel[down] * sample.width + sample.x.pixel[along];
+}
+
+template <typename A>
+__device__ __forceinline__ Corners<A> corners_of(const Task& task, const Sample<A>& sample) {
   Corners<A> corners;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    corners.share[i] = sample.weight * (sample.y.share[i / 2] * sample.x.share[i % 2]);
-    corners.pixel[i] =
-        static_cast<uint32_t>(sample.first) + sample.y.pixel[i / 2] * sample.width + sample.x.pixel[i % 2];
+    corners.share[i] = sample.weight * sample.y.share[i / 2] * sample.x.share[i % 2];
+    corners.vector[i] = pixel_of(sample, i / 2, i % 2) * task.pixel_vectors;
   }
   return corners;
 }
-
-// The points of a block's teams, one for each lane. The odd stride puts the points that neighbouring teams read at the
-// same time into different banks.
-template <typename T, int kChannels>
-using StagedPoints =
-    Corners<Accumulator<T>>[Team<T, kChannels>::kPerBlock][Team<T, kChannels>::kLanes + 1];
 
 }  // namespace vitkern

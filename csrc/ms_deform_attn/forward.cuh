@@ -13,62 +13,71 @@ namespace vitkern {
 
 // Stages the points in [first, first + kLanes) of the team that touch a pixel; returns how many there are.
 template <typename T, int kLanes>
-__device__ __forceinline__ int stage_touching(const MsDeformAttnParams& p, const Place& place, uint32_t first,
-                                              Corners<Accumulator<T>>* points) {
+__device__ __forceinline__ int stage_touching(const Task& task, const Level* levels, const Place& place,
+                                              uint32_t first, bool nearest, Corners<Accumulator<T>>* points) {
   const uint32_t lane = threadIdx.x % kLanes, point = first + lane;
   Sample<Accumulator<T>> sample;
   sample.touches = false;
-  if (place.exists && point < p.points) sample = locate<T>(p, place.index, point);
+  if (place.exists && point < task.points)
+    sample = locate<T>(task, levels, place.index * task.points + point, point, nearest);
   const unsigned touching = team_ballot<kLanes>(sample.touches);
   __syncwarp();  // nobody reads the last round's points any more
-  if (sample.touches) points[__popc(touching & ((1u << lane) - 1))] = corners_of(sample);
+  if (sample.touches) points[__popc(touching & ((1u << lane) - 1))] = corners_of(task, sample);
   __syncwarp();
   return __popc(touching);
 }
 
-// Adds `count` staged points to the lane's channels. Two at a time, to have eight loads under way.
+// Adds `count` staged points to the lane's channels: two at a time, to have eight loads under way, where the registers
+// for eight channels leave room for it.
 template <int kCorners, int kVector, typename T>
 __device__ __forceinline__ void add_points(const Corners<Accumulator<T>>* points, int count, const T* value,
-                                           uint32_t row_bytes, Accumulator<T> (&sum)[kVector]) {
-#pragma unroll 2
+                                           Accumulator<T> (&sum)[kVector]) {
+  constexpr int kAtOnce = kVector > 4 ? 1 : 2;
+#pragma unroll kAtOnce
   for (int i = 0; i < count; ++i) {
     const Corners<Accumulator<T>> corners = points[i];
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
       Accumulator<T> pixel[kVector];
-      load(at_row(value, corners.pixel[c], row_bytes), pixel);
+      load_vector(value, corners.vector[c], pixel);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum[j] = fma(corners.share[c], pixel[j], sum[j]);
     }
   }
 }
 
-template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    ms_deform_attn_forward(const __grid_constant__ MsDeformAttnParams p) {
+template <typename T, int kChannels, bool kNearest>
+__device__ __forceinline__ void forward_team(const Task& task, const Level* levels, const Place& place,
+                                             Corners<Accumulator<T>>* points) {
   using Split = Team<T, kChannels>;
-  __shared__ StagedPoints<T, kChannels> staged;
-  Corners<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
-  const Place place = team_place<Split::kLanes>(p.queries, p.heads);
-  const uint32_t lane = threadIdx.x % Split::kLanes, channels = static_cast<uint32_t>(p.channels);
-  const uint32_t row_bytes = static_cast<uint32_t>(p.heads * p.channels * sizeof(T));
-
-  for (uint32_t tile = 0; tile < (kChannels ? kChannels : channels); tile += Split::kTile) {
+  const uint32_t lane = threadIdx.x % Split::kLanes;
+  for (uint32_t tile = 0; tile < (kChannels ? kChannels : task.channels); tile += Split::kTile) {
     const uint32_t channel = tile + lane * Split::kVector;
-    const bool mine = place.exists && (kChannels || channel < channels);
+    const bool mine = place.exists && (kChannels || channel < task.channels);
     // Lanes without a channel look at the first one.
-    const T* value = static_cast<const T*>(p.value) +
-                     (int64_t{place.image} * p.pixels * p.heads + place.head) * p.channels + (mine ? channel : 0);
+    const T* value = static_cast<const T*>(task.value) + first_pixel(task, place) + (mine ? channel : 0);
     Accumulator<T> sum[Split::kVector] = {};
-    for (uint32_t first = 0; first < p.points; first += Split::kLanes) {
-      const int count = stage_touching<T, Split::kLanes>(p, place, first, points);
-      if (p.sampling == Sampling::kBilinear) {
-        add_points<4>(points, count, value, row_bytes, sum);
-      } else {
-        add_points<1>(points, count, value, row_bytes, sum);
-      }
+    for (uint32_t first = 0; first < task.points; first += Split::kLanes) {
+      const int count = stage_touching<T, Split::kLanes>(task, levels, place, first, kNearest, points);
+      add_points<kNearest ? 1 : 4>(points, count, value, sum);
     }
-    if (mine) store(static_cast<T*>(p.output) + place.index * p.channels + channel, sum);
+    if (mine) store(static_cast<T*>(task.output) + place.index * task.channels + channel, sum);
+  }
+}
+
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>) ms_deform_attn_forward(const __grid_constant__ Task task) {
+  using Split = Team<T, kChannels>;
+  // One point a lane; the odd stride puts what neighbouring teams read at the same time into different banks.
+  __shared__ Corners<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];
+  VITKERN_DYNAMIC_SHARED(Level, levels);
+  load_levels(task, levels);
+  Corners<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
+  const Place place = team_place<Split::kLanes>(task);
+  if (task.nearest) {
+    forward_team<T, kChannels, true>(task, levels, place, points);
+  } else {
+    forward_team<T, kChannels, false>(task, levels, place, points);
   }
 }
 
