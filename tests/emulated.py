@@ -67,12 +67,22 @@ def _run(*command) -> None:
 
 
 @functools.cache
-def module() -> ModuleType:
-    """The emulated twin of vitkern._C: its functions ending in _cuda run on CPU tensors."""
-    path = Path(os.environ.get("VITKERN_EMULATED") or build())
+def _load() -> ModuleType | RuntimeError:
+    try:
+        path = Path(os.environ.get("VITKERN_EMULATED") or build())
+    except RuntimeError as error:
+        return error  # kept, so that a build that fails is not tried again by every test
     spec = importlib.util.spec_from_file_location("_emulated", path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
+    return loaded
+
+
+def module() -> ModuleType:
+    """The emulated twin of vitkern._C: its functions ending in _cuda run on CPU tensors."""
+    loaded = _load()
+    if isinstance(loaded, RuntimeError):
+        raise loaded
     return loaded
 
 
