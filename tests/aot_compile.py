@@ -18,11 +18,10 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
 from vitkern.triton_kernels import ms_deform_attn, ms_deform_attn_deterministic
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-TABLES = {"shapes_ptr": "*i64", "level_start_ptr": "*i64", "order_ptr": "*i64", "first_ptr": "*i64", "cells_ptr": "*i64"}
+TABLES = ("shapes_ptr", "level_start_ptr", "order_ptr", "first_ptr", "cells_ptr")
 KERNELS = {
     "forward": ms_deform_attn.ms_deform_attn_forward,
     "backward": ms_deform_attn.ms_deform_attn_backward,
@@ -40,7 +39,7 @@ def _signature(kernel, dtype: str) -> dict[str, str]:
         if parameter.is_constexpr or name == "level_of_group_ptr":
             signature[name] = "constexpr"
         elif name in TABLES:
-            signature[name] = TABLES[name]
+            signature[name] = "*i64"
         elif name in ("value_ptr", "output_ptr", "grad_output_ptr"):
             signature[name] = f"*{dtype}"
         else:
@@ -63,9 +62,13 @@ def compile_kernel(name: str, arch: int, dtype: str, channels: int):
     kernel = KERNELS[name]
     table = ms_deform_attn.launch_table(channels, ITEM_BYTES[dtype], backward=name == "backward")
     signature = _signature(kernel, dtype)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
     source = ASTSource(kernel, signature, _constants(kernel, dtype, channels, table), aligned)
-    options = {key: table[key] for key in ("num_warps", "maxnreg") if key in table} | {"enable_fp_fusion": True}
+    options = {key: table[key] for key in ("num_warps", "maxnreg") if key in table} | {
+        "enable_fp_fusion": True
+    }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -92,9 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100, 120])
-    parser.add_argument("--case", nargs="+", default=["fp32x32", "fp16x32", "bf16x64", "fp16x16", "fp32x30"])
+    parser.add_argument("--case", nargs="+", default=["fp32x32", "fp16x32", "bf16x64", "fp32x30"])
     options = parser.parse_args()
     for name, arch, case in itertools.product(options.kernel, options.arch, options.case):
+        if name == "cells" and case != options.case[0]:
+            continue  # it knows neither value nor channels
         dtype, channels = case.split("x")
         figures = static_figures(compile_kernel(name, arch, dtype, int(channels)))
         print(json.dumps({"kernel": name, "arch": arch, "case": case} | figures), flush=True)

@@ -10,10 +10,10 @@ import importlib.util
 
 import pytest
 import torch
-
-from tests.helpers import gradients
 from vitkern import reference
 from vitkern.ops import triton_launch
+
+from tests.helpers import gradients
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
@@ -50,7 +50,12 @@ class Interpreted(torch.autograd.Function):
         points_per_level, method, deterministic = ctx.options
         needed = tuple(ctx.needs_input_grad[:3])
         grads = triton_launch.ms_deform_attn_backward_triton(
-            grad_output.contiguous(), needed, *ctx.saved_tensors, points_per_level, method, deterministic=deterministic
+            grad_output.contiguous(),
+            needed,
+            *ctx.saved_tensors,
+            points_per_level,
+            method,
+            deterministic=deterministic,
         )
         return *grads, None, None, None, None, None
 
@@ -99,7 +104,7 @@ def test_64_bit_offsets(monkeypatch):
 
 
 def test_levels_that_overlap_add_up_in_the_deterministic_pass():
-    value, shapes, level_start, *rest = make((2, 2), 4, sizes=((3, 4), (2, 4)))
+    value, shapes, _, *rest = make((2, 2), 4, sizes=((3, 4), (2, 4)))
     compare((value[:, :12].contiguous(), shapes, torch.tensor([0, 4]), *rest), deterministic=True)
 
 
@@ -128,11 +133,12 @@ def test_a_bad_weight_spoils_nothing_outside_the_map(bad):
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
 def test_gradcheck(deterministic):
-    value, shapes, level_start, locations, weights, points = make((1, 1), 2, heads=1, queries=2, sizes=((2, 2), (1, 2)))
+    value, shapes, level_start, locations, weights, points = make(
+        (1, 1), 2, heads=1, queries=2, sizes=((2, 2), (1, 2))
+    )
     inputs = tuple(t.requires_grad_() for t in (value, locations, weights))
 
     def function(v, x, w):
         return Interpreted.apply(v, x, w, shapes, level_start, points, "bilinear", deterministic)
 
-    # Atomics add in the order of the block, so even this interpreted backward repeats bit for bit.
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)

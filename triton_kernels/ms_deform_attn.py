@@ -64,7 +64,9 @@ def _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr):
 @triton.jit
 def _locate(locations_ptr, point, m_point, height, width, BILINEAR: tl.constexpr, ACC: tl.constexpr):
     """Eqs. (2) and (4): does the point count, its upper left pixel, its shares of the right and of the lower pixels."""
-    xy = tl.load(locations_ptr + 2 * point[:, None] + tl.arange(0, 2)[None, :], mask=m_point[:, None], other=0.0)
+    xy = tl.load(
+        locations_ptr + 2 * point[:, None] + tl.arange(0, 2)[None, :], mask=m_point[:, None], other=0.0
+    )
     x, y = tl.split(xy.to(ACC))
     x *= width
     y *= height
@@ -110,17 +112,18 @@ def _corner(CORNER: tl.constexpr, counts, left, top, right, lower, height, width
 @triton.jit
 def _tile_mask(m_row, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Mask of a tile of rows and channels, of rows alone where all blocks of channels are full."""
-    if D % BLOCK_D == 0:
-        mask = m_row[:, None]
-    else:
-        mask = m_row[:, None] & (channel < D)[None, :]
+    mask = m_row[:, None]
+    if D % BLOCK_D != 0:
+        mask = mask & (channel < D)[None, :]
     return mask
 
 
 @triton.jit
 def _channels(ptr, offset, m_row, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Some channels of the rows at some offsets."""
-    return tl.load(ptr + channel[None, :] + offset[:, None], mask=_tile_mask(m_row, channel, D, BLOCK_D), other=0.0)
+    return tl.load(
+        ptr + channel[None, :] + offset[:, None], mask=_tile_mask(m_row, channel, D, BLOCK_D), other=0.0
+    )
 
 
 @triton.jit
@@ -177,7 +180,9 @@ def _dots(
     x = tl.zeros_like(right)
     y = tl.zeros_like(right)
     for corner in tl.static_range(4 if BILINEAR else 1):
-        inside, coefficient, x_slope, y_slope = _corner(corner, counts, left, top, right, lower, height, width)
+        inside, coefficient, x_slope, y_slope = _corner(
+            corner, counts, left, top, right, lower, height, width
+        )
         shift = (corner % 2 + corner // 2 * width.to(offset.dtype)) * stride
         value = _channels(value_ptr, offset + shift, inside, channel, D, BLOCK_D).to(grad_output.dtype)
         # A NaN of grad_output times the zero of a corner outside is not a gradient.
@@ -199,7 +204,9 @@ def _scatter(
         inside, coefficient, _, _ = _corner(corner, counts, left, top, right, lower, height, width)
         shift = (corner % 2 + corner // 2 * width.to(offset.dtype)) * stride
         target = ptr + channel[None, :] + (offset + shift)[:, None]
-        tl.atomic_add(target, coefficient[:, None] * tile, mask=_tile_mask(inside, channel, D, BLOCK_D), sem="relaxed")
+        tl.atomic_add(
+            target, coefficient[:, None] * tile, mask=_tile_mask(inside, channel, D, BLOCK_D), sem="relaxed"
+        )
 
 
 @triton.jit
@@ -228,7 +235,9 @@ def ms_deform_attn_backward(
         locations = tl.zeros([BLOCK_Q, 2 * BLOCK_P], dtype=ACC)
         for step in range(GROUP_POINTS):
             weight = tl.load(weights_ptr + run + step, mask=m_q, other=0.0).to(ACC)
-            counts, left, top, right, lower = _locate(locations_ptr, run + step, m_q, height, width, BILINEAR, ACC)
+            counts, left, top, right, lower = _locate(
+                locations_ptr, run + step, m_q, height, width, BILINEAR, ACC
+            )
             offset = (top.to(OFFSET) * width + left) * (M * D)
             for first in range(0, D, BLOCK_D):
                 if D > BLOCK_D:
@@ -246,8 +255,8 @@ def ms_deform_attn_backward(
                     locations += tl.where(axis_of == 2 * step + 1, y[:, None], 0.0)
                 if grad_value_ptr is not None:
                     _scatter(
-                        weight[:, None] * grad_output, grad_value_ptr + level, offset, channel, counts, left, top, right,
-                        lower, height, width, M * D, D, BLOCK_D, BILINEAR,
+                        weight[:, None] * grad_output, grad_value_ptr + level, offset, channel, counts, left, top,
+                        right, lower, height, width, M * D, D, BLOCK_D, BILINEAR,
                     )  # fmt: skip
         if grad_weights_ptr is not None:
             target = grad_weights_ptr + run[:, None] + step_of

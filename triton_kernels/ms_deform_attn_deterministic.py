@@ -97,7 +97,13 @@ def ms_deform_attn_gather_grad_value(
                     locations_ptr, point, i < end, height, width, BILINEAR, ACC
                 )
                 takes = counts & _of_level(point, level, level_of_group_ptr, GROUPS, GROUP_POINTS)
-                takes = takes & (column - left >= 0) & (column - left <= 1) & (line - top >= 0) & (line - top <= 1)
+                takes = (
+                    takes
+                    & (column - left >= 0)
+                    & (column - left <= 1)
+                    & (line - top >= 0)
+                    & (line - top <= 1)
+                )
                 share = tl.where(column == left, 1 - right, right) * tl.where(line == top, 1 - lower, lower)
                 row = point // (GROUPS * GROUP_POINTS)
                 grad_output = _channels(grad_output_ptr, row * D, takes, channel, D, BLOCK_D).to(ACC)

@@ -165,7 +165,14 @@ def ms_deform_attn_backward_triton(
             )
     if gather:
         grad_value = _gather_grad_value(
-            grad_output, value, spatial_shapes, level_start_index, locations, weights, points_per_level, method
+            grad_output,
+            value,
+            spatial_shapes,
+            level_start_index,
+            locations,
+            weights,
+            points_per_level,
+            method,
         )
     return [None if grad_value is None else grad_value.to(value.dtype), grad_locations, grad_weights]
 
@@ -173,7 +180,7 @@ def ms_deform_attn_backward_triton(
 def _gather_grad_value(
     grad_output, value, spatial_shapes, level_start_index, locations, weights, points_per_level, method
 ) -> Tensor:
-    """The bitwise reproducible gradient of value: points sorted by the pixels they touch, then summed a pixel."""
+    """The bitwise reproducible gradient of value: points sorted by pixel, then summed pixel by pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 
     batch, pixels, heads, channels = value.shape
@@ -200,7 +207,9 @@ def _gather_grad_value(
             num_warps=num_warps,
         )
         order, first = sort_by_cell(cells, batch * heads * pixels)
-        kernels.ms_deform_attn_gather_grad_value[(batch * heads * _cdiv(pixels, block_s), _cdiv(channels, block_d))](
+        kernels.ms_deform_attn_gather_grad_value[
+            (batch * heads * _cdiv(pixels, block_s), _cdiv(channels, block_d))
+        ](
             grad_value,
             grad_output,
             spatial_shapes,
