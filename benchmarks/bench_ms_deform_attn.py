@@ -85,8 +85,12 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only rows whose text contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{cpu_model()}, {arguments.threads} threads, {_C.cpu_isa()} kernels, torch {torch.__version__}, batch 1")
-    print(f"{'case':<17}{'locations':<11}{'dtype':<10}{'pass':<9}{'grid_sample ms':>15}{'vitkern ms':>12}{'ratio':>8}")
+    print(
+        f"{cpu_model()}, {arguments.threads} threads, {_C.cpu_isa()} kernels, torch {torch.__version__}, batch 1"
+    )
+    print(
+        f"{'case':<17}{'locations':<11}{'dtype':<10}{'pass':<9}{'grid_sample ms':>15}{'vitkern ms':>12}{'ratio':>8}"
+    )
     for name, locations, dtype, what in ROWS:
         label = f"{name:<17}{locations:<11}{str(dtype)[6:]:<10}{what:<9}"
         if arguments.match not in label:

@@ -65,10 +65,24 @@ def _vit_adapter() -> list[MsDeformAttnCase]:
             heads, channels = variants[name]
             cases += [
                 MsDeformAttnCase(
-                    f"injector-{name}{size}", f"ViT-Adapter-{name} injector", 2, pyramid, grid, heads, channels, 4
+                    f"injector-{name}{size}",
+                    f"ViT-Adapter-{name} injector",
+                    2,
+                    pyramid,
+                    grid,
+                    heads,
+                    channels,
+                    4,
                 ),
                 MsDeformAttnCase(
-                    f"extractor-{name}{size}", f"ViT-Adapter-{name} extractor", 2, grid, pyramid, heads, channels, 4
+                    f"extractor-{name}{size}",
+                    f"ViT-Adapter-{name} extractor",
+                    2,
+                    grid,
+                    pyramid,
+                    heads,
+                    channels,
+                    4,
                 ),
             ]
     return cases
@@ -88,12 +102,21 @@ CASES = {
         MsDeformAttnCase("rtdetr-decoder", "RT-DETR decoder 640", 8, _RT, 300, 8, 32, 4),
         MsDeformAttnCase("rtdetr-denoising", "RT-DETR decoder, training", 16, _RT, 500, 8, 32, 4),
         MsDeformAttnCase("lwdetr-decoder", "LW-DETR, RF-DETR decoder", 8, ((40, 40),), 300, 16, 16, 4),
-        MsDeformAttnCase("rfdetr-groups", "RF-DETR, training with 13 groups", 8, ((40, 40),), 3900, 16, 16, 4),
+        MsDeformAttnCase(
+            "rfdetr-groups", "RF-DETR, training with 13 groups", 8, ((40, 40),), 3900, 16, 16, 4
+        ),
         MsDeformAttnCase("bev-temporal", "BEVFormer temporal", 2, ((200, 200),), ((200, 200),), 8, 32, 4),
         MsDeformAttnCase("bev-spatial", "BEVFormer spatial, a camera", 6, _BEV, 10000, 8, 32, 8),
         MsDeformAttnCase("bev-tiny", "BEVFormer-tiny spatial", 6, ((15, 25),), 1000, 8, 32, 8),
         MsDeformAttnCase(
-            "hub-small", "transformers hub benchmark", 2, ((64, 64), (32, 32), (16, 16), (8, 8)), 300, 8, 32, 4
+            "hub-small",
+            "transformers hub benchmark",
+            2,
+            ((64, 64), (32, 32), (16, 16), (8, 8)),
+            300,
+            8,
+            32,
+            4,
         ),
         *_vit_adapter(),
     )
@@ -133,7 +156,7 @@ class MsDeformAttnInputs:
 def make_inputs(
     case: MsDeformAttnCase, *, locations: str = "near", dtype=torch.float32, device="cpu", seed: int = 0
 ) -> MsDeformAttnInputs:
-    """Random inputs. "uniform": locations anywhere in [0, 1], the worst for a cache. "near": each query's own point of the
+    """Random inputs. "uniform": locations anywhere in [0, 1], worst for a cache. "near": each query's own point of the
     grid plus Deformable-DETR's initial offsets, one direction a head and 1 to P pixels far, as layers start.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +172,11 @@ def make_inputs(
     shapes = torch.tensor(case.levels, dtype=torch.int64, device=device).view(-1, 2)
     pixels = shapes.prod(1)
     return MsDeformAttnInputs(
-        value.to(device, dtype), shapes, pixels.cumsum(0) - pixels, where.to(device, dtype), weights.to(device, dtype)
+        value.to(device, dtype),
+        shapes,
+        pixels.cumsum(0) - pixels,
+        where.to(device, dtype),
+        weights.to(device, dtype),
     )
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
 from vitkern.triton_kernels import ms_deform_attn, ms_deform_attn_deterministic
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}

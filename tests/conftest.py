@@ -6,7 +6,9 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are decorated, so before any import of them
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when the kernels are decorated, so before any import of them
 
 import pytest
 from hypothesis import settings

@@ -15,7 +15,9 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
     return (actual.double() - oracle.double())[finite].abs().max().item() if finite.any() else 0.0
 
 
-def assert_as_exact_as(actual: Tensor, plain: Tensor, oracle: Tensor, *, what: str, factor: float = 2.0) -> None:
+def assert_as_exact_as(
+    actual: Tensor, plain: Tensor, oracle: Tensor, *, what: str, factor: float = 2.0
+) -> None:
     """`actual`'s error against the fp64 oracle is at most `factor` times that of plain torch in the same dtype.
 
     Non-finite values must stand in the same places. Some units in the last place of the largest value are granted
@@ -32,7 +34,9 @@ def assert_as_exact_as(actual: Tensor, plain: Tensor, oracle: Tensor, *, what: s
     units = {torch.float64: 32, torch.float32: 8}.get(actual.dtype, 1)
     allowed = factor * max_error(plain, oracle) + units * unit
     error = max_error(actual, oracle)
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} (plain torch in {actual.dtype})"
+    assert error <= allowed, (
+        f"{what}: error {error:.3g}, allowed {allowed:.3g} (plain torch in {actual.dtype})"
+    )
 
 
 def assert_gradient_not_missing(actual: Tensor, oracle: Tensor, *, what: str) -> None:

@@ -71,7 +71,13 @@ RUNNERS = [
         )
         for isa in _C.compiled_cpu_isas()
     ),
-    Runner("cuda-emulated", "cuda", _emulator, slow=True, marks=_reason(emulated.REASON is None, str(emulated.REASON))),
+    Runner(
+        "cuda-emulated",
+        "cuda",
+        _emulator,
+        slow=True,
+        marks=_reason(emulated.REASON is None, str(emulated.REASON)),
+    ),
     Runner(
         "triton-interpreted",
         "triton",
@@ -79,9 +85,17 @@ RUNNERS = [
         dtypes=_NO_FP64,
         slow=True,
         interpreted=True,
-        marks=_reason(_HAS_TRITON and not _HAS_GPU, "a GPU runs the compiled kernels" if _HAS_GPU else "no triton"),
+        marks=_reason(
+            _HAS_TRITON and not _HAS_GPU, "a GPU runs the compiled kernels" if _HAS_GPU else "no triton"
+        ),
     ),
-    Runner("cuda-gpu", "cuda", contextlib.nullcontext, "cuda", marks=(pytest.mark.gpu, *_reason(_HAS_GPU, "no GPU"))),
+    Runner(
+        "cuda-gpu",
+        "cuda",
+        contextlib.nullcontext,
+        "cuda",
+        marks=(pytest.mark.gpu, *_reason(_HAS_GPU, "no GPU")),
+    ),
     Runner(
         "triton-gpu",
         "triton",

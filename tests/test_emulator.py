@@ -37,7 +37,9 @@ def run(program, *arguments, backwards=False) -> str:
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("sanitize", ["", emulated.SANITIZERS], ids=["plain", "sanitized"])
 def test_primitives_compute_what_cuda_does(programs, sanitize, backwards):
-    lines = (line.split() for line in run(programs("primitives.cu", sanitize), backwards=backwards).splitlines())
+    lines = (
+        line.split() for line in run(programs("primitives.cu", sanitize), backwards=backwards).splitlines()
+    )
     results = {name: [float(number) for number in numbers] for name, *numbers in lines}
     lanes = np.arange(32)
     up, down = np.where(lanes < 2, lanes, lanes - 2), np.where(lanes % 8 < 3, lanes + 5, lanes)
@@ -50,8 +52,12 @@ def test_primitives_compute_what_cuda_does(programs, sanitize, backwards):
     assert results["shuffles"] == np.concatenate(expected).tolist()
     assert results["count"] == [140] * 5
     assert results["lost_halves"] == [0]
-    torch.testing.assert_close(results["halves"], torch.tensor(numbers).half().float().tolist(), rtol=1e-8, atol=0)
-    torch.testing.assert_close(results["bfloats"], torch.tensor(numbers).bfloat16().float().tolist(), rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        results["halves"], torch.tensor(numbers).half().float().tolist(), rtol=1e-8, atol=0
+    )
+    torch.testing.assert_close(
+        results["bfloats"], torch.tensor(numbers).bfloat16().float().tolist(), rtol=1e-8, atol=0
+    )
 
 
 def test_a_missing_barrier_gives_wrong_results(programs):
@@ -63,7 +69,10 @@ def test_a_missing_barrier_gives_wrong_results(programs):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("divergent_barrier", "deadlock: of 64 threads 40 wait at __syncthreads, 0 in a warp operation, 24 have ended"),
+        (
+            "divergent_barrier",
+            "deadlock: of 64 threads 40 wait at __syncthreads, 0 in a warp operation, 24 have ended",
+        ),
         ("lane_missing", "deadlock: of 64 threads 0 wait at __syncthreads, 31 in a warp operation"),
         ("caller_not_in_mask", "__shfl_sync by lane 16 whose mask lacks it"),
         ("source_not_in_mask", "__shfl_sync from lane 20, which takes no part"),

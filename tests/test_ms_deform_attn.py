@@ -24,7 +24,9 @@ def away_from_cell_edges(inputs, margin=0.15):
     pixels = inputs.sampling_locations.double() * width_height - 0.5
     cell = pixels.floor()
     pixels = cell + (pixels - cell).clamp(margin, 1 - margin)
-    inputs.sampling_locations = ((pixels + 0.5) / width_height.clamp(min=1)).to(inputs.sampling_locations.dtype)
+    inputs.sampling_locations = ((pixels + 0.5) / width_height.clamp(min=1)).to(
+        inputs.sampling_locations.dtype
+    )
     return inputs
 
 
@@ -90,7 +92,9 @@ def test_16_bit_values_with_float32_coordinates(runner, dtype):
     check(make(small(channels=32), runner, dtype, coordinates=torch.float32), runner)
 
 
-@pytest.mark.parametrize("value, coordinates", [(torch.float32, torch.float64), (torch.float32, torch.float16)])
+@pytest.mark.parametrize(
+    "value, coordinates", [(torch.float32, torch.float64), (torch.float32, torch.float16)]
+)
 def test_mixed_dtypes_give_gradients_in_the_dtype_of_each_input(runner, value, coordinates):
     inputs = make(SMALL, runner, value, coordinates=coordinates)
     actual = gradients(call(inputs, runner.backend), inputs.differentiable())
@@ -153,7 +157,9 @@ def test_locations_exactly_on_edges_and_centres(runner):
     exact = torch.tensor([0.0, 1.0, -0.125, 0.125, 0.5, 0.375, 1.125, 0.875], device=runner.device)
     grid = torch.stack(torch.meshgrid(exact, exact, indexing="ij"), -1).flatten()
     size = inputs.sampling_locations.numel()
-    inputs.sampling_locations = grid.repeat(size // grid.numel() + 1)[:size].view_as(inputs.sampling_locations)
+    inputs.sampling_locations = grid.repeat(size // grid.numel() + 1)[:size].view_as(
+        inputs.sampling_locations
+    )
     check(inputs, runner)
 
 
@@ -202,7 +208,9 @@ def test_any_strides(runner):
     inputs = make(small(channels=6), runner, torch.float32)
     expected = gradients(call(inputs, runner.backend), inputs.differentiable())
     inputs.value = inputs.value.transpose(1, 3).contiguous().transpose(1, 3)
-    inputs.sampling_locations = inputs.sampling_locations.flip(-1).flip(-1).transpose(0, 2).contiguous().transpose(0, 2)
+    inputs.sampling_locations = (
+        inputs.sampling_locations.flip(-1).flip(-1).transpose(0, 2).contiguous().transpose(0, 2)
+    )
     inputs.attention_weights = torch.stack([inputs.attention_weights] * 2, -1)[..., 1]
     inputs.spatial_shapes = torch.stack([inputs.spatial_shapes] * 2, -1)[..., 0]
     inputs.level_start_index = torch.stack([inputs.level_start_index] * 2, -1)[..., 0]
@@ -255,11 +263,17 @@ def test_deterministic_backward_is_right_and_bitwise_repeatable(runner, dtype):
 @pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
 def test_gradcheck(runner, channels, deterministic):
     skip_dtype(runner, torch.float64)
-    inputs = make(small(batch=1, levels=((4, 3), (2, 2)), queries=2, heads=2, channels=channels, points=2), runner, torch.float64)
+    inputs = make(
+        small(batch=1, levels=((4, 3), (2, 2)), queries=2, heads=2, channels=channels, points=2),
+        runner,
+        torch.float64,
+    )
     leaves = tuple(tensor.requires_grad_() for tensor in inputs.differentiable())
     torch.use_deterministic_algorithms(deterministic)
     try:
-        assert torch.autograd.gradcheck(call(inputs, runner.backend), leaves, fast_mode=runner.slow or channels > 32)
+        assert torch.autograd.gradcheck(
+            call(inputs, runner.backend), leaves, fast_mode=runner.slow or channels > 32
+        )
     finally:
         torch.use_deterministic_algorithms(False)
 

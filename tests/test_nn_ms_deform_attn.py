@@ -22,7 +22,11 @@ def module(**changes) -> MSDeformAttn:
 
 
 def inputs(batch=2, queries=5, channels=32):
-    return torch.randn(batch, queries, channels), torch.rand(batch, queries, 2, 2), torch.randn(batch, PIXELS, channels)
+    return (
+        torch.randn(batch, queries, channels),
+        torch.rand(batch, queries, 2, 2),
+        torch.randn(batch, PIXELS, channels),
+    )
 
 
 def by_the_book(layer, query, reference_points, pixels, mask=None):
@@ -56,7 +60,9 @@ def test_reference_points_and_boxes_broadcast_over_batch_and_level(reference_sha
     query, _, pixels = inputs()
     reference_points = torch.rand(reference_shape)
     actual = layer(query, reference_points, pixels, SHAPES, STARTS)
-    torch.testing.assert_close(actual, by_the_book(layer, query, reference_points, pixels), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        actual, by_the_book(layer, query, reference_points, pixels), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_padding_is_true_and_counts_as_zero():
@@ -65,7 +71,9 @@ def test_padding_is_true_and_counts_as_zero():
     mask = torch.rand(2, PIXELS) > 0.7
     torch.nn.init.normal_(layer.value_proj.bias)
     actual = layer(query, reference_points, pixels, SHAPES, STARTS, mask)
-    torch.testing.assert_close(actual, by_the_book(layer, query, reference_points, pixels, mask), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        actual, by_the_book(layer, query, reference_points, pixels, mask), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_levels_may_be_given_as_plain_numbers_and_starts_left_out():
@@ -120,7 +128,12 @@ def test_half_precision_module_with_float32_reference_points(dtype):
 def test_meta_device_construction_and_forward():
     with torch.device("meta"):
         layer = MSDeformAttn(32, 2, 4, 3)
-        output = layer(torch.empty(2, 5, 32), torch.empty(1, 5, 1, 2), torch.empty(2, PIXELS, 32), torch.empty(2, 2).long())
+        output = layer(
+            torch.empty(2, 5, 32),
+            torch.empty(1, 5, 1, 2),
+            torch.empty(2, PIXELS, 32),
+            torch.empty(2, 2).long(),
+        )
     assert output.shape == (2, 5, 32)
 
 

@@ -31,7 +31,9 @@ def by_definition(value, shapes, starts, locations, weights, points_per_level, m
             for k in range(first, first + points):
                 x, y = (locations[b, q, m, k] * torch.tensor([width, height])).tolist()
                 if method == "nearest":
-                    column, row = (min(max(math.floor(c + 0.5), 0), n - 1) for c, n in ((x, width), (y, height)))
+                    column, row = (
+                        min(max(math.floor(c + 0.5), 0), n - 1) for c, n in ((x, width), (y, height))
+                    )
                     sample = pixel(b, m, level, row, column)
                 else:
                     x, y = x - 0.5, y - 0.5
@@ -67,7 +69,13 @@ def test_equals_grid_sample_on_every_case(name):
     inputs.sampling_locations = inputs.sampling_locations * 1.6 - 0.3
 
     def ours(value, locations, weights):
-        arguments = value, inputs.spatial_shapes, inputs.level_start_index, locations.flatten(3, 4), weights.flatten(3)
+        arguments = (
+            value,
+            inputs.spatial_shapes,
+            inputs.level_start_index,
+            locations.flatten(3, 4),
+            weights.flatten(3),
+        )
         return reference.ms_deform_attn(*arguments, (case.points,) * len(case.levels))
 
     def theirs(value, locations, weights):
@@ -80,7 +88,9 @@ def test_equals_grid_sample_on_every_case(name):
 @pytest.mark.parametrize("method", ["bilinear", "nearest"])
 def test_derivatives_of_first_and_second_order(method):
     case = MsDeformAttnCase("tiny", "", 1, ((3, 4), (2, 2)), 2, 2, 2, 2)
-    value, shapes, starts, locations, weights = flat(make_inputs(case, locations="uniform", dtype=torch.float64))
+    value, shapes, starts, locations, weights = flat(
+        make_inputs(case, locations="uniform", dtype=torch.float64)
+    )
 
     def function(value, locations, weights):
         return reference.ms_deform_attn(value, shapes, starts, locations, weights, (2, 2), method)
@@ -96,5 +106,9 @@ def test_a_nan_pixel_beside_the_border_does_not_leak_through_a_corner_outside():
     value = torch.ones(1, 4, 1, 1, dtype=torch.float64)
     value[0, 1] = float("nan")  # 2 x 2 level, the pixel right of the one sampled at its left edge
     locations = torch.tensor([0.1, 0.25], dtype=torch.float64).view(1, 1, 1, 1, 2)
-    shapes, starts, weights = torch.tensor([[2, 2]]), torch.tensor([0]), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    shapes, starts, weights = (
+        torch.tensor([[2, 2]]),
+        torch.tensor([0]),
+        torch.ones(1, 1, 1, 1, dtype=torch.float64),
+    )
     assert reference.ms_deform_attn(value, shapes, starts, locations, weights, (1,)).isfinite().all()

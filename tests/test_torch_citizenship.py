@@ -76,7 +76,13 @@ class Layer(torch.nn.Module):
 
 def layer_inputs(batch=2, queries=5):
     shapes, starts = torch.tensor([[6, 5], [3, 2]]), torch.tensor([0, 30])
-    return torch.randn(batch, queries, 16), torch.rand(1, queries, 1, 2), torch.randn(batch, 36, 16), shapes, starts
+    return (
+        torch.randn(batch, queries, 16),
+        torch.rand(1, queries, 1, 2),
+        torch.randn(batch, 36, 16),
+        shapes,
+        starts,
+    )
 
 
 def test_exports_with_a_dynamic_batch_and_the_exported_program_trains():
@@ -124,7 +130,9 @@ def test_transforms_without_a_kernel_say_so(transform):
 
     call = getattr(torch.func, transform)
     with pytest.raises(NotImplementedError, match="backend='reference'"):
-        call(function, (inputs.value,), (inputs.value,)) if transform == "jvp" else call(function)(inputs.value)
+        call(function, (inputs.value,), (inputs.value,)) if transform == "jvp" else call(function)(
+            inputs.value
+        )
 
 
 def test_the_reference_runs_under_every_transform():
@@ -143,11 +151,15 @@ def test_vmap():
     locations = torch.rand(3, *inputs.sampling_locations.shape, dtype=torch.float64)
 
     def function(where):
-        return attend(inputs.value, inputs.spatial_shapes, inputs.level_start_index, where, inputs.attention_weights)
+        return attend(
+            inputs.value, inputs.spatial_shapes, inputs.level_start_index, where, inputs.attention_weights
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch loops over the batch and says so
-        torch.testing.assert_close(torch.vmap(function)(locations), torch.stack([function(w) for w in locations]))
+        torch.testing.assert_close(
+            torch.vmap(function)(locations), torch.stack([function(w) for w in locations])
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -189,7 +201,11 @@ def test_fake_tensors_leave_nothing_behind():
 
     sizes = [(7, 5), (3, 2)]
     with FakeTensorMode():
-        value, where, weights = torch.empty(1, 41, 2, 4), torch.empty(1, 3, 2, 2, 2, 2), torch.empty(1, 3, 2, 2, 2)
+        value, where, weights = (
+            torch.empty(1, 41, 2, 4),
+            torch.empty(1, 3, 2, 2, 2, 2),
+            torch.empty(1, 3, 2, 2, 2),
+        )
         assert attend(value, sizes, None, where, weights).shape == (1, 3, 8)
     value, where, weights = torch.ones(1, 41, 2, 4), torch.rand(1, 3, 2, 2, 2, 2), torch.ones(1, 3, 2, 2, 2)
     assert type(attend(value, sizes, None, where, weights)) is torch.Tensor
@@ -205,13 +221,20 @@ def test_meta_tensors_get_shapes_and_checks():
 
 MISTAKES = {
     "value must be [B, S, M, D]": lambda i: {"value": i.value[0]},
-    "S=36 pixels": lambda i: {"spatial_shapes": i.spatial_shapes + 1, "level_start_index": torch.tensor([0, 42])},
+    "S=36 pixels": lambda i: {
+        "spatial_shapes": i.spatial_shapes + 1,
+        "level_start_index": torch.tensor([0, 42]),
+    },
     "without gap or overlap": lambda i: {"level_start_index": torch.tensor([0, 6])},
     "spatial_shapes must be [L, 2]": lambda i: {"spatial_shapes": i.spatial_shapes.flatten()},
     "level_start_index must be [L] with L=2": lambda i: {"level_start_index": torch.tensor([0])},
-    "with B=2, M=2, L=2, got [2, 5, 2, 1, 3, 2]": lambda i: {"sampling_locations": i.sampling_locations[:, :, :, :1]},
+    "with B=2, M=2, L=2, got [2, 5, 2, 1, 3, 2]": lambda i: {
+        "sampling_locations": i.sampling_locations[:, :, :, :1]
+    },
     "got [1, 5, 2, 2, 3, 2]": lambda i: {"sampling_locations": i.sampling_locations[:1]},
-    "attention_weights must be [2, 5, 2, 2, 3]": lambda i: {"attention_weights": i.attention_weights[..., :2]},
+    "attention_weights must be [2, 5, 2, 2, 3]": lambda i: {
+        "attention_weights": i.attention_weights[..., :2]
+    },
     "method must be 'bilinear' or 'nearest', got 'cubic'": lambda i: {"method": "cubic"},
     "points_per_level must be L=2 numbers": lambda i: {
         "points_per_level": [6],
@@ -262,9 +285,13 @@ def test_an_environment_variable_picks_the_backend():
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     for backend, expected in (("reference", "Reshape"), ("cpu", "ms_deform_attn")):
-        run = subprocess.run(command, env={**_environment(), "VITKERN_BACKEND": backend}, capture_output=True, text=True)
+        run = subprocess.run(
+            command, env={**_environment(), "VITKERN_BACKEND": backend}, capture_output=True, text=True
+        )
         assert expected in run.stdout, run.stderr
-    run = subprocess.run(command, env={**_environment(), "VITKERN_BACKEND": "gpu"}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, env={**_environment(), "VITKERN_BACKEND": "gpu"}, capture_output=True, text=True
+    )
     assert "backend must be one of cpu, cuda, triton, reference, got 'gpu'" in run.stderr
 
 

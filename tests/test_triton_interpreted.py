@@ -10,10 +10,10 @@ import importlib.util
 
 import pytest
 import torch
-from vitkern import reference
-from vitkern.ops import triton_launch
 
 from tests.helpers import gradients
+from vitkern import reference
+from vitkern.ops import triton_launch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)

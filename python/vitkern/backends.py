@@ -67,7 +67,11 @@ def _can_run_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the Triton kernels have no float64"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cpu":
-        return None if interpreted else "it takes CUDA tensors, these are on cpu (TRITON_INTERPRET=1 interprets them)"
+        return (
+            None
+            if interpreted
+            else "it takes CUDA tensors, these are on cpu (TRITON_INTERPRET=1 interprets them)"
+        )
     return None if device.type == "cuda" else f"it takes CUDA tensors, these are on {device}"
 
 
@@ -104,11 +108,15 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str | None) -> s
         logger.debug("backend %s passed over for %s on %s: %s", backend, dtype, device, reason)
     if backend == "reference":
         listed = "; ".join(f"{name}: {reason}" for name, reason in objections.items())
-        warnings.warn(f"vitkern: no kernel for {dtype} on {device}, plain torch runs instead ({listed})", stacklevel=3)
+        warnings.warn(
+            f"vitkern: no kernel for {dtype} on {device}, plain torch runs instead ({listed})", stacklevel=3
+        )
     return backend
 
 
-def explain(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+def explain(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, str | None]:
     """For each backend None, or the reason why it cannot run; each on the device it is made for unless one is given."""
     if device is not None:
         return {backend: can_run(backend, torch.device(device), dtype) for backend in BACKENDS}
@@ -121,10 +129,16 @@ def explain(device: torch.device | str | None = None, dtype: torch.dtype = torch
             reasons[backend] = can_run(backend, gpu, dtype)
         else:
             # Without a GPU the build's own objection is the more useful one.
-            reasons[backend] = can_run(backend, torch.device("cuda:0"), dtype) if backend == "triton" else _no_cuda()
+            reasons[backend] = (
+                can_run(backend, torch.device("cuda:0"), dtype) if backend == "triton" else _no_cuda()
+            )
             reasons[backend] = reasons[backend] or "torch sees no GPU"
     return reasons
 
 
 def _no_cuda() -> str | None:
-    return None if native._C.cuda_version else f"this build of vitkern has no CUDA kernels: {native._C.cuda_reason}"
+    return (
+        None
+        if native._C.cuda_version
+        else f"this build of vitkern has no CUDA kernels: {native._C.cuda_reason}"
+    )

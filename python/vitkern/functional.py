@@ -62,7 +62,11 @@ def ms_deform_attn(
     """
     spatial_shapes, level_start_index = _as_levels(spatial_shapes, level_start_index, value.device)
     device_type = value.device.type
-    if _knows_autocast(device_type) and torch.is_autocast_enabled(device_type) and value.dtype != torch.float64:
+    if (
+        _knows_autocast(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and value.dtype != torch.float64
+    ):
         value = value.to(torch.get_autocast_dtype(device_type))
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
 
@@ -96,8 +100,12 @@ def _make_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> t
     for height, width in shapes:
         starts.append(first)
         first += height * width
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a later backward
-        return torch.tensor(shapes, device=device).view(-1, 2).long(), torch.tensor(starts, device=device).long()
+    with torch.inference_mode(
+        False
+    ):  # a tensor made in inference mode could not be saved for a later backward
+        return torch.tensor(shapes, device=device).view(-1, 2).long(), torch.tensor(
+            starts, device=device
+        ).long()
 
 
 _cached_levels = functools.lru_cache(maxsize=256)(_make_levels)
@@ -125,4 +133,6 @@ def _refuse_transforms(op: str) -> None:
         return
     interpreter = torch._C._functorch.peek_interpreter_stack()
     if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Grad:
-        raise NotImplementedError(f"vitkern.{op} does not run under torch.func's gradients; backend='reference' does")
+        raise NotImplementedError(
+            f"vitkern.{op} does not run under torch.func's gradients; backend='reference' does"
+        )

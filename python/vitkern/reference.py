@@ -40,7 +40,9 @@ def ms_deform_attn(
         first += points
         corners = _bilinear_corners if method == "bilinear" else _nearest_pixel
         for x, y, coefficient, inside in corners(xy[..., 0], xy[..., 1], width, height):
-            pixel = torch.where(inside, level_start_index[level] + y * width + x, 0).flatten(2)  # [B, M, Q * P]
+            pixel = torch.where(inside, level_start_index[level] + y * width + x, 0).flatten(
+                2
+            )  # [B, M, Q * P]
             sample = value_of_head.gather(2, pixel[..., None].expand(-1, -1, -1, channels))
             sample = sample.unflatten(2, (queries, points))
             # A corner outside is no sample: its value must not be read, lest a NaN there times 0 come through.
@@ -90,7 +92,9 @@ def ms_deform_attn_by_grid_sample(
     for level, pixels in enumerate(value.split([height * width for height, width in level_sizes], dim=1)):
         image = pixels.permute(0, 2, 3, 1).reshape(batch * heads, channels, *level_sizes[level])
         samples.append(
-            torch.nn.functional.grid_sample(image, grids[:, :, level], padding_mode="zeros", align_corners=False)
+            torch.nn.functional.grid_sample(
+                image, grids[:, :, level], padding_mode="zeros", align_corners=False
+            )
         )
     weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)  # [B * M, 1, Q, L * P]
     output = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1)  # [B * M, D, Q]

@@ -35,10 +35,14 @@ class MSDeformAttn(nn.Module):
     ) -> None:
         super().__init__()
         if d_model % n_heads:
-            raise ValueError(f"MSDeformAttn: d_model must be divisible by n_heads, got {d_model} and {n_heads}")
+            raise ValueError(
+                f"MSDeformAttn: d_model must be divisible by n_heads, got {d_model} and {n_heads}"
+            )
         d_value = int(d_model * ratio)
         if d_value % n_heads:
-            raise ValueError(f"MSDeformAttn: int(d_model * ratio) = {d_value} must be divisible by n_heads={n_heads}")
+            raise ValueError(
+                f"MSDeformAttn: int(d_model * ratio) = {d_value} must be divisible by n_heads={n_heads}"
+            )
         self.im2col_step = im2col_step
         self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
         self.ratio = ratio

@@ -32,12 +32,16 @@ def _fail(argument: str, expected: str, got: object) -> None:
     raise ValueError(f"ms_deform_attn: {argument} must be {expected}, got {got}")
 
 
-def _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method):
+def _check(
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method
+):
     """Everything that can be said without reading a tensor's elements. The same for real and fake tensors."""
     if value.dim() != 4:
         _fail("value", "[B, S, M, D]", list(value.shape))
     if value.dtype not in backends.DTYPES:
-        raise TypeError(f"ms_deform_attn: value must be float32, float64, float16 or bfloat16, got {value.dtype}")
+        raise TypeError(
+            f"ms_deform_attn: value must be float32, float64, float16 or bfloat16, got {value.dtype}"
+        )
     if method not in native.SAMPLING_CODES:
         _fail("method", "'bilinear' or 'nearest'", repr(method))
     batch, _, heads, _ = value.shape
@@ -59,13 +63,24 @@ def _check(value, spatial_shapes, level_start_index, sampling_locations, attenti
             _fail("points_per_level", f"L={levels} numbers of at least 0", list(points_per_level))
         fits = sampling_locations.shape[3:4] == (total,)
     shape = sampling_locations.shape
-    if sampling_locations.dim() != dims or shape[0] != batch or shape[2] != heads or shape[-1] != 2 or not fits:
+    if (
+        sampling_locations.dim() != dims
+        or shape[0] != batch
+        or shape[2] != heads
+        or shape[-1] != 2
+        or not fits
+    ):
         _fail("sampling_locations", form, list(shape))
     expected = (batch, shape[1], heads, *points)
     if attention_weights.shape != expected:
-        _fail("attention_weights", f"{list(expected)}, like sampling_locations", list(attention_weights.shape))
+        _fail(
+            "attention_weights", f"{list(expected)}, like sampling_locations", list(attention_weights.shape)
+        )
 
-    for name, tensor in (("sampling_locations", sampling_locations), ("attention_weights", attention_weights)):
+    for name, tensor in (
+        ("sampling_locations", sampling_locations),
+        ("attention_weights", attention_weights),
+    ):
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"ms_deform_attn: {name} must be floating point, got {tensor.dtype}")
     for name, tensor in (("spatial_shapes", spatial_shapes), ("level_start_index", level_start_index)):
@@ -93,10 +108,18 @@ def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tens
         if height * width == 0:
             continue
         if start != covered:
-            _fail("level_start_index", f"the first pixel of each level of {shapes}, without gap or overlap", starts)
+            _fail(
+                "level_start_index",
+                f"the first pixel of each level of {shapes}, without gap or overlap",
+                starts,
+            )
         covered += height * width
     if covered != pixels:
-        _fail("spatial_shapes", f"the sizes of levels with S={pixels} pixels in all, as value", f"{shapes}: {covered}")
+        _fail(
+            "spatial_shapes",
+            f"the sizes of levels with S={pixels} pixels in all, as value",
+            f"{shapes}: {covered}",
+        )
 
 
 def _points_per_level(spatial_shapes: Tensor, attention_weights: Tensor, points_per_level) -> tuple[int, ...]:
@@ -105,7 +128,9 @@ def _points_per_level(spatial_shapes: Tensor, attention_weights: Tensor, points_
     return (attention_weights.shape[4],) * spatial_shapes.shape[0]
 
 
-def _coordinates(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> tuple[Tensor, Tensor]:
+def _coordinates(
+    value: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] in one dtype that the kernels read: value's or fp32 / fp64."""
     dtype = sampling_locations.dtype
     if dtype != attention_weights.dtype or dtype != value.dtype:
@@ -123,7 +148,9 @@ def _kernel(name: str, backend: str):
 
         return getattr(triton_launch, f"{name}_triton")
     if backend == "reference":
-        raise RuntimeError("the plain torch reference is no kernel: call vitkern.ms_deform_attn(backend='reference')")
+        raise RuntimeError(
+            "the plain torch reference is no kernel: call vitkern.ms_deform_attn(backend='reference')"
+        )
     return getattr(native, f"{name}_{backend}")
 
 
@@ -137,7 +164,15 @@ def _forward(
     method="bilinear",
     backend=None,
 ):
-    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method)
+    _check(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        points_per_level,
+        method,
+    )
     _check_levels(value, spatial_shapes, level_start_index)
     launch = _kernel("ms_deform_attn_forward", backends.choose(value.device, value.dtype, backend))
     points = _points_per_level(spatial_shapes, attention_weights, points_per_level)
@@ -158,7 +193,15 @@ def _backward(
     method="bilinear",
     backend=None,
 ):
-    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method)
+    _check(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        points_per_level,
+        method,
+    )
     _check_grad_output(grad_output, value, sampling_locations)
     _check_levels(value, spatial_shapes, level_start_index)
     launch = _kernel("ms_deform_attn_backward", backends.choose(value.device, value.dtype, backend))
@@ -183,7 +226,9 @@ def _backward(
     )
 
 
-def by_reference(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, method):
+def by_reference(
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points, method
+):
     """The same function as plain torch code, for backend="reference": differentiable any number of times."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     _check(*inputs, points, method)
@@ -191,7 +236,9 @@ def by_reference(value, spatial_shapes, level_start_index, sampling_locations, a
         _check_levels(value, spatial_shapes, level_start_index)
     points = _points_per_level(spatial_shapes, attention_weights, points)
     locations, weights = _coordinates(value, sampling_locations, attention_weights)
-    return reference.ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights, points, method)
+    return reference.ms_deform_attn(
+        value, spatial_shapes, level_start_index, locations, weights, points, method
+    )
 
 
 def _check_grad_output(grad_output, value, sampling_locations) -> None:
@@ -202,16 +249,28 @@ def _check_grad_output(grad_output, value, sampling_locations) -> None:
 
 def _forward_fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *options):
     points_per_level, method, _ = list(options) + [None, "bilinear", None][len(options) :]
-    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method)
+    _check(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        points_per_level,
+        method,
+    )
     return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
 
 
-def _backward_fake(grad_output, needed, value, spatial_shapes, level_start_index, locations, weights, *options):
+def _backward_fake(
+    grad_output, needed, value, spatial_shapes, level_start_index, locations, weights, *options
+):
     points_per_level, method, _ = list(options) + [None, "bilinear", None][len(options) :]
     _check(value, spatial_shapes, level_start_index, locations, weights, points_per_level, method)
     _check_grad_output(grad_output, value, locations)
     inputs = (value, locations, weights)
-    return tuple(like.new_empty(like.shape) if need else value.new_empty(0) for like, need in zip(inputs, needed))
+    return tuple(
+        like.new_empty(like.shape) if need else value.new_empty(0) for like, need in zip(inputs, needed)
+    )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

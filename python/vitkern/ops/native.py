@@ -73,7 +73,9 @@ def ms_deform_attn_backward_cpu(
     """Bitwise reproducible, asked for or not."""
     value, locations, weights = args[0], args[3], args[4]
     inputs, sizes, point_end, codes = _describe(*args)
-    gradients = [torch.empty_like(t) if need else None for t, need in zip((value, locations, weights), needed)]
+    gradients = [
+        torch.empty_like(t) if need else None for t, need in zip((value, locations, weights), needed)
+    ]
     addresses = tuple(0 if g is None else g.data_ptr() for g in gradients)
     _C.ms_deform_attn_backward_cpu(
         inputs, grad_output.data_ptr(), addresses, sizes, point_end, codes, torch.get_num_threads()
@@ -85,7 +87,9 @@ def ms_deform_attn_forward_cuda(*args) -> Tensor:
     value, locations = args[0], args[3]
     inputs, sizes, point_end, codes = _describe(*args)
     output = value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
-    cuda_module.ms_deform_attn_forward_cuda(inputs, output.data_ptr(), sizes, point_end, codes, *_cuda_target(value))
+    cuda_module.ms_deform_attn_forward_cuda(
+        inputs, output.data_ptr(), sizes, point_end, codes, *_cuda_target(value)
+    )
     return output
 
 
@@ -100,7 +104,10 @@ def ms_deform_attn_backward_cuda(
     grad_value = None
     if needed[0]:
         grad_value = (torch.empty_like if gather else torch.zeros_like)(value, dtype=accumulator(value.dtype))
-    gradients = [grad_value, *(torch.empty_like(t) if n else None for t, n in zip((locations, weights), needed[1:]))]
+    gradients = [
+        grad_value,
+        *(torch.empty_like(t) if n else None for t, n in zip((locations, weights), needed[1:])),
+    ]
 
     addresses = [0 if g is None else g.data_ptr() for g in gradients]
     if gather:
