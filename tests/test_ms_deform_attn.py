@@ -80,10 +80,15 @@ def test_matches_the_oracle(runner, dtype, channels):
     check(make(small(channels=channels), runner, dtype), runner)
 
 
+def dispatch(case):
+    return case.channels, len(case.levels), case.points
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_matches_the_oracle_on_shapes_of_real_models(runner, name):
-    if runner.slow and CASES[name].query_count > 12000:
-        pytest.skip("same dispatch as a smaller case")
+    first_of_its_kind = next(n for n in sorted(CASES) if dispatch(CASES[n]) == dispatch(CASES[name]))
+    if runner.slow and name != first_of_its_kind:
+        pytest.skip(f"same dispatch as {first_of_its_kind}")
     check(make(CASES[name].shrunk(), runner, torch.float32), runner)
 
 
@@ -207,13 +212,8 @@ def test_empty_inputs_give_empty_or_zero_results(runner, empty):
 def test_any_strides(runner):
     inputs = make(small(channels=6), runner, torch.float32)
     expected = gradients(call(inputs, runner.backend), inputs.differentiable())
-    inputs.value = inputs.value.transpose(1, 3).contiguous().transpose(1, 3)
-    inputs.sampling_locations = (
-        inputs.sampling_locations.flip(-1).flip(-1).transpose(0, 2).contiguous().transpose(0, 2)
-    )
-    inputs.attention_weights = torch.stack([inputs.attention_weights] * 2, -1)[..., 1]
-    inputs.spatial_shapes = torch.stack([inputs.spatial_shapes] * 2, -1)[..., 0]
-    inputs.level_start_index = torch.stack([inputs.level_start_index] * 2, -1)[..., 0]
+    for name, tensor in vars(inputs).items():
+        setattr(inputs, name, torch.stack([tensor] * 2, -1)[..., 1])
     assert not any(tensor.is_contiguous() for tensor in inputs)
     for name, a, e in zip(NAMES, gradients(call(inputs, runner.backend), inputs.differentiable()), expected):
         torch.testing.assert_close(a, e, msg=name)
@@ -247,7 +247,7 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_deterministic_backward_is_right_and_bitwise_repeatable(runner, dtype):
     skip_dtype(runner, dtype)
-    inputs = make(small(channels=32, queries=40), runner, dtype)
+    inputs = make(small(channels=32, queries=5 if runner.interpreted else 40), runner, dtype)
     torch.use_deterministic_algorithms(True)
     try:
         check(inputs, runner)
