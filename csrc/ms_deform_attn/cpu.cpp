@@ -19,8 +19,9 @@ void read_levels(const MsDeformAttnParams& p, Level* levels) {
     level.start = p.level_start[i];
     level.first_point = i == 0 ? 0 : levels[i - 1].last_point;
     level.last_point = p.ragged ? p.point_end[i] : (i + 1) * (p.points / p.levels);
-    const bool sized = level.height >= 0 && level.width >= 0 && level.height <= p.pixels && level.width <= p.pixels;
-    if (!sized || level.start < 0 || level.start > p.pixels || level.pixels() > p.pixels - level.start)
+    const bool starts = level.start >= 0 && level.start <= p.pixels && level.height >= 0 && level.width >= 0;
+    const int64_t most_rows = level.width > 0 ? (p.pixels - level.start) / level.width : level.height;
+    if (!starts || level.height > most_rows)
       throw std::invalid_argument("ms_deform_attn: a level of spatial_shapes reaches outside of value");
   }
 }
@@ -47,6 +48,14 @@ void check_sizes(const MsDeformAttnParams& p) {
   if (p.pixels > INT32_MAX) throw std::invalid_argument("ms_deform_attn: value has 2^31 pixels or more");
 }
 
+// Of rows without channels nothing depends on locations and weights.
+void clear_point_gradients(const MsDeformAttnParams& p) {
+  const size_t points = p.batch * p.queries * p.heads * p.points;
+  const size_t bytes = p.coord_dtype == DType::kFloat64 ? 8 : p.coord_dtype == DType::kFloat32 ? 4 : 2;
+  if (p.grad_locations) memset(p.grad_locations, 0, 2 * points * bytes);
+  if (p.grad_weights) memset(p.grad_weights, 0, points * bytes);
+}
+
 }  // namespace
 
 void ms_deform_attn_forward(const MsDeformAttnParams& p) {
@@ -68,6 +77,7 @@ void ms_deform_attn_forward(const MsDeformAttnParams& p) {
 void ms_deform_attn_backward(const MsDeformAttnParams& p) {
   check_sizes(p);
   if (p.batch * p.heads == 0 || !(p.grad_value || p.grad_locations || p.grad_weights)) return;
+  if (p.channels == 0) return clear_point_gradients(p);
   const Scratch scratch((p.levels + 1) * (sizeof(Level) + sizeof(Group)));
   Level* const levels = reinterpret_cast<Level*>(scratch.data());
   read_levels(p, levels);

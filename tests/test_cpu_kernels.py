@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels of ms_deform_attn by themselves: every instruction set and vector width against the oracle in fp64.
+
+``wide`` is the code of the widest vectors (16 floats) compiled for any chip, so that it is tested where there is no
+AVX-512: the bindings over kernels built here with VITKERN_VECTOR_BYTES=64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitkern import _C, reference
+from vitkern.ops import native
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [ROOT / "csrc" / name for name in ("bindings.cpp", "ms_deform_attn/cpu.cpp")]
+SOURCES += [ROOT / "csrc" / "common" / f"{name}.cpp" for name in ("cpu_isa", "parallel", "scratch")]
+LEVELS = ((12, 17), (6, 9), (3, 4), (1, 1))
+FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+DTYPES = [(FP32, FP32), (FP64, FP64), (FP16, FP16), (FP16, FP32), (BF16, BF16), (BF16, FP32)]
+
+
+def compiler() -> str:
+    found = shutil.which("c++")
+    if found is None or os.name != "posix":
+        pytest.skip("needs a compiler called c++")
+    return found
+
+
+def run(*command) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))} failed:\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wide():
+    """The module _wide, built once for each state of the sources."""
+    pybind11 = pytest.importorskip("pybind11")
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted((ROOT / "csrc").rglob("*.[ch]*")))).hexdigest()[:16]
+    library = ROOT / "build" / "wide" / f"_wide-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        texts = {"VERSION": "", "COMPILER": "", "CUDA_REASON": ""}
+        defines = [f'-DVITKERN_{name}="{text}"' for name, text in texts.items()]
+        defines += ["-DVITKERN_MODULE=_wide", "-DVITKERN_ISA=isa_baseline", "-DVITKERN_VECTOR_BYTES=64"]
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-fvisibility=hidden"]
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        run(compiler(), *flags, *defines, *includes, *SOURCES, "-o", unfinished)
+        unfinished.rename(library)
+    spec = importlib.util.spec_from_file_location("_wide", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=[*_C.compiled_cpu_isas(), "wide"])
+def isa(request, monkeypatch) -> str:
+    if request.param == "wide":
+        monkeypatch.setattr(native, "_C", request.getfixturevalue("wide"))
+        yield request.param
+        return
+    if request.param not in _C.supported_cpu_isas():
+        pytest.skip(f"this chip has no {request.param}")
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+def make(B=2, Q=21, M=3, D=32, levels=LEVELS, points=(4, 4, 4, 4), dtype=FP32, coord_dtype=None, outside=1.5):
+    """Inputs whose pixel coordinates keep off the cell edges, where the gradient of locations jumps."""
+    shapes = torch.tensor(levels, dtype=torch.int64).reshape(-1, 2)
+    sizes = shapes.prod(1)
+    start = sizes.cumsum(0) - sizes
+    size_of_point = shapes.flip(1).repeat_interleave(torch.tensor(points, dtype=torch.int64), 0).double()  # [K, 2]
+    random = torch.rand(B, Q, M, sum(points), 2, dtype=FP64)
+    cell = (torch.rand_like(random) * (size_of_point + 2 * outside) - outside).floor()
+    locations = (cell + 0.05 + 0.9 * random + 0.5) / size_of_point.clamp(min=1)
+    weights = torch.rand(B, Q, M, sum(points), dtype=FP64)
+    value = torch.randn(B, int(sizes.sum()), M, D, dtype=FP64)
+    coord_dtype = coord_dtype or dtype
+    return value.to(dtype), shapes, start, locations.to(coord_dtype), weights.to(coord_dtype), tuple(points)
+
+
+def oracle(inputs, method, grad_output):
+    """Output and the three gradients in fp64."""
+    value, shapes, start, locations, weights, points = inputs
+    leaves = [t.double().requires_grad_() for t in (value, locations, weights)]
+    output = reference.ms_deform_attn(leaves[0], shapes, start, leaves[1], leaves[2], points, method)
+    if not output.requires_grad:
+        return output, *(torch.zeros_like(leaf) for leaf in leaves)
+    gradients = torch.autograd.grad(output, leaves, grad_output.double(), allow_unused=True, materialize_grads=True)
+    return output.detach(), *gradients
+
+
+def kernel(inputs, method, grad_output, needed=(True, True, True)):
+    output = native.ms_deform_attn_forward_cpu(*inputs, method)
+    return output, *native.ms_deform_attn_backward_cpu(grad_output, needed, *inputs, method)
+
+
+def assert_matches_oracle(inputs, method="bilinear"):
+    value, locations = inputs[0], inputs[3]
+    grad_output = torch.randn(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]).to(value.dtype)
+    expected = oracle(inputs, method, grad_output)
+    for name, got, want in zip(
+        ("output", "value", "locations", "weights"), kernel(inputs, method, grad_output), expected
+    ):
+        assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN elsewhere than in the oracle"
+        if got.numel() == 0:
+            continue
+        # One rounding to the result's type, and sums of a few hundred products in the accumulator (measured: 8 eps).
+        relative = torch.finfo(got.dtype).eps + 32 * torch.finfo(native.accumulator(value.dtype)).eps
+        error = (got.double() - want).nan_to_num().abs().max()
+        assert error <= relative * want.nan_to_num().abs().max(), f"{name}: off by {error:.2e}"
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 16, 30, 31, 32, 33, 64, 71, 130])
+def test_matches_oracle(isa, channels, dtypes, method):
+    assert_matches_oracle(make(D=channels, dtype=dtypes[0], coord_dtype=dtypes[1]), method)
+
+
+@pytest.mark.parametrize("points", range(1, 10))
+@pytest.mark.parametrize("levels", range(1, 6))
+def test_numbers_of_levels_and_points(isa, levels, points):
+    assert_matches_oracle(make(levels=((5, 7), *LEVELS)[:levels], points=(points,) * levels, D=16, Q=19))
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+@pytest.mark.parametrize("points", [(3, 6, 3, 1), (0, 1, 0, 7), (0, 0, 0, 0)])
+def test_levels_of_unequal_point_counts(isa, points, method):
+    assert_matches_oracle(make(points=points), method)
+
+
+def test_more_points_than_a_tile_holds(isa):
+    assert_matches_oracle(make(points=(300, 1, 40, 7), Q=3))
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"B": 0}, {"Q": 0}, {"M": 0}, {"D": 0}, {"levels": (), "points": ()}, {"levels": ((0, 5), (3, 0)), "points": (2, 2)}]
+    + [{"levels": ((4, 5), (0, 3), (2, 0), (2, 2))}],
+    ids=str,
+)
+def test_empty(isa, sizes, method):
+    assert_matches_oracle(make(**sizes), method)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+def test_extreme_locations_touch_nothing(isa, method):
+    inputs = make(Q=64)
+    extremes = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), -1e-3])
+    inputs[3].view(-1)[::5] = extremes.repeat(inputs[3].numel())[: inputs[3].view(-1)[::5].numel()]
+    assert_matches_oracle(inputs, method)
+
+
+def test_nan_leaks_neither_from_outside_nor_through_its_weight(isa):
+    value, shapes, start, locations, weights, points = make(levels=((4, 5), (3, 3)), points=(6, 0), outside=1.2)
+    value[:, 20:] = float("nan")  # the level that follows, which a wrong corner would read
+    value[0, 7] = float("nan")  # and a pixel that inside corners do read
+    weights[locations[..., 0] * 5 - 0.5 < -1] = float("nan")
+    assert_matches_oracle((value, shapes, start, locations, weights, points))
+
+
+@pytest.mark.parametrize("start", [[5, 220, 300, 500], [300, 0, 290, 400], [0, 100, 150, 160]], ids=str)
+def test_levels_anywhere_in_value(isa, start):
+    """With gaps, whose gradient is zero, in any order, and overlapping, where gradients add up."""
+    _, shapes, _, locations, weights, points = make()
+    value = torch.randn(2, 510, 3, 32)
+    value.masked_fill_(torch.rand(2, 510, 1, 1) < 0.02, 0)
+    assert_matches_oracle((value, shapes, torch.tensor(start), locations, weights, points))
+
+
+@pytest.mark.parametrize("start", [[-1, 0, 0, 0], [0, 0, 0, 10_000]], ids=str)
+def test_levels_outside_of_value_are_refused(isa, start):
+    value, shapes, _, *rest = make()
+    with pytest.raises(ValueError, match="reaches outside of value"):
+        native.ms_deform_attn_forward_cpu(value, shapes, torch.tensor(start), *rest, "bilinear")
+
+
+SPLITS = {
+    "direct": {"B": 1, "M": 2, "Q": 9, "levels": ((40, 50), (20, 25)), "points": (4, 4)},
+    "packed": {"B": 2, "M": 3, "Q": 301},
+    "chunked": {"B": 1, "M": 2, "Q": 2100, "levels": ((8, 9),), "points": (4,)},
+}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_bits_do_not_depend_on_threads(isa, split, dtype):
+    inputs = make(**SPLITS[split], dtype=dtype, coord_dtype=FP32)
+    assert_matches_oracle(inputs)
+    grad_output = torch.randn(inputs[0].shape[0], inputs[3].shape[1], inputs[0].shape[2] * 32).to(dtype)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(kernel(inputs, "bilinear", grad_output))
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others))
+
+
+@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_only_wanted_gradients(isa, split, needed):
+    inputs = make(**SPLITS[split])
+    grad_output = torch.randn(inputs[0].shape[0], inputs[3].shape[1], inputs[0].shape[2] * 32)
+    everything = kernel(inputs, "bilinear", grad_output)[1:]
+    for wanted, gradient, full in zip(needed, kernel(inputs, "bilinear", grad_output, needed)[1:], everything):
+        assert torch.equal(gradient, full) if wanted else gradient is None
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_16_bit_numbers_are_widened_exactly_and_rounded_to_nearest_even(isa, dtype):
+    """All 65536 patterns, times one, and times numbers that leave more bits than fit, ties among them."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, -1, 1, 1)
+    pixels = patterns.shape[1]
+    shapes, start = torch.tensor([[1, pixels]]), torch.tensor([0])
+    x = torch.arange(pixels, dtype=FP32) / pixels  # exact
+    locations = torch.stack([x, torch.zeros_like(x)], -1).view(1, pixels, 1, 1, 2)
+    for weight in (1.0, 0.5, 1.5, 1.0 + 2.0**-10, 2.0**-9, 1.25 * 2.0**100):
+        weights = torch.full((1, pixels, 1, 1), weight)
+        got = native.ms_deform_attn_forward_cpu(patterns, shapes, start, locations, weights, (1,), "nearest")
+        expected = (patterns.float() * weight).to(dtype).flatten()
+        assert torch.equal(got.flatten().isnan(), expected.isnan())
+        assert torch.equal(got.flatten().nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_nothing_of_an_instruction_set_can_replace_another(tmp_path):
+    """A symbol that the linker may merge with its twin would carry AVX code to chips without: all must be private."""
+    if "avx2" not in _C.compiled_cpu_isas() or shutil.which("nm") is None:
+        pytest.skip("one instruction set only, or no nm")
+    flags = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-Wno-psabi", "-DVITKERN_ISA=isa_avx2"]
+    run(compiler(), *flags, f"-I{ROOT / 'csrc'}", "-c", ROOT / "csrc/ms_deform_attn/cpu.cpp", "-o", tmp_path / "cpu.o")
+    symbols = [line.split(maxsplit=2)[2] for line in run("nm", "-C", "--defined-only", "-g", tmp_path / "cpu.o").splitlines()]
+    assert symbols, "nm lists the entry points"
+    assert [s for s in symbols if not s.startswith(("vitkern::isa_avx2::", "DW.ref.__gxx_personality"))] == []
