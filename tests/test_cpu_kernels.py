@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels of ms_deform_attn by themselves: every instruction set and vector width against the oracle in fp64.
+"""The CPU kernels of ms_deform_attn by themselves: every instruction set and vector width against the oracle.
 
-``wide`` is the code of the widest vectors (16 floats) compiled for any chip, so that it is tested where there is no
-AVX-512: the bindings over kernels built here with VITKERN_VECTOR_BYTES=64.
+``wide`` is the code of the widest vectors (16 floats) compiled for any chip, so that it is tested where there
+is no AVX-512: the bindings over kernels built here with VITKERN_VECTOR_BYTES=64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from vitkern import _C, reference
 from vitkern.ops import native
 
@@ -46,7 +45,9 @@ def run(*command) -> str:
 def wide():
     """The module _wide, built once for each state of the sources."""
     pybind11 = pytest.importorskip("pybind11")
-    digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted((ROOT / "csrc").rglob("*.[ch]*")))).hexdigest()[:16]
+    digest = hashlib.sha256(
+        b"".join(f.read_bytes() for f in sorted((ROOT / "csrc").rglob("*.[ch]*")))
+    ).hexdigest()[:16]
     library = ROOT / "build" / "wide" / f"_wide-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,8 @@ def make(B=2, Q=21, M=3, D=32, levels=LEVELS, points=(4, 4, 4, 4), dtype=FP32, c
     shapes = torch.tensor(levels, dtype=torch.int64).reshape(-1, 2)
     sizes = shapes.prod(1)
     start = sizes.cumsum(0) - sizes
-    size_of_point = shapes.flip(1).repeat_interleave(torch.tensor(points, dtype=torch.int64), 0).double()  # [K, 2]
+    counts = torch.tensor(points, dtype=torch.int64)
+    size_of_point = shapes.flip(1).repeat_interleave(counts, 0).double()  # [K, 2] as (width, height)
     random = torch.rand(B, Q, M, sum(points), 2, dtype=FP64)
     cell = (torch.rand_like(random) * (size_of_point + 2 * outside) - outside).floor()
     locations = (cell + 0.05 + 0.9 * random + 0.5) / size_of_point.clamp(min=1)
@@ -100,7 +102,9 @@ def oracle(inputs, method, grad_output):
     output = reference.ms_deform_attn(leaves[0], shapes, start, leaves[1], leaves[2], points, method)
     if not output.requires_grad:
         return output, *(torch.zeros_like(leaf) for leaf in leaves)
-    gradients = torch.autograd.grad(output, leaves, grad_output.double(), allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        output, leaves, grad_output.double(), allow_unused=True, materialize_grads=True
+    )
     return output.detach(), *gradients
 
 
@@ -111,7 +115,9 @@ def kernel(inputs, method, grad_output, needed=(True, True, True)):
 
 def assert_matches_oracle(inputs, method="bilinear"):
     value, locations = inputs[0], inputs[3]
-    grad_output = torch.randn(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]).to(value.dtype)
+    grad_output = torch.randn(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]).to(
+        value.dtype
+    )
     expected = oracle(inputs, method, grad_output)
     for name, got, want in zip(
         ("output", "value", "locations", "weights"), kernel(inputs, method, grad_output), expected
@@ -119,7 +125,7 @@ def assert_matches_oracle(inputs, method="bilinear"):
         assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN elsewhere than in the oracle"
         if got.numel() == 0:
             continue
-        # One rounding to the result's type, and sums of a few hundred products in the accumulator (measured: 8 eps).
+        # One rounding to the result's type, and sums of some hundred products in the accumulator (measured: 8 eps).
         relative = torch.finfo(got.dtype).eps + 32 * torch.finfo(native.accumulator(value.dtype)).eps
         error = (got.double() - want).nan_to_num().abs().max()
         assert error <= relative * want.nan_to_num().abs().max(), f"{name}: off by {error:.2e}"
@@ -151,8 +157,11 @@ def test_more_points_than_a_tile_holds(isa):
 @pytest.mark.parametrize("method", ["bilinear", "nearest"])
 @pytest.mark.parametrize(
     "sizes",
-    [{"B": 0}, {"Q": 0}, {"M": 0}, {"D": 0}, {"levels": (), "points": ()}, {"levels": ((0, 5), (3, 0)), "points": (2, 2)}]
-    + [{"levels": ((4, 5), (0, 3), (2, 0), (2, 2))}],
+    [
+        *({"B": 0}, {"Q": 0}, {"M": 0}, {"D": 0}, {"levels": (), "points": ()}),
+        {"levels": ((0, 5), (3, 0)), "points": (2, 2)},
+        {"levels": ((4, 5), (0, 3), (2, 0), (2, 2))},
+    ],
     ids=str,
 )
 def test_empty(isa, sizes, method):
@@ -162,13 +171,17 @@ def test_empty(isa, sizes, method):
 @pytest.mark.parametrize("method", ["bilinear", "nearest"])
 def test_extreme_locations_touch_nothing(isa, method):
     inputs = make(Q=64)
-    extremes = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), -1e-3])
+    extremes = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), -1e-3]
+    )
     inputs[3].view(-1)[::5] = extremes.repeat(inputs[3].numel())[: inputs[3].view(-1)[::5].numel()]
     assert_matches_oracle(inputs, method)
 
 
 def test_nan_leaks_neither_from_outside_nor_through_its_weight(isa):
-    value, shapes, start, locations, weights, points = make(levels=((4, 5), (3, 3)), points=(6, 0), outside=1.2)
+    value, shapes, start, locations, weights, points = make(
+        levels=((4, 5), (3, 3)), points=(6, 0), outside=1.2
+    )
     value[:, 20:] = float("nan")  # the level that follows, which a wrong corner would read
     value[0, 7] = float("nan")  # and a pixel that inside corners do read
     weights[locations[..., 0] * 5 - 0.5 < -1] = float("nan")
@@ -212,13 +225,17 @@ def test_bits_do_not_depend_on_threads(isa, split, dtype):
         assert all(torch.equal(one, other) for one, other in zip(results[0], others))
 
 
-@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (0, 0, 0)], ids=str
+)
 @pytest.mark.parametrize("split", SPLITS)
 def test_only_wanted_gradients(isa, split, needed):
     inputs = make(**SPLITS[split])
     grad_output = torch.randn(inputs[0].shape[0], inputs[3].shape[1], inputs[0].shape[2] * 32)
     everything = kernel(inputs, "bilinear", grad_output)[1:]
-    for wanted, gradient, full in zip(needed, kernel(inputs, "bilinear", grad_output, needed)[1:], everything):
+    for wanted, gradient, full in zip(
+        needed, kernel(inputs, "bilinear", grad_output, needed)[1:], everything
+    ):
         assert torch.equal(gradient, full) if wanted else gradient is None
 
 
@@ -239,11 +256,29 @@ def test_16_bit_numbers_are_widened_exactly_and_rounded_to_nearest_even(isa, dty
 
 
 def test_nothing_of_an_instruction_set_can_replace_another(tmp_path):
-    """A symbol that the linker may merge with its twin would carry AVX code to chips without: all must be private."""
+    """A symbol that the linker merges with its twin would bring AVX code to chips without: all are private."""
     if "avx2" not in _C.compiled_cpu_isas() or shutil.which("nm") is None:
         pytest.skip("one instruction set only, or no nm")
-    flags = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-Wno-psabi", "-DVITKERN_ISA=isa_avx2"]
-    run(compiler(), *flags, f"-I{ROOT / 'csrc'}", "-c", ROOT / "csrc/ms_deform_attn/cpu.cpp", "-o", tmp_path / "cpu.o")
-    symbols = [line.split(maxsplit=2)[2] for line in run("nm", "-C", "--defined-only", "-g", tmp_path / "cpu.o").splitlines()]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-fPIC",
+        "-Wno-psabi",
+        "-DVITKERN_ISA=isa_avx2",
+    ]
+    run(
+        compiler(),
+        *flags,
+        f"-I{ROOT / 'csrc'}",
+        "-c",
+        ROOT / "csrc/ms_deform_attn/cpu.cpp",
+        "-o",
+        tmp_path / "cpu.o",
+    )
+    listing = run("nm", "-C", "--defined-only", "-g", tmp_path / "cpu.o")
+    symbols = [line.split(maxsplit=2)[2] for line in listing.splitlines()]
     assert symbols, "nm lists the entry points"
     assert [s for s in symbols if not s.startswith(("vitkern::isa_avx2::", "DW.ref.__gxx_personality"))] == []

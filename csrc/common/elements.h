@@ -49,7 +49,8 @@ VITKERN_INLINE Vec<float, N> widen(Half, Vec<uint16_t, N> half) {
   const auto magnitude = bits & constant<N>(0x7fff);
   const auto sign = (bits & constant<N>(0x8000)) << constant<N>(16);
   // Exponent biased by 15 -> 127, or all ones for infinity and NaN; a subnormal is a multiple of 2^-24.
-  const auto rebias = select(magnitude >= constant<N>(0x7c00), constant<N>(224 << 23), constant<N>(112 << 23));
+  const auto rebias =
+      select(magnitude >= constant<N>(0x7c00), constant<N>(224 << 23), constant<N>(112 << 23));
   const auto normal = (magnitude << constant<N>(13)) + rebias;
   const auto subnormal = bit_cast<int32_t>(convert<float>(magnitude) * broadcast<float, N>(0x1p-24f));
   return bit_cast<float>(select(magnitude >= constant<N>(0x0400), normal, subnormal) | sign);
@@ -62,7 +63,8 @@ VITKERN_INLINE Vec<uint16_t, N> narrow(BFloat16, Vec<float, N> x) {
   const auto odd = (bits >> constant<N>(16)) & constant<N>(1);
   const auto rounded = bits + constant<N>(0x7fff) + odd;
   const auto quiet_nan = bits | constant<N>(0x00400000);
-  return convert<uint16_t>(select(magnitude > constant<N>(0x7f800000), quiet_nan, rounded) >> constant<N>(16));
+  return convert<uint16_t>(select(magnitude > constant<N>(0x7f800000), quiet_nan, rounded) >>
+                           constant<N>(16));
 }
 
 template <int N>
@@ -106,7 +108,8 @@ VITKERN_INLINE void store_narrow(T* to, Vec<Accumulator<T>, N> a) {
   }
 }
 
-// Arrays of any length: whole vectors, then fours (a query often has four points), then the rest one vector, padded.
+// Arrays of any length: whole vectors, then fours (a query often has four points), then the rest one vector,
+// padded.
 template <typename T>
 void widen_array(const T* from, int64_t count, Accumulator<T>* to) {
   constexpr int N = kLanes<Accumulator<T>>;

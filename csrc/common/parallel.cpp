@@ -20,7 +20,8 @@ int worker_count(int64_t tasks, int threads) {
 void run_tasks(int64_t tasks, int threads, TaskFunction function, void* context) {
   std::atomic<int64_t> next{0};
   const auto work = [&](int worker) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) function(context, task, worker);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      function(context, task, worker);
   };
   const int workers = worker_count(tasks, threads);
   if (workers == 1) return work(0);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// parallel_for over numbered tasks: OpenMP where the compiler has it (the pool that torch uses), threads otherwise.
+// parallel_for over numbered tasks: OpenMP where the compiler has it (the pool that torch uses), threads
+// otherwise.
 //
-// Workers pull the next task from a shared counter, so neighbouring tasks run at the same time and share caches.
-// The code is compiled once, without instruction set flags: kernels pass a plain function pointer.
+// Workers pull the next task from a shared counter, so neighbouring tasks run at the same time and share
+// caches. The code is compiled once, without instruction set flags: kernels pass a plain function pointer.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,9 @@ namespace {
 // The same for any callable (task, worker); it must not throw.
 template <typename Task>
 void parallel_for(int64_t tasks, int threads, Task body) {
-  auto function = [](void* context, int64_t task, int worker) { (*static_cast<Task*>(context))(task, worker); };
+  auto function = [](void* context, int64_t task, int worker) {
+    (*static_cast<Task*>(context))(task, worker);
+  };
   run_tasks(tasks, threads, function, &body);
 }
 

@@ -42,7 +42,9 @@ void* allocate(size_t bytes) {
   return data;
 }
 
-void release(const Block& block) { ::operator delete(block.data, std::align_val_t{alignment_of(block.bytes)}); }
+void release(const Block& block) {
+  ::operator delete(block.data, std::align_val_t{alignment_of(block.bytes)});
+}
 
 }  // namespace
 

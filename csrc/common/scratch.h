@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that a call needs for its own duration. Fresh pages cost a fault each, often more than the work on them, so
-// released blocks are kept for the next call, up to kMaxKeptBytes in the whole process.
+// Memory that a call needs for its own duration. Fresh pages cost a fault each, often more than the work on
+// them, so released blocks are kept for the next call, up to kMaxKeptBytes in the whole process.
 #pragma once
 
 #include <cstddef>

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<T, N>: N numbers that are computed with together, on any instruction set, and the element types' conversions.
+// Vec<T, N>: N numbers that are computed with together, on any instruction set, and the element types'
+// conversions.
 //
-// GCC and Clang translate their vector extension into what the target has, splitting vectors that are wider than its
-// registers; other compilers get loops over an array. Everything here has internal linkage: the linker must never
-// replace a function of one instruction set by its twin of another. For the same reason no std:: template is used.
+// GCC and Clang translate their vector extension into what the target has, splitting vectors that are wider
+// than its registers; other compilers get loops over an array. Everything here has internal linkage: the
+// linker must never replace a function of one instruction set by its twin of another. For the same reason no
+// std:: template is used.
 #pragma once
 
 #include <cstdint>
@@ -77,15 +79,15 @@ VITKERN_INLINE Vec<T, N> broadcast(T x) {
   return {x - typename Vec<T, N>::Native{}};
 }
 
-#define VITKERN_ARITHMETIC(OP)                                      \
-  template <typename T, int N>                                      \
-  VITKERN_INLINE Vec<T, N> operator OP(Vec<T, N> a, Vec<T, N> b) {  \
-    return {a.v OP b.v};                                            \
+#define VITKERN_ARITHMETIC(OP)                                     \
+  template <typename T, int N>                                     \
+  VITKERN_INLINE Vec<T, N> operator OP(Vec<T, N> a, Vec<T, N> b) { \
+    return {a.v OP b.v};                                           \
   }
-#define VITKERN_COMPARISON(OP)                                               \
-  template <typename T, int N>                                               \
-  VITKERN_INLINE Vec<Integer<T>, N> operator OP(Vec<T, N> a, Vec<T, N> b) {  \
-    return {(typename Vec<Integer<T>, N>::Native)(a.v OP b.v)};              \
+#define VITKERN_COMPARISON(OP)                                              \
+  template <typename T, int N>                                              \
+  VITKERN_INLINE Vec<Integer<T>, N> operator OP(Vec<T, N> a, Vec<T, N> b) { \
+    return {(typename Vec<Integer<T>, N>::Native)(a.v OP b.v)};             \
   }
 
 template <typename T, int N>
@@ -124,18 +126,18 @@ VITKERN_INLINE Vec<T, N> broadcast(T x) {
   return r;
 }
 
-#define VITKERN_ARITHMETIC(OP)                                                   \
-  template <typename T, int N>                                                   \
-  VITKERN_INLINE Vec<T, N> operator OP(Vec<T, N> a, Vec<T, N> b) {               \
-    for (int i = 0; i < N; ++i) a.v[i] = static_cast<T>(a.v[i] OP b.v[i]);       \
-    return a;                                                                    \
+#define VITKERN_ARITHMETIC(OP)                                             \
+  template <typename T, int N>                                             \
+  VITKERN_INLINE Vec<T, N> operator OP(Vec<T, N> a, Vec<T, N> b) {         \
+    for (int i = 0; i < N; ++i) a.v[i] = static_cast<T>(a.v[i] OP b.v[i]); \
+    return a;                                                              \
   }
-#define VITKERN_COMPARISON(OP)                                               \
-  template <typename T, int N>                                               \
-  VITKERN_INLINE Vec<Integer<T>, N> operator OP(Vec<T, N> a, Vec<T, N> b) {  \
-    Vec<Integer<T>, N> r;                                                    \
-    for (int i = 0; i < N; ++i) r.v[i] = -(a.v[i] OP b.v[i]);                \
-    return r;                                                                \
+#define VITKERN_COMPARISON(OP)                                              \
+  template <typename T, int N>                                              \
+  VITKERN_INLINE Vec<Integer<T>, N> operator OP(Vec<T, N> a, Vec<T, N> b) { \
+    Vec<Integer<T>, N> r;                                                   \
+    for (int i = 0; i < N; ++i) r.v[i] = -(a.v[i] OP b.v[i]);               \
+    return r;                                                               \
   }
 
 template <typename T, int N>

@@ -6,10 +6,10 @@
 
 namespace vitkern {
 
-#define VITKERN_DECLARE(NAMESPACE)                                   \
-  namespace NAMESPACE {                                              \
-  void ms_deform_attn_forward(const MsDeformAttnParams& params);     \
-  void ms_deform_attn_backward(const MsDeformAttnParams& params);    \
+#define VITKERN_DECLARE(NAMESPACE)                                \
+  namespace NAMESPACE {                                           \
+  void ms_deform_attn_forward(const MsDeformAttnParams& params);  \
+  void ms_deform_attn_backward(const MsDeformAttnParams& params); \
   }
 VITKERN_DECLARE(isa_baseline)
 VITKERN_DECLARE(isa_avx2)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward: gradients of value, weights and locations, eqs. (5) to (7), without atomics.
 //
-// Work split: a task is (image, head, level): it alone adds to the gradient of that level's rows, and it alone owns the
-// gradients of that level's points. Where those are too few to occupy a machine, the queries are cut into a number of
-// chunks that depends on the shapes only; each adds to a slab of its own, and the slabs are summed in their order. So
-// results do not depend on the number of threads.
-// Memory: where rows are met several times over, a task copies its level's rows side by side, and adds to a slab of
-// accumulators that is written to grad_value once.
+// Work split: a task is (image, head, level): it alone adds to the gradient of that level's rows, and it
+// alone owns the gradients of that level's points. Where those are too few to occupy a machine, the queries
+// are cut into a number of chunks that depends on the shapes only; each adds to a slab of its own, and the
+// slabs are summed in their order. So results do not depend on the number of threads.
+// Memory: where rows are met several times over, a task copies its level's rows side by side, and adds to a
+// slab of accumulators that is written to grad_value once.
 #pragma once
 
 #include "ms_deform_attn/cpu_scatter.h"
@@ -18,14 +18,15 @@ constexpr int64_t kEnoughTasks = 32;
 constexpr int64_t kMinChunkQueries = 256;
 constexpr int64_t kMaxSlabBytes = int64_t{64} << 20;  // of all chunks' slabs together
 
-// One head's rows [begin, begin + count) of an image, side by side, channels padded with zeros.
+// One head's rows [begin, begin + count) of an image, side by side, widened, channels padded with zeros.
 template <typename T>
-void pack_head(const MsDeformAttnParams& p, int64_t image, int64_t head, int64_t begin, int64_t count, int64_t channels,
-               T* packed) {
-  const T* value = static_cast<const T*>(p.value) + ((image * p.pixels + begin) * p.heads + head) * p.channels;
+void pack_head(const MsDeformAttnParams& p, int64_t image, int64_t head, int64_t begin, int64_t count,
+               int64_t channels, Accumulator<T>* packed) {
+  const T* value =
+      static_cast<const T*>(p.value) + ((image * p.pixels + begin) * p.heads + head) * p.channels;
   for (int64_t pixel = 0; pixel < count; ++pixel, packed += channels) {
-    memcpy(packed, value + pixel * p.heads * p.channels, p.channels * sizeof(T));
-    for (int64_t channel = p.channels; channel < channels; ++channel) packed[channel] = T{};
+    widen_array(value + pixel * p.heads * p.channels, p.channels, packed);
+    for (int64_t channel = p.channels; channel < channels; ++channel) packed[channel] = 0;
   }
 }
 
@@ -107,21 +108,10 @@ void clear_rows(const Rows<Acc>& rows, int64_t count, int64_t channels) {
   for (int64_t row = 0; row < count; ++row) memset(rows.base + row * rows.stride, 0, channels * sizeof(Acc));
 }
 
-// Where a task reads its rows, after copying them if the plan says so.
-template <typename T>
-Rows<const T> value_rows(const MsDeformAttnParams& p, const BackwardPlan& plan, const BackwardWorker<T>& worker,
-                         const Group& group, int64_t image, int64_t head, const T* outside) {
-  if (plan.packs) {
-    pack_head(p, image, head, group.first_pixel, group.pixels, plan.channels, worker.value);
-    return {worker.value, plan.channels, outside};
-  }
-  const T* value = static_cast<const T*>(p.value);
-  return {value + ((image * p.pixels + group.first_pixel) * p.heads + head) * p.channels, p.heads * p.channels, outside};
-}
-
 // Sums the chunks' slabs in their order, into the first, and writes them out.
 template <typename T>
-void merge_slabs(const MsDeformAttnParams& p, const BackwardPlan& plan, Accumulator<T>* slabs, int64_t slab_size) {
+void merge_slabs(const MsDeformAttnParams& p, const BackwardPlan& plan, Accumulator<T>* slabs,
+                 int64_t slab_size) {
   using Acc = Accumulator<T>;
   parallel_for(p.batch * p.heads * plan.group_count, p.threads, [&](int64_t task, int) {
     const Group& group = plan.groups[task % plan.group_count];
@@ -133,6 +123,32 @@ void merge_slabs(const MsDeformAttnParams& p, const BackwardPlan& plan, Accumula
   });
 }
 
+// The memory of a call.
+template <typename T>
+struct BackwardMemory {
+  using Acc = Accumulator<T>;
+  BackwardWorker<T>* workers;
+  Acc* outside;  // [channels] zeros
+  Acc* slabs;    // [chunks, B, M, S, channels]
+
+  void lay_out(Cursor& cursor, const MsDeformAttnParams& p, const BackwardPlan& plan, int count,
+               int64_t value_rows, int64_t slab_rows, int64_t shared) {
+    workers = cursor.take<BackwardWorker<T>>(count);
+    outside = cursor.take<Acc>(plan.channels);
+    slabs = cursor.take<Acc>(shared);
+    for (int i = 0; i < count; ++i) {
+      BackwardWorker<T> measured;
+      (cursor.base ? workers[i] : measured).lay_out(cursor, p, plan.channels, value_rows, slab_rows);
+    }
+  }
+
+  void clear(const BackwardPlan& plan, int count) {
+    memset(outside, 0, plan.channels * sizeof(Acc));
+    for (int i = 0; i < count; ++i)
+      memset(workers[i].grad_output, 0, kTileQueries * plan.channels * sizeof(Acc));
+  }
+};
+
 template <int kUsed, typename T, typename C>
 void backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
   using Acc = Accumulator<T>;
@@ -142,55 +158,56 @@ void backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
   // Few points on many pixels: add to grad_value itself, if it can hold sums.
   const bool in_place = sizeof(T) == sizeof(Acc) && !plan.packs && plan.chunks == 1;
   const bool shared_slabs = plan.chunks > 1 && p.grad_value;
-  const int64_t value_rows_kept = plan.packs ? plan.widest_group : 0;
-  const int64_t slab_rows_kept = in_place || shared_slabs || !p.grad_value ? 0 : plan.widest_group;
+  const int64_t value_rows = plan.packs ? plan.widest_group : 0;
+  const int64_t slab_rows = in_place || shared_slabs || !p.grad_value ? 0 : plan.widest_group;
   const int64_t slab_size = p.batch * p.heads * p.pixels * plan.channels;
 
-  BackwardWorker<T>* worker;
-  T* outside;
-  Acc* slabs;
+  BackwardMemory<T> memory;
   const auto lay_out = [&](Cursor& cursor) {
-    worker = cursor.take<BackwardWorker<T>>(workers);
-    outside = cursor.take<T>(plan.channels);
-    slabs = cursor.take<Acc>(shared_slabs ? plan.chunks * slab_size : 0);
-    for (int i = 0; i < workers; ++i) {
-      BackwardWorker<T> measured;
-      (cursor.base ? worker[i] : measured).lay_out(cursor, p, plan.channels, value_rows_kept, slab_rows_kept);
-    }
+    memory.lay_out(cursor, p, plan, workers, value_rows, slab_rows,
+                   shared_slabs ? plan.chunks * slab_size : 0);
   };
   Cursor measure{nullptr};
   lay_out(measure);
   const Scratch scratch(measure.used);
   Cursor cursor{scratch.data()};
   lay_out(cursor);
-  for (int64_t channel = 0; channel < plan.channels; ++channel) outside[channel] = T{};
-  for (int i = 0; i < workers; ++i) memset(worker[i].grad_output, 0, kTileQueries * plan.channels * sizeof(Acc));
+  memory.clear(plan, workers);
 
   parallel_for(tasks, p.threads, [&](int64_t task, int who) {
-    BackwardWorker<T>& mine = worker[who];
+    BackwardWorker<T>& mine = memory.workers[who];
     const int64_t chunk = task % plan.chunks, owner = task / plan.chunks;
     const Group& group = groups[owner % plan.group_count];
     const int64_t head = owner / plan.group_count % p.heads, image = owner / plan.group_count / p.heads;
+    const int64_t first_row = (image * p.pixels + group.first_pixel) * p.heads + head;  // in [B, S, M]
     set_levels(mine.tile, group.levels, group.count, group.first_pixel);
 
     Rows<Acc> grad = {mine.slab, plan.channels, mine.nowhere};
     if (shared_slabs)
-      grad.base = slabs + chunk * slab_size + ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
+      grad.base = memory.slabs + chunk * slab_size +
+                  ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
     if (in_place) {
-      grad.base = static_cast<Acc*>(p.grad_value) + ((image * p.pixels + group.first_pixel) * p.heads + head) * p.channels;
+      grad.base = static_cast<Acc*>(p.grad_value) + first_row * p.channels;
       grad.stride = p.heads * p.channels;
     }
     if (p.grad_value) clear_rows(grad, group.pixels, plan.channels);
-    const Rows<const T> value = value_rows(p, plan, mine, group, image, head, outside);
-    backward_queries<kUsed, T, C>(p, mine, value, grad, group, image, head, p.queries * chunk / plan.chunks,
-                                  p.queries * (chunk + 1) / plan.chunks);
+    const int64_t begin = p.queries * chunk / plan.chunks, end = p.queries * (chunk + 1) / plan.chunks;
+    if (plan.packs) {
+      pack_head<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, mine.value);
+      const Rows<const Acc> rows = {mine.value, plan.channels, memory.outside};
+      backward_queries<kUsed, T, C>(p, mine, rows, grad, group, image, head, begin, end);
+    } else {
+      const T* value = static_cast<const T*>(p.value) + first_row * p.channels;
+      const Rows<const T> rows = {value, p.heads * p.channels, reinterpret_cast<const T*>(memory.outside)};
+      backward_queries<kUsed, T, C>(p, mine, rows, grad, group, image, head, begin, end);
+    }
     if (p.grad_value && !in_place && !shared_slabs)
       write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, grad.base);
   });
 
   if (p.grad_value)
     for (int64_t image = 0; image < p.batch; ++image) clear_gaps<T>(p, plan, image);
-  if (shared_slabs) merge_slabs<T>(p, plan, slabs, slab_size);
+  if (shared_slabs) merge_slabs<T>(p, plan, memory.slabs, slab_size);
 }
 
 }  // namespace

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward: out[q] = sum over points and corners of coefficient * value row, eq. (1).
 //
-// Work split: a task is a stretch of queries of one head of one image; consecutive tasks, which run at the same time,
-// share the head. Within a task, tiles of queries: first the coordinates of all points, then the rows they name.
-// Memory: where the rows are read several times over, [S, M, D] is first copied to [M, S, D]: its stride of M * D
-// numbers maps neighbours to the same cache sets. Rows are prefetched kAhead queries before they are added.
+// Work split: a task is a stretch of queries of one head of one image; consecutive tasks, which run at the
+// same time, share the head. Within a task, tiles of queries: first the coordinates of all points, then the
+// rows they name.
+// Memory: where the rows are read several times over, [S, M, D] is first copied to [M, S, D]: its stride of M
+// * D numbers maps neighbours to the same cache sets. Rows are prefetched kAhead queries before they are
+// added.
 // Numerics: sums in the accumulator type, in an order that depends on nothing but the shape.
 #pragma once
 
@@ -29,7 +31,9 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <int kVectors, int kUsed, typename T, typename Acc>
 void gather(const Rows<const T>& rows, const Tile<Acc>& tile, int64_t first, int64_t channel, Acc* out) {
   constexpr int N = kLanes<Acc>;
-  constexpr int kSums = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : kUsed;  // as many as hide the latency of an addition
+  constexpr int kSums = kVectors >= 8   ? 1
+                        : kVectors >= 4 ? 2
+                                        : kUsed;  // as many as hide the latency of an addition
   Vec<Acc, N> sums[kSums][kVectors] = {};
   for (int64_t point = 0; point < tile.points; ++point)
     for (int corner = 0; corner < kUsed; ++corner) {
@@ -70,13 +74,14 @@ struct ForwardWorker {
   }
 };
 
-// Queries [begin, end) of one head. kUsed = corners of a point: 4, or 1 for the nearest pixel.
-template <int kUsed, typename T, typename C>
-void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, const Rows<const T>& rows, int64_t image,
-                     int64_t head, int64_t begin, int64_t end) {
+// Queries [begin, end) of one head, rows of type Row. kUsed = corners of a point: 4, or 1 for the nearest
+// pixel.
+template <int kUsed, typename T, typename C, typename Row>
+void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, const Rows<const Row>& rows,
+                     int64_t image, int64_t head, int64_t begin, int64_t end) {
   using Acc = Accumulator<T>;
   Tile<Acc>& tile = worker.tile;
-  const int64_t channels = padded_channels<Acc>(p.channels), row_bytes = p.channels * sizeof(T);
+  const int64_t channels = padded_channels<Acc>(p.channels), row_bytes = p.channels * sizeof(Row);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
@@ -99,15 +104,16 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
   }
 }
 
-// Copies pixels [begin, end) of an image to [M, S, channels], channels padded with zeros to whole vectors.
+// Copies pixels [begin, end) of an image to [M, S, channels], widened, channels padded with zeros.
 template <typename T>
-void pack(const MsDeformAttnParams& p, int64_t image, int64_t begin, int64_t end, int64_t channels, T* packed) {
+void pack(const MsDeformAttnParams& p, int64_t image, int64_t begin, int64_t end, int64_t channels,
+          Accumulator<T>* packed) {
   const T* value = static_cast<const T*>(p.value) + (image * p.pixels + begin) * p.heads * p.channels;
   for (int64_t pixel = begin; pixel < end; ++pixel)
     for (int64_t head = 0; head < p.heads; ++head, value += p.channels) {
-      T* row = packed + (head * p.pixels + pixel) * channels;
-      memcpy(row, value, p.channels * sizeof(T));
-      for (int64_t channel = p.channels; channel < channels; ++channel) row[channel] = T{};
+      Accumulator<T>* row = packed + (head * p.pixels + pixel) * channels;
+      widen_array(value, p.channels, row);
+      for (int64_t channel = p.channels; channel < channels; ++channel) row[channel] = 0;
     }
 }
 
@@ -122,40 +128,42 @@ void forward(const MsDeformAttnParams& p, const Level* levels) {
   const int workers = worker_count(tasks, p.threads);
 
   ForwardWorker<T>* worker;
-  T *packed, *outside;
+  Acc *packed, *outside;
   const auto lay_out = [&](Cursor& cursor) {
     worker = cursor.take<ForwardWorker<T>>(workers);
-    outside = cursor.take<T>(channels);
+    outside = cursor.take<Acc>(channels);
     for (int i = 0; i < workers; ++i) {
       ForwardWorker<T> measured;
       (cursor.base ? worker[i] : measured).lay_out(cursor, p);
     }
-    packed = cursor.take<T>(packs ? p.heads * p.pixels * channels : 0);
+    packed = cursor.take<Acc>(packs ? p.heads * p.pixels * channels : 0);
   };
   Cursor measure{nullptr};
   lay_out(measure);
   const Scratch scratch(measure.used);
   Cursor cursor{scratch.data()};
   lay_out(cursor);
-  for (int64_t channel = 0; channel < channels; ++channel) outside[channel] = T{};
+  for (int64_t channel = 0; channel < channels; ++channel) outside[channel] = 0;
   for (int i = 0; i < workers; ++i) set_levels(worker[i].tile, levels, p.levels, 0);
 
   for (int64_t first_image = 0; first_image < p.batch; first_image += images_at_once) {
     if (packs)
       parallel_for(divide_up(p.pixels, kTaskPixels), p.threads, [&](int64_t task, int) {
         const int64_t begin = task * kTaskPixels, rest = p.pixels - begin;
-        pack(p, first_image, begin, begin + (rest < kTaskPixels ? rest : kTaskPixels), channels, packed);
+        pack<T>(p, first_image, begin, begin + (rest < kTaskPixels ? rest : kTaskPixels), channels, packed);
       });
     parallel_for(tasks, p.threads, [&](int64_t task, int who) {
       const int64_t begin = task % stretches * kTaskQueries, rest = p.queries - begin;
       const int64_t head = task / stretches % p.heads, image = first_image + task / stretches / p.heads;
-      Rows<const T> rows = {packed + head * p.pixels * channels, channels, outside};
-      if (!packs) {
-        rows.base = static_cast<const T*>(p.value) + (image * p.pixels * p.heads + head) * p.channels;
-        rows.stride = p.heads * p.channels;
+      const int64_t end = begin + (rest < kTaskQueries ? rest : kTaskQueries);
+      if (packs) {
+        const Rows<const Acc> rows = {packed + head * p.pixels * channels, channels, outside};
+        forward_queries<kUsed, T, C>(p, worker[who], rows, image, head, begin, end);
+      } else {
+        const T* value = static_cast<const T*>(p.value) + (image * p.pixels * p.heads + head) * p.channels;
+        const Rows<const T> rows = {value, p.heads * p.channels, reinterpret_cast<const T*>(outside)};
+        forward_queries<kUsed, T, C>(p, worker[who], rows, image, head, begin, end);
       }
-      forward_queries<kUsed, T, C>(p, worker[who], rows, image, head, begin,
-                                   begin + (rest < kTaskQueries ? rest : kTaskQueries));
     });
   }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A tile: the sampling points of a few queries of one head, side by side, so that the maths of coordinates runs over
-// whole vectors whatever the number of points a query has. Forward and backward begin here.
+// A tile: the sampling points of a few queries of one head, side by side, so that the maths of coordinates
+// runs over whole vectors whatever the number of points a query has. Forward and backward begin here.
 #pragma once
 
 #include "common/elements.h"
@@ -61,8 +61,8 @@ struct Tile {
   }
 };
 
-// Cuts the tile for queries with the points of these levels. `first_row` is the pixel that row 0 stands for. Padding
-// lanes belong to a level without pixels.
+// Cuts the tile for queries with the points of these levels. `first_row` is the pixel that row 0 stands for.
+// Padding lanes belong to a level without pixels.
 template <typename Acc>
 void set_levels(Tile<Acc>& tile, const Level* levels, int64_t level_count, int64_t first_row) {
   using Index = Integer<Acc>;
@@ -88,7 +88,8 @@ void set_levels(Tile<Acc>& tile, const Level* levels, int64_t level_count, int64
       }
 }
 
-// Reads `queries` queries; `row` is the index of the first one's points in [B, Q, M, K], `stride` from query to query.
+// Reads `queries` queries; `row` is the index of the first one's points in [B, Q, M, K], `stride` from query
+// to query.
 template <typename C, typename Acc>
 void read_points(Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int64_t stride, int64_t queries) {
   const C* locations = static_cast<const C*>(p.locations) + 2 * row;
@@ -114,7 +115,8 @@ void locate_bilinear(Tile<Acc>& tile) {
   using Numbers = Vec<Acc, N>;
   using Indices = Vec<Index, N>;
   const Numbers zero = broadcast<Acc, N>(0), half = broadcast<Acc, N>(Acc(0.5)), one = broadcast<Acc, N>(1);
-  const Indices first = broadcast<Index, N>(0), next = broadcast<Index, N>(1), outside = broadcast<Index, N>(kOutside);
+  const Indices first = broadcast<Index, N>(0), next = broadcast<Index, N>(1),
+                outside = broadcast<Index, N>(kOutside);
   for (int64_t i = 0; i < tile.padded; i += N) {
     const Numbers width = load<Acc, N>(tile.width + i), height = load<Acc, N>(tile.height + i);
     Numbers x = load<Acc, N>(tile.x + i) * width - half;
@@ -133,12 +135,15 @@ void locate_bilinear(Tile<Acc>& tile) {
     const Indices at_left = (column >= first) & (column < columns) & near;
     const Indices at_right = (column + next < columns) & near;
     const Indices at_top = (row >= first) & (row < rows), at_bottom = row + next < rows;
-    const Indices inside[kCorners] = {at_left & at_top, at_right & at_top, at_left & at_bottom, at_right & at_bottom};
+    const Indices inside[kCorners] = {at_left & at_top, at_right & at_top, at_left & at_bottom,
+                                      at_right & at_bottom};
     const Indices top_left = load<Index, N>(tile.start + i) + row * columns + column;
-    const Indices pixel[kCorners] = {top_left, top_left + next, top_left + columns, top_left + columns + next};
+    const Indices pixel[kCorners] = {top_left, top_left + next, top_left + columns,
+                                     top_left + columns + next};
     const Numbers weight = load<Acc, N>(tile.weight + i);
-    const Numbers share[kCorners] = {(one - right_share) * (one - bottom_share), right_share * (one - bottom_share),
-                                     (one - right_share) * bottom_share, right_share * bottom_share};
+    const Numbers share[kCorners] = {(one - right_share) * (one - bottom_share),
+                                     right_share * (one - bottom_share), (one - right_share) * bottom_share,
+                                     right_share * bottom_share};
     for (int corner = 0; corner < kCorners; ++corner) {
       store(tile.row[corner] + i, select(inside[corner], pixel[corner], outside));
       store(tile.coefficient[corner] + i, select(inside[corner], weight * share[corner], zero));
@@ -171,7 +176,8 @@ void locate_nearest(Tile<Acc>& tile) {
   }
 }
 
-// Where the rows of one head lie: packed side by side, or within [S, M, D]. Corners outside are sent to `outside`.
+// Where the rows of one head lie: packed side by side, or within [S, M, D]. Corners outside are sent to
+// `outside`.
 template <typename T>
 struct Rows {
   T* base;
@@ -195,8 +201,8 @@ VITKERN_INLINE void prefetch_rows(const Tile<Acc>& tile, int64_t query, const Ro
   }
 }
 
-// Whether queries that follow one another read rows far from one another. Where they do not, the caches already hold
-// what prefetching would bring.
+// Whether queries that follow one another read rows far from one another. Where they do not, the caches
+// already hold what prefetching would bring.
 template <typename Acc>
 bool scattered(const Tile<Acc>& tile, int64_t queries) {
   constexpr int kNearby = 16;  // rows
@@ -212,8 +218,10 @@ template <typename C>
 VITKERN_INLINE void prefetch_points(const MsDeformAttnParams& p, int64_t row, int64_t points) {
   const char* locations = reinterpret_cast<const char*>(static_cast<const C*>(p.locations) + 2 * row);
   const char* weights = reinterpret_cast<const char*>(static_cast<const C*>(p.weights) + row);
-  for (int64_t byte = 0; byte < 2 * points * static_cast<int64_t>(sizeof(C)); byte += 64) prefetch(locations + byte);
-  for (int64_t byte = 0; byte < points * static_cast<int64_t>(sizeof(C)); byte += 64) prefetch(weights + byte);
+  for (int64_t byte = 0; byte < 2 * points * static_cast<int64_t>(sizeof(C)); byte += 64)
+    prefetch(locations + byte);
+  for (int64_t byte = 0; byte < points * static_cast<int64_t>(sizeof(C)); byte += 64)
+    prefetch(weights + byte);
 }
 
 }  // namespace

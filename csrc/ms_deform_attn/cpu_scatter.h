@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of a stretch of queries: dots of grad_output with the rows of the corners, from which follow the gradients of
-// weights and locations, eqs. (6) and (7), and shares of grad_output added to the gradients of those rows, eq. (5).
-// cpu_backward.h says who runs it on what.
+// Backward of a stretch of queries: dots of grad_output with the rows of the corners, from which follow the
+// gradients of weights and locations, eqs. (6) and (7), and shares of grad_output added to the gradients of
+// those rows, eq. (5). cpu_backward.h says who runs it on what.
 #pragma once
 
 #include "ms_deform_attn/cpu_forward.h"
@@ -9,6 +9,7 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
+// Between value and slab: loads and stores whose addresses agree within a page wait for one another.
 constexpr int64_t kHalfPage = 2048;
 
 // Levels whose gradients one task adds up: one level, or all of them where levels share pixels.
@@ -25,30 +26,32 @@ struct BackwardWorker {
   int64_t channels;  // padded to whole vectors
   Acc* grad_output;  // [tile queries, channels]
   Acc* dots;         // [tile points, corners]: grad_output times the row of the corner
-  T* value;          // [pixels of a group, channels]
+  Acc* value;        // [pixels of a group, channels]
   Acc* slab;         // [pixels of a group, channels]
   Acc* nowhere;      // [channels] takes what corners outside would add
 
-  void lay_out(Cursor& cursor, const MsDeformAttnParams& p, int64_t padded, int64_t value_rows, int64_t slab_rows) {
+  void lay_out(Cursor& cursor, const MsDeformAttnParams& p, int64_t padded, int64_t value_rows,
+               int64_t slab_rows) {
     channels = padded;
     tile.lay_out(cursor, p.points);
     const int64_t points = p.points < kTilePoints ? kTilePoints : p.points;
     grad_output = cursor.take<Acc>(kTileQueries * channels);
-    dots = cursor.take<Acc>((points + kLanes<Acc>) * kCorners);
+    dots = cursor.take<Acc>((points + kLanes<Acc>)*kCorners);
     nowhere = cursor.take<Acc>(channels);
-    value = cursor.take<T>(value_rows * channels);
-    cursor.take<char>(kHalfPage);  // equal rows of value and slab at equal offsets in a page would look like one to loads
+    value = cursor.take<Acc>(value_rows * channels);
+    cursor.take<char>(
+        kHalfPage);  // equal rows of value and slab at equal offsets in a page would look like one to loads
     slab = cursor.take<Acc>(slab_rows * channels);
   }
 };
 
 // One query, kVectors vectors of channels: dots with the rows, and shares of grad_output into the slab.
-template <int kVectors, int kUsed, bool kScatter, bool kDots, typename T, typename Acc>
-void scatter(const BackwardWorker<T>& worker, const Rows<const T>& value, const Rows<Acc>& grad, int64_t query,
-             int64_t channel) {
+template <int kVectors, int kUsed, bool kScatter, bool kDots, typename T, typename Row, typename Acc>
+void scatter(const BackwardWorker<T>& worker, const Rows<const Row>& value, const Rows<Acc>& grad,
+             int64_t query, int64_t channel) {
   constexpr int N = kLanes<Acc>;
   const Tile<Acc> tile = worker.tile;  // a copy, which the stores below cannot change
-  const Rows<const T> value_rows = value;
+  const Rows<const Row> value_rows = value;
   const Rows<Acc> grad_rows = grad;
   Acc* dots = worker.dots + query * tile.points * kCorners;
   Vec<Acc, N> grad_output[kVectors];
@@ -60,7 +63,7 @@ void scatter(const BackwardWorker<T>& worker, const Rows<const T>& value, const 
     for (int corner = 0; corner < kUsed; ++corner) {
       const int64_t row = tile.row[corner][point];
       if constexpr (kDots) {
-        const T* from = value_rows.at(row) + channel;
+        const Row* from = value_rows.at(row) + channel;
         for (int i = 0; i < kVectors; ++i)
           products[corner] = multiply_add(load_wide<N>(from + i * N), grad_output[i], products[corner]);
       }
@@ -78,8 +81,9 @@ void scatter(const BackwardWorker<T>& worker, const Rows<const T>& value, const 
   }
 }
 
-template <int kUsed, bool kScatter, bool kDots, typename T, typename Acc>
-void scatter_all(const BackwardWorker<T>& worker, const Rows<const T>& value, const Rows<Acc>& grad, int64_t query) {
+template <int kUsed, bool kScatter, bool kDots, typename T, typename Row, typename Acc>
+void scatter_all(const BackwardWorker<T>& worker, const Rows<const Row>& value, const Rows<Acc>& grad,
+                 int64_t query) {
   constexpr int N = kLanes<Acc>;
   const int64_t channels = worker.channels;
   int64_t channel = 0;
@@ -87,10 +91,12 @@ void scatter_all(const BackwardWorker<T>& worker, const Rows<const T>& value, co
     scatter<4, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
   for (; channel + 2 * N <= channels; channel += 2 * N)
     scatter<2, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
-  for (; channel < channels; channel += N) scatter<1, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
+  for (; channel < channels; channel += N)
+    scatter<1, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
 }
 
-// From the dots of each corner to the gradients of weight (into tile.weight) and location (into tile.xy), eqs. (6), (7).
+// From the dots of each corner to the gradients of weight (into tile.weight) and location (into tile.xy),
+// eqs. (6), (7).
 template <int kUsed, typename Acc>
 void finish_points(Tile<Acc>& tile, const Acc* dots) {
   using Index = Integer<Acc>;
@@ -118,7 +124,8 @@ void finish_points(Tile<Acc>& tile, const Acc* dots) {
 }
 
 template <typename C, typename Acc>
-void write_points(const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int64_t stride, int64_t queries) {
+void write_points(const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int64_t stride,
+                  int64_t queries) {
   for (int64_t query = 0; query < queries; ++query) {
     const int64_t to = row + query * stride, from = query * tile.points;
     if (p.grad_locations)
@@ -128,13 +135,13 @@ void write_points(const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t ro
 }
 
 // Queries [begin, end) of one head, points of one group.
-template <int kUsed, typename T, typename C>
-void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, const Rows<const T>& value,
-                      const Rows<Accumulator<T>>& grad, const Group& group, int64_t image, int64_t head, int64_t begin,
-                      int64_t end) {
+template <int kUsed, typename T, typename C, typename Row>
+void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, const Rows<const Row>& value,
+                      const Rows<Accumulator<T>>& grad, const Group& group, int64_t image, int64_t head,
+                      int64_t begin, int64_t end) {
   Tile<Accumulator<T>>& tile = worker.tile;
   const bool scatters = p.grad_value, dots = p.grad_locations || p.grad_weights;
-  const int64_t row_bytes = p.channels * sizeof(T), grad_bytes = p.channels * sizeof(Accumulator<T>);
+  const int64_t row_bytes = p.channels * sizeof(Row), grad_bytes = p.channels * sizeof(Accumulator<T>);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
@@ -146,7 +153,8 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
       locate_nearest(tile);
     const T* grad_output = static_cast<const T*>(p.grad_output) + row * p.channels;
     for (int64_t query = 0; query < queries; ++query)
-      widen_array(grad_output + query * p.heads * p.channels, p.channels, worker.grad_output + query * worker.channels);
+      widen_array(grad_output + query * p.heads * p.channels, p.channels,
+                  worker.grad_output + query * worker.channels);
 
     const bool far = scattered(tile, queries);
     for (int64_t query = 0; query < queries; ++query) {
