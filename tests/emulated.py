@@ -55,7 +55,15 @@ def compile_program(name: str, folder: Path, sanitize: str = "") -> Path:
     """An executable of tests/emulator/<name>."""
     program = folder / (Path(name).stem + ("-sanitized" if sanitize else ""))
     flags = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
-    flags += ["-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-DVITKERN_EMULATED", f"-I{ROOT / 'csrc'}"]
+    flags += [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fopenmp",
+        "-ffp-contract=off",
+        "-DVITKERN_EMULATED",
+        f"-I{ROOT / 'csrc'}",
+    ]
     _run(_tool("c++"), *flags, "-x", "c++", ROOT / "tests" / "emulator" / name, "-o", program)
     return program
 
@@ -63,7 +71,9 @@ def compile_program(name: str, folder: Path, sanitize: str = "") -> Path:
 def _run(*command) -> None:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        raise RuntimeError(
+            f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+        )
 
 
 @functools.cache
@@ -88,7 +98,9 @@ def module() -> ModuleType:
 
 def sanitizer_environment() -> dict[str, str]:
     """What a Python process needs to load a module built with SANITIZERS."""
-    libraries = (subprocess.check_output(["c++", f"-print-file-name=lib{n}.so"], text=True) for n in ("asan", "ubsan"))
+    libraries = (
+        subprocess.check_output(["c++", f"-print-file-name=lib{n}.so"], text=True) for n in ("asan", "ubsan")
+    )
     return {
         "VITKERN_EMULATED": str(build(SANITIZERS)),
         "LD_PRELOAD": ":".join(library.strip() for library in libraries),

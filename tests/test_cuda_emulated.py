@@ -30,7 +30,17 @@ def kernels(monkeypatch):
     monkeypatch.setattr(native, "cuda_module", emulated.module())
 
 
-def make(channels, dtype=torch.float32, *, points=(3, 3, 3), queries=9, heads=3, batch=2, coordinates=None, spread=1.5):
+def make(
+    channels,
+    dtype=torch.float32,
+    *,
+    points=(3, 3, 3),
+    queries=9,
+    heads=3,
+    batch=2,
+    coordinates=None,
+    spread=1.5,
+):
     """The arguments of native.*_cuda but the method: locations in and around the map."""
     shapes = torch.tensor(LEVELS)
     pixels = shapes.prod(1)
@@ -46,13 +56,18 @@ def plain(args, method, grad_output, dtype):
     value, shapes, starts, where, weights, points = args
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (value, where, weights)]
     output = reference.ms_deform_attn(leaves[0], shapes, starts, *leaves[1:], points, method)
-    gradients = torch.autograd.grad(output, leaves, grad_output.to(dtype), allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        output, leaves, grad_output.to(dtype), allow_unused=True, materialize_grads=True
+    )
     return [output.detach(), *gradients]
 
 
 def ours(args, method, grad_output, *, needed=ALL, deterministic=False):
     output = native.ms_deform_attn_forward_cuda(*args, method)
-    return [output, *native.ms_deform_attn_backward_cuda(grad_output, needed, *args, method, deterministic=deterministic)]
+    return [
+        output,
+        *native.ms_deform_attn_backward_cuda(grad_output, needed, *args, method, deterministic=deterministic),
+    ]
 
 
 def assert_right(args, method="bilinear", *, deterministic=False):
@@ -95,7 +110,9 @@ def test_wide_coordinates_with_narrow_values(dtype):
     grad_output = torch.randn(2, 9, 96).to(dtype)
     results = zip(ours(args, "bilinear", grad_output), plain(args, "bilinear", grad_output, torch.float64))
     for actual, oracle in results:
-        torch.testing.assert_close(actual.double(), oracle, rtol=1e-2, atol=2e-2 if actual.dtype == dtype else 1e-4)
+        torch.testing.assert_close(
+            actual.double(), oracle, rtol=1e-2, atol=2e-2 if actual.dtype == dtype else 1e-4
+        )
 
 
 @pytest.mark.parametrize("points", [1, 7, 33])
@@ -133,7 +150,9 @@ def test_nothing_outside_is_read_and_nan_spreads_as_in_torch(channels, determini
     args = make(channels, points=(4, 0, 0), queries=30)
     args[0][:, 35:] = float("nan")  # the other levels, next to the last pixel of the first
     args[3][..., 0, :] = torch.tensor([1.05, 1.05])  # off its lower right corner
-    args[3][..., 1, 0] = torch.rand_like(args[3][..., 1, 0]).sub(0.5).sign() * 0.56 + 0.5  # off the left or right
+    args[3][..., 1, 0] = (
+        torch.rand_like(args[3][..., 1, 0]).sub(0.5).sign() * 0.56 + 0.5
+    )  # off the left or right
     assert_right(args, deterministic=deterministic)
     args[0][0, 3, 1, 0] = float("nan")
     assert_right(args, deterministic=deterministic)
@@ -149,7 +168,9 @@ def test_gradients_that_are_not_finite(deterministic):
 
 
 @pytest.mark.parametrize("method", ["bilinear", "nearest"])
-@pytest.mark.parametrize("x", [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e30, 1e-45, -1 / 7, 0.0, 1.0])
+@pytest.mark.parametrize(
+    "x", [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e30, 1e-45, -1 / 7, 0.0, 1.0]
+)
 def test_extreme_locations(method, x):
     args = make(32)
     args[3][..., ::2, 0] = x
@@ -177,8 +198,10 @@ def test_no_points_or_no_pixels_give_zeros(points, deterministic):
 
 
 @pytest.mark.parametrize("method", ["bilinear", "nearest"])
-@pytest.mark.parametrize(("height", "width", "start"), [(8, 7, 0), (5, 7, 40), (5, 7, -1), (-5, -7, 0), (2**33, 1, 0)])
-def test_a_level_that_reaches_out_of_value_gives_nan_instead_of_a_fault(method, height, width, start):
+@pytest.mark.parametrize(
+    ("height", "width", "start"), [(8, 7, 0), (5, 7, 40), (5, 7, -1), (-5, -7, 0), (2**33, 1, 0)]
+)
+def test_a_level_that_reaches_out_of_value_gives_nan(method, height, width, start):
     args = make(32)
     args[1], args[2] = args[1].clone(), args[2].clone()
     args[1][0], args[2][0] = torch.tensor([height, width]), start
@@ -218,11 +241,16 @@ def test_sizes_beyond_the_kernels_are_refused():
         native.ms_deform_attn_forward_cuda(*args[:5], (1,) * 3, "bilinear")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("VITKERN_EMULATED" in os.environ, reason="this is the sanitized run")
 def test_the_sanitizers_find_nothing():
-    chosen = "dispatch_branch or unequal or outside or out_of_value or overlap or whole_vectors or no_pixels or extreme"
+    chosen = "(branch and float32 and not 130) or unequal or outside or out_of_value or overlap or whole or no_pixels"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
     done = subprocess.run(
-        command, env={**os.environ, **emulated.sanitizer_environment()}, capture_output=True, text=True, timeout=900
+        command,
+        env={**os.environ, **emulated.sanitizer_environment()},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -23,7 +23,8 @@ __device__ __forceinline__ void atomic_add(A* first, uint32_t vector, const A (&
   for (int i = 0; i < kCount; i += kWidth) {
     if constexpr (kWidth == 4) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address + i)),
+      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                       __cvta_generic_to_global(address + i)),
                    "f"(addends[i]), "f"(addends[i + 1]), "f"(addends[i + 2]), "f"(addends[i + 3])
                    : "memory");
 #endif

@@ -13,7 +13,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define VITKERN_DYNAMIC_SHARED(TYPE, NAME)                \
+#define VITKERN_DYNAMIC_SHARED(TYPE, NAME)                      \
   extern __shared__ __align__(16) unsigned char NAME##_bytes[]; \
   TYPE* NAME = reinterpret_cast<TYPE*>(NAME##_bytes)
 #endif
@@ -29,7 +29,8 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
     check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device_) check_cuda(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
+    if (before_ != device_)
+      check_cuda(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
   }
   ~DeviceGuard() {
     if (before_ != device_) cudaSetDevice(before_);
@@ -43,7 +44,8 @@ class DeviceGuard {
 };
 
 #ifndef VITKERN_EMULATED
-inline std::string launch_failure(const char* name, dim3 grid, dim3 block, size_t shared_bytes, cudaError_t error) {
+inline std::string launch_failure(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+                                  cudaError_t error) {
   int device = 0, major = 0, minor = 0;
   cudaGetDevice(&device);
   std::string text = std::string("vitkern: kernel ") + name + " <<<(" + std::to_string(grid.x) + ", " +
@@ -61,8 +63,8 @@ inline std::string launch_failure(const char* name, dim3 grid, dim3 block, size_
 #endif
 
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-            const Arguments&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            void* stream, const Arguments&... arguments) {
 #ifdef VITKERN_EMULATED
   (void)stream;
   emulator::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });

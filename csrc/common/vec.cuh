@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/launch.cuh"
 
@@ -53,10 +54,18 @@ __device__ __forceinline__ void load(const T* address, Accumulator<T> (&out)[kCo
   } else {
     static_assert(kCount * sizeof(T) == kVectorBytes);
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(address));
-    Vector<T, kCount> vector;
-    memcpy(&vector, &bits, sizeof vector);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      // A bfloat16 is the upper half of a float: one shift or mask each, where a conversion first extracts the half.
+      const unsigned words[] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) out[i] = widen(vector.at[i]);
+      for (int i = 0; i < kCount; ++i)
+        out[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+    } else {
+      Vector<T, kCount> vector;
+      memcpy(&vector, &bits, sizeof vector);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[i] = widen(vector.at[i]);
+    }
   }
 }
 

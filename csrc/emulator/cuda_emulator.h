@@ -164,8 +164,9 @@ class Block {
       if (count(Waits::kForBlock) == threads_) {
         for (int i = 0; i < threads_; ++i) fibers_[i]->waits = Waits::kForNothing;
       } else if (!progress) {
-        abandon("deadlock: of " + std::to_string(threads_) + " threads " + std::to_string(count(Waits::kForBlock)) +
-                " wait at __syncthreads, " + std::to_string(count(Waits::kForWarp)) + " in a warp operation, " +
+        abandon("deadlock: of " + std::to_string(threads_) + " threads " +
+                std::to_string(count(Waits::kForBlock)) + " wait at __syncthreads, " +
+                std::to_string(count(Waits::kForWarp)) + " in a warp operation, " +
                 std::to_string(count(Waits::kEnded)) + " have ended");
       }
     }
@@ -183,7 +184,8 @@ class Block {
     const int lanes = std::min(kWarpLanes, threads_ - first);
     if (lanes < kWarpLanes) mask &= (1u << lanes) - 1;
     const auto in_mask = [&](int i) { return i >= 0 && i < lanes && (mask >> i & 1u); };
-    if (!in_mask(lane)) fail(std::string(operation) + " by lane " + std::to_string(lane) + " whose mask lacks it");
+    if (!in_mask(lane))
+      fail(std::string(operation) + " by lane " + std::to_string(lane) + " whose mask lacks it");
     if (source >= 0 && !in_mask(source))
       fail(std::string(operation) + " from lane " + std::to_string(source) + ", which takes no part");
     me.meeting = {operation, mask, source, value};
@@ -257,8 +259,9 @@ class Block {
   }
 
   [[noreturn]] void abandon(const std::string& reason) {
-    const std::string message = std::string("emulated kernel ") + kernel_ + ", block (" + std::to_string(index.x) +
-                                ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + "): " + reason;
+    const std::string message = std::string("emulated kernel ") + kernel_ + ", block (" +
+                                std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+                                std::to_string(index.z) + "): " + reason;
     fibers_.clear();
     failure_.clear();
     throw std::runtime_error(message);
@@ -279,10 +282,11 @@ class Block {
   size_t scheduler_bytes_ = 0;
 };
 
-inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                   const std::function<void()>& body) {
   const int64_t threads = int64_t{block.x} * block.y * block.z, blocks = int64_t{grid.x} * grid.y * grid.z;
-  if (threads < 1 || threads > 1024 || blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
-      shared_bytes > (227u << 10))
+  if (threads < 1 || threads > 1024 || blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > (227u << 10))
     throw std::runtime_error(std::string("emulated kernel ") + kernel + ": impossible launch configuration");
   std::exception_ptr error;
   std::mutex error_guard;

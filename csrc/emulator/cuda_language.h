@@ -25,7 +25,9 @@ using std::min;
 // ---- Block and warp -------------------------------------------------------------------------------------------------
 
 inline void __syncthreads() { emulator::Block::current().sync_threads(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::Block::current().meet("__syncwarp", mask, 0, -1); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulator::Block::current().meet("__syncwarp", mask, 0, -1);
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return static_cast<unsigned>(emulator::Block::current().meet("__ballot_sync", mask, predicate != 0, -1));
 }
@@ -41,7 +43,8 @@ T shuffle(const char* operation, unsigned mask, T value, int width, const Source
   const int wanted = source_of(lane - segment);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  bits = Block::current().meet(operation, mask, bits, wanted >= 0 && wanted < width ? segment + wanted : lane);
+  bits =
+      Block::current().meet(operation, mask, bits, wanted >= 0 && wanted < width ? segment + wanted : lane);
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -96,7 +99,9 @@ T atomic_update(T* address, const Sum& sum) {
 
 }  // namespace emulator
 
-inline int atomicAdd(int* address, int addend) { return __atomic_fetch_add(address, addend, __ATOMIC_RELAXED); }
+inline int atomicAdd(int* address, int addend) {
+  return __atomic_fetch_add(address, addend, __ATOMIC_RELAXED);
+}
 inline float atomicAdd(float* address, float addend) {
   return emulator::atomic_update<uint32_t>(address, [=](float value) { return value + addend; });
 }

@@ -14,11 +14,13 @@
 
 namespace vitkern {
 
-// A point in shared memory, and the products of grad_output with its four pixels, summed over the team.
+// A point in shared memory: what all lanes read, the products of grad_output with its four pixels, summed over the
+// team, and what its own lane would otherwise hold in registers all the way.
 template <typename A>
 struct GradPoint {
   Corners<A> corners;
   A products[4];
+  A column, row, weight;
 };
 
 // One point, the lane's channels: adds the products of grad_output and pixels to `products`, and to grad_value the
@@ -47,25 +49,29 @@ __device__ __forceinline__ void scatter_point(const Corners<A>& corners, const T
   }
 }
 
-// Eqs. (6) and (7), from the products of grad_output with the four pixels. `index` is that of the point, whose axes'
-// slopes count in locations here and hold the attention weight.
-template <typename T, typename A = Accumulator<T>>
-__device__ __forceinline__ void store_point_gradients(const Task& task, int64_t index, const Sample<A>& sample,
-                                                      const A (&products)[4]) {
-  A weight = 0, x = 0, y = 0;
-  if (sample.touches) {
+// Eqs. (6) and (7), from the products of grad_output with the four pixels. `index` is that of the point.
+template <typename T, bool kNearest, typename A = Accumulator<T>>
+__device__ __forceinline__ void store_point_gradients(const Task& task, const Level& level, int64_t index,
+                                                      const GradPoint<A>& point, bool touches) {
+  A weight = 0, along_x = 0, along_y = 0;
+  if (kNearest && touches) weight = point.products[0];
+  if (!kNearest && touches) {
+    const Axis<A> x = bilinear_axis(point.column, level.width), y = bilinear_axis(point.row, level.height);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const A along = sample.x.share[0] * products[2 * r] + sample.x.share[1] * products[2 * r + 1];
-      weight += sample.y.share[r] * along;
-      y += sample.y.slope[r] * along;
-      x += sample.y.share[r] * (sample.x.slope[0] * products[2 * r] + sample.x.slope[1] * products[2 * r + 1]);
+      const A* products = point.products + 2 * r;
+      const A sample = x.share[0] * products[0] + x.share[1] * products[1];
+      weight += y.share[r] * sample;
+      along_x += y.share[r] * (x.slope[0] * products[0] + x.slope[1] * products[1]);
+      along_y += y.slope[r] * sample;
     }
+    along_x *= point.weight * level.width;
+    along_y *= point.weight * level.height;
   }
   if (task.grad_weights) store_coordinate<T>(task.grad_weights, index, task.wide, weight);
   if (task.grad_locations) {
-    store_coordinate<T>(task.grad_locations, 2 * index, task.wide, x);
-    store_coordinate<T>(task.grad_locations, 2 * index + 1, task.wide, y);
+    store_coordinate<T>(task.grad_locations, 2 * index, task.wide, along_x);
+    store_coordinate<T>(task.grad_locations, 2 * index + 1, task.wide, along_y);
   }
 }
 
@@ -87,22 +93,21 @@ __device__ __forceinline__ void backward_team(const Task& task, const Level* lev
     const uint32_t point = first + lane;
     const bool mine = place.exists && point < task.points;
     const int64_t index = place.index * task.points + point;
-    Sample<A> sample{};
-    if (mine) sample = locate<T>(task, levels, index, point, kNearest);
-    const unsigned scattering = team_ballot<Split::kLanes>(sample.touches && task.grad_value);
-    points[lane].corners = sample.touches ? corners_of(task, sample) : Corners<A>{};
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sample.x.slope[i] *= sample.weight * sample.width;
-      sample.y.slope[i] *= sample.weight * sample.height;
+    bool touches = false;
+    points[lane].corners = {};
+    if (mine) {
+      const Sample<A> sample = locate<T>(task, levels, index, point, kNearest);
+      touches = sample.touches;
+      if (touches) points[lane] = {corners_of(task, sample), {}, sample.column, sample.row, sample.weight};
     }
+    const unsigned scattering = team_ballot<Split::kLanes>(touches && task.grad_value);
+    __syncwarp();
 
     // The same number of rounds for all teams of the warp, for the shuffles' sake.
     const int count = min(Split::kLanes, static_cast<int>(task.points - first));
     for (int i = 0; i < count; ++i) {
       const Corners<A> corners = points[i].corners;
-      const bool scatter = scattering >> i & 1;
+      const bool scatter = scattering >> i & 1u;
       A products[4] = {};
       if constexpr (kChannels != 0) {
         scatter_point<kCorners>(corners, value, grad_value, coordinates, scatter, grad, products);
@@ -122,12 +127,15 @@ __device__ __forceinline__ void backward_team(const Task& task, const Level* lev
       }
     }
     __syncwarp();
-    if (coordinates && mine) store_point_gradients<T>(task, index, sample, points[lane].products);
+    if (coordinates && mine)
+      store_point_gradients<T, kNearest>(task, levels[level_of_point(task, point)], index, points[lane],
+                                         touches);
   }
 }
 
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>) ms_deform_attn_backward(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    ms_deform_attn_backward(const __grid_constant__ Task task) {
   using Split = Team<T, kChannels>;
   __shared__ GradPoint<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
   VITKERN_DYNAMIC_SHARED(Level, levels);

@@ -28,7 +28,8 @@ Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int vector)
   if (p.pixels > kMax31Bits) refuse("more than 2^31 - 1 pixels an image");
   if (p.levels > kMaxLevels) refuse("more than 1024 levels");
   if (p.points > 1 << 20) refuse("more than 2^20 points a query and head");
-  if (p.pixels * (p.heads * p.channels / vector) > 2 * kMax31Bits) refuse("an image of value has too many elements");
+  if (p.pixels * (p.heads * p.channels / vector) > 2 * kMax31Bits)
+    refuse("an image of value has too many elements");
   if (rows * p.heads > kMax31Bits) refuse("more than 2^31 - 1 pairs of query, or pixel, and head an image");
   Task task{};
   task.pixels = static_cast<uint32_t>(p.pixels);
@@ -67,10 +68,14 @@ struct Type {
 template <typename Call>
 void dispatch_dtype(DType dtype, const Call& call) {
   switch (dtype) {
-    case DType::kFloat32: return call(Type<float>{});
-    case DType::kFloat64: return call(Type<double>{});
-    case DType::kFloat16: return call(Type<__half>{});
-    case DType::kBFloat16: return call(Type<__nv_bfloat16>{});
+    case DType::kFloat32:
+      return call(Type<float>{});
+    case DType::kFloat64:
+      return call(Type<double>{});
+    case DType::kFloat16:
+      return call(Type<__half>{});
+    case DType::kBFloat16:
+      return call(Type<__nv_bfloat16>{});
   }
   throw std::invalid_argument("vitkern: unknown dtype");
 }
@@ -80,29 +85,35 @@ bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) 
 // Calls with the value's type and, where whole vectors can be loaded, the number of channels; else with 0 for it.
 template <typename Call>
 void dispatch(const MsDeformAttnParams& p, const Call& call) {
-  const bool vectors = aligned(p.value) && aligned(p.output) && aligned(p.grad_output) && aligned(p.grad_value);
+  const bool vectors =
+      aligned(p.value) && aligned(p.output) && aligned(p.grad_output) && aligned(p.grad_value);
   dispatch_dtype(p.value_dtype, [&](auto type) {
     switch (vectors ? p.channels : 0) {
-      case 16: return call(type, std::integral_constant<int, 16>{});
-      case 32: return call(type, std::integral_constant<int, 32>{});
-      case 64: return call(type, std::integral_constant<int, 64>{});
-      default: return call(type, std::integral_constant<int, 0>{});
+      case 16:
+        return call(type, std::integral_constant<int, 16>{});
+      case 32:
+        return call(type, std::integral_constant<int, 32>{});
+      case 64:
+        return call(type, std::integral_constant<int, 64>{});
+      default:
+        return call(type, std::integral_constant<int, 0>{});
     }
   });
 }
 
 // One team for each image, row and head.
 template <typename Kernel, typename... Arguments>
-void launch_teams(const char* name, Kernel kernel, const MsDeformAttnParams& p, int64_t rows, int lanes, int vector,
-                  const Arguments&... arguments) {
+void launch_teams(const char* name, Kernel kernel, const MsDeformAttnParams& p, int64_t rows, int lanes,
+                  int vector, const Arguments&... arguments) {
   const Task task = make_task(p, rows, lanes, vector);
-  launch(name, kernel, dim3(static_cast<unsigned>(p.batch * task.blocks)), dim3(kThreads), task.levels * sizeof(Level),
-         p.stream, task, arguments...);
+  launch(name, kernel, dim3(static_cast<unsigned>(p.batch * task.blocks)), dim3(kThreads),
+         task.levels * sizeof(Level), p.stream, task, arguments...);
 }
 
 void zero(void* address, int64_t elements, DType dtype, void* stream) {
   if (address && elements)
-    check_cuda(cudaMemsetAsync(address, 0, elements * bytes(dtype), static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(address, 0, elements * bytes(dtype), static_cast<cudaStream_t>(stream)),
+               "cudaMemsetAsync");
 }
 
 }  // namespace
@@ -146,15 +157,16 @@ void ms_deform_attn_cells_cuda(const MsDeformAttnParams& p, int64_t* cells) {
   });
 }
 
-void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const int64_t* order, const int64_t* first) {
+void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const int64_t* order,
+                                           const int64_t* first) {
   if (p.batch * p.pixels * p.heads * p.channels == 0) return;
   const DeviceGuard guard(p.device);
   if (p.batch * p.queries * p.points > int64_t{1} << 44) refuse("more than 2^44 points");
   dispatch(p, [&](auto type, auto channels) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, kChannels>, p, p.pixels,
-                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector, order, first);
+    launch_teams("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, kChannels>, p,
+                 p.pixels, Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector, order, first);
   });
 }
 

@@ -60,9 +60,10 @@ __device__ __forceinline__ bool part_of_pixel(const Task& task, const Level* lev
 
 // Adds the points order[begin .. end) to the lane's channels. All of the warp calls it, each team with its own run.
 template <typename T, int kLanes, int kVector>
-__device__ __forceinline__ void add_run(const Task& task, const Level* levels, const int64_t* order, int64_t begin,
-                                        int64_t end, uint32_t level, uint32_t pixel, const T* grad_output,
-                                        Part<Accumulator<T>>* parts, Accumulator<T> (&sum)[kVector]) {
+__device__ __forceinline__ void add_run(const Task& task, const Level* levels, const int64_t* order,
+                                        int64_t begin, int64_t end, uint32_t level, uint32_t pixel,
+                                        const T* grad_output, Part<Accumulator<T>>* parts,
+                                        Accumulator<T> (&sum)[kVector]) {
   const uint32_t lane = threadIdx.x % kLanes;
   for (; __any_sync(kWholeWarp, begin < end); begin += kLanes) {
     Part<Accumulator<T>> part;
@@ -85,7 +86,8 @@ __device__ __forceinline__ void add_run(const Task& task, const Level* levels, c
 
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    ms_deform_attn_gather_grad_value(const __grid_constant__ Task task, const int64_t* order, const int64_t* first) {
+    ms_deform_attn_gather_grad_value(const __grid_constant__ Task task, const int64_t* order,
+                                     const int64_t* first) {
   using A = Accumulator<T>;
   using Split = Team<T, kChannels>;
   __shared__ Part<A> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
@@ -94,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   Part<A>* parts = staged[threadIdx.x / Split::kLanes];
   const Place place = team_place<Split::kLanes>(task);
   const uint32_t lane = threadIdx.x % Split::kLanes;
-  const int64_t* first_of_pixel = first + (uint64_t{place.image} * task.heads + place.head) * task.pixels + place.row;
+  const int64_t* first_of_pixel =
+      first + (uint64_t{place.image} * task.heads + place.head) * task.pixels + place.row;
 
   for (uint32_t tile = 0; tile < (kChannels ? kChannels : task.channels); tile += Split::kTile) {
     const uint32_t channel = tile + lane * Split::kVector;
@@ -110,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
       for (uint32_t down = 0; down < 2; ++down) {
         const bool any = inside && in_level + down * width < area;
         const int64_t* run = first_of_pixel + down * width;
-        add_run<T, Split::kLanes>(task, levels, order, any ? run[0] : 0, any ? run[last_column ? 1 : 2] : 0, level,
-                                  place.row, grad_output, parts, sum);
+        add_run<T, Split::kLanes>(task, levels, order, any ? run[0] : 0, any ? run[last_column ? 1 : 2] : 0,
+                                  level, place.row, grad_output, parts, sum);
       }
     }
     if (mine) store(static_cast<A*>(task.grad_value) + place.index * task.channels + channel, sum);

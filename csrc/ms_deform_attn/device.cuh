@@ -27,11 +27,11 @@ struct Task {
   uint32_t pixels, heads, channels, levels, points;  // S, M, D, L, K
   uint32_t teams;                                    // of an image: rows * heads; rows are queries or pixels
   uint32_t blocks;                                   // of an image: what its teams need
-  uint32_t pixel_vectors;                            // of a pixel and all its heads, Team::kVector channels each
-  uint64_t point_reciprocal;                         // 2^64 / K rounded up, 0 for K = 1
-  float levels_per_point;                            // L / K where not ragged
-  bool ragged, nearest, wide;                        // wide: coordinates in the accumulator type
-  uint16_t point_end[kMaxRaggedLevels];              // as in MsDeformAttnParams
+  uint32_t pixel_vectors;                // of a pixel and all its heads, Team::kVector channels each
+  uint64_t point_reciprocal;             // 2^64 / K rounded up, 0 for K = 1
+  float levels_per_point;                // L / K where not ragged
+  bool ragged, nearest, wide;            // wide: coordinates in the accumulator type
+  uint16_t point_end[kMaxRaggedLevels];  // as in MsDeformAttnParams
   const void *value, *locations, *weights, *grad_output;
   const int64_t *spatial_shapes, *level_start;
   void *output, *grad_value, *grad_locations, *grad_weights;
@@ -123,6 +123,7 @@ template <typename A>
 struct Sample {
   bool touches;  // some pixel counts
   A weight;
+  A column, row;  // as a real number, counted from pixel centre to pixel centre
   Axis<A> x, y;
   int width, height;
   uint32_t level, first;  // first pixel of the level
@@ -184,6 +185,8 @@ __device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const
   x = product(x, columns) + (nearest ? A(0.5) : A(-0.5));
   y = product(y, rows) + (nearest ? A(0.5) : A(-0.5));
   const bool near = nearest ? isfinite(x) && isfinite(y) : x > -1 && x < columns && y > -1 && y < rows;
+  sample.column = x;
+  sample.row = y;
   sample.touches = nearest ? near && sample.width > 0 : near;
   if (sample.touches) {
     sample.x = nearest ? nearest_axis(x, sample.width) : bilinear_axis(x, sample.width);

@@ -66,7 +66,8 @@ __device__ __forceinline__ void forward_team(const Task& task, const Level* leve
 }
 
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>) ms_deform_attn_forward(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    ms_deform_attn_forward(const __grid_constant__ Task task) {
   using Split = Team<T, kChannels>;
   // One point a lane; the odd stride puts what neighbouring teams read at the same time into different banks.
   __shared__ Corners<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];

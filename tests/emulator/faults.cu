@@ -24,7 +24,9 @@ __global__ void lane_missing(int* data) {
   data[threadIdx.x] = __shfl_xor_sync(0xffffffffu, data[threadIdx.x], 1);
 }
 
-__global__ void caller_not_in_mask(int* data) { data[threadIdx.x] = __shfl_sync(0x0000ffffu, data[threadIdx.x], 0); }
+__global__ void caller_not_in_mask(int* data) {
+  data[threadIdx.x] = __shfl_sync(0x0000ffffu, data[threadIdx.x], 0);
+}
 
 __global__ void source_not_in_mask(int* data) {
   if (threadIdx.x < 16) data[threadIdx.x] = __shfl_sync(0x0000ffffu, data[threadIdx.x], 20);
@@ -60,9 +62,9 @@ int main(int, char** arguments) {
     void (*kernel)(int*);
   } faults[] = {
 #define FAULT(NAME) {#NAME, NAME}
-      FAULT(missing_barrier),      FAULT(divergent_barrier), FAULT(lane_missing),   FAULT(caller_not_in_mask),
-      FAULT(source_not_in_mask),   FAULT(shared_overrun),    FAULT(global_overrun), FAULT(dynamic_shared_overrun),
-      FAULT(different_operations),
+      FAULT(missing_barrier),    FAULT(divergent_barrier),      FAULT(lane_missing),
+      FAULT(caller_not_in_mask), FAULT(source_not_in_mask),     FAULT(shared_overrun),
+      FAULT(global_overrun),     FAULT(dynamic_shared_overrun), FAULT(different_operations),
   };
   try {
     for (const auto& fault : faults)

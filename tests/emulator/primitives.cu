@@ -83,7 +83,8 @@ int main() {
     lost += number == number && __float2half_rn(number).bits != bits;
   }
   print("lost_halves", &lost, 1);
-  const float numbers_between[] = {1.00048828125f, 1.00146484375f, 65519.9f, 65520.f, 6e-8f, 2.9e-8f, 1e-5f, -0.1f};
+  const float numbers_between[] = {1.00048828125f, 1.00146484375f, 65519.9f, 65520.f,
+                                   6e-8f,          2.9e-8f,        1e-5f,    -0.1f};
   double halves[8], bfloats[8];
   for (int n = 0; n < 8; ++n) {
     halves[n] = __half2float(__float2half_rn(numbers_between[n]));
