@@ -71,7 +71,7 @@ def ours(args, method, grad_output, *, needed=ALL, deterministic=False):
 
 
 def assert_right(args, method="bilinear", *, deterministic=False):
-    """Error at most twice that of plain torch in the dtype, or what sums of some 50 terms in another order may differ."""
+    """Error at most twice that of plain torch in the dtype; sums of some 50 terms in another order may differ."""
     value = args[0]
     shape = (value.shape[0], args[3].shape[1], value.shape[2] * value.shape[3])
     grad_output = torch.randn(shape, dtype=torch.float64).to(value.dtype)
@@ -230,7 +230,8 @@ def test_addresses_that_are_not_whole_vectors(deterministic):
     args = make(32)
     storage = torch.cat([torch.zeros(1), args[0].flatten()])
     args[0] = storage[1:].view_as(args[0])
-    assert args[0].data_ptr() % 16 and args[0].is_contiguous()
+    assert args[0].data_ptr() % 16
+    assert args[0].is_contiguous()
     assert_right(args, deterministic=deterministic)
 
 

@@ -6,8 +6,9 @@
 
 namespace vitkern {
 
-// Adds kCount numbers to the vector of as many that lies `vector` such vectors from `first`. On sm_90 and later four
-// floats go in one reduction, for which vectors of them are aligned; doubles and older cards go one by one.
+// Adds kCount numbers to the vector of as many that lies `vector` such vectors from `first`. On sm_90 and
+// later four floats go in one reduction, for which vectors of them are aligned; doubles and older cards go
+// one by one.
 template <int kCount, typename A>
 __device__ __forceinline__ void atomic_add(A* first, uint32_t vector, const A (&addends)[kCount]) {
   struct Numbers {

@@ -21,10 +21,11 @@ __device__ __forceinline__ unsigned team_ballot(bool predicate) {
   }
 }
 
-// Sums kValues (a power of two) over the lanes of each team and leaves the sums spread over it: while there are
-// values to halve, each step keeps half of them and hands the other half across, so the shuffles number about
-// kValues + log2(kLanes) instead of kValues * log2(kLanes). Lane i then holds, in front, the sums of the values from
-// i * kValues / kLanes on: one of them, or kValues / kLanes where the team is smaller. All of the warp must call it.
+// Sums kValues (a power of two) over the lanes of each team and leaves the sums spread over it: while there
+// are values to halve, each step keeps half of them and hands the other half across, so the shuffles number
+// about kValues + log2(kLanes) instead of kValues * log2(kLanes). Lane i then holds, in front, the sums of
+// the values from i * kValues / kLanes on: one of them, or kValues / kLanes where the team is smaller. All of
+// the warp must call it.
 template <int kLanes, int kValues, typename A, int kSize>
 __device__ __forceinline__ void scatter_sums(A (&values)[kSize]) {
   static_assert(kValues <= kSize);

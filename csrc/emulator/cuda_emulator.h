@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on the CPU, for tests: g++ compiles the .cu file that nvcc compiles, unchanged.
 //
-// Each CUDA thread is a fiber: a stack of its own and a switch of a dozen instructions. A block lives on one OS
-// thread, which runs each fiber up to its next barrier or warp operation; blocks spread over OpenMP threads.
+// Each CUDA thread is a fiber: a stack of its own and a switch of a dozen instructions. A block lives on one
+// OS thread, which runs each fiber up to its next barrier or warp operation; blocks spread over OpenMP
+// threads.
 // CUDA_EMU_ORDER=1 runs the threads of a block backwards: a result that differs depends on the order.
 //
-// Caught, with kernel and block named: barriers that part of a block never reaches, warp operations whose lanes do
-// not all come or whose mask lacks one, impossible launches; and under AddressSanitizer and UBSan, overruns.
+// Caught, with kernel and block named: barriers that part of a block never reaches, warp operations whose
+// lanes do not all come or whose mask lacks one, impossible launches; and under AddressSanitizer and UBSan,
+// overruns.
 // Not modelled: memory ordering inside a block, the order of atomics, speed.
 #pragma once
 
@@ -35,7 +37,7 @@ inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
 inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
 
-// ---- The switch: saves what a call must preserve, exchanges stacks, returns on the other ----------------------------
+// ---- The switch: saves what a call must preserve, exchanges stacks, returns on the other
 
 extern "C" void vitkern_switch_stack(void** saved, void* next);
 
@@ -125,8 +127,8 @@ struct Fiber {
   Meeting meeting{};
 };
 
-// The block that this OS thread runs. Fibers are kept for later blocks: a stack that AddressSanitizer has seen in use
-// must not begin anew.
+// The block that this OS thread runs. Fibers are kept for later blocks: a stack that AddressSanitizer has
+// seen in use must not begin anew.
 class Block {
  public:
   static Block& current() {

@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0
-// What a kernel's source says, in terms of the emulator: qualifiers, built-in variables, intrinsics, runtime calls.
-// Included by cuda_emulator.h.
+// SPDX-License-Identifier: Apache-2.0 What a kernel's source says, in terms of the emulator: qualifiers,
+// built-in variables, intrinsics, runtime calls. Included by cuda_emulator.h.
 #pragma once
 
 #define __global__
@@ -22,7 +21,7 @@ using std::fma;
 using std::max;
 using std::min;
 
-// ---- Block and warp -------------------------------------------------------------------------------------------------
+// ---- Block and warp
 
 inline void __syncthreads() { emulator::Block::current().sync_threads(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
@@ -68,7 +67,7 @@ T __shfl_down_sync(unsigned mask, T value, int distance, int width = 32) {
   return emulator::shuffle("__shfl_down_sync", mask, value, width, [&](int lane) { return lane + distance; });
 }
 
-// ---- Memory and arithmetic ------------------------------------------------------------------------------------------
+// ---- Memory and arithmetic
 
 template <typename T>
 T __ldg(const T* address) {
@@ -118,7 +117,7 @@ inline __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 addend) {
   });
 }
 
-// ---- The runtime: one device, no waiting ----------------------------------------------------------------------------
+// ---- The runtime: one device, no waiting
 
 using cudaError_t = int;
 using cudaStream_t = void*;

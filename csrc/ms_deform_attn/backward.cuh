@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // ms_deform_attn backward, eqs. (5) to (7) of docs/derivations/ms_deform_attn.md.
 //
-// Work split: as in forward, a team (device.cuh) owns one image, query and head, and its lanes locate one point each.
-// For a point the lanes multiply their channels of grad_output with those of the four pixels; shuffles sum the four
-// products over the team, and the lane that located the point turns them into its three gradients.
-// Memory: value is gathered as in forward, grad_value scattered with vector reductions into the accumulator type;
-// grad_locations and grad_weights are written once, coalesced.
+// Work split: as in forward, a team (device.cuh) owns one image, query and head, and its lanes locate one
+// point each. For a point the lanes multiply their channels of grad_output with those of the four pixels;
+// shuffles sum the four products over the team, and the lane that located the point turns them into its three
+// gradients.
+// Memory: value is gathered as in forward, grad_value scattered with vector reductions into the accumulator
+// type; grad_locations and grad_weights are written once, coalesced.
 // Numerics: only the order of the reductions into grad_value is left to chance.
 #pragma once
 
@@ -14,8 +15,8 @@
 
 namespace vitkern {
 
-// A point in shared memory: what all lanes read, the products of grad_output with its four pixels, summed over the
-// team, and what its own lane would otherwise hold in registers all the way.
+// A point in shared memory: what all lanes read, the products of grad_output with its four pixels, summed
+// over the team, and what its own lane would otherwise hold in registers all the way.
 template <typename A>
 struct GradPoint {
   Corners<A> corners;
@@ -23,8 +24,9 @@ struct GradPoint {
   A column, row, weight;
 };
 
-// One point, the lane's channels: adds the products of grad_output and pixels to `products`, and to grad_value the
-// point's part, eq. (5). A point that touches nothing reads the first pixel in vain, which spares a branch.
+// One point, the lane's channels: adds the products of grad_output and pixels to `products`, and to
+// grad_value the point's part, eq. (5). A point that touches nothing reads the first pixel in vain, which
+// spares a branch.
 template <int kCorners, int kVector, typename T, typename A = Accumulator<T>>
 __device__ __forceinline__ void scatter_point(const Corners<A>& corners, const T* value, A* grad_value,
                                               bool coordinates, bool scatter, const A (&grad)[kVector],

@@ -22,8 +22,8 @@ constexpr int64_t kMaxLevels = 1024;  // their table takes 16 KB of shared memor
 int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 int64_t bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams share with its heads:
-// queries, or pixels; `lanes` and `vector` those of a team.
+// Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams share with its
+// heads: queries, or pixels; `lanes` and `vector` those of a team.
 Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int vector) {
   if (p.pixels > kMax31Bits) refuse("more than 2^31 - 1 pixels an image");
   if (p.levels > kMaxLevels) refuse("more than 1024 levels");
@@ -82,7 +82,8 @@ void dispatch_dtype(DType dtype, const Call& call) {
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }
 
-// Calls with the value's type and, where whole vectors can be loaded, the number of channels; else with 0 for it.
+// Calls with the value's type and, where whole vectors can be loaded, the number of channels; else with 0 for
+// it.
 template <typename Call>
 void dispatch(const MsDeformAttnParams& p, const Call& call) {
   const bool vectors =

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // grad_value without atomics, eq. (5), bit for bit the same each time ("Deterministic" in the derivation).
 //
-// Each point is filed under the last pixel that it touches, the one below and to the right; the caller sorts the
-// points by it, stably. So a pixel finds its points under itself and its neighbours to the right, below, and both:
-// two runs of the sorted order, for neighbours in a row are neighbours in it.
-// Work split: a team (device.cuh) owns one image, pixel and head. In rounds of one point a lane, the lanes locate
-// the points of a run, those that touch the pixel move together, and all lanes add up their channels of grad_output.
-// Numerics: each sum runs in the sorted order, whatever the schedule; NaN and infinities spread as in any sum.
+// Each point is filed under the last pixel that it touches, the one below and to the right; the caller sorts
+// the points by it, stably. So a pixel finds its points under itself and its neighbours to the right, below,
+// and both: two runs of the sorted order, for neighbours in a row are neighbours in it.
+// Work split: a team (device.cuh) owns one image, pixel and head. In rounds of one point a lane, the lanes
+// locate the points of a run, those that touch the pixel move together, and all lanes add up their channels
+// of grad_output.
+// Numerics: each sum runs in the sorted order, whatever the schedule; NaN and infinities spread as in any
+// sum.
 #pragma once
 
 #include "ms_deform_attn/device.cuh"
@@ -58,7 +60,8 @@ __device__ __forceinline__ bool part_of_pixel(const Task& task, const Level* lev
   return takes;
 }
 
-// Adds the points order[begin .. end) to the lane's channels. All of the warp calls it, each team with its own run.
+// Adds the points order[begin .. end) to the lane's channels. All of the warp calls it, each team with its
+// own run.
 template <typename T, int kLanes, int kVector>
 __device__ __forceinline__ void add_run(const Task& task, const Level* levels, const int64_t* order,
                                         int64_t begin, int64_t end, uint32_t level, uint32_t pixel,

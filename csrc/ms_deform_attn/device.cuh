@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CUDA kernels of ms_deform_attn share: who works on what, and where a sampling point falls.
 //
-// Work split: the channels of one image, query and head belong to a team of neighbouring lanes, 16 bytes of value to
-// each lane. Before a team walks through its points, each of its lanes works out the coordinates of one of them and
-// leaves pixels and weights in shared memory: a point is located once, not once a channel.
+// Work split: the channels of one image, query and head belong to a team of neighbouring lanes, 16 bytes of
+// value to each lane. Before a team walks through its points, each of its lanes works out the coordinates of
+// one of them and leaves pixels and weights in shared memory: a point is located once, not once a channel.
 #pragma once
 
 #include <type_traits>
@@ -17,12 +17,13 @@ namespace vitkern {
 constexpr int kThreads = 256;
 static_assert(kThreads % kWarpLanes == 0);
 
-// Blocks of an SM that the registers must allow: half of the SM's threads with floats, a quarter with doubles.
+// Blocks of an SM that the registers must allow: half of the SM's threads with floats, a quarter with
+// doubles.
 template <typename T>
 constexpr int kMinBlocks = sizeof(Accumulator<T>) == 4 ? 4 : 2;
 
-// MsDeformAttnParams as the kernels want them, made by cuda.cu: sizes that were checked to fit 32 bits, and quotients
-// that each thread would have to work out again.
+// MsDeformAttnParams as the kernels want them, made by cuda.cu: sizes that were checked to fit 32 bits, and
+// quotients that each thread would have to work out again.
 struct Task {
   uint32_t pixels, heads, channels, levels, points;  // S, M, D, L, K
   uint32_t teams;                                    // of an image: rows * heads; rows are queries or pixels
@@ -88,9 +89,9 @@ __device__ __forceinline__ void store_coordinate(void* data, int64_t index, bool
   }
 }
 
-// The two pixels of a sample along one axis, their shares of it, and the shares' slopes, eqs. (3) and (7). Beyond the
-// border there is no pixel: there the inner one stands in and both carry half of its share. So nothing is read that
-// does not count, and no reader needs to ask.
+// The two pixels of a sample along one axis, their shares of it, and the shares' slopes, eqs. (3) and (7).
+// Beyond the border there is no pixel: there the inner one stands in and both carry half of its share. So
+// nothing is read that does not count, and no reader needs to ask.
 template <typename A>
 struct Axis {
   int pixel[2];
@@ -129,7 +130,8 @@ struct Sample {
   uint32_t level, first;  // first pixel of the level
 };
 
-// A level, read once a block into shared memory. Of an empty one nothing can be touched: -1 < x < -1 is never true.
+// A level, read once a block into shared memory. Of an empty one nothing can be touched: -1 < x < -1 is never
+// true.
 struct alignas(16) Level {
   int width, height;
   uint32_t first;
@@ -158,8 +160,8 @@ __device__ __forceinline__ uint32_t level_of_point(const Task& task, uint32_t po
   return level;
 }
 
-// Point `point` of its query and head, number `index` of all, eqs. (2) to (4). Every comparison with NaN is false: a
-// location that is not a number touches nothing.
+// Point `point` of its query and head, number `index` of all, eqs. (2) to (4). Every comparison with NaN is
+// false: a location that is not a number touches nothing.
 template <typename T>
 __device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const Level* levels, int64_t index,
                                                          uint32_t point, bool nearest) {
@@ -171,7 +173,8 @@ __device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const
   sample.level = level_of_point(task, point);
   Level level = levels[sample.level];
   if (!level.fits) {
-    // Rather than fault, or drop the points in silence, the result is NaN: the first pixel counts with that weight.
+    // Rather than fault, or drop the points in silence, the result is NaN: the first pixel counts with that
+    // weight.
     level = {1, 1, 0, true};
     sample.weight = A(NAN);
     x = y = A(0.5);
@@ -180,7 +183,8 @@ __device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const
   sample.height = level.height;
   sample.first = level.first;
 
-  // The product is rounded before the shift, as in torch: the same location is in the same cell on every backend.
+  // The product is rounded before the shift, as in torch: the same location is in the same cell on every
+  // backend.
   const A columns = static_cast<A>(sample.width), rows = static_cast<A>(sample.height);
   x = product(x, columns) + (nearest ? A(0.5) : A(-0.5));
   y = product(y, rows) + (nearest ? A(0.5) : A(-0.5));
@@ -195,7 +199,8 @@ __device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const
   return sample;
 }
 
-// What the lanes of a team need of a point: which pixels, and how much of each, eq. (1). Nearest uses the first only.
+// What the lanes of a team need of a point: which pixels, and how much of each, eq. (1). Nearest uses the
+// first only.
 template <typename A>
 struct alignas(16) Corners {
   A share[4];          // times the attention weight

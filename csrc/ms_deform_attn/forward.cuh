@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // ms_deform_attn forward, eq. (1) of docs/derivations/ms_deform_attn.md.
 //
-// Work split: a team (device.cuh) makes the output of one image, query and head. In rounds of one point a lane, the
-// lanes locate the points, the points that touch a pixel move together, and all lanes walk through them.
+// Work split: a team (device.cuh) makes the output of one image, query and head. In rounds of one point a
+// lane, the lanes locate the points, the points that touch a pixel move together, and all lanes walk through
+// them.
 // Memory: locations and weights are read once and coalesced, value through L1 and L2, output written once.
-// Numerics: sums in the accumulator type, in the order of the points; a pixel that does not count is not read.
+// Numerics: sums in the accumulator type, in the order of the points; a pixel that does not count is not
+// read.
 #pragma once
 
 #include "ms_deform_attn/device.cuh"
@@ -27,8 +29,8 @@ __device__ __forceinline__ int stage_touching(const Task& task, const Level* lev
   return __popc(touching);
 }
 
-// Adds `count` staged points to the lane's channels: two at a time, to have eight loads under way, where the registers
-// for eight channels leave room for it.
+// Adds `count` staged points to the lane's channels: two at a time, to have eight loads under way, where the
+// registers for eight channels leave room for it.
 template <int kCorners, int kVector, typename T>
 __device__ __forceinline__ void add_points(const Corners<Accumulator<T>>* points, int count, const T* value,
                                            Accumulator<T> (&sum)[kVector]) {

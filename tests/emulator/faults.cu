@@ -1,5 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0
-// Kernels with a planted fault each, started by name. Prints what they compute, or how the emulator stopped them.
+// SPDX-License-Identifier: Apache-2.0 Kernels with a planted fault each, started by name. Prints what they
+// compute, or how the emulator stopped them.
 #include <cstdio>
 #include <cstring>
 
