@@ -20,10 +20,8 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <exception>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -147,6 +145,7 @@ class Block {
     // Exactly the size asked for, and NaN: overruns meet a red zone, and reading what nobody wrote shows.
     std::vector<char>(shared_bytes, '\xff').swap(dynamic_shared);
     threads_ = static_cast<int>(block.x * block.y * block.z);
+    waiting_.assign((threads_ + kWarpLanes - 1) / kWarpLanes, 0);
     while (static_cast<int>(fibers_.size()) < threads_) add_fiber();
     for (int i = 0; i < threads_; ++i) {
       const unsigned t = i;
@@ -193,19 +192,22 @@ class Block {
     me.meeting = {operation, mask, source, value};
     me.waits = Waits::kForWarp;
 
+    unsigned& waiting = waiting_[first / kWarpLanes];
+    waiting |= 1u << lane;
+    if ((waiting & mask) != mask) {
+      yield();
+      return me.meeting.value;
+    }
+    waiting &= ~mask;
     uint64_t values[kWarpLanes] = {}, bits = 0;
     for (int i = 0; i < lanes; ++i) {
       if (!in_mask(i)) continue;
-      const Fiber& other = *fibers_[first + i];
-      if (other.waits != Waits::kForWarp) {
-        yield();
-        return me.meeting.value;
-      }
-      if (other.meeting.operation != operation || other.meeting.mask != mask)
-        fail(std::string("lanes of a warp meet in ") + operation + " and " + other.meeting.operation +
+      const Meeting& other = fibers_[first + i]->meeting;
+      if (other.operation != operation || other.mask != mask)
+        fail(std::string("lanes of a warp meet in ") + operation + " and " + other.operation +
              ", or with different masks");
-      values[i] = other.meeting.value;
-      bits |= uint64_t{values[i] != 0} << i;
+      values[i] = other.value;
+      bits |= uint64_t{other.value != 0} << i;
     }
     for (int i = 0; i < lanes; ++i) {
       if (!in_mask(i)) continue;
@@ -275,6 +277,7 @@ class Block {
   }
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<unsigned> waiting_;  // for each warp, the lanes in a warp operation
   int threads_ = 0;
   const char* kernel_ = "";
   const std::function<void()>* body_ = nullptr;
@@ -283,28 +286,6 @@ class Block {
   const void* scheduler_bottom_ = nullptr;
   size_t scheduler_bytes_ = 0;
 };
-
-inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                   const std::function<void()>& body) {
-  const int64_t threads = int64_t{block.x} * block.y * block.z, blocks = int64_t{grid.x} * grid.y * grid.z;
-  if (threads < 1 || threads > 1024 || blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || shared_bytes > (227u << 10))
-    throw std::runtime_error(std::string("emulated kernel ") + kernel + ": impossible launch configuration");
-  std::exception_ptr error;
-  std::mutex error_guard;
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t i = 0; i < blocks; ++i) {
-    const uint3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                      static_cast<unsigned>(i / grid.x / grid.y)};
-    try {
-      Block::current().run(kernel, grid, block, index, shared_bytes, body);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(error_guard);
-      if (!error) error = std::current_exception();
-    }
-  }
-  if (error) std::rethrow_exception(error);
-}
 
 }  // namespace emulator
 

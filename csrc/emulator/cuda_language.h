@@ -2,6 +2,9 @@
 // built-in variables, intrinsics, runtime calls. Included by cuda_emulator.h.
 #pragma once
 
+#include <exception>
+#include <mutex>
+
 #define __global__
 #define __device__
 #define __host__
@@ -118,6 +121,33 @@ inline __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 addend) {
 }
 
 // ---- The runtime: one device, no waiting
+
+namespace emulator {
+
+// The blocks of a grid, spread over OpenMP threads. The first failure is thrown.
+inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                   const std::function<void()>& body) {
+  const int64_t threads = int64_t{block.x} * block.y * block.z, blocks = int64_t{grid.x} * grid.y * grid.z;
+  if (threads < 1 || threads > 1024 || blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > (227u << 10))
+    throw std::runtime_error(std::string("emulated kernel ") + kernel + ": impossible launch configuration");
+  std::exception_ptr error;
+  std::mutex error_guard;
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t i = 0; i < blocks; ++i) {
+    const uint3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                      static_cast<unsigned>(i / grid.x / grid.y)};
+    try {
+      Block::current().run(kernel, grid, block, index, shared_bytes, body);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_guard);
+      if (!error) error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace emulator
 
 using cudaError_t = int;
 using cudaStream_t = void*;

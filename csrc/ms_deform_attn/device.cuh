@@ -76,7 +76,8 @@ __device__ __forceinline__ int64_t first_pixel(const Task& task, const Place& pl
 // Locations and weights come in the type of value or in its accumulator, the same for the whole launch.
 template <typename T>
 __device__ __forceinline__ Accumulator<T> load_coordinate(const void* data, int64_t index, bool wide) {
-  if (wide) return __ldg(static_cast<const Accumulator<T>*>(data) + index);
+  if (wide || std::is_same_v<T, Accumulator<T>>)
+    return __ldg(static_cast<const Accumulator<T>*>(data) + index);
   return widen(__ldg(static_cast<const T*>(data) + index));
 }
 
@@ -135,7 +136,7 @@ struct Sample {
 struct alignas(16) Level {
   int width, height;
   uint32_t first;
-  bool fits;  // all of it lies in value
+  uint32_t fits;  // whether all of it lies in value
 };
 
 __device__ __forceinline__ void load_levels(const Task& task, Level* levels) {
@@ -175,7 +176,7 @@ __device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const
   if (!level.fits) {
     // Rather than fault, or drop the points in silence, the result is NaN: the first pixel counts with that
     // weight.
-    level = {1, 1, 0, true};
+    level = {1, 1, 0, 1};
     sample.weight = A(NAN);
     x = y = A(0.5);
   }
