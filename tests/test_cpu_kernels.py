@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from vitkern import _C, reference
 from vitkern.ops import native
 

@@ -30,7 +30,9 @@ def attend(value, locations, weights):
     return vitkern.ms_deform_attn(value, SHAPES, STARTS, locations, weights)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, {}), (torch.float32, {"rtol": 1e-2, "atol": 1e-3})])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, {}), (torch.float32, {"rtol": 1e-2, "atol": 1e-3})]
+)
 def test_forward_equals_the_formula_in_plain_torch(dtype, tolerance):
     value, locations, weights = make(2, dtype)
     expected = ms_deform_attn_by_grid_sample(value, SHAPES.tolist(), locations, weights)
