@@ -49,13 +49,18 @@ def yardstick(inputs: MsDeformAttnInputs):
 
 
 def agree(inputs: MsDeformAttnInputs) -> bool:
-    """Whether output and gradients match, as far as the dtype of the yardstick allows."""
-    tolerance = 1e-4 if inputs.value.dtype == torch.float32 else 0.1
-    inputs = inputs.to(inputs.value.dtype).requires_grad_()
+    """Whether output and gradients are those of the yardstick in float32, as far as the dtype can tell."""
+    tolerance = 1e-4 if inputs.value.dtype == torch.float32 else 1e-2
+    exact = inputs.to(torch.float32).requires_grad_()
+    rounded = inputs.to(inputs.value.dtype).requires_grad_()
     results = []
-    for function in (ours(inputs), yardstick(inputs)):
-        output = function(*inputs.differentiable())
-        results.append([output, *torch.autograd.grad(output.sum(), inputs.differentiable()[::2])])
+    for function, tensors in (
+        (ours(rounded), rounded.differentiable()),
+        (yardstick(exact), exact.differentiable()),
+    ):
+        output = function(*tensors)
+        # Not of the locations: their gradient jumps at the edge of a pixel, where the two may round apart.
+        results.append([output, *torch.autograd.grad(output.sum(), tensors[::2])])
     return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(*results))
 
 

@@ -9,18 +9,18 @@ from collections.abc import Callable
 import torch
 
 
-def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 7, seconds: float = 20.0):
+def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 20.0):
     """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met.
 
-    Every sample is made of as many calls as take a millisecond, so that the clock's grain and the first touch of a
-    sleeping thread pool do not count.
+    A sample is as many calls as take 20 ms: no variant then pays for the caches that the one before it has filled, or for
+    waking the thread pool, any more than it would in a loop of its own.
     """
     calls = {}
     for name, run in variants.items():
         run()
         started = time.perf_counter()
         run()
-        calls[name] = max(1, round(1e-3 / max(time.perf_counter() - started, 1e-7)))
+        calls[name] = max(1, round(20e-3 / max(time.perf_counter() - started, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     deadline = time.perf_counter() + seconds
     for done in range(rounds):

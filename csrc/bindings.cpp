@@ -26,10 +26,10 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using Sizes = std::array<int64_t, 7>;       // B, S, M, D, Q, L, K
-using Inputs = std::array<uintptr_t, 5>;    // value, spatial_shapes, level_start, locations, weights
-using Gradients = std::array<uintptr_t, 3>; // grad_value, grad_locations, grad_weights; 0 = not wanted
-using Codes = std::array<int32_t, 3>;       // sampling, value_dtype, coord_dtype
+using Sizes = std::array<int64_t, 7>;        // B, S, M, D, Q, L, K
+using Inputs = std::array<uintptr_t, 5>;     // value, spatial_shapes, level_start, locations, weights
+using Gradients = std::array<uintptr_t, 3>;  // grad_value, grad_locations, grad_weights; 0 = not wanted
+using Codes = std::array<int32_t, 3>;        // sampling, value_dtype, coord_dtype
 
 // What every pass on every device is told. `point_end` is empty where all levels have K / L points.
 MsDeformAttnParams ms_deform_attn_params(const Inputs& inputs, const Sizes& sizes,
@@ -42,7 +42,8 @@ MsDeformAttnParams ms_deform_attn_params(const Inputs& inputs, const Sizes& size
   params.queries = sizes[4];
   params.levels = sizes[5];
   params.points = sizes[6];
-  if (point_end.size() > kMaxRaggedLevels) throw std::invalid_argument("too many levels of unequal point counts");
+  if (point_end.size() > kMaxRaggedLevels)
+    throw std::invalid_argument("too many levels of unequal point counts");
   params.ragged = !point_end.empty();
   for (size_t level = 0; level < point_end.size(); ++level)
     params.point_end[level] = static_cast<uint16_t>(point_end[level]);
@@ -65,8 +66,8 @@ void set_gradients(MsDeformAttnParams& params, uintptr_t grad_output, const Grad
 }
 
 #ifndef VITKERN_EMULATED
-void forward_cpu(const Inputs& inputs, uintptr_t output, const Sizes& sizes, const std::vector<int64_t>& point_end,
-                 const Codes& codes, int threads) {
+void forward_cpu(const Inputs& inputs, uintptr_t output, const Sizes& sizes,
+                 const std::vector<int64_t>& point_end, const Codes& codes, int threads) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
   params.output = pointer<void>(output);
   params.threads = threads;
@@ -83,8 +84,8 @@ void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& 
 #endif
 
 #ifdef VITKERN_WITH_CUDA
-void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes, const std::vector<int64_t>& point_end,
-                  const Codes& codes, int device, uintptr_t stream) {
+void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes,
+                  const std::vector<int64_t>& point_end, const Codes& codes, int device, uintptr_t stream) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
   params.output = pointer<void>(output);
   params.device = device;
@@ -92,8 +93,9 @@ void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes, co
   ms_deform_attn_forward_cuda(params);
 }
 
-void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients, const Sizes& sizes,
-                   const std::vector<int64_t>& point_end, const Codes& codes, int device, uintptr_t stream) {
+void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients,
+                   const Sizes& sizes, const std::vector<int64_t>& point_end, const Codes& codes, int device,
+                   uintptr_t stream) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
   set_gradients(params, grad_output, gradients);
   params.device = device;
@@ -101,17 +103,18 @@ void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients&
   ms_deform_attn_backward_cuda(params);
 }
 
-void cells_cuda(const Inputs& inputs, uintptr_t cells, const Sizes& sizes, const std::vector<int64_t>& point_end,
-                const Codes& codes, int device, uintptr_t stream) {
+void cells_cuda(const Inputs& inputs, uintptr_t cells, const Sizes& sizes,
+                const std::vector<int64_t>& point_end, const Codes& codes, int device, uintptr_t stream) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
   params.device = device;
   params.stream = pointer<void>(stream);
   ms_deform_attn_cells_cuda(params, pointer<int64_t>(cells));
 }
 
-void gather_grad_value_cuda(const Inputs& inputs, uintptr_t grad_output, uintptr_t grad_value, uintptr_t order,
-                            uintptr_t first, const Sizes& sizes, const std::vector<int64_t>& point_end,
-                            const Codes& codes, int device, uintptr_t stream) {
+void gather_grad_value_cuda(const Inputs& inputs, uintptr_t grad_output, uintptr_t grad_value,
+                            uintptr_t order, uintptr_t first, const Sizes& sizes,
+                            const std::vector<int64_t>& point_end, const Codes& codes, int device,
+                            uintptr_t stream) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
   set_gradients(params, grad_output, {grad_value, 0, 0});
   params.device = device;

@@ -72,7 +72,8 @@ const IsaEntry& usable(const std::string& name) {
   std::string known;
   for (const IsaEntry& entry : entries()) {
     if (name == entry.name && entry.supported) return entry;
-    known += std::string(known.empty() ? "" : ", ") + entry.name + (entry.supported ? "" : " (not on this chip)");
+    known +=
+        std::string(known.empty() ? "" : ", ") + entry.name + (entry.supported ? "" : " (not on this chip)");
   }
   throw std::invalid_argument("cpu instruction set '" + name + "' cannot be used; this build has: " + known);
 }
@@ -113,8 +114,6 @@ std::string cpu_isa_name() {
   return "baseline";
 }
 
-void set_cpu_isa(const std::string& name) {
-  chosen().store(usable(name).isa);
-}
+void set_cpu_isa(const std::string& name) { chosen().store(usable(name).isa); }
 
 }  // namespace vitkern

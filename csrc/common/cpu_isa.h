@@ -36,12 +36,12 @@ void set_cpu_isa(const std::string& name);
 #else
 #define VITKERN_CASE_AVX2(CALL)
 #endif
-#define VITKERN_DISPATCH_ISA(CALL)   \
-  switch (cpu_isa()) {               \
-    VITKERN_CASE_AVX512(CALL)        \
-    VITKERN_CASE_AVX2(CALL)          \
-    default:                         \
-      return isa_baseline::CALL;     \
+#define VITKERN_DISPATCH_ISA(CALL) \
+  switch (cpu_isa()) {             \
+    VITKERN_CASE_AVX512(CALL)      \
+    VITKERN_CASE_AVX2(CALL)        \
+    default:                       \
+      return isa_baseline::CALL;   \
   }
 
 }  // namespace vitkern

@@ -33,15 +33,16 @@ struct MsDeformAttnParams {
 
   Sampling sampling;
   DType value_dtype;  // of value, output, grad_output
-  DType coord_dtype;  // of locations, weights and their gradients: value_dtype or its accumulator (float, double)
+  DType
+      coord_dtype;  // of locations, weights and their gradients: value_dtype or its accumulator (float, double)
 
   // Inputs.
-  const void* value;                // [B, S, M, D]
-  const int64_t* spatial_shapes;    // [L, 2] as (height, width)
-  const int64_t* level_start;       // [L] first pixel of each level
-  const void* locations;            // [B, Q, M, K, 2] as (x, y), 1 = the level's full width and height
-  const void* weights;              // [B, Q, M, K]
-  const void* grad_output;          // [B, Q, M, D], backward only
+  const void* value;              // [B, S, M, D]
+  const int64_t* spatial_shapes;  // [L, 2] as (height, width)
+  const int64_t* level_start;     // [L] first pixel of each level
+  const void* locations;          // [B, Q, M, K, 2] as (x, y), 1 = the level's full width and height
+  const void* weights;            // [B, Q, M, K]
+  const void* grad_output;        // [B, Q, M, D], backward only
 
   // Outputs, all fully written unless said otherwise. A gradient that nobody wants is a null pointer.
   void* output;          // [B, Q, M, D], forward only
