@@ -26,8 +26,10 @@ CHANNELS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
 STRIDES = (8, 16, 32, 64)
 IMAGES = ((256, 256), (512, 512), (800, 1333))  # height, width
 
-# The sides round and add up float32 in another order, which makes 1e-6; wrong maths shows as 1e-2 or more.
-TOLERANCE = 1e-4
+# The sides round and add up float32 in another order, which makes 1e-6 of an output. The gradient of a location jumps
+# where it crosses a pixel centre's row or column: of millions of locations some dozens lie so close to one that the two
+# sides round them apart, each to a right answer, which makes up to 5e-3. Wrong maths makes 1e-1 and more of both.
+TOLERANCE = {"forward": 1e-5, "forward + backward": 1e-2}
 SECONDS_OF_TIMING = 2.5  # for a row of the table, but two rounds in any case
 
 
@@ -184,7 +186,7 @@ def table(images: Sequence[tuple[int, int]]) -> bool:
                 queries = comparison.inputs[0].shape[1]
                 what = "forward + backward" if backward else "forward"
                 print(f"{image[0]}x{image[1]:<7}{queries:>7}  {comparison.name:<10}{what:<19}", end="")
-                if not apart <= TOLERANCE:
+                if not apart <= TOLERANCE[what]:
                     passed = False
                     print(f"   FAILED: the two differ by {apart:.1e}")
                     continue
