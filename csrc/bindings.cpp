@@ -42,8 +42,9 @@ MsDeformAttnParams ms_deform_attn_params(const Inputs& inputs, const Sizes& size
   params.queries = sizes[4];
   params.levels = sizes[5];
   params.points = sizes[6];
-  if (point_end.size() > kMaxRaggedLevels)
-    throw std::invalid_argument("too many levels of unequal point counts");
+  if (point_end.size() > kMaxRaggedLevels || (!point_end.empty() && point_end.back() > UINT16_MAX))
+    throw std::invalid_argument("ms_deform_attn: levels of unequal point counts must be at most " +
+                                std::to_string(kMaxRaggedLevels) + ", with at most 65535 points in all");
   params.ragged = !point_end.empty();
   for (size_t level = 0; level < point_end.size(); ++level)
     params.point_end[level] = static_cast<uint16_t>(point_end[level]);
@@ -133,7 +134,6 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
 
   m.attr("version") = VITKERN_VERSION;
   m.attr("compiler") = VITKERN_COMPILER;
-  m.attr("max_ragged_levels") = kMaxRaggedLevels;
 #ifdef VITKERN_WITH_CUDA
   m.attr("cuda_version") = VITKERN_CUDA_VERSION;
   m.attr("cuda_architectures") = VITKERN_CUDA_ARCHITECTURES;

@@ -21,7 +21,7 @@ CpuIsa cpu_isa();
 std::string cpu_isa_name();
 void set_cpu_isa(const std::string& name);
 
-// Calls `KERNELS` of the chosen set: VITKERN_DISPATCH_ISA(ms_deform_attn_forward(params)).
+// Calls a function of the chosen set: VITKERN_DISPATCH_ISA(ms_deform_attn_forward(params)).
 #if defined(VITKERN_HAVE_AVX512)
 #define VITKERN_CASE_AVX512(CALL) \
   case CpuIsa::kAvx512:           \

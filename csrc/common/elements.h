@@ -39,10 +39,10 @@ VITKERN_INLINE Vec<float, N> widen(BFloat16, Vec<uint16_t, N> bits) {
 
 template <int N>
 VITKERN_INLINE Vec<float, N> widen(Half, Vec<uint16_t, N> half) {
-#if defined(__AVX512F__)
+#if VITKERN_VECTOR_EXTENSION && defined(__AVX512F__)
   if constexpr (N == 16) return {(typename Vec<float, N>::Native)_mm512_cvtph_ps((__m256i)half.v)};
 #endif
-#if defined(__F16C__)
+#if VITKERN_VECTOR_EXTENSION && defined(__F16C__)
   if constexpr (N == 8) return {(typename Vec<float, N>::Native)_mm256_cvtph_ps((__m128i)half.v)};
 #endif
   const auto bits = convert<int32_t>(half);
@@ -69,10 +69,10 @@ VITKERN_INLINE Vec<uint16_t, N> narrow(BFloat16, Vec<float, N> x) {
 
 template <int N>
 VITKERN_INLINE Vec<uint16_t, N> narrow(Half, Vec<float, N> x) {
-#if defined(__AVX512F__)
+#if VITKERN_VECTOR_EXTENSION && defined(__AVX512F__)
   if constexpr (N == 16) return {(typename Vec<uint16_t, N>::Native)_mm512_cvtps_ph((__m512)x.v, 0)};
 #endif
-#if defined(__F16C__)
+#if VITKERN_VECTOR_EXTENSION && defined(__F16C__)
   if constexpr (N == 8) return {(typename Vec<uint16_t, N>::Native)_mm256_cvtps_ph((__m256)x.v, 0)};
 #endif
   const auto bits = bit_cast<int32_t>(x);

@@ -6,6 +6,7 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #else
+#include <system_error>
 #include <thread>
 #include <vector>
 #endif
@@ -30,7 +31,12 @@ void run_tasks(int64_t tasks, int threads, TaskFunction function, void* context)
   work(omp_get_thread_num());
 #else
   std::vector<std::thread> others;
-  for (int worker = 1; worker < workers; ++worker) others.emplace_back(work, worker);
+  others.reserve(workers - 1);
+  try {
+    for (int worker = 1; worker < workers; ++worker) others.emplace_back(work, worker);
+  } catch (const std::system_error&) {
+    // The system has no more threads: those that there are do all the tasks.
+  }
   work(0);
   for (std::thread& other : others) other.join();
 #endif

@@ -1,5 +1,6 @@
-// SPDX-License-Identifier: Apache-2.0 Elements of any type as numbers of their accumulator type, 16 bytes at
-// a time where the type and the count allow.
+// SPDX-License-Identifier: Apache-2.0
+// Elements of any type as numbers of their accumulator type, 16 bytes at a time where the type and the count
+// allow.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// SPDX-License-Identifier: Apache-2.0 What a kernel's source says, in terms of the emulator: qualifiers,
-// built-in variables, intrinsics, runtime calls. Included by cuda_emulator.h.
+// SPDX-License-Identifier: Apache-2.0
+// What a kernel's source says, in terms of the emulator: qualifiers, built-in variables, intrinsics, runtime
+// calls. Included by cuda_emulator.h.
 #pragma once
 
 #include <exception>

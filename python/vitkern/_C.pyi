@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 version: str
 compiler: str
-max_ragged_levels: int
 cuda_version: str | None
 cuda_architectures: str
 cuda_reason: str
