@@ -33,9 +33,15 @@ def _fail(argument: str, expected: str, got: object) -> None:
 
 
 def _check(
-    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method
-):
-    """Everything that can be said without reading a tensor's elements. The same for real and fake tensors."""
+    value,
+    spatial_shapes,
+    level_start_index,
+    sampling_locations,
+    attention_weights,
+    points_per_level=None,
+    method="bilinear",
+) -> tuple[int, int, int]:
+    """The shape of the output, if all is well that can be told without reading elements: of real or fake tensors."""
     if value.dim() != 4:
         _fail("value", "[B, S, M, D]", list(value.shape))
     if value.dtype not in backends.DTYPES:
@@ -44,56 +50,40 @@ def _check(
         )
     if method not in native.SAMPLING_CODES:
         _fail("method", "'bilinear' or 'nearest'", repr(method))
-    batch, _, heads, _ = value.shape
+    batch, _, heads, channels = value.shape
     if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
         _fail("spatial_shapes", "[L, 2] as (height, width)", list(spatial_shapes.shape))
     levels = spatial_shapes.shape[0]
     if level_start_index.shape != (levels,):
         _fail("level_start_index", f"[L] with L={levels}", list(level_start_index.shape))
 
+    shape = sampling_locations.shape
     if points_per_level is None:
-        form, dims = f"[B, Q, M, L, P, 2] with B={batch}, M={heads}, L={levels}", 6
-        points = tuple(sampling_locations.shape[3:5])
-        fits = points[:1] == (levels,)
+        form, points = f"[B, Q, M, L, P, 2] with B={batch}, M={heads}, L={levels}", (levels, *shape[4:5])
     else:
-        total = sum(points_per_level)
-        form, dims = f"[B, Q, M, K, 2] with B={batch}, M={heads}, K={total} points in all", 5
-        points = (total,)
         if len(points_per_level) != levels or min(points_per_level, default=0) < 0:
             _fail("points_per_level", f"L={levels} numbers of at least 0", list(points_per_level))
-        fits = sampling_locations.shape[3:4] == (total,)
-    shape = sampling_locations.shape
-    if (
-        sampling_locations.dim() != dims
-        or shape[0] != batch
-        or shape[2] != heads
-        or shape[-1] != 2
-        or not fits
-    ):
+        points = (sum(points_per_level),)
+        form = f"[B, Q, M, K, 2] with B={batch}, M={heads}, K={points[0]} points in all"
+    expected = (batch, *shape[1:2], heads, *points)
+    if shape != (*expected, 2):
         _fail("sampling_locations", form, list(shape))
-    expected = (batch, shape[1], heads, *points)
     if attention_weights.shape != expected:
         _fail(
             "attention_weights", f"{list(expected)}, like sampling_locations", list(attention_weights.shape)
         )
-
-    for name, tensor in (
-        ("sampling_locations", sampling_locations),
-        ("attention_weights", attention_weights),
-    ):
+    coordinates = {"sampling_locations": sampling_locations, "attention_weights": attention_weights}
+    tables = {"spatial_shapes": spatial_shapes, "level_start_index": level_start_index}
+    for name, tensor in coordinates.items():
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"ms_deform_attn: {name} must be floating point, got {tensor.dtype}")
-    for name, tensor in (("spatial_shapes", spatial_shapes), ("level_start_index", level_start_index)):
+    for name, tensor in tables.items():
         if tensor.dtype != torch.int64:
             raise TypeError(f"ms_deform_attn: {name} must be int64, got {tensor.dtype}")
-    for name, tensor in (
-        ("spatial_shapes", spatial_shapes),
-        ("level_start_index", level_start_index),
-        ("sampling_locations", sampling_locations),
-        ("attention_weights", attention_weights),
-    ):
+    for name, tensor in (tables | coordinates).items():
         if tensor.device != value.device:
             _fail(name, f"on value's device {value.device}", tensor.device)
+    return batch, shape[1], heads * channels
 
 
 def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
@@ -154,75 +144,36 @@ def _kernel(name: str, backend: str):
     return getattr(native, f"{name}_{backend}")
 
 
-def _forward(
-    value,
-    spatial_shapes,
-    level_start_index,
-    sampling_locations,
-    attention_weights,
-    points_per_level=None,
-    method="bilinear",
-    backend=None,
-):
-    _check(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_locations,
-        attention_weights,
-        points_per_level,
-        method,
-    )
+def _prepare(*inputs):
+    """The backend, the output's shape, and what launch functions share: checked, contiguous, points flattened."""
+    value, spatial_shapes, level_start_index, *coordinates = inputs[:5]
+    # The dispatcher leaves out trailing arguments that have their default.
+    points_per_level, method, backend = inputs[5:] + (None, "bilinear", None)[len(inputs) - 5 :]
+    shape = _check(*inputs[:7])
     _check_levels(value, spatial_shapes, level_start_index)
-    launch = _kernel("ms_deform_attn_forward", backends.choose(value.device, value.dtype, backend))
-    points = _points_per_level(spatial_shapes, attention_weights, points_per_level)
-    locations, weights = _coordinates(value, sampling_locations, attention_weights)
-    shapes, starts = spatial_shapes.contiguous(), level_start_index.contiguous()
-    return launch(value.contiguous(), shapes, starts, locations, weights, points, method)
+    points = _points_per_level(spatial_shapes, coordinates[1], points_per_level)
+    tables = spatial_shapes.contiguous(), level_start_index.contiguous()
+    arguments = (value.contiguous(), *tables, *_coordinates(value, *coordinates), points, method)
+    return backends.choose(value.device, value.dtype, backend), shape, arguments
 
 
-def _backward(
-    grad_output,
-    needed,
-    value,
-    spatial_shapes,
-    level_start_index,
-    sampling_locations,
-    attention_weights,
-    points_per_level=None,
-    method="bilinear",
-    backend=None,
-):
-    _check(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_locations,
-        attention_weights,
-        points_per_level,
-        method,
-    )
-    _check_grad_output(grad_output, value, sampling_locations)
-    _check_levels(value, spatial_shapes, level_start_index)
-    launch = _kernel("ms_deform_attn_backward", backends.choose(value.device, value.dtype, backend))
-    points = _points_per_level(spatial_shapes, attention_weights, points_per_level)
-    locations, weights = _coordinates(value, sampling_locations, attention_weights)
-    gradients = launch(
-        grad_output.to(value.dtype).contiguous(),
+def _forward(*inputs):
+    backend, _, arguments = _prepare(*inputs)
+    return _kernel("ms_deform_attn_forward", backend)(*arguments)
+
+
+def _backward(grad_output, needed, *inputs):
+    backend, shape, arguments = _prepare(*inputs)
+    _check_grad_output(grad_output, shape)
+    gradients = _kernel("ms_deform_attn_backward", backend)(
+        grad_output.to(inputs[0].dtype).contiguous(),
         tuple(needed),
-        value.contiguous(),
-        spatial_shapes.contiguous(),
-        level_start_index.contiguous(),
-        locations,
-        weights,
-        points,
-        method,
+        *arguments,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    inputs = (value, sampling_locations, attention_weights)
     return tuple(
-        value.new_empty(0) if gradient is None else gradient.to(like.dtype).view(like.shape)
-        for gradient, like in zip(gradients, inputs)
+        like.new_empty(0) if gradient is None else gradient.to(like.dtype).view(like.shape)
+        for gradient, like in zip(gradients, _differentiable(*inputs))
     )
 
 
@@ -241,35 +192,25 @@ def by_reference(
     )
 
 
-def _check_grad_output(grad_output, value, sampling_locations) -> None:
-    expected = (value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
-    if grad_output.shape != expected:
-        _fail("grad_output", str(list(expected)), list(grad_output.shape))
-
-
-def _forward_fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *options):
-    points_per_level, method, _ = list(options) + [None, "bilinear", None][len(options) :]
-    _check(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_locations,
-        attention_weights,
-        points_per_level,
-        method,
-    )
-    return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
-
-
-def _backward_fake(
-    grad_output, needed, value, spatial_shapes, level_start_index, locations, weights, *options
+def _differentiable(
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *options
 ):
-    points_per_level, method, _ = list(options) + [None, "bilinear", None][len(options) :]
-    _check(value, spatial_shapes, level_start_index, locations, weights, points_per_level, method)
-    _check_grad_output(grad_output, value, locations)
-    inputs = (value, locations, weights)
+    return value, sampling_locations, attention_weights
+
+
+def _check_grad_output(grad_output, shape) -> None:
+    if grad_output.shape != shape:
+        _fail("grad_output", str(list(shape)), list(grad_output.shape))
+
+
+def _forward_fake(*inputs):
+    return inputs[0].new_empty(_check(*inputs[:7]))
+
+
+def _backward_fake(grad_output, needed, *inputs):
+    _check_grad_output(grad_output, _check(*inputs[:7]))
     return tuple(
-        like.new_empty(like.shape) if need else value.new_empty(0) for like, need in zip(inputs, needed)
+        like.new_empty(like.shape if need else 0) for like, need in zip(_differentiable(*inputs), needed)
     )
 
 
