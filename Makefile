@@ -8,8 +8,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# Two workers must not build the emulated kernels at once, nor spin while they wait for each other's threads.
-PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+# Two workers must not build the emulated kernels at once.
+PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4
 SANITIZED_TESTS := tests/test_cpu_kernels.py tests/test_cuda_emulated.py
 PYTHON_FILES := python triton_kernels tests benchmarks

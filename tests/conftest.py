@@ -3,12 +3,15 @@
 
 import os
 
+# Read when torch loads its OpenMP. Threads that spin while they wait for others hold up whoever shares the machine, the
+# next worker of pytest-xdist first of all: many small calls, as gradcheck makes them, then take twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when the kernels are decorated, so before any import of them
+    # Read when the kernels are decorated, so before any import of them.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import settings
