@@ -11,7 +11,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two workers must not build the emulated kernels at once.
 PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4
-SANITIZED_TESTS := tests/test_cpu_kernels.py tests/test_cuda_emulated.py
 PYTHON_FILES := python triton_kernels tests benchmarks
 
 .DELETE_ON_ERROR:
@@ -40,7 +39,8 @@ emulate: setup  ## The CUDA kernels, run on the CPU
 
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest \
-	  -m "not alone and not slow" $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	  -m "not alone and not slow" tests/test_cpu_kernels.py tests/test_cuda_emulated.py $(PYTEST_ARGS)
+	tools/sanitized -m pytest tests/test_ms_deform_attn.py -k "cpu-baseline or cpu-avx" $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements  ## Style of Python and C++
 	$(BIN)/ruff check

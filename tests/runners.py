@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests import emulated
+from tests import emulated, wide
 from vitkern import _C, backends
 from vitkern.ops import native
 
@@ -47,6 +47,13 @@ def _instruction_set(name: str):
 
 
 @contextlib.contextmanager
+def _wide_vectors():
+    native._C = wide.module()
+    yield
+    native._C = _C
+
+
+@contextlib.contextmanager
 def _emulator():
     native.cuda_module = emulated.module()
     yield
@@ -71,6 +78,7 @@ RUNNERS = [
         )
         for isa in _C.compiled_cpu_isas()
     ),
+    Runner("cpu-wide", "cpu", _wide_vectors, marks=_reason(wide.REASON is None, str(wide.REASON))),
     Runner(
         "cuda-emulated",
         "cuda",
