@@ -12,7 +12,7 @@ import torch
 def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 20.0):
     """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met.
 
-    A sample is as many calls as take 20 ms: no variant then pays for the caches that the one before it has filled, or for
+    A sample is as many calls as take 20 ms: no variant then pays for the caches that the one before has filled, or for
     waking the thread pool, any more than it would in a loop of its own.
     """
     calls = {}
