@@ -167,6 +167,39 @@ def test_vmap():
         )
 
 
+def test_batches_of_gradients():
+    inputs = make().requires_grad_()
+    output = attend(*inputs)
+    grad_outputs = torch.randn(3, *output.shape, dtype=torch.float64)
+    leaves = inputs.differentiable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batched = torch.autograd.grad(output, leaves, grad_outputs, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(output, leaves, g, retain_graph=True) for g in grad_outputs]
+    for ours, expected in zip(batched, zip(*one_by_one)):
+        torch.testing.assert_close(ours, torch.stack(expected))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_lazily_negated_tensors(requires_grad):
+    inputs = make()
+    expected = attend(*inputs)
+    for name in ("value", "sampling_locations", "attention_weights"):
+        negated = torch._neg_view(-getattr(inputs, name)).requires_grad_(requires_grad)
+        assert torch.equal(vitkern.ms_deform_attn(**{**vars(inputs), name: negated}), expected), name
+    leaves = inputs.requires_grad_().differentiable()
+    output, grad_output = attend(*inputs), torch.randn_like(expected)
+    plain = torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+    negated = torch.autograd.grad(output, leaves, torch._neg_view(-grad_output))
+    assert all(torch.equal(a, b) for a, b in zip(negated, plain))
+
+
+def test_lazy_zeros():
+    inputs = make()
+    inputs.attention_weights = torch._efficientzerotensor(inputs.attention_weights.shape, dtype=torch.float64)
+    assert torch.equal(attend(*inputs), torch.zeros(2, 5, 16, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_lowers_the_value_and_keeps_locations(dtype):
     inputs = make(torch.float32).requires_grad_()

@@ -16,17 +16,31 @@ from torch.nn import Parameter
 _PLAIN = (Tensor, Parameter)
 
 
-def nothing_watches(*tensors: Tensor) -> bool:
-    """Whether an op on these tensors would go through the dispatcher unseen."""
-    if torch.compiler.is_compiling():
-        return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_meta:
-            return False
+def nothing_traces() -> bool:
+    """Whether tensors made now are plain ones, in no world of a compiler, a tracer or a transform."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._get_tracing_state()
-        and not torch.autograd._profiler_enabled()
     )
+
+
+def _is_what_memory_holds(tensor: Tensor) -> bool:
+    """Lazily negated or zero tensors and batches of ``is_grads_batched`` are of a plain type, but not plain."""
+    return not (
+        tensor.is_meta
+        or tensor.is_neg()
+        or tensor._is_zerotensor()
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def nothing_watches(*tensors: Tensor) -> bool:
+    """Whether an op on these tensors would go through the dispatcher unseen."""
+    if not nothing_traces():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or not _is_what_memory_holds(tensor):
+            return False
+    return torch._C._len_torch_function_stack() == 0 and not torch.autograd._profiler_enabled()
