@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op as a citizen of torch: dispatcher, compiler, exporter, autocast, checkpointing, transforms, second order."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -198,6 +199,45 @@ def test_lazy_zeros():
     inputs = make()
     inputs.attention_weights = torch._efficientzerotensor(inputs.attention_weights.shape, dtype=torch.float64)
     assert torch.equal(attend(*inputs), torch.zeros(2, 5, 16, dtype=torch.float64))
+
+
+TRACES = {
+    "grad": lambda function, value: torch.func.grad(lambda v: function(v).sum())(value),
+    "functionalize": lambda function, value: torch.func.functionalize(function)(value),
+    "jit.trace": lambda function, value: torch.jit.trace(function, value),
+}
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_with_sizes_as_numbers_leaves_nothing_behind(trace, backend):
+    # Sizes that no other test has: level tables are kept from call to call.
+    sizes = [(11, 3 + list(TRACES).index(trace)), (1, 2 if backend == "cpu" else 3)]
+    inputs = make(torch.float32, levels=tuple(sizes))
+
+    def function(value, sizes=sizes, backend=backend):
+        return attend(
+            value, sizes, None, inputs.sampling_locations, inputs.attention_weights, backend=backend
+        )
+
+    with contextlib.suppress(
+        NotImplementedError, RuntimeError
+    ):  # what cannot be traced must do no harm either
+        TRACES[trace](function, inputs.value)
+    assert torch.equal(function(inputs.value, backend="cpu"), attend(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace():
+    sizes = [(13, 2), (1, 2)]
+    inputs = make(torch.float32, levels=tuple(sizes))
+
+    def function(value, locations, weights):
+        return attend(value, sizes, None, locations, weights)
+
+    arguments = inputs.differentiable()
+    assert torch.equal(torch.jit.trace(function, arguments)(*arguments), function(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

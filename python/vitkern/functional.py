@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
+from vitkern.ops import direct
 from vitkern.ops import ms_deform_attn as op
 
 
@@ -83,9 +84,8 @@ def _as_levels(
 ) -> tuple[Tensor, Tensor]:
     """Shapes and first pixels of the levels as int64 tensors, without reading any element on the host."""
     if not isinstance(spatial_shapes, Tensor):
-        # Tensors made while something traces (dynamo, fake tensors) belong to that trace alone.
-        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        make = _make_levels if traced else _cached_levels
+        # Tensors made while something traces (dynamo, fake tensors, torch.func) belong to that trace alone.
+        make = _cached_levels if direct.nothing_traces() else _make_levels
         shapes, starts = make(tuple((int(h), int(w)) for h, w in spatial_shapes), device)
         return shapes, starts if level_start_index is None else level_start_index.long()
     spatial_shapes = spatial_shapes.long()
