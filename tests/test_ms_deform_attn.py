@@ -129,6 +129,25 @@ def _off_edges_of_their_level(inputs, points_per_level):
     return (cell + (pixels - cell).clamp(0.15, 0.85) + 0.5) / sizes
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nearest_stays_in_a_level_whose_size_float32_rounds_up(backend):
+    width = 2**24 + 4  # width - 1 is rounded to width
+    value = torch.empty(1, width + 1, 1, 16)  # mostly untouched: takes no memory
+    value[0, width - 1], value[0, width] = 1, 2
+    locations, weights = torch.ones(1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1)
+    output = vitkern.ms_deform_attn(
+        value,
+        [(1, width), (1, 1)],
+        None,
+        locations,
+        weights,
+        points_per_level=[1, 0],
+        method="nearest",
+        backend=backend,
+    )
+    assert torch.equal(output, torch.ones(1, 1, 16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nearest(runner, dtype):
     check(make(small(channels=32), runner, dtype, coordinates=torch.float32), runner, method="nearest")

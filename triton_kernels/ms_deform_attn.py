@@ -84,7 +84,10 @@ def _locate(locations_ptr, point, m_point, height, width, BILINEAR: tl.constexpr
         counts = finite & (x >= 0) & (y >= 0)  # -1 in a level without pixels
     left = tl.floor(x)
     top = tl.floor(y)
-    return counts, left.to(tl.int32), top.to(tl.int32), x - left, y - top
+    column, row = left.to(tl.int32), top.to(tl.int32)
+    if not BILINEAR:  # the bounds above are rounded where a size has more digits than ACC
+        column, row = tl.minimum(column, width - 1), tl.minimum(row, height - 1)
+    return counts, column, row, x - left, y - top
 
 
 @triton.jit

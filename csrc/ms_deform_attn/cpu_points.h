@@ -159,6 +159,7 @@ void locate_nearest(Tile<Acc>& tile) {
   using Numbers = Vec<Acc, N>;
   using Indices = Vec<Index, N>;
   const Numbers zero = broadcast<Acc, N>(0), half = broadcast<Acc, N>(Acc(0.5)), one = broadcast<Acc, N>(1);
+  const Indices next = broadcast<Index, N>(1);
   for (int64_t i = 0; i < tile.padded; i += N) {
     const Numbers width = load<Acc, N>(tile.width + i), height = load<Acc, N>(tile.height + i);
     Numbers x = load<Acc, N>(tile.x + i) * width + half;
@@ -169,8 +170,12 @@ void locate_nearest(Tile<Acc>& tile) {
     y = select(finite & (y > zero), y, zero);
     x = select(x < width - one, x, width - one);
     y = select(y < height - one, y, height - one);
-    const Indices columns = load<Index, N>(tile.columns + i);
-    const Indices pixel = load<Index, N>(tile.start + i) + convert<Index>(y) * columns + convert<Index>(x);
+    // The bounds above are rounded where a size has more digits than Acc.
+    const Indices columns = load<Index, N>(tile.columns + i), rows = load<Index, N>(tile.rows + i);
+    Indices column = convert<Index>(x), row = convert<Index>(y);
+    column = select(column < columns, column, columns - next);
+    row = select(row < rows, row, rows - next);
+    const Indices pixel = load<Index, N>(tile.start + i) + row * columns + column;
     store(tile.row[0] + i, select(finite, pixel, broadcast<Index, N>(kOutside)));
     store(tile.coefficient[0] + i, select(finite, load<Acc, N>(tile.weight + i), zero));
   }

@@ -113,7 +113,8 @@ __device__ __forceinline__ Axis<A> bilinear_axis(A x, int size) {
 
 template <typename A>
 __device__ __forceinline__ Axis<A> nearest_axis(A x, int size) {
-  const int pixel = static_cast<int>(min(max(x, A(0)), A(size - 1)));
+  // The bound is rounded where size has more digits than A.
+  const int pixel = min(static_cast<int>(min(max(x, A(0)), A(size - 1))), size - 1);
   return {{pixel, pixel}, {1, 0}, {0, 0}};
 }
 

@@ -73,8 +73,9 @@ def _nearest_pixel(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Itera
     x = x.detach() * width + 0.5
     y = y.detach() * height + 0.5
     finite = x.isfinite() & y.isfinite() & (width > 0) & (height > 0)
-    column = torch.where(finite, x, 0).clamp(min=0).minimum((width - 1).to(x.dtype)).long()
-    row = torch.where(finite, y, 0).clamp(min=0).minimum((height - 1).to(y.dtype)).long()
+    # Clamped twice: as a real number before it may overflow an integer, as an integer since the bound was rounded.
+    column = torch.where(finite, x, 0).clamp(min=0).minimum((width - 1).to(x.dtype)).long().minimum(width - 1)
+    row = torch.where(finite, y, 0).clamp(min=0).minimum((height - 1).to(y.dtype)).long().minimum(height - 1)
     yield column, row, torch.ones_like(x), finite
 
 
