@@ -129,6 +129,23 @@ def _off_edges_of_their_level(inputs, points_per_level):
     return (cell + (pixels - cell).clamp(0.15, 0.85) + 0.5) / sizes
 
 
+@pytest.mark.parametrize("as_given", [tuple, torch.tensor, iter], ids=lambda kind: kind.__name__)
+def test_numbers_of_points_in_any_container(as_given):
+    inputs = make_inputs(SMALL, locations="uniform", dtype=torch.float32)
+    inputs.sampling_locations = inputs.sampling_locations.flatten(3, 4)
+    inputs.attention_weights = inputs.attention_weights.flatten(3)
+    points, *others = inputs.attention_weights.shape[3], *[0] * (len(inputs.spatial_shapes) - 2)
+    points = [1, points - 1, *others]
+    output = vitkern.ms_deform_attn(*inputs, points_per_level=as_given(points))
+    assert torch.equal(output, vitkern.ms_deform_attn(*inputs, points_per_level=points))
+
+
+def test_numbers_of_points_are_whole():
+    inputs = make_inputs(SMALL, locations="uniform", dtype=torch.float32)
+    with pytest.raises(TypeError):
+        vitkern.ms_deform_attn(*inputs, points_per_level=[1.5] * len(inputs.spatial_shapes))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nearest_stays_in_a_level_whose_size_float32_rounds_up(backend):
     width = 2**24 + 4  # width - 1 is rounded to width

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def ms_deform_attn(
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
 
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    points_per_level = None if points_per_level is None else list(points_per_level)
+    points_per_level = None if points_per_level is None else [index(points) for points in points_per_level]
     if _runs_as_plain_torch(value.device, value.dtype, backend):
         return op.by_reference(*inputs, points_per_level, method)
     _refuse_transforms("ms_deform_attn")
