@@ -289,6 +289,15 @@ def test_fake_tensors_leave_nothing_behind():
     assert type(attend(value, sizes, None, where, weights)) is torch.Tensor
 
 
+def test_the_reference_takes_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = make()
+    with FakeTensorMode() as mode:
+        output = attend(*(mode.from_tensor(tensor) for tensor in inputs), backend="reference")
+    assert output.shape == (2, 5, 16)
+
+
 def test_meta_tensors_get_shapes_and_checks():
     inputs = make(torch.float32)
     meta = [tensor.to("meta") for tensor in inputs]
