@@ -350,10 +350,11 @@ def test_a_mistake_is_named(message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["value", "sampling_locations", "attention_weights"])
-def test_integer_tensors_are_refused(name):
-    inputs = make()
-    with pytest.raises(TypeError, match=name):
+def test_integer_tensors_are_refused(name, autocast):
+    inputs = make(torch.float32)
+    with torch.autocast("cpu", enabled=autocast), pytest.raises(TypeError, match=name):
         vitkern.ms_deform_attn(**{**vars(inputs), name: getattr(inputs, name).long()})
 
 

@@ -68,6 +68,7 @@ def ms_deform_attn(
         _knows_autocast(device_type)
         and torch.is_autocast_enabled(device_type)
         and value.dtype != torch.float64
+        and all(t.is_floating_point() for t in (value, sampling_locations, attention_weights))
     ):
         value = value.to(torch.get_autocast_dtype(device_type))
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
