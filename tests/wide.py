@@ -12,6 +12,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,8 @@ def module() -> ModuleType:
         defines += ["-DVITKERN_MODULE=_wide", "-DVITKERN_ISA=isa_baseline", "-DVITKERN_VECTOR_BYTES=64"]
         includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-fvisibility=hidden"]
+        if sys.platform == "darwin":
+            flags += ["-undefined", "dynamic_lookup"]  # Python's symbols, as every extension module there
         unfinished = library.with_suffix(f".{os.getpid()}")
         run(COMPILER, *flags, *defines, *includes, *SOURCES, "-o", unfinished)
         unfinished.rename(library)

@@ -185,8 +185,7 @@ __device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const
   sample.height = level.height;
   sample.first = level.first;
 
-  // The product is rounded before the shift, as in torch: the same location is in the same cell on every
-  // backend.
+  // The product is rounded before the shift, as in torch: a location on the edge of a cell falls to its side.
   const A columns = static_cast<A>(sample.width), rows = static_cast<A>(sample.height);
   x = product(x, columns) + (nearest ? A(0.5) : A(-0.5));
   y = product(y, rows) + (nearest ? A(0.5) : A(-0.5));

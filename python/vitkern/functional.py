@@ -43,7 +43,7 @@ def ms_deform_attn(
         points_per_level: for levels with different numbers of points, those L numbers. Locations are then
             ``[B, Q, M, K, 2]`` and weights ``[B, Q, M, K]`` with K their sum, level after level.
         method: ``"bilinear"`` (zeros outside the level) or ``"nearest"``, the 'discrete' sampling of RT-DETR v2:
-            pixel ``floor(location * size + 0.5)``, clamped to the level; locations get no gradient.
+            pixel ``floor(location * size + 0.5)``, clamped to the level; the gradient of locations is zero.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
 
     Returns:
