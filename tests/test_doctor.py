@@ -85,8 +85,10 @@ def test_instruction_set_follows_the_environment(monkeypatch):
     for name in ("baseline", "sse9"):
         monkeypatch.setenv("VITKERN_CPU_ISA", name)
         process = subprocess.run(command, capture_output=True, text=True, check=True)
-        cpu = json.loads(process.stdout)["cpu"]
+        facts = json.loads(process.stdout)
+        cpu = facts["cpu"]
         assert cpu["chosen"] == (None if name == "sse9" else name)
+        assert facts["backends"]["cpu"] == cpu.get("error")
     assert "'sse9' cannot be used; this build has: baseline" in cpu["error"]
 
 

@@ -55,6 +55,7 @@ def examine() -> Facts:
     torch, torch_error = _load("torch")
     # After torch, whose OpenMP library and C++ runtime the compiled module shares.
     native, native_error = _load("vitkern._C")
+    cpu = _cpu(torch, native)
     return {
         "vitkern": _vitkern(native, native_error),
         "python": {
@@ -64,9 +65,10 @@ def examine() -> Facts:
         },
         "torch": _torch(torch, torch_error),
         "triton": _triton(),
-        "cpu": _cpu(torch, native),
+        "cpu": cpu,
         "cuda": _cuda(torch, native),
-        "backends": _backends(),
+        # Where the instruction set that the user names cannot be had, every call of the CPU kernels raises.
+        "backends": _backends() | ({"cpu": cpu["error"]} if "error" in cpu else {}),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
