@@ -13,25 +13,39 @@ namespace vitkern {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kMaxKeptBlocks = 64;
 
 struct Block {
   void* data;
   size_t bytes;
 };
 
-// Leaked on purpose: kernels may still run while static objects are destroyed.
+size_t alignment_of(size_t bytes) { return bytes < kHugePage ? kScratchAlignment : kHugePage; }
+
+void release(const Block& block) {
+  ::operator delete(block.data, std::align_val_t{alignment_of(block.bytes)});
+}
+
+// Leaked on purpose: kernels may still run while static objects are destroyed. The vector never grows beyond what is
+// reserved here, so that giving a block back cannot throw.
 struct Kept {
   std::mutex mutex;
   std::vector<Block> blocks;
   size_t bytes = 0;
+
+  Kept() { blocks.reserve(kMaxKeptBlocks); }
+
+  void drop_oldest() {
+    release(blocks.front());
+    bytes -= blocks.front().bytes;
+    blocks.erase(blocks.begin());
+  }
 };
 
 Kept& kept() {
   static Kept& instance = *new Kept;
   return instance;
 }
-
-size_t alignment_of(size_t bytes) { return bytes < kHugePage ? kScratchAlignment : kHugePage; }
 
 void* allocate(size_t bytes) {
   void* data = ::operator new(bytes, std::align_val_t{alignment_of(bytes)});
@@ -40,10 +54,6 @@ void* allocate(size_t bytes) {
   if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
   return data;
-}
-
-void release(const Block& block) {
-  ::operator delete(block.data, std::align_val_t{alignment_of(block.bytes)});
 }
 
 }  // namespace
@@ -71,16 +81,17 @@ Scratch::Scratch(size_t bytes) {
 }
 
 Scratch::~Scratch() {
+  if (bytes_ > kMaxKeptBytes) {  // it would push out all others and then itself
+    release({data_, bytes_});
+    return;
+  }
   Kept& store = kept();
   const std::lock_guard<std::mutex> lock(store.mutex);
+  while (store.bytes + bytes_ > kMaxKeptBytes || store.blocks.size() == kMaxKeptBlocks) store.drop_oldest();
   store.blocks.push_back({data_, bytes_});
   store.bytes += bytes_;
-  // The oldest go first.
-  while (store.bytes > kMaxKeptBytes) {
-    release(store.blocks.front());
-    store.bytes -= store.blocks.front().bytes;
-    store.blocks.erase(store.blocks.begin());
-  }
 }
+
+char* Scratch::data() const { return static_cast<char*>(data_); }
 
 }  // namespace vitkern

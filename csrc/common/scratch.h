@@ -17,7 +17,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  char* data() const { return static_cast<char*>(data_); }
+  char* data() const;
 
  private:
   void* data_;
