@@ -26,13 +26,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using Sizes = std::array<int64_t, 7>;        // B, S, M, D, Q, L, K
-using Inputs = std::array<uintptr_t, 5>;     // value, spatial_shapes, level_start, locations, weights
-using Gradients = std::array<uintptr_t, 3>;  // grad_value, grad_locations, grad_weights; 0 = not wanted
+using Sizes = std::array<int64_t, 7>;     // B, S, M, D, Q, L, K
+using Inputs = std::array<uintptr_t, 5>;  // value, spatial_shapes, level_start, locations, weights
+using Anchors = std::array<int64_t, 5>;   // address of reference points, numbers, strides; zeros: plain form
+using Gradients = std::array<uintptr_t, 4>;  // of value, locations, weights, places; 0 = not wanted
 using Codes = std::array<int32_t, 3>;        // sampling, value_dtype, coord_dtype
 
 // What every pass on every device is told. `point_end` is empty where all levels have K / L points.
-MsDeformAttnParams ms_deform_attn_params(const Inputs& inputs, const Sizes& sizes,
+MsDeformAttnParams ms_deform_attn_params(const Inputs& inputs, const Anchors& anchors, const Sizes& sizes,
                                          const std::vector<int64_t>& point_end, const Codes& codes) {
   MsDeformAttnParams params{};
   params.batch = sizes[0];
@@ -56,6 +57,8 @@ MsDeformAttnParams ms_deform_attn_params(const Inputs& inputs, const Sizes& size
   params.level_start = pointer<const int64_t>(inputs[2]);
   params.locations = pointer<const void>(inputs[3]);
   params.weights = pointer<const void>(inputs[4]);
+  params.reference = {pointer<const void>(static_cast<uintptr_t>(anchors[0])), anchors[1], anchors[2],
+                      anchors[3], anchors[4]};
   return params;
 }
 
@@ -64,20 +67,22 @@ void set_gradients(MsDeformAttnParams& params, uintptr_t grad_output, const Grad
   params.grad_value = pointer<void>(gradients[0]);
   params.grad_locations = pointer<void>(gradients[1]);
   params.grad_weights = pointer<void>(gradients[2]);
+  params.grad_places = pointer<void>(gradients[3]);
 }
 
 #ifndef VITKERN_EMULATED
-void forward_cpu(const Inputs& inputs, uintptr_t output, const Sizes& sizes,
+void forward_cpu(const Inputs& inputs, const Anchors& anchors, uintptr_t output, const Sizes& sizes,
                  const std::vector<int64_t>& point_end, const Codes& codes, int threads) {
-  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
   params.output = pointer<void>(output);
   params.threads = threads;
   VITKERN_DISPATCH_ISA(ms_deform_attn_forward(params));
 }
 
-void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients, const Sizes& sizes,
-                  const std::vector<int64_t>& point_end, const Codes& codes, int threads) {
-  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+void backward_cpu(const Inputs& inputs, const Anchors& anchors, uintptr_t grad_output,
+                  const Gradients& gradients, const Sizes& sizes, const std::vector<int64_t>& point_end,
+                  const Codes& codes, int threads) {
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
   set_gradients(params, grad_output, gradients);
   params.threads = threads;
   VITKERN_DISPATCH_ISA(ms_deform_attn_backward(params));
@@ -85,39 +90,39 @@ void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& 
 #endif
 
 #ifdef VITKERN_WITH_CUDA
-void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes,
+void forward_cuda(const Inputs& inputs, const Anchors& anchors, uintptr_t output, const Sizes& sizes,
                   const std::vector<int64_t>& point_end, const Codes& codes, int device, uintptr_t stream) {
-  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
   params.output = pointer<void>(output);
   params.device = device;
   params.stream = pointer<void>(stream);
   ms_deform_attn_forward_cuda(params);
 }
 
-void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients,
-                   const Sizes& sizes, const std::vector<int64_t>& point_end, const Codes& codes, int device,
-                   uintptr_t stream) {
-  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+void backward_cuda(const Inputs& inputs, const Anchors& anchors, uintptr_t grad_output,
+                   const Gradients& gradients, const Sizes& sizes, const std::vector<int64_t>& point_end,
+                   const Codes& codes, int device, uintptr_t stream) {
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
   set_gradients(params, grad_output, gradients);
   params.device = device;
   params.stream = pointer<void>(stream);
   ms_deform_attn_backward_cuda(params);
 }
 
-void cells_cuda(const Inputs& inputs, uintptr_t cells, const Sizes& sizes,
+void cells_cuda(const Inputs& inputs, const Anchors& anchors, uintptr_t cells, const Sizes& sizes,
                 const std::vector<int64_t>& point_end, const Codes& codes, int device, uintptr_t stream) {
-  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
   params.device = device;
   params.stream = pointer<void>(stream);
   ms_deform_attn_cells_cuda(params, pointer<int64_t>(cells));
 }
 
-void gather_grad_value_cuda(const Inputs& inputs, uintptr_t grad_output, uintptr_t grad_value,
-                            uintptr_t order, uintptr_t first, const Sizes& sizes,
+void gather_grad_value_cuda(const Inputs& inputs, const Anchors& anchors, uintptr_t grad_output,
+                            uintptr_t grad_value, uintptr_t order, uintptr_t first, const Sizes& sizes,
                             const std::vector<int64_t>& point_end, const Codes& codes, int device,
                             uintptr_t stream) {
-  MsDeformAttnParams params = ms_deform_attn_params(inputs, sizes, point_end, codes);
-  set_gradients(params, grad_output, {grad_value, 0, 0});
+  MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
+  set_gradients(params, grad_output, {grad_value, 0, 0, 0});
   params.device = device;
   params.stream = pointer<void>(stream);
   ms_deform_attn_gather_grad_value_cuda(params, pointer<const int64_t>(order), pointer<const int64_t>(first));

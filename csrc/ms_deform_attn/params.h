@@ -17,6 +17,16 @@ enum class Sampling : int32_t { kBilinear = 0, kNearest = 1 };
 // Levels of unequal point counts are described by value, so that no launch has to copy a table to the device.
 constexpr int kMaxRaggedLevels = 256;
 
+// The fused form: `locations` hold offsets, `weights` hold logits, and softmax and locations are worked out on the
+// way in, eqs. (8) to (10). Strides count numbers and are 0 along an axis that is broadcast.
+struct Reference {
+  const void* points;    // [B | 1, Q, L | 1, numbers], accumulator type; null: the plain form
+  int64_t numbers;       // 2: (x, y), 4: (x, y, width, height)
+  int64_t batch_stride;  // from image to image
+  int64_t query_stride;
+  int64_t level_stride;
+};
+
 struct MsDeformAttnParams {
   // Sizes.
   int64_t batch;     // B
@@ -33,8 +43,7 @@ struct MsDeformAttnParams {
 
   Sampling sampling;
   DType value_dtype;  // of value, output, grad_output
-  DType
-      coord_dtype;  // of locations, weights and their gradients: value_dtype or its accumulator (float, double)
+  DType coord_dtype;  // of locations, weights and their gradients: value_dtype or its accumulator
 
   // Inputs.
   const void* value;              // [B, S, M, D]
@@ -42,6 +51,7 @@ struct MsDeformAttnParams {
   const int64_t* level_start;     // [L] first pixel of each level
   const void* locations;          // [B, Q, M, K, 2] as (x, y), 1 = the level's full width and height
   const void* weights;            // [B, Q, M, K]
+  Reference reference;            // fused form only
   const void* grad_output;        // [B, Q, M, D], backward only
 
   // Outputs, all fully written unless said otherwise. A gradient that nobody wants is a null pointer.
@@ -49,6 +59,8 @@ struct MsDeformAttnParams {
   void* grad_value;      // [B, S, M, D]: cpu: value_dtype; cuda: accumulator type, zero-filled by the caller
   void* grad_locations;  // [B, Q, M, K, 2]
   void* grad_weights;    // [B, Q, M, K]
+  void* grad_places;  // [B, Q, M, K, 2], accumulator type, fused form only: of the locations that came about,
+                      // which the caller sums up to the gradient of the reference points
 
   int32_t threads;  // cpu: how many threads may be used
   int32_t device;   // cuda: ordinal

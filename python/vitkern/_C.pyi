@@ -14,6 +14,7 @@ def cpu_isa() -> str: ...
 def set_cpu_isa(name: str) -> None: ...
 def ms_deform_attn_forward_cpu(
     inputs: Sequence[int],
+    anchors: Sequence[int],
     output: int,
     sizes: Sequence[int],
     point_end: Sequence[int],
@@ -22,6 +23,7 @@ def ms_deform_attn_forward_cpu(
 ) -> None: ...
 def ms_deform_attn_backward_cpu(
     inputs: Sequence[int],
+    anchors: Sequence[int],
     grad_output: int,
     gradients: Sequence[int],
     sizes: Sequence[int],
@@ -31,6 +33,7 @@ def ms_deform_attn_backward_cpu(
 ) -> None: ...
 def ms_deform_attn_forward_cuda(
     inputs: Sequence[int],
+    anchors: Sequence[int],
     output: int,
     sizes: Sequence[int],
     point_end: Sequence[int],
@@ -40,6 +43,7 @@ def ms_deform_attn_forward_cuda(
 ) -> None: ...
 def ms_deform_attn_backward_cuda(
     inputs: Sequence[int],
+    anchors: Sequence[int],
     grad_output: int,
     gradients: Sequence[int],
     sizes: Sequence[int],
@@ -50,6 +54,7 @@ def ms_deform_attn_backward_cuda(
 ) -> None: ...
 def ms_deform_attn_cells_cuda(
     inputs: Sequence[int],
+    anchors: Sequence[int],
     cells: int,
     sizes: Sequence[int],
     point_end: Sequence[int],
@@ -59,6 +64,7 @@ def ms_deform_attn_cells_cuda(
 ) -> None: ...
 def ms_deform_attn_gather_grad_value_cuda(
     inputs: Sequence[int],
+    anchors: Sequence[int],
     grad_output: int,
     grad_value: int,
     order: int,

@@ -51,6 +51,34 @@ def ms_deform_attn(
     return output.to(value.dtype).transpose(1, 2).reshape(batch, queries, heads * channels)
 
 
+def ms_deform_attn_fused(
+    value: Tensor,  # [B, S, M, D]
+    spatial_shapes: Tensor,  # [L, 2] as (height, width)
+    level_start_index: Tensor,  # [L]
+    reference_points: Tensor,  # [B | 1, Q, L | 1, 2 | 4]
+    sampling_offsets: Tensor,  # [B, Q, M, K, 2]
+    attention_logits: Tensor,  # [B, Q, M, K]
+    points_per_level: tuple[int, ...],
+    method: str = "bilinear",
+) -> Tensor:  # [B, Q, M * D]
+    """Softmax and locations first, eqs. (8) to (10), then ms_deform_attn."""
+    weights = attention_logits.softmax(-1)
+    points = torch.tensor(points_per_level, device=value.device)  # [L]
+    reference = reference_points.expand(-1, -1, len(points_per_level), -1)
+    reference = reference.repeat_interleave(points, 2, output_size=sum(points_per_level))[
+        :, :, None
+    ]  # [., Q, 1, K, .]
+    if reference_points.shape[-1] == 2:
+        step = 1 / spatial_shapes.flip(-1).to(sampling_offsets.dtype)
+        step = step.repeat_interleave(points, 0, output_size=sum(points_per_level))
+    else:
+        step = reference[..., 2:] / (2 * points.repeat_interleave(points)[:, None])
+    locations = reference[..., :2] + sampling_offsets * step
+    return ms_deform_attn(
+        value, spatial_shapes, level_start_index, locations, weights, points_per_level, method
+    )
+
+
 def _bilinear_corners(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Iterator[Corner]:
     """The four pixels round a location with their bilinear coefficients, eqs. (2) and (3)."""
     x = x * width - 0.5

@@ -7,7 +7,9 @@ run (threads, or device and stream), and in who finishes grad_value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,21 @@ SAMPLING_CODES = {"bilinear": 0, "nearest": 1}
 
 # The module whose *_cuda functions are called: the emulated twin of _C in tests (csrc/emulator).
 cuda_module: ModuleType = _C
+
+
+class MsDeformAttnCall(NamedTuple):
+    """What the kernels are launched on: contiguous, checked, coordinates in one dtype."""
+
+    value: Tensor  # [B, S, M, D]
+    spatial_shapes: Tensor  # [L, 2]
+    level_start_index: Tensor  # [L]
+    locations: Tensor  # [B, Q, M, K, 2]; in the fused form, offsets
+    weights: Tensor  # [B, Q, M, K]; in the fused form, logits
+    points_per_level: tuple[int, ...]
+    method: str = "bilinear"
+    reference_points: Tensor | None = (
+        None  # [B | 1, Q, L | 1, 2 | 4] in the accumulator's dtype: the fused form
+    )
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -45,101 +62,105 @@ def _point_end(points_per_level: tuple[int, ...]) -> list[int]:
     return ends
 
 
-def _describe(value, spatial_shapes, level_start_index, locations, weights, points_per_level, method):
-    """The arguments that forward and backward share: addresses, sizes, ends of ragged levels, codes."""
-    inputs = (
-        value.data_ptr(),
-        spatial_shapes.data_ptr(),
-        level_start_index.data_ptr(),
-        locations.data_ptr(),
-        weights.data_ptr(),
+def _describe(call: MsDeformAttnCall):
+    """The arguments that every pass takes: addresses, reference points, sizes, ends of ragged levels, codes."""
+    inputs = tuple(tensor.data_ptr() for tensor in call[:5])
+    sizes = (*call.value.shape, call.weights.shape[1], call.spatial_shapes.shape[0], call.weights.shape[3])
+    codes = (SAMPLING_CODES[call.method], DTYPE_CODES[call.value.dtype], DTYPE_CODES[call.weights.dtype])
+    return inputs, _anchors(call.reference_points), sizes, _point_end(call.points_per_level), codes
+
+
+def _anchors(reference_points: Tensor | None) -> tuple[int, ...]:
+    """Address, numbers and strides of the reference points, 0 along an axis that is broadcast; zeros without any."""
+    if reference_points is None:
+        return (0, 0, 0, 0, 0)
+    images, _, levels, numbers = reference_points.shape
+    image, query, level, _ = reference_points.stride()
+    return (reference_points.data_ptr(), numbers, image * (images > 1), query, level * (levels > 1))
+
+
+def _new_output(call: MsDeformAttnCall) -> Tensor:
+    batch, _, heads, channels = call.value.shape
+    return call.value.new_empty(batch, call.weights.shape[1], heads * channels)
+
+
+def _new_gradients(call: MsDeformAttnCall, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Uninitialised gradients of value, locations and weights, and, in the fused form, of the places sampled."""
+    wanted = [torch.empty_like(t) if need else None for t, need in zip((call[0], call[3], call[4]), needed)]
+    places = (
+        torch.empty_like(call.locations, dtype=accumulator(call.value.dtype))
+        if needed[3:] == (True,)
+        else None
     )
-    sizes = (*value.shape, locations.shape[1], spatial_shapes.shape[0], locations.shape[3])
-    codes = (SAMPLING_CODES[method], DTYPE_CODES[value.dtype], DTYPE_CODES[locations.dtype])
-    return inputs, sizes, _point_end(points_per_level), codes
+    return [*wanted, places]
 
 
-def ms_deform_attn_forward_cpu(*args) -> Tensor:
-    value, locations = args[0], args[3]
-    inputs, sizes, point_end, codes = _describe(*args)
-    output = value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
-    _C.ms_deform_attn_forward_cpu(inputs, output.data_ptr(), sizes, point_end, codes, torch.get_num_threads())
+def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def ms_deform_attn_forward_cpu(*arguments) -> Tensor:
+    call = MsDeformAttnCall(*arguments)
+    output = _new_output(call)
+    inputs, anchors, *rest = _describe(call)
+    _C.ms_deform_attn_forward_cpu(inputs, anchors, output.data_ptr(), *rest, torch.get_num_threads())
     return output
 
 
 def ms_deform_attn_backward_cpu(
-    grad_output: Tensor, needed: tuple[bool, bool, bool], *args, deterministic: bool = False
+    grad_output: Tensor, needed: tuple[bool, ...], *arguments, deterministic: bool = False
 ) -> list[Tensor | None]:
     """Bitwise reproducible, asked for or not."""
-    value, locations, weights = args[0], args[3], args[4]
-    inputs, sizes, point_end, codes = _describe(*args)
-    gradients = [
-        torch.empty_like(t) if need else None for t, need in zip((value, locations, weights), needed)
-    ]
-    addresses = tuple(0 if g is None else g.data_ptr() for g in gradients)
+    call = MsDeformAttnCall(*arguments)
+    gradients = _new_gradients(call, needed)
+    inputs, anchors, *rest = _describe(call)
+    threads = torch.get_num_threads()
     _C.ms_deform_attn_backward_cpu(
-        inputs, grad_output.data_ptr(), addresses, sizes, point_end, codes, torch.get_num_threads()
+        inputs, anchors, grad_output.data_ptr(), _addresses(gradients), *rest, threads
     )
-    return gradients
+    return gradients[: len(needed)]
 
 
-def ms_deform_attn_forward_cuda(*args) -> Tensor:
-    value, locations = args[0], args[3]
-    inputs, sizes, point_end, codes = _describe(*args)
-    output = value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
-    cuda_module.ms_deform_attn_forward_cuda(
-        inputs, output.data_ptr(), sizes, point_end, codes, *_cuda_target(value)
-    )
+def ms_deform_attn_forward_cuda(*arguments) -> Tensor:
+    call = MsDeformAttnCall(*arguments)
+    output = _new_output(call)
+    inputs, anchors, *rest = _describe(call)
+    target = _cuda_target(call.value)
+    cuda_module.ms_deform_attn_forward_cuda(inputs, anchors, output.data_ptr(), *rest, *target)
     return output
 
 
 def ms_deform_attn_backward_cuda(
-    grad_output: Tensor, needed: tuple[bool, bool, bool], *args, deterministic: bool = False
+    grad_output: Tensor, needed: tuple[bool, ...], *arguments, deterministic: bool = False
 ) -> list[Tensor | None]:
-    value, locations, weights = args[0], args[3], args[4]
-    inputs, sizes, point_end, codes = _describe(*args)
-    target = _cuda_target(value)
-    # Atomics need zeros to add to; the deterministic pass writes every element.
-    scatter, gather = needed[0] and not deterministic, needed[0] and deterministic
-    grad_value = None
-    if needed[0]:
-        grad_value = (torch.empty_like if gather else torch.zeros_like)(value, dtype=accumulator(value.dtype))
-    gradients = [
-        grad_value,
-        *(torch.empty_like(t) if n else None for t, n in zip((locations, weights), needed[1:])),
-    ]
-
-    addresses = [0 if g is None else g.data_ptr() for g in gradients]
-    if gather:
-        addresses[0] = 0
-    if scatter or any(needed[1:]):
+    call = MsDeformAttnCall(*arguments)
+    inputs, anchors, *rest = _describe(call)
+    target = _cuda_target(call.value)
+    gradients = _new_gradients(call, (False, *needed[1:]))
+    total = accumulator(call.value.dtype)
+    if needed[0] and not deterministic:
+        gradients[0] = torch.zeros_like(call.value, dtype=total)  # what atomics add to
+    if any(gradient is not None for gradient in gradients):
         cuda_module.ms_deform_attn_backward_cuda(
-            inputs, grad_output.data_ptr(), addresses, sizes, point_end, codes, *target
+            inputs, anchors, grad_output.data_ptr(), _addresses(gradients), *rest, *target
         )
-    if gather:
-        assert grad_value is not None
-        order, first = _sorted_by_cell(value, weights, inputs, sizes, point_end, codes, target)
-        cuda_module.ms_deform_attn_gather_grad_value_cuda(
-            inputs,
-            grad_output.data_ptr(),
-            grad_value.data_ptr(),
-            order.data_ptr(),
-            first.data_ptr(),
-            sizes,
-            point_end,
-            codes,
-            *target,
-        )
-    if grad_value is not None:
-        gradients[0] = grad_value.to(value.dtype)
-    return gradients
+    if needed[0] and deterministic:
+        gradients[0] = grad_value = torch.empty_like(call.value, dtype=total)
+        order, first = _sorted_by_cell(call, target)
+        addresses = _addresses((grad_output, grad_value, order, first))
+        cuda_module.ms_deform_attn_gather_grad_value_cuda(inputs, anchors, *addresses, *rest, *target)
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].to(call.value.dtype)
+    return gradients[: len(needed)]
 
 
-def _sorted_by_cell(value, weights, inputs, sizes, point_end, codes, target) -> tuple[Tensor, Tensor]:
+def _sorted_by_cell(call: MsDeformAttnCall, target: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Sampling points in the order of the last pixel they touch, and where the points of each pixel begin."""
-    cells = torch.empty(weights.numel(), dtype=torch.int64, device=value.device)
-    cuda_module.ms_deform_attn_cells_cuda(inputs, cells.data_ptr(), sizes, point_end, codes, *target)
-    return sort_by_cell(cells, value.shape[0] * value.shape[2] * value.shape[1])  # B * M * S
+    batch, pixels, heads, _ = call.value.shape
+    cells = torch.empty(call.weights.numel(), dtype=torch.int64, device=call.value.device)
+    inputs, anchors, *rest = _describe(call)
+    cuda_module.ms_deform_attn_cells_cuda(inputs, anchors, cells.data_ptr(), *rest, *target)
+    return sort_by_cell(cells, batch * pixels * heads)
 
 
 def sort_by_cell(cells: Tensor, cell_bound: int) -> tuple[Tensor, Tensor]:
