@@ -383,7 +383,7 @@ def test_an_environment_variable_picks_the_backend():
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     assert run("reference").stdout == "ViewBackward0\n"  # of plain torch's last operation
-    assert run("cpu").stdout == "_DirectBackward\n"
+    assert run("cpu").stdout == "ms_deform_attnBackward\n"
     assert "backend must be one of cpu, cuda, triton, reference, got 'gpu'" in run("gpu").stderr
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["__version__", "ms_deform_attn", "nn"]
+__all__ = ["__version__", "ms_deform_attn", "ms_deform_attn_fused", "nn"]
 
 try:
     from vitkern import nn
     from vitkern._C import version as __version__
-    from vitkern.functional import ms_deform_attn
+    from vitkern.functional import ms_deform_attn, ms_deform_attn_fused
 except ImportError as error:
     # `vitkern doctor` has to run where the compiled module or torch does not load; every other use says why it cannot.
     _cause = error

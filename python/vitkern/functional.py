@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.ops import direct
-from vitkern.ops import ms_deform_attn as op
+from vitkern.ops import ms_deform_attn as ops
 
 
 def ms_deform_attn(
@@ -63,22 +63,72 @@ def ms_deform_attn(
         torch.Size([1, 5, 32])
     """
     spatial_shapes, level_start_index = _as_levels(spatial_shapes, level_start_index, value.device)
-    device_type = value.device.type
-    if (
-        _knows_autocast(device_type)
-        and torch.is_autocast_enabled(device_type)
-        and value.dtype != torch.float64
-        and all(t.is_floating_point() for t in (value, sampling_locations, attention_weights))
-    ):
-        value = value.to(torch.get_autocast_dtype(device_type))
+    lowered = _autocast_dtype(value, sampling_locations, attention_weights)
+    if lowered is not None:
+        value = value.to(lowered)
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
 
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    points_per_level = None if points_per_level is None else [index(points) for points in points_per_level]
+    options = (_whole_numbers(points_per_level), method)
     if _runs_as_plain_torch(value.device, value.dtype, backend):
-        return op.by_reference(*inputs, points_per_level, method)
+        return ops.ms_deform_attn_by_reference(*inputs, *options)
     _refuse_transforms("ms_deform_attn")
-    return op.ms_deform_attn(*inputs, points_per_level, method, backend)
+    return ops.ms_deform_attn(*inputs, *options, backend)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    points_per_level: Sequence[int] | None = None,
+    method: str = "bilinear",
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`ms_deform_attn` with its softmax and its locations inside: what a layer has goes straight in.
+
+    ``attention_weights = softmax(attention_logits)`` over all points of a query and head, and ``sampling_locations``
+    are ``reference + offset / (width, height)``, or, from a reference box, ``centre + offset / (2 P) * size``. Neither
+    ever exists in memory, forward or backward; gradients go to reference points, offsets and logits.
+
+    Args:
+        value, spatial_shapes, level_start_index: as in :func:`ms_deform_attn`.
+        reference_points: ``[B or 1, Q, L or 1, 2]`` as (x, y), or ``[B or 1, Q, L or 1, 4]`` as boxes (x, y, width,
+            height) round a centre, in units of the level's size. An axis of 1 is shared by all images, or all levels.
+        sampling_offsets: ``[B, Q, M, L, P, 2]``: in pixels of the level; from boxes, in P-ths of half the box.
+        attention_logits: ``[B, Q, M, L * P]``.
+        points_per_level: as in :func:`ms_deform_attn`: offsets are then ``[B, Q, M, K, 2]``, logits ``[B, Q, M, K]``,
+            and P is the level's own number of points.
+        method, backend: as in :func:`ms_deform_attn`.
+
+    Returns:
+        ``[B, Q, M * D]`` in value's dtype.
+
+    Offsets and logits may be float16 or bfloat16: they are widened before anything is computed, so that locations and
+    softmax are float32 (float64 for float64 values) throughout. Under autocast, value is cast to the autocast dtype and
+    the others stay what they are. All else is as in :func:`ms_deform_attn`.
+
+    Example:
+        >>> shapes = [(8, 8), (4, 4)]
+        >>> value, reference_points = torch.randn(1, 80, 2, 16), torch.rand(1, 5, 1, 2)
+        >>> offsets, logits = torch.randn(1, 5, 2, 2, 4, 2), torch.randn(1, 5, 2, 8)
+        >>> vitkern.ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits).shape
+        torch.Size([1, 5, 32])
+    """
+    spatial_shapes, level_start_index = _as_levels(spatial_shapes, level_start_index, value.device)
+    lowered = _autocast_dtype(value, reference_points, sampling_offsets, attention_logits)
+    if lowered is not None:
+        value = value.to(lowered)
+
+    inputs = (value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
+    options = (_whole_numbers(points_per_level), method)
+    if _runs_as_plain_torch(value.device, value.dtype, backend):
+        return ops.ms_deform_attn_fused_by_reference(*inputs, *options)
+    _refuse_transforms("ms_deform_attn_fused")
+    return ops.ms_deform_attn_fused(*inputs, *options, backend)
 
 
 def _as_levels(
@@ -119,6 +169,20 @@ def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str 
     if device.type == "meta" or dtype not in backends.DTYPES:
         return False  # the op's own check has the better message
     return backends.choose(device, dtype, backend) == "reference"
+
+
+def _whole_numbers(points_per_level: Sequence[int] | None) -> list[int] | None:
+    return None if points_per_level is None else [index(points) for points in points_per_level]
+
+
+def _autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
+    """What autocast asks value to be, or None: it is off, or has no say over float64 and integers."""
+    device_type = value.device.type
+    if not (_knows_autocast(device_type) and torch.is_autocast_enabled(device_type)):
+        return None
+    if value.dtype == torch.float64 or not all(t.is_floating_point() for t in (value, *others)):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 @functools.lru_cache

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vitkern.functional import ms_deform_attn
+from vitkern.functional import ms_deform_attn_fused
 
 
 class MSDeformAttn(nn.Module):
@@ -91,26 +91,17 @@ class MSDeformAttn(nn.Module):
         value = value.unflatten(-1, (heads, -1))
 
         offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
-        weights = self.attention_weights(query).view(batch, queries, heads, levels * points).softmax(-1)
-        weights = weights.view(batch, queries, heads, levels, points)
-        locations = self._locations(reference_points, offsets, input_spatial_shapes)
-
-        output = ms_deform_attn(
-            value, input_spatial_shapes, input_level_start_index, locations, weights, backend=self.backend
+        logits = self.attention_weights(query).view(batch, queries, heads, levels * points)
+        output = ms_deform_attn_fused(
+            value,
+            input_spatial_shapes,
+            input_level_start_index,
+            reference_points,
+            offsets,
+            logits,
+            backend=self.backend,
         )
         return self.output_proj(output)
-
-    def _locations(self, reference_points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
-        """Offsets are in pixels round a point, or in 2 P-ths of a reference box's size: [B, Q, M, L, P, 2]."""
-        reference = reference_points[:, :, None, :, None, :]
-        if reference_points.shape[-1] == 2:
-            width_height = spatial_shapes.flip(-1)[:, None, :]  # [L, 1, 2]
-            return reference + offsets / width_height
-        if reference_points.shape[-1] == 4:
-            return reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5
-        raise ValueError(
-            f"MSDeformAttn: reference_points must have 2 or 4 numbers, got {list(reference_points.shape)}"
-        )
 
     def extra_repr(self) -> str:
         return (

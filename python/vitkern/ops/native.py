@@ -102,8 +102,9 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
 def ms_deform_attn_forward_cpu(*arguments) -> Tensor:
     call = MsDeformAttnCall(*arguments)
     output = _new_output(call)
-    inputs, anchors, *rest = _describe(call)
-    _C.ms_deform_attn_forward_cpu(inputs, anchors, output.data_ptr(), *rest, torch.get_num_threads())
+    inputs, anchors, sizes, point_end, codes = _describe(call)
+    threads = torch.get_num_threads()
+    _C.ms_deform_attn_forward_cpu(inputs, anchors, output.data_ptr(), sizes, point_end, codes, threads)
     return output
 
 
@@ -114,10 +115,8 @@ def ms_deform_attn_backward_cpu(
     call = MsDeformAttnCall(*arguments)
     gradients = _new_gradients(call, needed)
     inputs, anchors, *rest = _describe(call)
-    threads = torch.get_num_threads()
-    _C.ms_deform_attn_backward_cpu(
-        inputs, anchors, grad_output.data_ptr(), _addresses(gradients), *rest, threads
-    )
+    addresses = (grad_output.data_ptr(), _addresses(gradients))
+    _C.ms_deform_attn_backward_cpu(inputs, anchors, *addresses, *rest, torch.get_num_threads())
     return gradients[: len(needed)]
 
 
