@@ -92,8 +92,7 @@ def test_16_bit_values_with_float32_coordinates(runner, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_throughout(runner, dtype):
-    """Rounded offsets may come to lie beside a cell's edge, where float32 and float64 take different sides: no gradients
-    of places here."""
+    """Outputs only: a rounded offset may lie beside a cell's edge, where the gradients of two precisions differ."""
     tensors, tables = make_fused(small(channels=32), runner, dtype)
     actual = call(tables, runner.backend)(*tensors)
     plain = call(tables, "reference")(*tensors)

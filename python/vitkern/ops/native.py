@@ -114,9 +114,11 @@ def ms_deform_attn_backward_cpu(
     """Bitwise reproducible, asked for or not."""
     call = MsDeformAttnCall(*arguments)
     gradients = _new_gradients(call, needed)
-    inputs, anchors, *rest = _describe(call)
-    addresses = (grad_output.data_ptr(), _addresses(gradients))
-    _C.ms_deform_attn_backward_cpu(inputs, anchors, *addresses, *rest, torch.get_num_threads())
+    inputs, anchors, sizes, point_end, codes = _describe(call)
+    to, threads = _addresses(gradients), torch.get_num_threads()
+    _C.ms_deform_attn_backward_cpu(
+        inputs, anchors, grad_output.data_ptr(), to, sizes, point_end, codes, threads
+    )
     return gradients[: len(needed)]
 
 

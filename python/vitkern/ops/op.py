@@ -136,19 +136,16 @@ class Op:
         """The implementation and its gradient without the dispatcher between them."""
         op = self
 
-        class Direct(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *inputs):
-                output = op._forward(*inputs)
-                op._save(ctx, inputs, output)
-                return output
+        def forward(ctx, *inputs):
+            output = op._forward(*inputs)
+            op._save(ctx, inputs, output)
+            return output
 
-            @staticmethod
-            def backward(ctx, grad_output):
-                return op._differentiate(ctx, grad_output)
+        def backward(ctx, grad_output):
+            return op._differentiate(ctx, grad_output)
 
-        Direct.__name__ = Direct.__qualname__ = self.name
-        return Direct
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(op.name, (torch.autograd.Function,), methods)
 
 
 def kernel(name: str, backend: str) -> Callable[..., Any]:
