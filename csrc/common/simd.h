@@ -221,6 +221,34 @@ VITKERN_INLINE T sum(Vec<T, N> a) {
   }
 }
 
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> maximum(Vec<T, N> a, Vec<T, N> b) {
+  return select(a > b, a, b);
+}
+
+template <typename T, int N>
+VITKERN_INLINE T largest(Vec<T, N> a) {
+  if constexpr (N > 1) {
+    Vec<T, N / 2> low, high;
+    memcpy(&low, &a, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&a) + sizeof low, sizeof high);
+    return largest(maximum(low, high));
+  } else {
+    T x;
+    memcpy(&x, &a, sizeof x);
+    return x;
+  }
+}
+
+// True in the lanes below `count`.
+template <typename T, int N>
+VITKERN_INLINE Vec<Integer<T>, N> first_lanes(int64_t count) {
+  using Index = Integer<T>;
+  static constexpr Index kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static_assert(N <= 16, "a table of lanes as long as the widest vector");
+  return load<Index, N>(kNumbers) < broadcast<Index, N>(static_cast<Index>(count < N ? count : N));
+}
+
 // The sums of four vectors.
 template <typename T, int N>
 VITKERN_INLINE Vec<T, 4> sum_each(Vec<T, N> a, Vec<T, N> b, Vec<T, N> c, Vec<T, N> d) {

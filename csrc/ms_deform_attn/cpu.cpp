@@ -14,6 +14,7 @@ namespace {
 void read_levels(const MsDeformAttnParams& p, Level* levels) {
   for (int64_t i = 0; i < p.levels; ++i) {
     Level& level = levels[i];
+    level.index = i;
     level.height = p.spatial_shapes[2 * i];
     level.width = p.spatial_shapes[2 * i + 1];
     level.start = p.level_start[i];
@@ -54,6 +55,7 @@ void clear_point_gradients(const MsDeformAttnParams& p) {
   const size_t bytes = p.coord_dtype == DType::kFloat64 ? 8 : p.coord_dtype == DType::kFloat32 ? 4 : 2;
   if (p.grad_locations) memset(p.grad_locations, 0, 2 * points * bytes);
   if (p.grad_weights) memset(p.grad_weights, 0, points * bytes);
+  if (p.grad_places) memset(p.grad_places, 0, 2 * points * (p.value_dtype == DType::kFloat64 ? 8 : 4));
 }
 
 }  // namespace
@@ -76,7 +78,7 @@ void ms_deform_attn_forward(const MsDeformAttnParams& p) {
 
 void ms_deform_attn_backward(const MsDeformAttnParams& p) {
   check_sizes(p);
-  if (p.batch * p.heads == 0 || !(p.grad_value || p.grad_locations || p.grad_weights)) return;
+  if (p.batch * p.heads == 0 || !(p.grad_value || wants_points(p))) return;
   if (p.channels == 0) return clear_point_gradients(p);
   const Scratch scratch((p.levels + 1) * (sizeof(Level) + sizeof(Group)));
   Level* const levels = reinterpret_cast<Level*>(scratch.data());

@@ -46,6 +46,12 @@ struct BackwardPlan {
   int64_t channels;      // padded
   int64_t widest_group;  // pixels
   bool packs;
+
+  // Where gradients of rows are added up: in grad_value itself, in slabs of the chunks, in a slab of each worker, or
+  // nowhere.
+  bool in_place, shared_slabs;
+  int64_t value_rows, slab_rows;  // of a worker
+  int64_t slab_size;              // of a chunk
 };
 
 // Levels that share pixels must be added up by one task.
@@ -57,9 +63,9 @@ inline bool levels_overlap(const Level* levels, int64_t count) {
 }
 
 template <typename T>
-BackwardPlan plan_backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
+BackwardPlan cut_backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
   using Acc = Accumulator<T>;
-  BackwardPlan plan{groups, p.levels, 1, padded_channels<Acc>(p.channels), 0, false};
+  BackwardPlan plan{groups, p.levels, 1, padded_channels<Acc>(p.channels), 0, false, false, false, 0, 0, 0};
   if (levels_overlap(levels, p.levels)) {
     plan.group_count = 1;
     groups[0] = {levels, p.levels, 0, p.pixels};
@@ -80,6 +86,18 @@ BackwardPlan plan_backward(const MsDeformAttnParams& p, const Level* levels, Gro
                           slab_bytes ? kMaxSlabBytes / slab_bytes : 1};
   for (const int64_t bound : most)
     if (plan.chunks > bound) plan.chunks = bound < 1 ? 1 : bound;
+  return plan;
+}
+
+template <typename T>
+BackwardPlan plan_backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
+  BackwardPlan plan = cut_backward<T>(p, levels, groups);
+  // Few points on many pixels: add to grad_value itself, if it can hold sums.
+  plan.in_place = sizeof(T) == sizeof(Accumulator<T>) && !plan.packs && plan.chunks == 1;
+  plan.shared_slabs = plan.chunks > 1 && p.grad_value;
+  plan.value_rows = plan.packs ? plan.widest_group : 0;
+  plan.slab_rows = plan.in_place || plan.shared_slabs || !p.grad_value ? 0 : plan.widest_group;
+  plan.slab_size = p.batch * p.heads * p.pixels * plan.channels;
   return plan;
 }
 
@@ -110,15 +128,14 @@ void clear_rows(const Rows<Acc>& rows, int64_t count, int64_t channels) {
 
 // Sums the chunks' slabs in their order, into the first, and writes them out.
 template <typename T>
-void merge_slabs(const MsDeformAttnParams& p, const BackwardPlan& plan, Accumulator<T>* slabs,
-                 int64_t slab_size) {
+void merge_slabs(const MsDeformAttnParams& p, const BackwardPlan& plan, Accumulator<T>* slabs) {
   using Acc = Accumulator<T>;
   parallel_for(p.batch * p.heads * plan.group_count, p.threads, [&](int64_t task, int) {
     const Group& group = plan.groups[task % plan.group_count];
     const int64_t head = task / plan.group_count % p.heads, image = task / plan.group_count / p.heads;
     Acc* const first = slabs + ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
     for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
-      for (int64_t i = 0; i < group.pixels * plan.channels; ++i) first[i] += first[chunk * slab_size + i];
+      for (int64_t i = 0; i < group.pixels * plan.channels; ++i) first[i] += first[chunk * plan.slab_size + i];
     write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, first);
   });
 }
@@ -128,17 +145,23 @@ template <typename T>
 struct BackwardMemory {
   using Acc = Accumulator<T>;
   BackwardWorker<T>* workers;
-  Acc* outside;  // [channels] zeros
-  Acc* slabs;    // [chunks, B, M, S, channels]
+  Acc* outside;           // [channels] zeros
+  Acc* slabs;             // [chunks, B, M, S, channels]
+  Softmax<Acc>* softmax;  // [B, Q, M], fused form only
+  Acc* grad_weights;      // [B, Q, M, K], fused form whose gradients have 16 bits only
 
-  void lay_out(Cursor& cursor, const MsDeformAttnParams& p, const BackwardPlan& plan, int count,
-               int64_t value_rows, int64_t slab_rows, int64_t shared) {
+  void lay_out(Cursor& cursor, const MsDeformAttnParams& p, const BackwardPlan& plan, int count) {
+    const int64_t rows = p.reference.points ? p.batch * p.queries * p.heads : 0;
+    const bool parks = p.grad_weights && p.coord_dtype != DType::kFloat32 && p.coord_dtype != DType::kFloat64;
     workers = cursor.take<BackwardWorker<T>>(count);
     outside = cursor.take<Acc>(plan.channels);
-    slabs = cursor.take<Acc>(shared);
+    slabs = cursor.take<Acc>(plan.shared_slabs ? plan.chunks * plan.slab_size : 0);
+    softmax = cursor.take<Softmax<Acc>>(rows);
+    grad_weights = cursor.take<Acc>(parks ? rows * p.points : 0);
+    if (!parks) grad_weights = static_cast<Acc*>(p.grad_weights);
     for (int i = 0; i < count; ++i) {
       BackwardWorker<T> measured;
-      (cursor.base ? workers[i] : measured).lay_out(cursor, p, plan.channels, value_rows, slab_rows);
+      (cursor.base ? workers[i] : measured).lay_out(cursor, p, plan.channels, plan.value_rows, plan.slab_rows);
     }
   }
 
@@ -147,67 +170,76 @@ struct BackwardMemory {
     for (int i = 0; i < count; ++i)
       memset(workers[i].grad_output, 0, kTileQueries * plan.channels * sizeof(Acc));
   }
+
+  // The fused form's pass before the tasks.
+  template <typename C>
+  void measure(const MsDeformAttnParams& p, int count) {
+    measure_logits<C>(p, workers, count, softmax);
+    for (int i = 0; i < count; ++i) {
+      workers[i].fusion.known = softmax;
+      workers[i].fusion.grad_weights = grad_weights;
+    }
+  }
 };
+
+// One task: the queries of a chunk, the points of a group.
+template <int kUsed, typename T, typename C>
+void backward_task(const MsDeformAttnParams& p, const BackwardPlan& plan, const BackwardMemory<T>& memory,
+                   int64_t task, BackwardWorker<T>& mine) {
+  using Acc = Accumulator<T>;
+  const int64_t chunk = task % plan.chunks, owner = task / plan.chunks;
+  const Group& group = plan.groups[owner % plan.group_count];
+  const int64_t head = owner / plan.group_count % p.heads, image = owner / plan.group_count / p.heads;
+  const int64_t first_row = (image * p.pixels + group.first_pixel) * p.heads + head;  // in [B, S, M]
+  set_levels(mine.tile, group.levels, group.count, group.first_pixel);
+  if (p.reference.points) set_fusion(mine.fusion, mine.tile, group.levels, group.count);
+
+  Rows<Acc> grad = {mine.slab, plan.channels, mine.nowhere};
+  if (plan.shared_slabs)
+    grad.base = memory.slabs + chunk * plan.slab_size +
+                ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
+  if (plan.in_place) {
+    grad.base = static_cast<Acc*>(p.grad_value) + first_row * p.channels;
+    grad.stride = p.heads * p.channels;
+  }
+  if (p.grad_value) clear_rows(grad, group.pixels, plan.channels);
+  const int64_t begin = p.queries * chunk / plan.chunks, end = p.queries * (chunk + 1) / plan.chunks;
+  if (plan.packs) {
+    pack_head<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, mine.value);
+    const Rows<const Acc> rows = {mine.value, plan.channels, memory.outside};
+    backward_queries<kUsed, T, C>(p, mine, rows, grad, group, image, head, begin, end);
+  } else {
+    const T* value = static_cast<const T*>(p.value) + first_row * p.channels;
+    const Rows<const T> rows = {value, p.heads * p.channels, reinterpret_cast<const T*>(memory.outside)};
+    backward_queries<kUsed, T, C>(p, mine, rows, grad, group, image, head, begin, end);
+  }
+  if (p.grad_value && !plan.in_place && !plan.shared_slabs)
+    write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, grad.base);
+}
 
 template <int kUsed, typename T, typename C>
 void backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
-  using Acc = Accumulator<T>;
   const BackwardPlan plan = plan_backward<T>(p, levels, groups);
   const int64_t tasks = p.batch * p.heads * plan.group_count * plan.chunks;
   const int workers = worker_count(tasks, p.threads);
-  // Few points on many pixels: add to grad_value itself, if it can hold sums.
-  const bool in_place = sizeof(T) == sizeof(Acc) && !plan.packs && plan.chunks == 1;
-  const bool shared_slabs = plan.chunks > 1 && p.grad_value;
-  const int64_t value_rows = plan.packs ? plan.widest_group : 0;
-  const int64_t slab_rows = in_place || shared_slabs || !p.grad_value ? 0 : plan.widest_group;
-  const int64_t slab_size = p.batch * p.heads * p.pixels * plan.channels;
 
   BackwardMemory<T> memory;
-  const auto lay_out = [&](Cursor& cursor) {
-    memory.lay_out(cursor, p, plan, workers, value_rows, slab_rows,
-                   shared_slabs ? plan.chunks * slab_size : 0);
-  };
   Cursor measure{nullptr};
-  lay_out(measure);
+  memory.lay_out(measure, p, plan, workers);
   const Scratch scratch(measure.used);
   Cursor cursor{scratch.data()};
-  lay_out(cursor);
+  memory.lay_out(cursor, p, plan, workers);
   memory.clear(plan, workers);
 
+  if (p.reference.points) memory.template measure<C>(p, workers);
   parallel_for(tasks, p.threads, [&](int64_t task, int who) {
-    BackwardWorker<T>& mine = memory.workers[who];
-    const int64_t chunk = task % plan.chunks, owner = task / plan.chunks;
-    const Group& group = groups[owner % plan.group_count];
-    const int64_t head = owner / plan.group_count % p.heads, image = owner / plan.group_count / p.heads;
-    const int64_t first_row = (image * p.pixels + group.first_pixel) * p.heads + head;  // in [B, S, M]
-    set_levels(mine.tile, group.levels, group.count, group.first_pixel);
-
-    Rows<Acc> grad = {mine.slab, plan.channels, mine.nowhere};
-    if (shared_slabs)
-      grad.base = memory.slabs + chunk * slab_size +
-                  ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
-    if (in_place) {
-      grad.base = static_cast<Acc*>(p.grad_value) + first_row * p.channels;
-      grad.stride = p.heads * p.channels;
-    }
-    if (p.grad_value) clear_rows(grad, group.pixels, plan.channels);
-    const int64_t begin = p.queries * chunk / plan.chunks, end = p.queries * (chunk + 1) / plan.chunks;
-    if (plan.packs) {
-      pack_head<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, mine.value);
-      const Rows<const Acc> rows = {mine.value, plan.channels, memory.outside};
-      backward_queries<kUsed, T, C>(p, mine, rows, grad, group, image, head, begin, end);
-    } else {
-      const T* value = static_cast<const T*>(p.value) + first_row * p.channels;
-      const Rows<const T> rows = {value, p.heads * p.channels, reinterpret_cast<const T*>(memory.outside)};
-      backward_queries<kUsed, T, C>(p, mine, rows, grad, group, image, head, begin, end);
-    }
-    if (p.grad_value && !in_place && !shared_slabs)
-      write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, grad.base);
+    backward_task<kUsed, T, C>(p, plan, memory, task, memory.workers[who]);
   });
+  if (p.reference.points && p.grad_weights) finish_logits<C>(p, memory.workers, workers, memory.softmax);
 
   if (p.grad_value)
     for (int64_t image = 0; image < p.batch; ++image) clear_gaps<T>(p, plan, image);
-  if (shared_slabs) merge_slabs<T>(p, plan, memory.slabs, slab_size);
+  if (plan.shared_slabs) merge_slabs<T>(p, plan, memory.slabs);
 }
 
 }  // namespace

@@ -10,8 +10,7 @@
 // Numerics: sums in the accumulator type, in an order that depends on nothing but the shape.
 #pragma once
 
-#include "common/parallel.h"
-#include "ms_deform_attn/cpu_points.h"
+#include "ms_deform_attn/cpu_fused.h"
 
 namespace vitkern::VITKERN_ISA {
 namespace {
@@ -66,10 +65,12 @@ template <typename T>
 struct ForwardWorker {
   using Acc = Accumulator<T>;
   Tile<Acc> tile;
+  Fusion<Acc> fusion;
   Acc* sums;
 
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p) {
     tile.lay_out(cursor, p.points);
+    fusion.lay_out(cursor, p);
     sums = cursor.take<Acc>(padded_channels<Acc>(p.channels));
   }
 };
@@ -86,6 +87,7 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
     read_points<C>(tile, p, row * p.points, p.heads * p.points, queries);
+    if (p.reference.points) fuse_points(worker.fusion, tile, p, image, head, first, queries);
     if constexpr (kUsed == kCorners)
       locate_bilinear(tile);
     else
@@ -144,7 +146,10 @@ void forward(const MsDeformAttnParams& p, const Level* levels) {
   Cursor cursor{scratch.data()};
   lay_out(cursor);
   for (int64_t channel = 0; channel < channels; ++channel) outside[channel] = 0;
-  for (int i = 0; i < workers; ++i) set_levels(worker[i].tile, levels, p.levels, 0);
+  for (int i = 0; i < workers; ++i) {
+    set_levels(worker[i].tile, levels, p.levels, 0);
+    if (p.reference.points) set_fusion(worker[i].fusion, worker[i].tile, levels, p.levels);
+  }
 
   for (int64_t first_image = 0; first_image < p.batch; first_image += images_at_once) {
     if (packs)

@@ -16,6 +16,7 @@ constexpr int64_t kTilePoints = 256;  // a tile's arrays stay in the L1 cache
 constexpr int64_t kTileQueries = 64;
 
 struct Level {
+  int64_t index;  // among the levels of the call
   int64_t height, width, start;
   int64_t first_point, last_point;
 
@@ -35,6 +36,9 @@ struct Tile {
   Acc *width, *height;
   Index *columns, *rows, *start;
 
+  // What a location of 1 stands for, in pixels: the level's size; in the fused form, one pixel.
+  const Acc *unit_x, *unit_y;
+
   // Locations and weight of each point. x and y become the shares of the right and bottom corners.
   Acc *xy, *x, *y, *weight;
 
@@ -47,6 +51,8 @@ struct Tile {
     const int64_t size = (most < kTilePoints ? kTilePoints : most) + kLanes<Acc>;
     width = cursor.take<Acc>(size);
     height = cursor.take<Acc>(size);
+    unit_x = width;
+    unit_y = height;
     columns = cursor.take<Index>(size);
     rows = cursor.take<Index>(size);
     start = cursor.take<Index>(size);
@@ -119,8 +125,8 @@ void locate_bilinear(Tile<Acc>& tile) {
                 outside = broadcast<Index, N>(kOutside);
   for (int64_t i = 0; i < tile.padded; i += N) {
     const Numbers width = load<Acc, N>(tile.width + i), height = load<Acc, N>(tile.height + i);
-    Numbers x = load<Acc, N>(tile.x + i) * width - half;
-    Numbers y = load<Acc, N>(tile.y + i) * height - half;
+    Numbers x = load<Acc, N>(tile.x + i) * load<Acc, N>(tile.unit_x + i) - half;
+    Numbers y = load<Acc, N>(tile.y + i) * load<Acc, N>(tile.unit_y + i) - half;
     // Every comparison with NaN is false: a location that is not a number touches no pixel.
     const Indices near = (x > zero - one) & (x < width) & (y > zero - one) & (y < height);
     x = select(near, x, zero);
@@ -162,8 +168,8 @@ void locate_nearest(Tile<Acc>& tile) {
   const Indices next = broadcast<Index, N>(1);
   for (int64_t i = 0; i < tile.padded; i += N) {
     const Numbers width = load<Acc, N>(tile.width + i), height = load<Acc, N>(tile.height + i);
-    Numbers x = load<Acc, N>(tile.x + i) * width + half;
-    Numbers y = load<Acc, N>(tile.y + i) * height + half;
+    Numbers x = load<Acc, N>(tile.x + i) * load<Acc, N>(tile.unit_x + i) + half;
+    Numbers y = load<Acc, N>(tile.y + i) * load<Acc, N>(tile.unit_y + i) + half;
     // x - x is 0 for finite x, NaN for the others. A level without pixels has none to read.
     const Indices finite = (x - x == zero) & (y - y == zero) & (width > zero) & (height > zero);
     x = select(finite & (x > zero), x, zero);

@@ -19,10 +19,16 @@ struct Group {
   int64_t first_pixel, pixels;
 };
 
+// Whether anything but the gradient of value is wanted.
+inline bool wants_points(const MsDeformAttnParams& p) {
+  return p.grad_locations || p.grad_weights || p.grad_places;
+}
+
 template <typename T>
 struct BackwardWorker {
   using Acc = Accumulator<T>;
   Tile<Acc> tile;
+  Fusion<Acc> fusion;
   int64_t channels;  // padded to whole vectors
   Acc* grad_output;  // [tile queries, channels]
   Acc* dots;         // [tile points, corners]: grad_output times the row of the corner
@@ -34,6 +40,7 @@ struct BackwardWorker {
                int64_t slab_rows) {
     channels = padded;
     tile.lay_out(cursor, p.points);
+    fusion.lay_out(cursor, p);
     const int64_t points = p.points < kTilePoints ? kTilePoints : p.points;
     grad_output = cursor.take<Acc>(kTileQueries * channels);
     dots = cursor.take<Acc>((points + kLanes<Acc>)*kCorners);
@@ -116,21 +123,27 @@ void finish_points(Tile<Acc>& tile, const Acc* dots) {
       const Acc slope_x = top * (dot[1] - dot[0]) + bottom * (dot[3] - dot[2]);
       const Acc slope_y = left * (dot[2] - dot[0]) + right * (dot[3] - dot[1]);
       const Acc weight = tile.weight[i];
-      tile.xy[2 * i] = touched ? weight * tile.width[i] * slope_x : Acc{0};
-      tile.xy[2 * i + 1] = touched ? weight * tile.height[i] * slope_y : Acc{0};
+      tile.xy[2 * i] = touched ? weight * tile.unit_x[i] * slope_x : Acc{0};
+      tile.xy[2 * i + 1] = touched ? weight * tile.unit_y[i] * slope_y : Acc{0};
       tile.weight[i] = top * (left * dot[0] + right * dot[1]) + bottom * (left * dot[2] + right * dot[3]);
     }
   }
 }
 
+// Gradients of the tile to their places; those of weights in the fused form to where finish_logits() takes them.
 template <typename C, typename Acc>
-void write_points(const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int64_t stride,
-                  int64_t queries) {
+void write_points(const Tile<Acc>& tile, const Fusion<Acc>& fusion, const MsDeformAttnParams& p, int64_t row,
+                  int64_t stride, int64_t queries) {
   for (int64_t query = 0; query < queries; ++query) {
     const int64_t to = row + query * stride, from = query * tile.points;
     if (p.grad_locations)
       narrow_array(tile.xy + 2 * from, 2 * tile.points, static_cast<C*>(p.grad_locations) + 2 * to);
-    if (p.grad_weights) narrow_array(tile.weight + from, tile.points, static_cast<C*>(p.grad_weights) + to);
+    if (p.grad_places)
+      narrow_array(fusion.places + 2 * from, 2 * tile.points, static_cast<Acc*>(p.grad_places) + 2 * to);
+    if (fusion.grad_weights)
+      narrow_array(tile.weight + from, tile.points, fusion.grad_weights + to);
+    else if (p.grad_weights)
+      narrow_array(tile.weight + from, tile.points, static_cast<C*>(p.grad_weights) + to);
   }
 }
 
@@ -140,13 +153,14 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
                       const Rows<Accumulator<T>>& grad, const Group& group, int64_t image, int64_t head,
                       int64_t begin, int64_t end) {
   Tile<Accumulator<T>>& tile = worker.tile;
-  const bool scatters = p.grad_value, dots = p.grad_locations || p.grad_weights;
+  const bool scatters = p.grad_value, dots = wants_points(p);
   const int64_t row_bytes = p.channels * sizeof(Row), grad_bytes = p.channels * sizeof(Accumulator<T>);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
     const int64_t first_point = row * p.points + (group.count ? group.levels->first_point : 0);
     read_points<C>(tile, p, first_point, p.heads * p.points, queries);
+    if (p.reference.points) fuse_points(worker.fusion, tile, p, image, head, first, queries);
     if constexpr (kUsed == kCorners)
       locate_bilinear(tile);
     else
@@ -173,7 +187,8 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
     }
     if (!dots) continue;
     finish_points<kUsed>(tile, worker.dots);
-    write_points<C>(tile, p, first_point, p.heads * p.points, queries);
+    if (p.reference.points) unplace_points(worker.fusion, tile);
+    write_points<C>(tile, worker.fusion, p, first_point, p.heads * p.points, queries);
   }
 }
 

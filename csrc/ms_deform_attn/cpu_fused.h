@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fused form: softmax of logits, eq. (8), and pixel coordinates from reference points and offsets, eqs.
+// (9) and (10), worked out within a tile, so that weights and locations are nowhere in memory. Backward: the
+// gradients of the tile turned into those of offsets and locations, eq. (12), and of logits, eq. (11).
+//
+// A backward task sees one level, the softmax runs over all: a pass over the logits goes before, which leaves
+// two numbers of each query and head, and a pass over the gradients of the weights comes after.
+#pragma once
+
+#include <math.h>
+
+#include "common/exp.h"
+#include "common/parallel.h"
+#include "ms_deform_attn/cpu_points.h"
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+constexpr int64_t kRowsOfTask = 512;  // of logits, one row for each query and head
+
+// What makes weights of logits: w = exp(z - maximum) * scale.
+template <typename Acc>
+struct Softmax {
+  Acc maximum, scale;
+};
+
+// What a worker needs beside its tile. Arrays are over the points of the tile if not said otherwise.
+template <typename Acc>
+struct Fusion {
+  Acc* one;                   // the unit of x and y: offsets come out in pixels
+  Acc *anchor_x, *anchor_y;   // reference point of each point
+  Acc *reach_x, *reach_y;     // how many pixels an offset of 1 goes
+  Acc *spread_x, *spread_y;   // the reach in a box of size 1: the level's size over 2 P
+  Acc *maximum, *scale;       // of each point's query
+  Acc* places;                // [points, 2] gradients of locations
+  Softmax<Acc>* softmax;      // [queries]
+  const Level* levels;        // whose points are in the tile
+  int64_t level_count;
+  const Softmax<Acc>* known;  // [B, Q, M], or null: every tile holds all points of its queries
+  Acc* grad_weights;          // [B, Q, M, K] gradients of the weights
+
+  void lay_out(Cursor& cursor, const MsDeformAttnParams& p) {
+    const int64_t most = p.points < kTilePoints ? kTilePoints : p.points;
+    const int64_t size = p.reference.points ? most + kLanes<Acc> : 0;
+    Acc** const arrays[] = {&one,      &anchor_x, &anchor_y, &reach_x, &reach_y,
+                            &spread_x, &spread_y, &maximum,  &scale};
+    for (Acc** array : arrays) *array = cursor.take<Acc>(size);
+    places = cursor.take<Acc>(2 * size);
+    softmax = cursor.take<Softmax<Acc>>(p.reference.points ? kTileQueries : 0);
+    known = nullptr;
+    grad_weights = nullptr;
+  }
+};
+
+// Sets a worker to the points of these levels, as set_levels() does, which must have come before.
+template <typename Acc>
+void set_fusion(Fusion<Acc>& fusion, Tile<Acc>& tile, const Level* levels, int64_t level_count) {
+  fusion.levels = levels;
+  fusion.level_count = level_count;
+  for (int64_t i = 0; i < tile.padded; ++i) {
+    fusion.one[i] = fusion.reach_x[i] = fusion.reach_y[i] = 1;
+    fusion.anchor_x[i] = fusion.anchor_y[i] = fusion.spread_x[i] = fusion.spread_y[i] = 0;
+  }
+  for (int64_t query = 0; query < tile.queries; ++query)
+    for (const Level* level = levels; level < levels + level_count; ++level)
+      for (int64_t point = level->first_point; point < level->last_point; ++point) {
+        const int64_t i = query * tile.points + point - levels->first_point;
+        const Acc halves = static_cast<Acc>(2 * (level->last_point - level->first_point));
+        fusion.spread_x[i] = static_cast<Acc>(level->width) / halves;
+        fusion.spread_y[i] = static_cast<Acc>(level->height) / halves;
+      }
+  tile.unit_x = tile.unit_y = fusion.one;
+}
+
+// `count` times the same number. Whole vectors: what follows must be written later, or be padding.
+template <typename Acc>
+VITKERN_INLINE void repeat(Acc x, int64_t count, Acc* to) {
+  constexpr int N = kLanes<Acc>;
+  for (int64_t i = 0; i < count; i += N) store(to + i, broadcast<Acc, N>(x));
+}
+
+// Brings the reference points of each point of the tile into anchor and reach, the latter for boxes only.
+template <typename Acc>
+void read_references(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const Reference& reference,
+                     int64_t image, int64_t first, int64_t queries) {
+  const Acc* const points = static_cast<const Acc*>(reference.points) + image * reference.batch_stride;
+  const bool shared = reference.level_stride == 0;
+  for (int64_t query = 0, to = 0; query < queries; ++query)
+    for (int64_t i = 0; i < (shared ? 1 : fusion.level_count); ++i) {
+      const Level& level = fusion.levels[i];
+      const int64_t count = shared ? tile.points : level.last_point - level.first_point;
+      const Acc* at = points + (first + query) * reference.query_stride + level.index * reference.level_stride;
+      repeat(at[0], count, fusion.anchor_x + to);
+      repeat(at[1], count, fusion.anchor_y + to);
+      if (reference.numbers == 4) {
+        repeat(at[2], count, fusion.reach_x + to);
+        repeat(at[3], count, fusion.reach_y + to);
+      }
+      to += count;
+    }
+}
+
+// From offsets to pixels, eqs. (9) and (10), in tile.x and tile.y.
+template <typename Acc>
+void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t image,
+                  int64_t first, int64_t queries) {
+  constexpr int N = kLanes<Acc>;
+  if (tile.points == 0) return;
+  read_references(fusion, tile, p.reference, image, first, queries);
+  const auto place = [&](Acc* offset, const Acc* anchor, const Acc* size, Acc* reach, const Acc* spread) {
+    for (int64_t i = 0; i < tile.padded; i += N) {
+      auto step = load<Acc, N>(reach + i);
+      if (p.reference.numbers == 4) {
+        step = step * load<Acc, N>(spread + i);
+        store(reach + i, step);
+      }
+      const auto origin = load<Acc, N>(anchor + i) * load<Acc, N>(size + i);
+      store(offset + i, multiply_add(load<Acc, N>(offset + i), step, origin));
+    }
+  };
+  place(tile.x, fusion.anchor_x, tile.width, fusion.reach_x, fusion.spread_x);
+  place(tile.y, fusion.anchor_y, tile.height, fusion.reach_y, fusion.spread_y);
+}
+
+// Of one row of logits, which has a vector's room behind it. A NaN makes the scale NaN, as do infinities that
+// have no softmax.
+template <typename Acc>
+Softmax<Acc> softmax_of(const Acc* logits, int64_t count) {
+  constexpr int N = kLanes<Acc>;
+  const auto lowest = broadcast<Acc, N>(-static_cast<Acc>(HUGE_VAL));
+  auto high = lowest;
+  for (int64_t i = 0; i < count; i += N)
+    high = maximum(select(first_lanes<Acc, N>(count - i), load<Acc, N>(logits + i), lowest), high);
+  const Acc top = largest(high);
+  auto total = broadcast<Acc, N>(0);
+  for (int64_t i = 0; i < count; i += N) {
+    const auto power = exp_nonpositive(load<Acc, N>(logits + i) - broadcast<Acc, N>(top));
+    total = total + select(first_lanes<Acc, N>(count - i), power, broadcast<Acc, N>(0));
+  }
+  return {top, 1 / sum(total)};
+}
+
+// From the logits of `rows` rows to their weights, in place, eq. (8).
+template <typename Acc>
+void weigh_rows(const Fusion<Acc>& fusion, const Softmax<Acc>* softmax, int64_t stride, int64_t rows,
+                int64_t points, Acc* weights) {
+  constexpr int N = kLanes<Acc>;
+  for (int64_t row = 0; row < rows; ++row) {
+    repeat(softmax[row * stride].maximum, points, fusion.maximum + row * points);
+    repeat(softmax[row * stride].scale, points, fusion.scale + row * points);
+  }
+  for (int64_t i = 0; i < rows * points; i += N) {
+    const auto power = exp_nonpositive(load<Acc, N>(weights + i) - load<Acc, N>(fusion.maximum + i));
+    store(weights + i, power * load<Acc, N>(fusion.scale + i));
+  }
+}
+
+// Makes weights and pixels of the logits and offsets that read_points() has brought.
+template <typename Acc>
+void fuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t image,
+                 int64_t head, int64_t first, int64_t queries) {
+  place_points(fusion, tile, p, image, first, queries);
+  if (fusion.known) {
+    const int64_t row = (image * p.queries + first) * p.heads + head;
+    return weigh_rows(fusion, fusion.known + row, p.heads, queries, tile.points, tile.weight);
+  }
+  for (int64_t query = 0; query < queries; ++query)
+    fusion.softmax[query] = softmax_of(tile.weight + query * tile.points, tile.points);
+  weigh_rows(fusion, fusion.softmax, 1, queries, tile.points, tile.weight);
+}
+
+// From gradients by pixels, in tile.xy, to those of offsets, in place, and of locations, eq. (12).
+template <typename Acc>
+void unplace_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile) {
+  for (int64_t i = 0; i < tile.padded; ++i) {
+    fusion.places[2 * i] = tile.xy[2 * i] * tile.width[i];
+    fusion.places[2 * i + 1] = tile.xy[2 * i + 1] * tile.height[i];
+    tile.xy[2 * i] *= fusion.reach_x[i];
+    tile.xy[2 * i + 1] *= fusion.reach_y[i];
+  }
+}
+
+// Calls body(worker, first, count) for all rows of logits of the call, as many at once as a tile holds.
+template <typename Body>
+void for_rows(const MsDeformAttnParams& p, int workers, const Body& body) {
+  if (p.points == 0) return;
+  const int64_t rows = p.batch * p.queries * p.heads;
+  const int64_t fitting = p.points < kTilePoints ? kTilePoints / p.points : 1;
+  const int64_t step = fitting < kTileQueries ? fitting : kTileQueries;
+  parallel_for((rows + kRowsOfTask - 1) / kRowsOfTask, workers, [&](int64_t task, int who) {
+    const int64_t end = rows < (task + 1) * kRowsOfTask ? rows : (task + 1) * kRowsOfTask;
+    for (int64_t row = task * kRowsOfTask; row < end; row += step)
+      body(who, row, end - row < step ? end - row : step);
+  });
+}
+
+// The pass before: what makes weights of the logits, for every query and head.
+template <typename C, typename Worker, typename Acc>
+void measure_logits(const MsDeformAttnParams& p, Worker* workers, int count, Softmax<Acc>* known) {
+  for_rows(p, count, [&](int who, int64_t first, int64_t rows) {
+    Acc* const logits = workers[who].tile.weight;
+    widen_array(static_cast<const C*>(p.weights) + first * p.points, rows * p.points, logits);
+    for (int64_t row = 0; row < rows; ++row) known[first + row] = softmax_of(logits + row * p.points, p.points);
+  });
+}
+
+// The pass after: from gradients of weights to those of logits, eq. (11); both may be the same array.
+template <typename C, typename Worker, typename Acc>
+void finish_logits(const MsDeformAttnParams& p, Worker* workers, int count, const Softmax<Acc>* known) {
+  constexpr int N = kLanes<Acc>;
+  for_rows(p, count, [&](int who, int64_t first, int64_t rows) {
+    const Fusion<Acc>& fusion = workers[who].fusion;
+    Acc *const weights = workers[who].tile.weight, *const grads = workers[who].tile.x;
+    const int64_t points = rows * p.points;
+    widen_array(static_cast<const C*>(p.weights) + first * p.points, points, weights);
+    widen_array(fusion.grad_weights + first * p.points, points, grads);
+    weigh_rows(fusion, known + first, 1, rows, p.points, weights);
+    for (int64_t row = 0; row < rows; ++row) {
+      auto products = broadcast<Acc, N>(0);
+      for (int64_t i = 0, at = row * p.points; i < p.points; i += N, at += N)
+        products = products + select(first_lanes<Acc, N>(p.points - i),
+                                     load<Acc, N>(weights + at) * load<Acc, N>(grads + at), broadcast<Acc, N>(0));
+      repeat(sum(products), p.points, fusion.scale + row * p.points);
+    }
+    for (int64_t i = 0; i < points; i += N)
+      store(grads + i, load<Acc, N>(weights + i) * (load<Acc, N>(grads + i) - load<Acc, N>(fusion.scale + i)));
+    narrow_array(grads, points, static_cast<C*>(p.grad_weights) + first * p.points);
+  });
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA
