@@ -109,23 +109,25 @@ void backward_cuda(const Inputs& inputs, const Anchors& anchors, uintptr_t grad_
   ms_deform_attn_backward_cuda(params);
 }
 
-void cells_cuda(const Inputs& inputs, const Anchors& anchors, uintptr_t cells, const Sizes& sizes,
-                const std::vector<int64_t>& point_end, const Codes& codes, int device, uintptr_t stream) {
+void cells_cuda(const Inputs& inputs, const Anchors& anchors, uintptr_t cells, uintptr_t softmax,
+                const Sizes& sizes, const std::vector<int64_t>& point_end, const Codes& codes, int device,
+                uintptr_t stream) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
   params.device = device;
   params.stream = pointer<void>(stream);
-  ms_deform_attn_cells_cuda(params, pointer<int64_t>(cells));
+  ms_deform_attn_cells_cuda(params, pointer<int64_t>(cells), pointer<void>(softmax));
 }
 
 void gather_grad_value_cuda(const Inputs& inputs, const Anchors& anchors, uintptr_t grad_output,
-                            uintptr_t grad_value, uintptr_t order, uintptr_t first, const Sizes& sizes,
-                            const std::vector<int64_t>& point_end, const Codes& codes, int device,
-                            uintptr_t stream) {
+                            uintptr_t grad_value, uintptr_t order, uintptr_t first, uintptr_t softmax,
+                            const Sizes& sizes, const std::vector<int64_t>& point_end, const Codes& codes,
+                            int device, uintptr_t stream) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
   set_gradients(params, grad_output, {grad_value, 0, 0, 0});
   params.device = device;
   params.stream = pointer<void>(stream);
-  ms_deform_attn_gather_grad_value_cuda(params, pointer<const int64_t>(order), pointer<const int64_t>(first));
+  ms_deform_attn_gather_grad_value_cuda(params, pointer<const int64_t>(order), pointer<const int64_t>(first),
+                                        pointer<const void>(softmax));
 }
 #endif
 

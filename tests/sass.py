@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc" / "ms_deform_attn" / "cuda.cu"
 TYPES = {"f": "fp32", "d": "fp64", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
-NAME = re.compile(r"\d+(ms_deform_attn_\w+?)I(f|d|6__half|13__nv_bfloat16)(?:Li(\d+)E)?E")
+NAME = re.compile(r"\d+(ms_deform_attn_\w+?)I(f|d|6__half|13__nv_bfloat16)(?:Li(\d+)E)?(?:Lb([01])E)?E")
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Kernel:
     name: str  # ms_deform_attn_forward
     dtype: str
     channels: int  # 0: any number
+    fused: bool
     registers: int = 0
     spilled: int = 0  # bytes
     shared: int = 0  # bytes, without those that the launch asks for
@@ -71,8 +72,8 @@ def compile_kernels(arch: int, folder: Path) -> list[Kernel]:
     kernels = {}
     for entry in re.split(r"Compiling entry function", done.stderr)[1:]:
         mangled = re.match(r" '(\w+)'", entry)[1]
-        name, dtype, channels = NAME.search(mangled).groups()
-        kernel = kernels[mangled] = Kernel(name, TYPES[dtype], int(channels or 0))
+        name, dtype, channels, fused = NAME.search(mangled).groups()
+        kernel = kernels[mangled] = Kernel(name, TYPES[dtype], int(channels or 0), fused == "1")
         kernel.registers = int(re.search(r"Used (\d+) registers", entry)[1])
         kernel.spilled = sum(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", entry))
         kernel.shared = int((re.search(r"(\d+) bytes smem", entry) or [0, 0])[1])

@@ -80,10 +80,17 @@ def assert_right(args, method="bilinear", *, deterministic=False):
     with guarded_memory():
         actual = ours(args, method, grad_output, deterministic=deterministic)
     for name, a, s, o in zip(("output", "value", "locations", "weights"), actual, same, oracle):
-        largest = o[o.isfinite()].abs().max().item() if o.isfinite().any() else 0.0
-        allowed = 2 * max_error(s, o) + 8 * torch.finfo(a.dtype).eps * largest
-        assert torch.equal(a.isnan(), o.isnan()), f"{name}: NaN in other places"
-        assert max_error(a, o) <= allowed, f"{name}: error {max_error(a, o):.3g}, allowed {allowed:.3g}"
+        assert_close_to_oracle(a, s, o, name)
+
+
+def assert_close_to_oracle(actual, same, oracle, name):
+    finite = oracle[oracle.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    units = 32 if actual.dtype == torch.float64 else 8  # in float64 the oracle is no more exact than the result
+    allowed = 2 * max_error(same, oracle) + units * torch.finfo(actual.dtype).eps * largest
+    error = max_error(actual, oracle)
+    assert torch.equal(actual.isnan(), oracle.isnan()), f"{name}: NaN in other places"
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -229,6 +236,150 @@ def test_sizes_beyond_the_kernels_are_refused():
     args[1], args[2] = torch.zeros(1025, 2, dtype=torch.int64), torch.zeros(1025, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="ms_deform_attn on CUDA: more than 1024 levels"):
         native.ms_deform_attn_forward_cuda(*args[:5], (1,) * 3, "bilinear")
+
+
+# ---- The fused form
+
+
+def make_fused(channels, dtype=torch.float32, *, numbers=2, broadcast=(), sharp=1.0, **sizes):
+    """As make(), with offsets and logits for locations and weights, and reference points behind the points per level."""
+    args = make(channels, dtype, **sizes)
+    batch, queries, levels = args[0].shape[0], args[3].shape[1], len(args[5])
+    wide = native.accumulator(dtype)
+    shape = (
+        1 if "images" in broadcast else batch,
+        queries,
+        1 if "levels" in broadcast else levels,
+        numbers,
+    )
+    reference_points = torch.rand(shape, dtype=torch.float64)
+    offsets = torch.randn(args[3].shape, dtype=torch.float64) * (1.5 if numbers == 2 else max(args[5]))
+    args[3], args[4] = offsets.to(args[3].dtype), args[4] * sharp
+    return args, reference_points.to(wide)
+
+
+def plain_fused(args, reference_points, method, grad_output, dtype):
+    """Output and gradients of value, offsets, logits and the locations that come about, computed in `dtype`."""
+    value, shapes, starts, offsets, logits, points = args
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (value, offsets, logits)]
+    locations = []
+    original = reference.ms_deform_attn
+
+    def spy(*arguments):
+        locations.append(arguments[3])
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "ms_deform_attn", spy)
+        output = reference.ms_deform_attn_fused(
+            leaves[0], shapes, starts, reference_points.to(dtype), *leaves[1:], points, method
+        )
+    gradients = torch.autograd.grad(
+        output,
+        [*leaves, locations[0]],
+        grad_output.to(dtype),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [output.detach(), *gradients]
+
+
+def assert_fused_right(args, reference_points, method="bilinear", *, deterministic=False):
+    value, logits = args[0], args[4]
+    shape = (value.shape[0], logits.shape[1], value.shape[2] * value.shape[3])
+    grad_output = torch.randn(shape, dtype=torch.float64).to(value.dtype)
+    oracle = plain_fused(args, reference_points, method, grad_output, torch.float64)
+    same = plain_fused(args, reference_points, method, grad_output, value.dtype)
+    call = (*args, method, reference_points)
+    with guarded_memory():
+        output = native.ms_deform_attn_forward_cuda(*call)
+        gradients = native.ms_deform_attn_backward_cuda(
+            grad_output, (True,) * 4, *call, deterministic=deterministic
+        )
+    names = ("output", "value", "offsets", "logits", "places")
+    dtypes = (value.dtype, value.dtype, args[3].dtype, logits.dtype, native.accumulator(value.dtype))
+    for name, dtype, a, s, o in zip(names, dtypes, [output, *gradients], same, oracle):
+        assert a.dtype == dtype, f"{name}: {a.dtype}"
+        assert_close_to_oracle(a, s, o, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [16, 30, 32, 64])
+@pytest.mark.parametrize("numbers", [2, 4])
+def test_fused_every_dispatch_branch_is_right(channels, dtype, numbers):
+    assert_fused_right(*make_fused(channels, dtype, numbers=numbers))
+    assert_fused_right(*make_fused(channels, dtype, numbers=numbers), deterministic=True)
+
+
+@pytest.mark.parametrize("broadcast", [(), ("images",), ("levels",), ("images", "levels")])
+@pytest.mark.parametrize("numbers", [2, 4])
+def test_fused_reference_points_that_are_shared(numbers, broadcast):
+    for deterministic in (False, True):
+        args = make_fused(32, numbers=numbers, broadcast=broadcast)
+        assert_fused_right(*args, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("points", [(1, 0, 0), (1, 1, 1), (8, 3, 5), (0, 17, 0), (20, 13, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("numbers", [2, 4])
+def test_fused_levels_of_unequal_points(points, dtype, numbers):
+    for channels, method in ((16, "bilinear"), (5, "bilinear"), (32, "nearest"), (30, "nearest")):
+        args = make_fused(channels, dtype, points=points, numbers=numbers)
+        assert_fused_right(*args, method, deterministic=channels % 3 == 2)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+@pytest.mark.parametrize("offset", [float("nan"), float("inf"), -float("inf"), 3e38, 1e30])
+def test_fused_extreme_offsets_take_part_in_the_softmax(method, offset):
+    args, reference_points = make_fused(32)
+    args[3][..., ::2, 0] = offset
+    assert_fused_right(args, reference_points, method)
+    assert_fused_right(args, reference_points, method, deterministic=True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
+@pytest.mark.parametrize("logit", [-float("inf"), float("inf"), float("nan"), 1e4, -1e4, 3e38])
+def test_fused_extreme_logits(logit, deterministic):
+    args, reference_points = make_fused(32)
+    args[4][:, ::2, :, 4] = logit
+    assert_fused_right(args, reference_points, deterministic=deterministic)
+    args[4][0, 1] = logit  # all points of a query
+    assert_fused_right(args, reference_points, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("channels", [30, 32])
+@pytest.mark.parametrize("needed", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0)])
+def test_fused_each_gradient_alone_equals_all_together(channels, needed):
+    args, reference_points = make_fused(channels, numbers=4)
+    call, grad_output = (*args, "bilinear", reference_points), torch.randn(2, 9, 3 * channels)
+    everything = native.ms_deform_attn_backward_cuda(grad_output, (True,) * 4, *call)
+    some = native.ms_deform_attn_backward_cuda(grad_output, tuple(map(bool, needed)), *call)
+    for gradient, whole, want in zip(some, everything, needed):
+        assert (gradient is not None) == bool(want)
+        if want:
+            torch.testing.assert_close(gradient, whole)
+
+
+@pytest.mark.parametrize("channels", [16, 30, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_fused_the_order_of_threads_changes_no_bit(channels, dtype, monkeypatch):
+    args, reference_points = make_fused(channels, dtype, queries=40, numbers=4)
+    call, grad_output = (*args, "bilinear", reference_points), torch.randn(2, 40, 3 * channels).to(dtype)
+    results = []
+    for order in "01":
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        gradients = native.ms_deform_attn_backward_cuda(grad_output, (True,) * 4, *call, deterministic=True)
+        results.append([native.ms_deform_attn_forward_cuda(*call), *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_fused_without_pixels_gives_zeros():
+    args, reference_points = make_fused(32)
+    args[0], args[1] = args[0][:, :0], torch.zeros_like(args[1])
+    call = (*args, "bilinear", reference_points)
+    gradients = native.ms_deform_attn_backward_cuda(torch.ones(2, 9, 96), (True,) * 4, *call)
+    for result in (native.ms_deform_attn_forward_cuda(*call), *gradients):
+        assert (result == 0).all()
 
 
 @pytest.mark.slow

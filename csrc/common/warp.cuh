@@ -21,6 +21,15 @@ __device__ __forceinline__ unsigned team_ballot(bool predicate) {
   }
 }
 
+// One number of each lane of the team combined, the same bits for all its lanes where the order of a pair does
+// not matter. All of the warp must call it.
+template <int kLanes, typename A, typename Combine>
+__device__ __forceinline__ A team_reduce(A x, const Combine& combine) {
+#pragma unroll
+  for (int flip = kLanes / 2; flip > 0; flip /= 2) x = combine(x, __shfl_xor_sync(kWholeWarp, x, flip));
+  return x;
+}
+
 // Sums kValues (a power of two) over the lanes of each team and leaves the sums spread over it: while there
 // are values to halve, each step keeps half of them and hands the other half across, so the shuffles number
 // about kValues + log2(kLanes) instead of kValues * log2(kLanes). Lane i then holds, in front, the sums of

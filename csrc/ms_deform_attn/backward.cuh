@@ -51,11 +51,27 @@ __device__ __forceinline__ void scatter_point(const Corners<A>& corners, const T
   }
 }
 
-// Eqs. (6) and (7), from the products of grad_output with the four pixels. `index` is that of the point.
-template <typename T, bool kNearest, typename A = Accumulator<T>>
-__device__ __forceinline__ void store_point_gradients(const Task& task, const Level& level, int64_t index,
-                                                      const GradPoint<A>& point, bool touches) {
+// From the derivative along an axis, a pixel being 1, to that by a point's location or offset, eqs. (7) and (12).
+template <typename AnyForm, typename A>
+__device__ __forceinline__ A input_gradient(const Task& task, const AnyForm& form, int axis, uint32_t level,
+                                            A along, A size) {
+  if constexpr (AnyForm::kFused) {
+    if (task.reference.numbers == 2) return along;
+    size *= box_step(task, form.reference + level * task.reference.level_stride, axis, level);
+  }
+  return along * size;
+}
+
+// Eqs. (6) and (7), from the products of grad_output with the four pixels; returns (6). `index` is that of the
+// point. In the fused form grad_weights gets (6) too, which waits there for store_logit_gradients.
+template <typename T, bool kNearest, typename AnyForm, typename A = Accumulator<T>>
+__device__ __forceinline__ A store_point_gradients(const Task& task, const Level* levels, const AnyForm& form,
+                                                   int64_t index, uint32_t in_query,
+                                                   const GradPoint<A>& point, bool touches) {
+  const uint32_t number = level_of_point(task, in_query);
+  const Level level = levels[number];
   A weight = 0, along_x = 0, along_y = 0;
+  A input_x = 0, input_y = 0;
   if (kNearest && touches) weight = point.products[0];
   if (!kNearest && touches) {
     const Axis<A> x = bilinear_axis(point.column, level.width), y = bilinear_axis(point.row, level.height);
@@ -67,27 +83,52 @@ __device__ __forceinline__ void store_point_gradients(const Task& task, const Le
       along_x += y.share[r] * (x.slope[0] * products[0] + x.slope[1] * products[1]);
       along_y += y.slope[r] * sample;
     }
-    along_x *= point.weight * level.width;
-    along_y *= point.weight * level.height;
+    along_x *= point.weight;
+    along_y *= point.weight;
+    input_x = input_gradient(task, form, 0, number, along_x, static_cast<A>(level.width));
+    input_y = input_gradient(task, form, 1, number, along_y, static_cast<A>(level.height));
   }
-  if (task.grad_weights) store_coordinate<T>(task.grad_weights, index, task.wide, weight);
+  if (task.grad_weights) store_coordinate<T>(task.grad_weights, index, task.wide || AnyForm::kFused, weight);
+  if (AnyForm::kFused && task.grad_places) {
+    static_cast<A*>(task.grad_places)[2 * index] = along_x * level.width;
+    static_cast<A*>(task.grad_places)[2 * index + 1] = along_y * level.height;
+  }
   if (task.grad_locations) {
-    store_coordinate<T>(task.grad_locations, 2 * index, task.wide, along_x);
-    store_coordinate<T>(task.grad_locations, 2 * index + 1, task.wide, along_y);
+    store_coordinate<T>(task.grad_locations, 2 * index, task.wide, input_x);
+    store_coordinate<T>(task.grad_locations, 2 * index + 1, task.wide, input_y);
+  }
+  return weight;
+}
+
+// Eq. (11), once (6) of all points waits in grad_weights; `sum` is the lane's part of that in (11).
+template <typename T, int kLanes, typename A = Accumulator<T>>
+__device__ __forceinline__ void store_logit_gradients(const Task& task, const Place& place,
+                                                      const Fused<A>& fused, A sum) {
+  sum = team_reduce<kLanes>(sum, [](A a, A b) { return a + b; });
+  const uint32_t end = place.exists ? task.points : 0;
+#pragma unroll 1
+  for (uint32_t point = threadIdx.x % kLanes; point < end; point += kLanes) {
+    const int64_t index = place.index * task.points + point;
+    A& gradient = static_cast<A*>(task.grad_weights)[index];
+    gradient = weight_of_point<T>(task, fused, index) * (gradient - sum);
   }
 }
 
 // All points of one image, query and head.
-template <typename T, int kChannels, bool kNearest, typename A = Accumulator<T>>
+template <typename T, int kChannels, bool kFused, bool kNearest, typename A = Accumulator<T>>
 __device__ __forceinline__ void backward_team(const Task& task, const Level* levels, const Place& place,
-                                              GradPoint<A>* points) {
+                                              Form<T, kFused>& form, GradPoint<A>* points) {
   using Split = Team<T, kChannels>;
   constexpr int kCorners = kNearest ? 1 : 4;
   const uint32_t lane = threadIdx.x % Split::kLanes, channel = lane * Split::kVector;
-  const bool coordinates = task.grad_locations || task.grad_weights;
+  const bool coordinates = task.grad_locations || task.grad_weights || task.grad_places;
   const T* value = static_cast<const T*>(task.value) + first_pixel(task, place) + channel;
   A* grad_value = static_cast<A*>(task.grad_value) + first_pixel(task, place) + channel;
   const T* grad_output = static_cast<const T*>(task.grad_output) + place.index * task.channels + channel;
+  const Form<T, kFused> own = form_of_team<T, kFused, Split::kLanes>(task, place);
+  if (kFused && lane == 0) form = own;
+  __syncwarp();
+  A weighted = 0;  // the lane's part of the sum in eq. (11)
   A grad[Split::kVector] = {};
   if (kChannels && place.exists) load(grad_output, grad);
 
@@ -98,7 +139,7 @@ __device__ __forceinline__ void backward_team(const Task& task, const Level* lev
     bool touches = false;
     points[lane].corners = {};
     if (mine) {
-      const Sample<A> sample = locate<T>(task, levels, index, point, kNearest);
+      const Sample<A> sample = locate<T>(task, levels, form, index, point, kNearest);
       touches = sample.touches;
       if (touches) points[lane] = {corners_of(task, sample), {}, sample.column, sample.row, sample.weight};
     }
@@ -129,25 +170,31 @@ __device__ __forceinline__ void backward_team(const Task& task, const Level* lev
       }
     }
     __syncwarp();
-    if (coordinates && mine)
-      store_point_gradients<T, kNearest>(task, levels[level_of_point(task, point)], index, points[lane],
-                                         touches);
+    if (coordinates && mine) {
+      const A weight =
+          store_point_gradients<T, kNearest>(task, levels, form, index, point, points[lane], touches);
+      if (kFused && touches) weighted += points[lane].weight * weight;
+    }
   }
+  if constexpr (kFused)
+    if (task.grad_weights) store_logit_gradients<T, Split::kLanes>(task, place, form, weighted);
 }
 
-template <typename T, int kChannels>
+template <typename T, int kChannels, bool kFused>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     ms_deform_attn_backward(const __grid_constant__ Task task) {
   using Split = Team<T, kChannels>;
   __shared__ GradPoint<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
+  __shared__ Form<T, kFused> forms[Split::kPerBlock];  // where they take no registers
   VITKERN_DYNAMIC_SHARED(Level, levels);
   load_levels(task, levels);
   GradPoint<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
+  Form<T, kFused>& form = forms[threadIdx.x / Split::kLanes];
   const Place place = team_place<Split::kLanes>(task);
   if (task.nearest) {
-    backward_team<T, kChannels, true>(task, levels, place, points);
+    backward_team<T, kChannels, kFused, true>(task, levels, place, form, points);
   } else {
-    backward_team<T, kChannels, false>(task, levels, place, points);
+    backward_team<T, kChannels, kFused, false>(task, levels, place, form, points);
   }
 }
 

@@ -19,7 +19,7 @@ constexpr int64_t kMaxLevels = 1024;  // their table takes 16 KB of shared memor
   throw std::runtime_error(std::string("vitkern: ms_deform_attn on CUDA: ") + what);
 }
 
-int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+DType accumulator(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
 int64_t bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams share with its
@@ -43,9 +43,10 @@ Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int vector)
   task.pixel_vectors = static_cast<uint32_t>(p.heads * p.channels / vector);
   task.point_reciprocal = p.points > 1 ? ~uint64_t{0} / p.points + 1 : 0;
   task.levels_per_point = static_cast<float>(p.levels) / static_cast<float>(p.points);
+  task.points_per_level = static_cast<uint32_t>(p.levels ? p.points / p.levels : 0);
   task.ragged = p.ragged != 0;
   task.nearest = p.sampling == Sampling::kNearest;
-  task.wide = p.coord_dtype != p.value_dtype || bytes(p.value_dtype) == accumulator_bytes(p.value_dtype);
+  task.wide = p.coord_dtype != p.value_dtype || p.value_dtype == accumulator(p.value_dtype);
   std::copy(std::begin(p.point_end), std::end(p.point_end), task.point_end);
   task.value = p.value;
   task.locations = p.locations;
@@ -53,10 +54,13 @@ Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int vector)
   task.grad_output = p.grad_output;
   task.spatial_shapes = p.spatial_shapes;
   task.level_start = p.level_start;
+  task.reference = p.reference;
+  task.queries = static_cast<uint32_t>(p.queries);
   task.output = p.output;
   task.grad_value = p.grad_value;
   task.grad_locations = p.grad_locations;
   task.grad_weights = p.grad_weights;
+  task.grad_places = p.grad_places;
   return task;
 }
 
@@ -127,8 +131,10 @@ void ms_deform_attn_forward_cuda(const MsDeformAttnParams& p) {
   dispatch(p, [&](auto type, auto channels) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_forward", ms_deform_attn_forward<T, kChannels>, p, p.queries,
-                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
+    launch_teams("ms_deform_attn_forward",
+                 p.reference.points ? ms_deform_attn_forward<T, kChannels, true>
+                                    : ms_deform_attn_forward<T, kChannels, false>,
+                 p, p.queries, Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
   });
 }
 
@@ -138,28 +144,34 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& p) {
   const DeviceGuard guard(p.device);
   if (p.pixels == 0 || p.channels == 0) {
     zero(p.grad_locations, 2 * points, p.coord_dtype, p.stream);
-    return zero(p.grad_weights, points, p.coord_dtype, p.stream);
+    zero(p.grad_places, 2 * points, accumulator(p.value_dtype), p.stream);
+    const bool fused = p.reference.points;
+    return zero(p.grad_weights, points, fused ? accumulator(p.value_dtype) : p.coord_dtype, p.stream);
   }
   dispatch(p, [&](auto type, auto channels) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_backward", ms_deform_attn_backward<T, kChannels>, p, p.queries,
-                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
+    launch_teams("ms_deform_attn_backward",
+                 p.reference.points ? ms_deform_attn_backward<T, kChannels, true>
+                                    : ms_deform_attn_backward<T, kChannels, false>,
+                 p, p.queries, Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
   });
 }
 
-void ms_deform_attn_cells_cuda(const MsDeformAttnParams& p, int64_t* cells) {
+void ms_deform_attn_cells_cuda(const MsDeformAttnParams& p, int64_t* cells, void* softmax) {
   if (p.batch * p.queries * p.heads * p.points == 0) return;
   const DeviceGuard guard(p.device);
   dispatch_dtype(p.value_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch_teams("ms_deform_attn_cells", ms_deform_attn_cells<T>, p, p.queries, kFilingLanes, 1, cells,
-                 p.batch * p.heads * p.pixels);
+    launch_teams("ms_deform_attn_cells",
+                 p.reference.points ? ms_deform_attn_cells<T, true> : ms_deform_attn_cells<T, false>, p,
+                 p.queries, kFilingLanes, 1, cells, p.batch * p.heads * p.pixels,
+                 static_cast<Accumulator<T>*>(softmax));
   });
 }
 
 void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const int64_t* order,
-                                           const int64_t* first) {
+                                           const int64_t* first, const void* softmax) {
   if (p.batch * p.pixels * p.heads * p.channels == 0) return;
   const DeviceGuard guard(p.device);
   if (p.batch * p.queries * p.points > int64_t{1} << 44) refuse("more than 2^44 points");
@@ -167,7 +179,8 @@ void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const in
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
     launch_teams("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, kChannels>, p,
-                 p.pixels, Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector, order, first);
+                 p.pixels, Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector, order, first,
+                 static_cast<const Accumulator<T>*>(softmax));
   });
 }
 

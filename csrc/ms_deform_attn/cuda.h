@@ -10,7 +10,7 @@ namespace vitkern {
 void ms_deform_attn_forward_cuda(const MsDeformAttnParams& params);
 
 // Writes grad_locations and grad_weights, and adds into grad_value with atomics: its last bits depend on
-// scheduling.
+// scheduling. In the fused form grad_weights is of accumulator type, whatever the logits are.
 void ms_deform_attn_backward_cuda(const MsDeformAttnParams& params);
 
 // The bitwise reproducible way to grad_value, in two steps with a stable sort by the caller between them
@@ -19,8 +19,10 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& params);
 // itself for a point that touches no pixel. The second sums, for each pixel, the points that touch it in
 // their sorted order, and writes all of grad_value: order[i] is the i-th point (an index into the flat B * Q
 // * M * K), first[c], for c in [0, B * M * S], the number of points in cells below c.
-void ms_deform_attn_cells_cuda(const MsDeformAttnParams& params, int64_t* cells);
+// In the fused form the first also leaves softmax[B, Q, M, 2], accumulator type, for the second: the greatest
+// logit, and 1 over the sum of eq. (8); null in the plain form.
+void ms_deform_attn_cells_cuda(const MsDeformAttnParams& params, int64_t* cells, void* softmax);
 void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& params, const int64_t* order,
-                                           const int64_t* first);
+                                           const int64_t* first, const void* softmax);
 
 }  // namespace vitkern

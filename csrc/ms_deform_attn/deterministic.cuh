@@ -17,17 +17,23 @@ namespace vitkern {
 
 constexpr int kFilingLanes = 16;  // of one image, query and head; one point at a time each
 
-template <typename T>
+template <typename T, bool kFused>
 __global__ void __launch_bounds__(kThreads)
-    ms_deform_attn_cells(const __grid_constant__ Task task, int64_t* cells, int64_t none) {
+    ms_deform_attn_cells(const __grid_constant__ Task task, int64_t* cells, int64_t none,
+                         Accumulator<T>* softmax) {
   VITKERN_DYNAMIC_SHARED(Level, levels);
   load_levels(task, levels);
   const Place place = team_place<kFilingLanes>(task);
+  const auto form = form_of_team<T, kFused, kFilingLanes>(task, place);
   if (!place.exists) return;
+  if constexpr (kFused) {
+    softmax[2 * place.index] = form.maximum;
+    softmax[2 * place.index + 1] = form.scale;
+  }
   const int64_t first = (uint64_t{place.image} * task.heads + place.head) * task.pixels;
   for (uint32_t point = threadIdx.x % kFilingLanes; point < task.points; point += kFilingLanes) {
     const int64_t index = place.index * task.points + point;
-    const Sample<Accumulator<T>> sample = locate<T>(task, levels, index, point, task.nearest);
+    const Sample<Accumulator<T>> sample = locate<T>(task, levels, form, index, point, task.nearest);
     cells[index] = sample.touches ? first + pixel_of(sample, 1, 1) : none;
   }
 }
@@ -39,15 +45,27 @@ struct alignas(16) Part {
   A share;
 };
 
+// The softmax of an image, query and head, number `row` of all, as the cells' kernel has left it.
+template <typename A>
+__device__ __forceinline__ Fused<A> fused_of_row(const Task& task, const A* softmax, uint64_t row) {
+  const uint64_t image_query = row / task.heads, image = image_query / task.queries;
+  const uint32_t query = static_cast<uint32_t>(image_query - image * task.queries);
+  return {reference_of<A>(task, static_cast<uint32_t>(image), query), __ldg(softmax + 2 * row),
+          __ldg(softmax + 2 * row + 1)};
+}
+
 // The part of the point numbered `index` that `pixel` of `level` takes; returns whether there is one.
 template <typename T>
 __device__ __forceinline__ bool part_of_pixel(const Task& task, const Level* levels, uint64_t index,
-                                              uint32_t level, uint32_t pixel, Part<Accumulator<T>>& part) {
+                                              const Accumulator<T>* softmax, uint32_t level, uint32_t pixel,
+                                              Part<Accumulator<T>>& part) {
   // A division by K: the reciprocal's error grows to a whole only beyond the 2^44 points that cuda.cu admits.
   part.row = task.point_reciprocal ? __umul64hi(index, task.point_reciprocal) : index;
   part.share = 0;
   const uint32_t point = static_cast<uint32_t>(index - part.row * task.points);
-  const Sample<Accumulator<T>> sample = locate<T>(task, levels, index, point, task.nearest);
+  const Sample<Accumulator<T>> sample =
+      softmax ? locate<T>(task, levels, fused_of_row(task, softmax, part.row), index, point, task.nearest)
+              : locate<T>(task, levels, Plain{}, index, point, task.nearest);
   // Levels that overlap share pixels, and a point must not be counted once for each.
   if (!sample.touches || sample.level != level) return false;
   bool takes = false;
@@ -64,14 +82,14 @@ __device__ __forceinline__ bool part_of_pixel(const Task& task, const Level* lev
 // own run.
 template <typename T, int kLanes, int kVector>
 __device__ __forceinline__ void add_run(const Task& task, const Level* levels, const int64_t* order,
-                                        int64_t begin, int64_t end, uint32_t level, uint32_t pixel,
-                                        const T* grad_output, Part<Accumulator<T>>* parts,
-                                        Accumulator<T> (&sum)[kVector]) {
+                                        const Accumulator<T>* softmax, int64_t begin, int64_t end,
+                                        uint32_t level, uint32_t pixel, const T* grad_output,
+                                        Part<Accumulator<T>>* parts, Accumulator<T> (&sum)[kVector]) {
   const uint32_t lane = threadIdx.x % kLanes;
   for (; __any_sync(kWholeWarp, begin < end); begin += kLanes) {
     Part<Accumulator<T>> part;
-    const bool takes =
-        begin + lane < end && part_of_pixel<T>(task, levels, __ldg(order + begin + lane), level, pixel, part);
+    const bool takes = begin + lane < end && part_of_pixel<T>(task, levels, __ldg(order + begin + lane),
+                                                              softmax, level, pixel, part);
     const unsigned takers = team_ballot<kLanes>(takes);
     __syncwarp();  // nobody reads the last round's parts any more
     if (takes) parts[__popc(takers & ((1u << lane) - 1))] = part;
@@ -90,7 +108,7 @@ __device__ __forceinline__ void add_run(const Task& task, const Level* levels, c
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     ms_deform_attn_gather_grad_value(const __grid_constant__ Task task, const int64_t* order,
-                                     const int64_t* first) {
+                                     const int64_t* first, const Accumulator<T>* softmax) {
   using A = Accumulator<T>;
   using Split = Team<T, kChannels>;
   __shared__ Part<A> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
@@ -116,8 +134,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
       for (uint32_t down = 0; down < 2; ++down) {
         const bool any = inside && in_level + down * width < area;
         const int64_t* run = first_of_pixel + down * width;
-        add_run<T, Split::kLanes>(task, levels, order, any ? run[0] : 0, any ? run[last_column ? 1 : 2] : 0,
-                                  level, place.row, grad_output, parts, sum);
+        add_run<T, Split::kLanes>(task, levels, order, softmax, any ? run[0] : 0,
+                                  any ? run[last_column ? 1 : 2] : 0, level, place.row, grad_output, parts,
+                                  sum);
       }
     }
     if (mine) store(static_cast<A*>(task.grad_value) + place.index * task.channels + channel, sum);

@@ -31,11 +31,14 @@ struct Task {
   uint32_t pixel_vectors;                // of a pixel and all its heads, Team::kVector channels each
   uint64_t point_reciprocal;             // 2^64 / K rounded up, 0 for K = 1
   float levels_per_point;                // L / K where not ragged
+  uint32_t points_per_level;             // K / L where not ragged
   bool ragged, nearest, wide;            // wide: coordinates in the accumulator type
   uint16_t point_end[kMaxRaggedLevels];  // as in MsDeformAttnParams
   const void *value, *locations, *weights, *grad_output;
   const int64_t *spatial_shapes, *level_start;
-  void *output, *grad_value, *grad_locations, *grad_weights;
+  Reference reference;
+  uint32_t queries;  // Q
+  void *output, *grad_value, *grad_locations, *grad_weights, *grad_places;
 };
 
 // kChannels = 0 stands for any number of channels: 32 lanes with one channel each go over them in tiles.
@@ -90,6 +93,62 @@ __device__ __forceinline__ void store_coordinate(void* data, int64_t index, bool
   }
 }
 
+// What a kernel needs of an image, query and head besides its points: nothing in the plain form,
+struct Plain {
+  static constexpr bool kFused = false;
+};
+
+// in the fused form these.
+template <typename A>
+struct Fused {
+  static constexpr bool kFused = true;
+  const A* reference;  // of the image and query
+  A maximum, scale;    // of the softmax, eq. (8): a weight is exp(logit - maximum) * scale
+};
+
+template <typename A>
+__device__ __forceinline__ const A* reference_of(const Task& task, uint32_t image, uint32_t query) {
+  return static_cast<const A*>(task.reference.points) + image * task.reference.batch_stride +
+         query * task.reference.query_stride;
+}
+
+// For a whole team, whose lanes share the points. All of the warp must call it.
+template <typename T, int kLanes, typename A = Accumulator<T>>
+__device__ __forceinline__ Fused<A> fused_of_team(const Task& task, const Place& place) {
+  const int64_t first = place.index * task.points;
+  const uint32_t lane = threadIdx.x % kLanes, end = place.exists ? task.points : 0;
+  A maximum = -INFINITY, sum = 0;
+#pragma unroll 1
+  for (uint32_t point = lane; point < end; point += kLanes)
+    maximum = max(maximum, load_coordinate<T>(task.weights, first + point, task.wide));
+  maximum = team_reduce<kLanes>(maximum, [](A a, A b) { return max(a, b); });
+#pragma unroll 1
+  for (uint32_t point = lane; point < end; point += kLanes)
+    sum += exp(load_coordinate<T>(task.weights, first + point, task.wide) - maximum);
+  sum = team_reduce<kLanes>(sum, [](A a, A b) { return a + b; });
+  return {reference_of<A>(task, place.image, place.row), maximum, 1 / sum};
+}
+
+template <typename T, bool kFused>
+using Form = std::conditional_t<kFused, Fused<Accumulator<T>>, Plain>;
+
+template <typename T, bool kFused, int kLanes>
+__device__ __forceinline__ Form<T, kFused> form_of_team(const Task& task, const Place& place) {
+  if constexpr (kFused) {
+    return fused_of_team<T, kLanes>(task, place);
+  } else {
+    return {};
+  }
+}
+
+template <typename T, typename AnyForm>
+__device__ __forceinline__ Accumulator<T> weight_of_point(const Task& task, const AnyForm& form,
+                                                          int64_t index) {
+  Accumulator<T> weight = load_coordinate<T>(task.weights, index, task.wide);
+  if constexpr (AnyForm::kFused) weight = exp(weight - form.maximum) * form.scale;
+  return weight;
+}
+
 // The two pixels of a sample along one axis, their shares of it, and the shares' slopes, eqs. (3) and (7).
 // Beyond the border there is no pixel: there the inner one stands in and both carry half of its share. So
 // nothing is read that does not count, and no reader needs to ask.
@@ -120,6 +179,10 @@ __device__ __forceinline__ Axis<A> nearest_axis(A x, int size) {
 
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
+
+// The fast division of floats is off by 2 units in the last place at most, and exact where b is a power of two.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double quotient(double a, double b) { return a / b; }
 
 // Where one sampling point falls, and its attention weight.
 template <typename A>
@@ -162,18 +225,46 @@ __device__ __forceinline__ uint32_t level_of_point(const Task& task, uint32_t po
   return level;
 }
 
-// Point `point` of its query and head, number `index` of all, eqs. (2) to (4). Every comparison with NaN is
-// false: a location that is not a number touches nothing.
-template <typename T>
-__device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const Level* levels, int64_t index,
-                                                         uint32_t point, bool nearest) {
+// By how much the location of a point moves along an axis (0: x, 1: y) for each 1 of its offset, where its
+// reference is a box, eq. (10).
+template <typename A>
+__device__ __forceinline__ A box_step(const Task& task, const A* reference, int axis, uint32_t level) {
+  const uint32_t end = task.ragged ? task.point_end[level] : task.points_per_level;
+  const uint32_t begin = task.ragged && level > 0 ? task.point_end[level - 1] : 0;
+  return __ldg(reference + 2 + axis) * quotient(A(0.5), static_cast<A>(end - begin));
+}
+
+// A point's coordinate along an axis in pixels, from the level's edge on; `x` is its location or, in the fused
+// form, its offset. The products are rounded before they are added to, as in torch: the same point is in the
+// same cell on every backend.
+template <typename AnyForm, typename A>
+__device__ __forceinline__ A in_pixels(const Task& task, const AnyForm& form, int axis, uint32_t level, A x,
+                                       A size) {
+  if constexpr (!AnyForm::kFused) {
+    return product(x, size);
+  } else {
+    const A* reference = form.reference + level * task.reference.level_stride;
+    const A centre = __ldg(reference + axis);
+    if (task.reference.numbers == 2) return product(centre, size) + x;
+    return product(centre + product(x, box_step(task, reference, axis, level)), size);
+  }
+}
+
+// Point `point` of its query and head, number `index` of all, eqs. (2) to (4) and (8) to (10). Every comparison
+// with NaN is false: a location that is not a number touches nothing.
+template <typename T, typename AnyForm>
+__device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const Level* levels,
+                                                         const AnyForm& form, int64_t index, uint32_t point,
+                                                         bool nearest) {
   using A = Accumulator<T>;
   A x = load_coordinate<T>(task.locations, 2 * index, task.wide);
   A y = load_coordinate<T>(task.locations, 2 * index + 1, task.wide);
   Sample<A> sample;
-  sample.weight = load_coordinate<T>(task.weights, index, task.wide);
+  sample.weight = weight_of_point<T>(task, form, index);
   sample.level = level_of_point(task, point);
   Level level = levels[sample.level];
+  x = in_pixels(task, form, 0, sample.level, x, static_cast<A>(level.width));
+  y = in_pixels(task, form, 1, sample.level, y, static_cast<A>(level.height));
   if (!level.fits) {
     // Rather than fault, or drop the points in silence, the result is NaN: the first pixel counts with that
     // weight.
@@ -185,10 +276,9 @@ __device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const
   sample.height = level.height;
   sample.first = level.first;
 
-  // The product is rounded before the shift, as in torch: a location on the edge of a cell falls to its side.
   const A columns = static_cast<A>(sample.width), rows = static_cast<A>(sample.height);
-  x = product(x, columns) + (nearest ? A(0.5) : A(-0.5));
-  y = product(y, rows) + (nearest ? A(0.5) : A(-0.5));
+  x += nearest ? A(0.5) : A(-0.5);
+  y += nearest ? A(0.5) : A(-0.5);
   const bool near = nearest ? isfinite(x) && isfinite(y) : x > -1 && x < columns && y > -1 && y < rows;
   sample.column = x;
   sample.row = y;

@@ -14,14 +14,15 @@
 namespace vitkern {
 
 // Stages the points in [first, first + kLanes) of the team that touch a pixel; returns how many there are.
-template <typename T, int kLanes>
+template <typename T, int kLanes, typename AnyForm>
 __device__ __forceinline__ int stage_touching(const Task& task, const Level* levels, const Place& place,
-                                              uint32_t first, bool nearest, Corners<Accumulator<T>>* points) {
+                                              const AnyForm& form, uint32_t first, bool nearest,
+                                              Corners<Accumulator<T>>* points) {
   const uint32_t lane = threadIdx.x % kLanes, point = first + lane;
   Sample<Accumulator<T>> sample;
   sample.touches = false;
   if (place.exists && point < task.points)
-    sample = locate<T>(task, levels, place.index * task.points + point, point, nearest);
+    sample = locate<T>(task, levels, form, place.index * task.points + point, point, nearest);
   const unsigned touching = team_ballot<kLanes>(sample.touches);
   __syncwarp();  // nobody reads the last round's points any more
   if (sample.touches) points[__popc(touching & ((1u << lane) - 1))] = corners_of(task, sample);
@@ -48,11 +49,12 @@ __device__ __forceinline__ void add_points(const Corners<Accumulator<T>>* points
   }
 }
 
-template <typename T, int kChannels, bool kNearest>
+template <typename T, int kChannels, bool kFused, bool kNearest>
 __device__ __forceinline__ void forward_team(const Task& task, const Level* levels, const Place& place,
                                              Corners<Accumulator<T>>* points) {
   using Split = Team<T, kChannels>;
   const uint32_t lane = threadIdx.x % Split::kLanes;
+  const auto form = form_of_team<T, kFused, Split::kLanes>(task, place);
   for (uint32_t tile = 0; tile < (kChannels ? kChannels : task.channels); tile += Split::kTile) {
     const uint32_t channel = tile + lane * Split::kVector;
     const bool mine = place.exists && (kChannels || channel < task.channels);
@@ -60,14 +62,14 @@ __device__ __forceinline__ void forward_team(const Task& task, const Level* leve
     const T* value = static_cast<const T*>(task.value) + first_pixel(task, place) + (mine ? channel : 0);
     Accumulator<T> sum[Split::kVector] = {};
     for (uint32_t first = 0; first < task.points; first += Split::kLanes) {
-      const int count = stage_touching<T, Split::kLanes>(task, levels, place, first, kNearest, points);
+      const int count = stage_touching<T, Split::kLanes>(task, levels, place, form, first, kNearest, points);
       add_points<kNearest ? 1 : 4>(points, count, value, sum);
     }
     if (mine) store(static_cast<T*>(task.output) + place.index * task.channels + channel, sum);
   }
 }
 
-template <typename T, int kChannels>
+template <typename T, int kChannels, bool kFused>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     ms_deform_attn_forward(const __grid_constant__ Task task) {
   using Split = Team<T, kChannels>;
@@ -78,9 +80,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   Corners<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
   const Place place = team_place<Split::kLanes>(task);
   if (task.nearest) {
-    forward_team<T, kChannels, true>(task, levels, place, points);
+    forward_team<T, kChannels, kFused, true>(task, levels, place, points);
   } else {
-    forward_team<T, kChannels, false>(task, levels, place, points);
+    forward_team<T, kChannels, kFused, false>(task, levels, place, points);
   }
 }
 

@@ -141,27 +141,34 @@ def ms_deform_attn_backward_cuda(
     total = accumulator(call.value.dtype)
     if needed[0] and not deterministic:
         gradients[0] = torch.zeros_like(call.value, dtype=total)  # what atomics add to
+    if gradients[2] is not None and call.reference_points is not None:
+        gradients[2] = torch.empty_like(call.weights, dtype=total)  # where (6) of all points waits for (11)
     if any(gradient is not None for gradient in gradients):
         cuda_module.ms_deform_attn_backward_cuda(
             inputs, anchors, grad_output.data_ptr(), _addresses(gradients), *rest, *target
         )
     if needed[0] and deterministic:
         gradients[0] = grad_value = torch.empty_like(call.value, dtype=total)
-        order, first = _sorted_by_cell(call, target)
-        addresses = _addresses((grad_output, grad_value, order, first))
+        order, first, softmax = _sorted_by_cell(call, target)
+        addresses = _addresses((grad_output, grad_value, order, first, softmax))
         cuda_module.ms_deform_attn_gather_grad_value_cuda(inputs, anchors, *addresses, *rest, *target)
-    if gradients[0] is not None:
-        gradients[0] = gradients[0].to(call.value.dtype)
+    for i, like in ((0, call.value), (2, call.weights)):
+        if gradients[i] is not None:
+            gradients[i] = gradients[i].to(like.dtype)
     return gradients[: len(needed)]
 
 
-def _sorted_by_cell(call: MsDeformAttnCall, target: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Sampling points in the order of the last pixel they touch, and where the points of each pixel begin."""
+def _sorted_by_cell(call: MsDeformAttnCall, target: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sampling points in the order of the last pixel they touch, where those of each pixel begin, and the softmax."""
     batch, pixels, heads, _ = call.value.shape
     cells = torch.empty(call.weights.numel(), dtype=torch.int64, device=call.value.device)
+    softmax = None
+    if call.reference_points is not None:  # greatest logit and 1 / sum of each image, query and head
+        size = (*call.weights.shape[:3], 2)
+        softmax = torch.empty(size, dtype=accumulator(call.value.dtype), device=call.value.device)
     inputs, anchors, *rest = _describe(call)
-    cuda_module.ms_deform_attn_cells_cuda(inputs, anchors, cells.data_ptr(), *rest, *target)
-    return sort_by_cell(cells, batch * pixels * heads)
+    cuda_module.ms_deform_attn_cells_cuda(inputs, anchors, *_addresses((cells, softmax)), *rest, *target)
+    return *sort_by_cell(cells, batch * pixels * heads), softmax
 
 
 def sort_by_cell(cells: Tensor, cell_bound: int) -> tuple[Tensor, Tensor]:
