@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-scale deformable attention, eqs. (1) to (7) of docs/derivations/ms_deform_attn.md.
+"""Multi-scale deformable attention, eqs. (1) to (4) of docs/derivations/ms_deform_attn.md.
 
 Shapes: B images, S pixels of all levels, M heads, D channels of a head, Q queries, K sampling points of a query and
 head. The points come in GROUPS runs of GROUP_POINTS that share a level: one run a level where all levels have the same
@@ -18,8 +18,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .ms_deform_attn_fused import _frame, _softmax
 
-def launch_table(channels: int, item_bytes: int, backward: bool = False) -> dict[str, int]:
+
+def launch_table(
+    channels: int, item_bytes: int, backward: bool = False, fused: bool = False
+) -> dict[str, int]:
     """Block sizes that give each thread one vector of one query: 16 bytes of value, in backward 16 of grad_value.
 
     Chosen by static figures, not measured on a card. A wider 16-bit tile in backward would cross shared memory on its
@@ -32,7 +36,7 @@ def launch_table(channels: int, item_bytes: int, backward: bool = False) -> dict
     block_d = min(max(triton.next_power_of_2(channels), 2), 256)
     vector = min(16 // (4 if backward else item_bytes), block_d)
     block_q = max(1, 32 * num_warps * vector // block_d)
-    registers = {"maxnreg": 64} if channels % block_d == 0 and not backward else {}
+    registers = {"maxnreg": 64} if channels % block_d == 0 and not backward and not fused else {}
     return {"BLOCK_Q": block_q, "BLOCK_D": block_d, "num_warps": num_warps, **registers}
 
 
@@ -51,25 +55,37 @@ def _queries(M, Q, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr):
-    """Height, width and first pixel of the level that a run of points samples."""
+def _level_of(group, level_of_group_ptr):
+    """The level that a run of points samples."""
     level = group
     if level_of_group_ptr is not None:
         level = tl.load(level_of_group_ptr + group)
+    return level
+
+
+@triton.jit
+def _level(level, shapes_ptr, level_start_ptr):
+    """Height, width and first pixel of a level."""
     height = tl.load(shapes_ptr + 2 * level).to(tl.int32)
     width = tl.load(shapes_ptr + 2 * level + 1).to(tl.int32)
     return height, width, tl.load(level_start_ptr + level)
 
 
 @triton.jit
-def _locate(locations_ptr, point, m_point, height, width, BILINEAR: tl.constexpr, ACC: tl.constexpr):
+def _locate(
+    locations_ptr, point, m_point, height, width, x_shift, y_shift, x_scale, y_scale,
+    NUMBERS: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Eqs. (2) and (4): does the point count, its upper left pixel, its shares of the right and of the lower pixels."""
     xy = tl.load(
         locations_ptr + 2 * point[:, None] + tl.arange(0, 2)[None, :], mask=m_point[:, None], other=0.0
     )
     x, y = tl.split(xy.to(ACC))
-    x *= width
-    y *= height
+    x *= x_scale
+    y *= y_scale
+    if NUMBERS > 0:
+        x += x_shift
+        y += y_shift
     if BILINEAR:
         # Two comparisons through a select: four joined by "and" compile to fifteen instructions.
         x = tl.where(x - 0.5 < width, x - 0.5, -1.0)
@@ -135,19 +151,25 @@ def ms_deform_attn_forward(
     value_ptr,  # [B, S, M, D]
     shapes_ptr,  # [L, 2] as (height, width)
     level_start_ptr,  # [L]
-    level_of_group_ptr,  # [GROUPS], None where group and level are the same
-    locations_ptr,  # [B, Q, M, K, 2] as (x, y)
-    weights_ptr,  # [B, Q, M, K]
+    level_of_group_ptr,  # [GROUPS] and the points of each level [L]; None where group and level are the same
+    locations_ptr,  # [B, Q, M, K, 2] as (x, y); in the fused form, offsets
+    weights_ptr,  # [B, Q, M, K]; in the fused form, logits
+    reference_ptr,  # [B | 1, Q, L | 1, NUMBERS] of ACC, stride 0 along an axis of 1; in the plain form, None
+    reference_image,  # strides
+    reference_query,
+    reference_level,
     S,
     M,
     Q,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_POINTS: tl.constexpr,
+    NUMBERS: tl.constexpr,
     BILINEAR: tl.constexpr,
     ACC: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Eq. (1). The second axis of the grid goes over blocks of channels."""
@@ -155,117 +177,31 @@ def ms_deform_attn_forward(
     m_q = query < Q
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     output = tl.zeros([BLOCK_Q, BLOCK_D], dtype=ACC)
+    if NUMBERS > 0:
+        largest, inverse = _softmax(weights_ptr, row, m_q, GROUPS * GROUP_POINTS, BLOCK_K, ACC)
     for group in range(GROUPS):
-        height, width, start = _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr)
-        level = ((image * S + start) * M + head) * D
+        level = _level_of(group, level_of_group_ptr)
+        height, width, start = _level(level, shapes_ptr, level_start_ptr)
+        origin = ((image * S + start) * M + head) * D
+        x_shift, y_shift, x_scale, y_scale = _frame(
+            reference_ptr, reference_image, reference_query, reference_level, image, query, m_q, level,
+            level_of_group_ptr, height, width, GROUPS, GROUP_POINTS, NUMBERS, ACC,
+        )  # fmt: skip
         for step in range(GROUP_POINTS):
             point = row * (GROUPS * GROUP_POINTS) + (group * GROUP_POINTS + step)
             weight = tl.load(weights_ptr + point, mask=m_q, other=0.0).to(ACC)
-            counts, left, top, right, lower = _locate(locations_ptr, point, m_q, height, width, BILINEAR, ACC)
+            if NUMBERS > 0:
+                weight = tl.exp(weight - largest) * inverse
+            counts, left, top, right, lower = _locate(
+                locations_ptr, point, m_q, height, width, x_shift, y_shift, x_scale, y_scale,
+                NUMBERS, BILINEAR, ACC,
+            )  # fmt: skip
             pixel = top.to(OFFSET) * width + left
             for corner in tl.static_range(4 if BILINEAR else 1):
                 inside, coefficient, _, _ = _corner(corner, counts, left, top, right, lower, height, width)
                 offset = (pixel + (corner % 2 + corner // 2 * width)) * (M * D)
-                sample = _channels(value_ptr + level, offset, inside, channel, D, BLOCK_D)
+                sample = _channels(value_ptr + origin, offset, inside, channel, D, BLOCK_D)
                 # A weight that is infinite or NaN must not turn the zero of a corner outside into a NaN.
                 output += tl.where(inside, weight * coefficient, 0.0)[:, None] * sample.to(ACC)
     target = output_ptr + (row * D)[:, None] + channel[None, :]
     tl.store(target, output.to(output_ptr.dtype.element_ty), mask=_tile_mask(m_q, channel, D, BLOCK_D))
-
-
-@triton.jit
-def _dots(
-    grad_output, value_ptr, offset, channel, counts, left, top, right, lower, height, width, stride,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BILINEAR: tl.constexpr,
-):  # fmt: skip
-    """Dot products of grad_output with the sample and with its slopes along x and y, over a block of channels."""
-    sample = tl.zeros_like(right)
-    x = tl.zeros_like(right)
-    y = tl.zeros_like(right)
-    for corner in tl.static_range(4 if BILINEAR else 1):
-        inside, coefficient, x_slope, y_slope = _corner(
-            corner, counts, left, top, right, lower, height, width
-        )
-        shift = (corner % 2 + corner // 2 * width.to(offset.dtype)) * stride
-        value = _channels(value_ptr, offset + shift, inside, channel, D, BLOCK_D).to(grad_output.dtype)
-        # A NaN of grad_output times the zero of a corner outside is not a gradient.
-        dot = tl.where(inside, tl.sum(value * grad_output, axis=1), 0.0)
-        sample += coefficient * dot
-        if BILINEAR:
-            x += x_slope * dot
-            y += y_slope * dot
-    return sample, x, y
-
-
-@triton.jit
-def _scatter(
-    tile, ptr, offset, channel, counts, left, top, right, lower, height, width, stride,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BILINEAR: tl.constexpr,
-):  # fmt: skip
-    """Adds the corners' shares of a tile into their pixels, which may repeat."""
-    for corner in tl.static_range(4 if BILINEAR else 1):
-        inside, coefficient, _, _ = _corner(corner, counts, left, top, right, lower, height, width)
-        shift = (corner % 2 + corner // 2 * width.to(offset.dtype)) * stride
-        target = ptr + channel[None, :] + (offset + shift)[:, None]
-        tl.atomic_add(
-            target, coefficient[:, None] * tile, mask=_tile_mask(inside, channel, D, BLOCK_D), sem="relaxed"
-        )
-
-
-@triton.jit
-def ms_deform_attn_backward(
-    grad_value_ptr,  # [B, S, M, D] of ACC, added to; a gradient that nobody wants is None
-    grad_locations_ptr,  # [B, Q, M, K, 2]
-    grad_weights_ptr,  # [B, Q, M, K]
-    grad_output_ptr,  # [B, Q, M, D]; the rest as in forward
-    value_ptr, shapes_ptr, level_start_ptr, level_of_group_ptr, locations_ptr, weights_ptr, S, M, Q,
-    D: tl.constexpr, GROUPS: tl.constexpr, GROUP_POINTS: tl.constexpr, BILINEAR: tl.constexpr,
-    ACC: tl.constexpr, OFFSET: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Eqs. (5), (6) and (7)."""
-    image, head, query, row = _queries(M, Q, BLOCK_Q)
-    m_q = query < Q
-    channel = tl.arange(0, BLOCK_D)
-    step_of = tl.arange(0, BLOCK_P)[None, :]
-    axis_of = tl.arange(0, 2 * BLOCK_P)[None, :]
-    grad_output = _channels(grad_output_ptr, row * D, m_q, channel, D, BLOCK_D).to(ACC)
-    for group in range(GROUPS):
-        height, width, start = _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr)
-        level = ((image * S + start) * M + head) * D
-        run = row * (GROUPS * GROUP_POINTS) + group * GROUP_POINTS
-        # The gradients of a run are stored together: one by one, each would cross shared memory, with two barriers.
-        weights = tl.zeros([BLOCK_Q, BLOCK_P], dtype=ACC)
-        locations = tl.zeros([BLOCK_Q, 2 * BLOCK_P], dtype=ACC)
-        for step in range(GROUP_POINTS):
-            weight = tl.load(weights_ptr + run + step, mask=m_q, other=0.0).to(ACC)
-            counts, left, top, right, lower = _locate(
-                locations_ptr, run + step, m_q, height, width, BILINEAR, ACC
-            )
-            offset = (top.to(OFFSET) * width + left) * (M * D)
-            for first in range(0, D, BLOCK_D):
-                if D > BLOCK_D:
-                    channel = first + tl.arange(0, BLOCK_D)
-                    grad_output = _channels(grad_output_ptr, row * D, m_q, channel, D, BLOCK_D).to(ACC)
-                if grad_locations_ptr is not None or grad_weights_ptr is not None:
-                    sample, x, y = _dots(
-                        grad_output, value_ptr + level, offset, channel, counts, left, top, right, lower, height,
-                        width, M * D, D, BLOCK_D, BILINEAR,
-                    )  # fmt: skip
-                    x = tl.where(counts, x * weight * width, 0.0)
-                    y = tl.where(counts, y * weight * height, 0.0)
-                    weights += tl.where(step_of == step, sample[:, None], 0.0)
-                    locations += tl.where(axis_of == 2 * step, x[:, None], 0.0)
-                    locations += tl.where(axis_of == 2 * step + 1, y[:, None], 0.0)
-                if grad_value_ptr is not None:
-                    _scatter(
-                        weight[:, None] * grad_output, grad_value_ptr + level, offset, channel, counts, left, top,
-                        right, lower, height, width, M * D, D, BLOCK_D, BILINEAR,
-                    )  # fmt: skip
-        if grad_weights_ptr is not None:
-            target = grad_weights_ptr + run[:, None] + step_of
-            mask = m_q[:, None] & (step_of < GROUP_POINTS)
-            tl.store(target, weights.to(grad_weights_ptr.dtype.element_ty), mask=mask)
-        if grad_locations_ptr is not None:
-            target = grad_locations_ptr + 2 * run[:, None] + axis_of
-            mask = m_q[:, None] & (axis_of < 2 * GROUP_POINTS)
-            tl.store(target, locations.to(grad_locations_ptr.dtype.element_ty), mask=mask)

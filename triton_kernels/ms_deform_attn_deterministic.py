@@ -4,7 +4,8 @@
 ``ms_deform_attn_cells`` files each sampling point under the last pixel, in memory order, that it touches; the caller
 sorts the points by it, stably; ``ms_deform_attn_gather_grad_value`` sums for each pixel the points that touch it, which
 are filed under the pixel itself and its neighbours to the right, below, and both: two runs of the sorted order, for
-neighbours in a row are neighbours in it. Shapes and names are those of ms_deform_attn.py.
+neighbours in a row are neighbours in it. Shapes and names are those of ms_deform_attn.py. In the fused form the points
+of a pixel come from many rows of logits, whose softmax the first kernel leaves behind in two numbers a row.
 """
 
 from __future__ import annotations
@@ -12,35 +13,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ms_deform_attn import _channels, _level, _locate, _queries, _tile_mask
+from .ms_deform_attn import _channels, _level, _level_of, _locate, _queries, _tile_mask
+from .ms_deform_attn_fused import _frame, _softmax
 
 
 @triton.jit
 def ms_deform_attn_cells(
     cells_ptr,  # [B, Q, M, K] int64: in [0, B * M * S), or that bound for a point that touches no pixel
-    shapes_ptr,  # [L, 2] as (height, width)
-    level_start_ptr,  # [L]
-    level_of_group_ptr,  # [GROUPS], None where group and level are the same
-    locations_ptr,  # [B, Q, M, K, 2] as (x, y)
-    B,
-    S,
-    M,
-    Q,
-    GROUPS: tl.constexpr,
-    GROUP_POINTS: tl.constexpr,
-    BILINEAR: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
+    softmax_ptr,  # [B, Q, M, 2] of ACC, fused form only: largest logit, and one by the sum of eq. (8)
+    shapes_ptr, level_start_ptr, level_of_group_ptr, locations_ptr, weights_ptr,
+    reference_ptr, reference_image, reference_query, reference_level, B, S, M, Q, GROUPS: tl.constexpr,
+    GROUP_POINTS: tl.constexpr, NUMBERS: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One program files the points of BLOCK_Q queries of one head of one image."""
     image, head, query, row = _queries(M, Q, BLOCK_Q)
     m_q = query < Q
     nowhere = tl.cast(S, tl.int64) * M * B
+    if NUMBERS > 0:
+        largest, inverse = _softmax(weights_ptr, row, m_q, GROUPS * GROUP_POINTS, BLOCK_K, ACC)
+        tl.store(softmax_ptr + 2 * row, largest, mask=m_q)
+        tl.store(softmax_ptr + 2 * row + 1, inverse, mask=m_q)
     for group in range(GROUPS):
-        height, width, start = _level(group, level_of_group_ptr, shapes_ptr, level_start_ptr)
+        level = _level_of(group, level_of_group_ptr)
+        height, width, start = _level(level, shapes_ptr, level_start_ptr)
+        x_shift, y_shift, x_scale, y_scale = _frame(
+            reference_ptr, reference_image, reference_query, reference_level, image, query, m_q, level,
+            level_of_group_ptr, height, width, GROUPS, GROUP_POINTS, NUMBERS, ACC,
+        )  # fmt: skip
         for step in range(GROUP_POINTS):
             point = row * (GROUPS * GROUP_POINTS) + (group * GROUP_POINTS + step)
-            counts, column, line, _, _ = _locate(locations_ptr, point, m_q, height, width, BILINEAR, ACC)
+            counts, column, line, _, _ = _locate(
+                locations_ptr, point, m_q, height, width, x_shift, y_shift, x_scale, y_scale,
+                NUMBERS, BILINEAR, ACC,
+            )  # fmt: skip
             if BILINEAR:
                 column = tl.minimum(column + 1, width - 1)
                 line = tl.minimum(line + 1, height - 1)
@@ -52,31 +58,21 @@ def ms_deform_attn_cells(
 def ms_deform_attn_gather_grad_value(
     grad_value_ptr,  # [B, S, M, D] of ACC, all of it written
     grad_output_ptr,  # [B, Q, M, D]
-    shapes_ptr,
-    level_start_ptr,
-    level_of_group_ptr,
-    locations_ptr,
-    weights_ptr,  # [B, Q, M, K]
+    softmax_ptr,  # [B, Q, M, 2]
     order_ptr,  # [B * Q * M * K] points in the order of their cells
     first_ptr,  # [B * M * S + 1] how many points are in the cells below
-    S,
-    M,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_POINTS: tl.constexpr,
-    BILINEAR: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    shapes_ptr, level_start_ptr, level_of_group_ptr, locations_ptr, weights_ptr,
+    reference_ptr, reference_image, reference_query, reference_level, S, M, Q, D: tl.constexpr,
+    L: tl.constexpr, GROUPS: tl.constexpr, GROUP_POINTS: tl.constexpr, NUMBERS: tl.constexpr,
+    BILINEAR: tl.constexpr, ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program owns BLOCK_S pixels and BLOCK_D channels of one head; each of its pixels takes a point a round."""
     image, head, pixel, target = _queries(M, S, BLOCK_S)
     m_s = pixel < S
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC)
     for level in range(L):
-        height, width, start = _level(level, None, shapes_ptr, level_start_ptr)
+        height, width, start = _level(level, shapes_ptr, level_start_ptr)
         in_level = pixel - start
         inside = m_s & (in_level >= 0) & (in_level < height.to(tl.int64) * width)
         line = in_level // tl.maximum(width, 1)
@@ -92,32 +88,30 @@ def ms_deform_attn_gather_grad_value(
             rounds = tl.max(end - i, axis=0)
             while rounds > 0:
                 point = tl.load(order_ptr + i, mask=i < end, other=0)
-                weight = tl.load(weights_ptr + point, mask=i < end, other=0.0).to(ACC)
-                counts, left, top, right, lower = _locate(
-                    locations_ptr, point, i < end, height, width, BILINEAR, ACC
-                )
-                takes = counts & _of_level(point, level, level_of_group_ptr, GROUPS, GROUP_POINTS)
-                takes = (
-                    takes
-                    & (column - left >= 0)
-                    & (column - left <= 1)
-                    & (line - top >= 0)
-                    & (line - top <= 1)
-                )
-                share = tl.where(column == left, 1 - right, right) * tl.where(line == top, 1 - lower, lower)
                 row = point // (GROUPS * GROUP_POINTS)
+                weight = tl.load(weights_ptr + point, mask=i < end, other=0.0).to(ACC)
+                if NUMBERS > 0:
+                    largest = tl.load(softmax_ptr + 2 * row, mask=i < end, other=0.0)
+                    weight = tl.exp(weight - largest) * tl.load(
+                        softmax_ptr + 2 * row + 1, mask=i < end, other=0.0
+                    )
+                x_shift, y_shift, x_scale, y_scale = _frame(
+                    reference_ptr, reference_image, reference_query, reference_level, image, row // M - image * Q,
+                    i < end, level, level_of_group_ptr, height, width, GROUPS, GROUP_POINTS, NUMBERS, ACC,
+                )  # fmt: skip
+                counts, left, top, right, lower = _locate(
+                    locations_ptr, point, i < end, height, width, x_shift, y_shift, x_scale, y_scale,
+                    NUMBERS, BILINEAR, ACC,
+                )  # fmt: skip
+                # Levels that overlap share pixels, and a point counts once.
+                group = point % (GROUPS * GROUP_POINTS) // GROUP_POINTS
+                takes = counts & (_level_of(group, level_of_group_ptr) == level)
+                takes = takes & (column - left >= 0) & (column - left <= 1)
+                takes = takes & (line - top >= 0) & (line - top <= 1)
+                share = tl.where(column == left, 1 - right, right) * tl.where(line == top, 1 - lower, lower)
                 grad_output = _channels(grad_output_ptr, row * D, takes, channel, D, BLOCK_D).to(ACC)
                 total += tl.where(takes, weight * share, 0.0)[:, None] * grad_output
                 i += 1
                 rounds -= 1
     target = grad_value_ptr + (target * D)[:, None] + channel[None, :]
     tl.store(target, total, mask=_tile_mask(m_s, channel, D, BLOCK_D))
-
-
-@triton.jit
-def _of_level(point, level, level_of_group_ptr, GROUPS: tl.constexpr, GROUP_POINTS: tl.constexpr):
-    """Does a point sample this level? Levels that overlap share pixels, and a point counts once."""
-    group = point % (GROUPS * GROUP_POINTS) // GROUP_POINTS
-    if level_of_group_ptr is not None:
-        group = tl.load(level_of_group_ptr + group)
-    return group == level

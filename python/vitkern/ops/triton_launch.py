@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from vitkern.ops.native import accumulator, sort_by_cell
+from vitkern.ops.native import MsDeformAttnCall, _new_gradients, _new_output, accumulator, sort_by_cell
 
 # Queries, or pixels, of one program while interpreting: there the price is per operation, whatever the block size.
 _INTERPRETED_BLOCK = 64
@@ -24,26 +24,41 @@ _INT32_OFFSETS = 2**30
 
 @functools.cache
 def _groups(points_per_level: tuple[int, ...], device: torch.device) -> tuple[int, int, Tensor | None]:
-    """Runs of points that share a level: how many, points of one, and their levels unless run and level agree."""
+    """Runs of points that share a level: how many, points of one, and, unless run and level agree, a table.
+
+    The table holds the level of each run and then the number of points of each level.
+    """
     points = math.gcd(*points_per_level)
     levels = [level for level, count in enumerate(points_per_level) for _ in range(count // points)]
     if levels == list(range(len(points_per_level))):
         return len(levels), points, None
-    return len(levels), points, torch.tensor(levels, dtype=torch.int32, device=device)
+    table = [*levels, *points_per_level]
+    return len(levels), points, torch.tensor(table, dtype=torch.int32, device=device)
 
 
-def _constants(value: Tensor, points_per_level: tuple[int, ...], method: str):
-    """What every kernel is specialised on, and its table of levels."""
+def _inputs(call: MsDeformAttnCall) -> tuple:
+    """What every kernel reads: levels, locations and weights, and the reference points with their strides."""
+    reference, strides = call.reference_points, (0, 0, 0)
+    if reference is not None:
+        levels = call.spatial_shapes.shape[0]
+        strides = reference.expand(call.value.shape[0], -1, levels, -1).stride()[:3]
+    level_of_group = _groups(call.points_per_level, call.value.device)[2]
+    levels = (call.spatial_shapes, call.level_start_index, level_of_group)
+    return *levels, call.locations, call.weights, reference, *strides
+
+
+def _constants(call: MsDeformAttnCall) -> dict[str, object]:
+    """What every kernel is specialised on."""
     import triton.language as tl
 
-    groups, group_points, level_of_group = _groups(points_per_level, value.device)
-    constants = {
+    groups, group_points, _ = _groups(call.points_per_level, call.value.device)
+    return {
         "GROUPS": groups,
         "GROUP_POINTS": group_points,
-        "BILINEAR": method == "bilinear",
-        "ACC": tl.float64 if value.dtype == torch.float64 else tl.float32,
+        "NUMBERS": 0 if call.reference_points is None else call.reference_points.shape[3],
+        "BILINEAR": call.method == "bilinear",
+        "ACC": tl.float64 if call.value.dtype == torch.float64 else tl.float32,
     }
-    return constants, level_of_group
 
 
 def _offset(value: Tensor):
@@ -53,10 +68,14 @@ def _offset(value: Tensor):
     return tl.int32 if value[0].numel() < _INT32_OFFSETS else tl.int64
 
 
-def _blocks(value: Tensor, backward: bool = False) -> dict[str, int]:
+def _blocks(call: MsDeformAttnCall, backward: bool = False) -> dict[str, int]:
     from vitkern.triton_kernels import ms_deform_attn as kernels
 
-    blocks = kernels.launch_table(value.shape[3], value.element_size(), backward)
+    value = call.value
+    fused = call.reference_points is not None
+    blocks = kernels.launch_table(value.shape[3], value.element_size(), backward, fused)
+    if torch.version.hip:
+        blocks.pop("maxnreg", None)  # NVIDIA's compiler alone knows it
     return blocks if value.is_cuda else blocks | {"BLOCK_Q": _INTERPRETED_BLOCK}
 
 
@@ -73,156 +92,127 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def ms_deform_attn_forward_triton(
-    value: Tensor,  # [B, S, M, D]
-    spatial_shapes: Tensor,  # [L, 2]
-    level_start_index: Tensor,  # [L]
-    locations: Tensor,  # [B, Q, M, K, 2]
-    weights: Tensor,  # [B, Q, M, K]
-    points_per_level: tuple[int, ...],
-    method: str,
-) -> Tensor:  # [B, Q, M * D]
-    batch, pixels, heads, channels = value.shape
-    queries = weights.shape[1]
-    output = value.new_empty(batch, queries, heads * channels)
+def ms_deform_attn_forward_triton(*arguments) -> Tensor:
+    """Takes the fields of MsDeformAttnCall."""
+    call = MsDeformAttnCall(*arguments)
+    output = _new_output(call)
     if output.numel() == 0:
         return output
-    if pixels == 0 or weights.numel() == 0:
+    if call.value.numel() == 0 or call.weights.numel() == 0:
         return output.zero_()
 
     from vitkern.triton_kernels import ms_deform_attn as kernels
 
-    constants, level_of_group = _constants(value, points_per_level, method)
-    blocks = _blocks(value)
+    batch, pixels, heads, channels = call.value.shape
+    queries, points = call.weights.shape[1], call.weights.shape[3]
+    blocks = _blocks(call)
     grid = (batch * heads * _cdiv(queries, blocks["BLOCK_Q"]), _cdiv(channels, blocks["BLOCK_D"]))
-    with _on(value):
+    with _on(call.value):
         kernels.ms_deform_attn_forward[grid](
             output,
-            value,
-            spatial_shapes,
-            level_start_index,
-            level_of_group,
-            locations,
-            weights,
+            call.value,
+            *_inputs(call),
+            pixels,
+            heads,
+            queries,
+            channels,
+            **_constants(call),
+            **blocks,
+            OFFSET=_offset(call.value),
+            BLOCK_K=_next_power_of_2(points),
+        )
+    return output
+
+
+def ms_deform_attn_backward_triton(
+    grad_output: Tensor, needed: tuple[bool, ...], *arguments, deterministic: bool = False
+) -> list[Tensor | None]:
+    """Gradients of value, locations and weights, and, in the fused form, of the places sampled."""
+    call = MsDeformAttnCall(*arguments)
+    if call.value.numel() == 0 or call.weights.numel() == 0:
+        gradients = _new_gradients(call, needed)
+        return [None if gradient is None else gradient.zero_() for gradient in gradients[: len(needed)]]
+
+    # Atomics need zeros to add to; the deterministic pass writes every element.
+    gradients = _new_gradients(call, (False, *needed[1:]))
+    if needed[0] and not deterministic:
+        gradients[0] = torch.zeros_like(call.value, dtype=accumulator(call.value.dtype))
+    if any(gradient is not None for gradient in gradients):
+        _backward(call, grad_output, gradients)
+    if needed[0] and deterministic:
+        gradients[0] = _gather_grad_value(call, grad_output)
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].to(call.value.dtype)
+    return gradients[: len(needed)]
+
+
+def _backward(call: MsDeformAttnCall, grad_output: Tensor, gradients: list[Tensor | None]) -> None:
+    """Adds to the gradient of value, writes the others; those that are None are not wanted."""
+    from vitkern.triton_kernels import ms_deform_attn_backward as kernels
+
+    batch, pixels, heads, channels = call.value.shape
+    queries, points = call.weights.shape[1], call.weights.shape[3]
+    blocks, constants = _blocks(call, backward=True), _constants(call)
+    with _on(call.value):
+        kernels.ms_deform_attn_backward[(batch * heads * _cdiv(queries, blocks["BLOCK_Q"]),)](
+            *gradients,
+            grad_output,
+            call.value,
+            *_inputs(call),
             pixels,
             heads,
             queries,
             channels,
             **constants,
             **blocks,
-            OFFSET=_offset(value),
+            OFFSET=_offset(call.value),
+            BLOCK_P=_next_power_of_2(constants["GROUP_POINTS"]),
+            BLOCK_K=_next_power_of_2(points),
         )
-    return output
 
 
-def ms_deform_attn_backward_triton(
-    grad_output: Tensor,  # [B, Q, M * D]
-    needed: tuple[bool, bool, bool],
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    locations: Tensor,
-    weights: Tensor,
-    points_per_level: tuple[int, ...],
-    method: str,
-    deterministic: bool = False,
-) -> list[Tensor | None]:
-    batch, pixels, heads, channels = value.shape
-    queries = weights.shape[1]
-    if value.numel() == 0 or weights.numel() == 0:
-        return [torch.zeros_like(t) if need else None for t, need in zip((value, locations, weights), needed)]
-
-    # Atomics need zeros to add to; the deterministic pass writes every element.
-    scatter, gather = needed[0] and not deterministic, needed[0] and deterministic
-    grad_value = torch.zeros_like(value, dtype=accumulator(value.dtype)) if scatter else None
-    grad_locations = torch.empty_like(locations) if needed[1] else None
-    grad_weights = torch.empty_like(weights) if needed[2] else None
-    if scatter or any(needed[1:]):
-        from vitkern.triton_kernels import ms_deform_attn as kernels
-
-        constants, level_of_group = _constants(value, points_per_level, method)
-        blocks = _blocks(value, backward=True)
-        with _on(value):
-            kernels.ms_deform_attn_backward[(batch * heads * _cdiv(queries, blocks["BLOCK_Q"]),)](
-                grad_value,
-                grad_locations,
-                grad_weights,
-                grad_output,
-                value,
-                spatial_shapes,
-                level_start_index,
-                level_of_group,
-                locations,
-                weights,
-                pixels,
-                heads,
-                queries,
-                channels,
-                **constants,
-                **blocks,
-                OFFSET=_offset(value),
-                BLOCK_P=_next_power_of_2(constants["GROUP_POINTS"]),
-            )
-    if gather:
-        grad_value = _gather_grad_value(
-            grad_output,
-            value,
-            spatial_shapes,
-            level_start_index,
-            locations,
-            weights,
-            points_per_level,
-            method,
-        )
-    return [None if grad_value is None else grad_value.to(value.dtype), grad_locations, grad_weights]
-
-
-def _gather_grad_value(
-    grad_output, value, spatial_shapes, level_start_index, locations, weights, points_per_level, method
-) -> Tensor:
+def _gather_grad_value(call: MsDeformAttnCall, grad_output: Tensor) -> Tensor:
     """The bitwise reproducible gradient of value: points sorted by pixel, then summed pixel by pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 
-    batch, pixels, heads, channels = value.shape
-    queries = weights.shape[1]
-    constants, level_of_group = _constants(value, points_per_level, method)
-    blocks = _blocks(value)
+    batch, pixels, heads, channels = call.value.shape
+    queries, points = call.weights.shape[1], call.weights.shape[3]
+    blocks, constants, inputs = _blocks(call), _constants(call), _inputs(call)
     num_warps, block_s, block_d = blocks["num_warps"], blocks["BLOCK_Q"], blocks["BLOCK_D"]
     block_q = 32 * num_warps
-    cells = torch.empty(weights.numel(), dtype=torch.int64, device=value.device)
-    grad_value = torch.empty_like(value, dtype=accumulator(value.dtype))
-    with _on(value):
+    cells = torch.empty(call.weights.numel(), dtype=torch.int64, device=call.value.device)
+    grad_value = torch.empty_like(call.value, dtype=accumulator(call.value.dtype))
+    softmax = None
+    if call.reference_points is not None:
+        softmax = grad_value.new_empty(batch, queries, heads, 2)
+    with _on(call.value):
         kernels.ms_deform_attn_cells[(batch * heads * _cdiv(queries, block_q),)](
             cells,
-            spatial_shapes,
-            level_start_index,
-            level_of_group,
-            locations,
+            softmax,
+            *inputs,
             batch,
             pixels,
             heads,
             queries,
             **constants,
             BLOCK_Q=block_q,
+            BLOCK_K=_next_power_of_2(points),
             num_warps=num_warps,
         )
         order, first = sort_by_cell(cells, batch * heads * pixels)
-        kernels.ms_deform_attn_gather_grad_value[
-            (batch * heads * _cdiv(pixels, block_s), _cdiv(channels, block_d))
-        ](
+        grid = (batch * heads * _cdiv(pixels, block_s), _cdiv(channels, block_d))
+        kernels.ms_deform_attn_gather_grad_value[grid](
             grad_value,
             grad_output,
-            spatial_shapes,
-            level_start_index,
-            level_of_group,
-            locations,
-            weights,
+            softmax,
             order,
             first,
+            *inputs,
             pixels,
             heads,
+            queries,
             channels,
-            L=spatial_shapes.shape[0],
+            L=call.spatial_shapes.shape[0],
             **constants,
             BLOCK_S=block_s,
             BLOCK_D=block_d,

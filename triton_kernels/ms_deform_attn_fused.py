@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused form of multi-scale deformable attention: softmax, eqs. (8) and (11), and locations, eqs. (9), (10), (12).
+
+The kernels read logits z and offsets d where the plain form has weights and locations. Of a row of K logits they keep
+two numbers, the largest one and one by the sum of exp(z - largest): a weight is then worked out where it is used, and
+no weight or location is ever in memory. A location in pixels is shift + scale * d, see ``_frame``; NUMBERS, those of a
+reference point, is 2 or 4, and 0 in the plain form.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _logits(logits_ptr, row, m_row, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """Rows of logits, filled up with numbers that weigh nothing."""
+    point = tl.arange(0, BLOCK_K)[None, :]
+    mask = m_row[:, None] & (point < K)
+    logits = tl.load(logits_ptr + (row * K)[:, None] + point, mask=mask, other=0.0).to(ACC)
+    return tl.where(point < K, logits, float("-inf"))
+
+
+@triton.jit
+def _softmax(logits_ptr, row, m_row, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """Eq. (8): the largest logit of each row, and one by the sum. A NaN comes in by the sum, as do infinities."""
+    logits = _logits(logits_ptr, row, m_row, K, BLOCK_K, ACC)
+    largest = tl.max(logits, axis=1)
+    return largest, 1 / tl.sum(tl.exp(logits - largest[:, None]), axis=1)
+
+
+@triton.jit
+def _through_softmax(
+    grad_weights, logits_ptr, row, m_row, largest, inverse,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Eq. (11): from the gradients of all weights of a row to those of its logits."""
+    logits = _logits(logits_ptr, row, m_row, K, BLOCK_K, ACC)
+    weights = tl.exp(logits - largest[:, None]) * inverse[:, None]
+    return weights * (grad_weights - tl.sum(weights * grad_weights, axis=1)[:, None])
+
+
+@triton.jit
+def _frame(
+    reference_ptr, image_stride, query_stride, level_stride, image, query, m_query, level, level_of_group_ptr,
+    height, width, GROUPS: tl.constexpr, GROUP_POINTS: tl.constexpr, NUMBERS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Shifts and scales, along x and y, that turn what is in locations into pixels: eqs. (2), (9) and (10).
+
+    The derivative of a pixel coordinate by what is in locations is the scale, whatever the form.
+    """
+    x_shift, y_shift, x_scale, y_scale = 0.0, 0.0, width, height
+    if NUMBERS > 0:
+        reference = reference_ptr + image * image_stride + query * query_stride + level * level_stride
+        x_shift = tl.load(reference, mask=m_query, other=0.0).to(ACC) * width
+        y_shift = tl.load(reference + 1, mask=m_query, other=0.0).to(ACC) * height
+        x_scale, y_scale = 1.0, 1.0
+    if NUMBERS == 4:
+        points = GROUP_POINTS
+        if level_of_group_ptr is not None:
+            points = tl.load(level_of_group_ptr + GROUPS + level)
+        x_scale = tl.load(reference + 2, mask=m_query, other=0.0).to(ACC) * width / (2 * points)
+        y_scale = tl.load(reference + 3, mask=m_query, other=0.0).to(ACC) * height / (2 * points)
+    return x_shift, y_shift, x_scale, y_scale
