@@ -177,6 +177,7 @@ __device__ __forceinline__ Axis<A> nearest_axis(A x, int size) {
   return {{pixel, pixel}, {1, 0}, {0, 0}};
 }
 
+// Rounded before anything is added, as in torch: a location on the edge of a cell falls to its side.
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
