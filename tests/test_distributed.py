@@ -53,8 +53,10 @@ def worker(rank, kind, rendezvous, results):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_gradients_of_two_processes_are_those_of_one(kind, tmp_path):
-    if kind == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
-        pytest.skip("this torch has no FSDP2")
+    if kind == "fsdp2":
+        fsdp = pytest.importorskip("torch.distributed.fsdp")
+        if not hasattr(fsdp, "fully_shard"):
+            pytest.skip("this torch has no FSDP2")
     results = tmp_path / "gradients.pt"
     mp.spawn(worker, (kind, tmp_path / "rendezvous", results), nprocs=2)
     layer = make_layer()

@@ -185,7 +185,7 @@ def _autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-@functools.lru_cache
+@torch.compiler.assume_constant_result  # torch 2.4 cannot trace the question
 def _knows_autocast(device_type: str) -> bool:
     """Asking a device type without autocast ("meta", others in older releases) for its state would raise."""
     return torch.amp.is_autocast_available(device_type)

@@ -69,7 +69,7 @@ def ms_deform_attn_fused(
         :, :, None
     ]  # [., Q, 1, K, .]
     if reference_points.shape[-1] == 2:
-        step = 1 / spatial_shapes.flip(-1).to(sampling_offsets.dtype)
+        step = 1 / spatial_shapes.flip(-1).clamp(min=1).to(sampling_offsets.dtype)
         step = step.repeat_interleave(points, 0, output_size=sum(points_per_level))
     else:
         step = reference[..., 2:] / (2 * points.repeat_interleave(points)[:, None])
