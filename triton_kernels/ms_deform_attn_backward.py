@@ -55,19 +55,23 @@ def _scatter(
 
 
 @triton.jit
-def _put(run, step, counts, x, y, BLOCK_P: tl.constexpr):
-    """Adds a pair at its place in a run of pairs, nothing where the point does not count."""
-    axis = tl.arange(0, 2 * BLOCK_P)[None, :]
-    run += tl.where(axis == 2 * step, tl.where(counts, x, 0.0)[:, None], 0.0)
-    run += tl.where(axis == 2 * step + 1, tl.where(counts, y, 0.0)[:, None], 0.0)
-    return run
+def _put(tile, i, numbers):
+    """Adds a number to column i of each row of a tile."""
+    return tile + tl.where(tl.arange(0, tile.shape[1])[None, :] == i, numbers[:, None], 0.0)
 
 
 @triton.jit
-def _store(ptr, first, tile, m_row, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _put_pairs(tile, i, counts, x, y):
+    """Adds a pair to the i-th pair of columns, nothing where the point does not count."""
+    tile = _put(tile, 2 * i, tl.where(counts, x, 0.0))
+    return _put(tile, 2 * i + 1, tl.where(counts, y, 0.0))
+
+
+@triton.jit
+def _store(ptr, first, tile, m_row, COUNT: tl.constexpr):
     """Stores the first COUNT numbers of each row of a tile side by side; a gradient that nobody wants is None."""
     if ptr is not None:
-        i = tl.arange(0, BLOCK)[None, :]
+        i = tl.arange(0, tile.shape[1])[None, :]
         mask = m_row[:, None] & (i < COUNT)
         tl.store(ptr + first[:, None] + i, tile.to(ptr.dtype.element_ty), mask=mask)
 
@@ -93,7 +97,7 @@ def ms_deform_attn_backward(
     grad_output = _channels(grad_output_ptr, row * D, m_q, channel, D, BLOCK_D).to(ACC)
     if NUMBERS > 0:
         largest, inverse = _softmax(weights_ptr, row, m_q, K, BLOCK_K, ACC)
-        row_of_weights = tl.zeros([BLOCK_Q, BLOCK_K], dtype=ACC)
+        weights = tl.zeros([BLOCK_Q, BLOCK_K], dtype=ACC)
     for group in range(GROUPS):
         level = _level_of(group, level_of_group_ptr)
         height, width, start = _level(level, shapes_ptr, level_start_ptr)
@@ -104,7 +108,8 @@ def ms_deform_attn_backward(
         )  # fmt: skip
         run = row * K + group * GROUP_POINTS
         # The gradients of a run are stored together: one by one, each would cross shared memory, with two barriers.
-        weights = tl.zeros([BLOCK_Q, BLOCK_P], dtype=ACC)
+        if NUMBERS == 0:
+            weights = tl.zeros([BLOCK_Q, BLOCK_P], dtype=ACC)
         locations = tl.zeros([BLOCK_Q, 2 * BLOCK_P], dtype=ACC)
         places = tl.zeros([BLOCK_Q, 2 * BLOCK_P], dtype=ACC)
         for step in range(GROUP_POINTS):
@@ -129,29 +134,19 @@ def ms_deform_attn_backward(
                         grad_output, value_ptr + origin, offset, channel, counts, left, top, right, lower, height,
                         width, M * D, D, BLOCK_D, BILINEAR,
                     )  # fmt: skip
-                    if NUMBERS > 0:
-                        row_of_weights += tl.where(
-                            tl.arange(0, BLOCK_K)[None, :] == group * GROUP_POINTS + step,
-                            sample[:, None],
-                            0.0,
-                        )
-                    else:
-                        weights += tl.where(tl.arange(0, BLOCK_P)[None, :] == step, sample[:, None], 0.0)
-                    locations = _put(
-                        locations, step, counts, x * weight * x_scale, y * weight * y_scale, BLOCK_P
-                    )
-                    places = _put(places, step, counts, x * weight * width, y * weight * height, BLOCK_P)
+                    weights = _put(weights, step if NUMBERS == 0 else group * GROUP_POINTS + step, sample)
+                    x, y = x * weight, y * weight
+                    locations = _put_pairs(locations, step, counts, x * x_scale, y * y_scale)
+                    places = _put_pairs(places, step, counts, x * width, y * height)
                 if grad_value_ptr is not None:
                     _scatter(
                         weight[:, None] * grad_output, grad_value_ptr + origin, offset, channel, counts, left, top,
                         right, lower, height, width, M * D, D, BLOCK_D, BILINEAR,
                     )  # fmt: skip
         if NUMBERS == 0:
-            _store(grad_weights_ptr, run, weights, m_q, GROUP_POINTS, BLOCK_P)
-        _store(grad_locations_ptr, 2 * run, locations, m_q, 2 * GROUP_POINTS, 2 * BLOCK_P)
-        _store(grad_places_ptr, 2 * run, places, m_q, 2 * GROUP_POINTS, 2 * BLOCK_P)
+            _store(grad_weights_ptr, run, weights, m_q, GROUP_POINTS)
+        _store(grad_locations_ptr, 2 * run, locations, m_q, 2 * GROUP_POINTS)
+        _store(grad_places_ptr, 2 * run, places, m_q, 2 * GROUP_POINTS)
     if NUMBERS > 0:
-        grad_logits = _through_softmax(
-            row_of_weights, weights_ptr, row, m_q, largest, inverse, K, BLOCK_K, ACC
-        )
-        _store(grad_weights_ptr, row * K, grad_logits, m_q, K, BLOCK_K)
+        logits = _through_softmax(weights, weights_ptr, row, m_q, largest, inverse, K, BLOCK_K, ACC)
+        _store(grad_weights_ptr, row * K, logits, m_q, K)
