@@ -28,6 +28,7 @@ test: setup  ## Everything this machine can run; what it cannot is listed with t
 
 bench: setup  ## Time each backend against plain torch; a figure is printed only where the result was checked
 	$(BIN)/python -m benchmarks.bench_ms_deform_attn $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.bench_ms_deform_attn_fused $(BENCH_ARGS)
 
 ##@ Check
 

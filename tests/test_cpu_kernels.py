@@ -185,7 +185,8 @@ def make_fused(numbers=2, image=True, level=True, dtype=FP32, coord_dtype=None, 
 def fused_oracle(call, grad_output):
     """Output and the gradients of value, offsets, logits and locations in fp64."""
     value, offsets, logits, anchor = (
-        t.double().detach().requires_grad_() for t in (call.value, call.locations, call.weights, call.reference_points)
+        t.double().detach().requires_grad_()
+        for t in (call.value, call.locations, call.weights, call.reference_points)
     )
     # One reference point for each head and point, whose gradient is that of the location.
     shapes, counts = call.spatial_shapes, torch.tensor(call.points_per_level, dtype=torch.int64)
@@ -208,7 +209,11 @@ def fused_oracle(call, grad_output):
     )
     torch.testing.assert_close(output, fused, equal_nan=True)
     gradients = torch.autograd.grad(
-        output, (value, offsets, logits, places), grad_output.double(), allow_unused=True, materialize_grads=True
+        output,
+        (value, offsets, logits, places),
+        grad_output.double(),
+        allow_unused=True,
+        materialize_grads=True,
     )
     return output.detach(), *gradients
 
@@ -254,7 +259,8 @@ def test_fused_dtypes(isa, dtypes, numbers):
 @pytest.mark.parametrize("method", ["bilinear", "nearest"])
 @pytest.mark.parametrize("numbers", [2, 4])
 @pytest.mark.parametrize(
-    "points", [(1,), (3,), (16,), (17,), (33,), (300,), (3, 6, 3, 1), (0, 1, 0, 7), (0, 0, 0, 0), (300, 1, 40, 7)]
+    "points",
+    [(1,), (3,), (16,), (17,), (33,), (300,), (3, 6, 3, 1), (0, 1, 0, 7), (0, 0, 0, 0), (300, 1, 40, 7)],
 )
 def test_fused_numbers_of_points(isa, points, numbers, method):
     call = make_fused(numbers, level=len(points) > 1, levels=LEVELS[: len(points)], points=points, Q=5)

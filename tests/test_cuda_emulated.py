@@ -86,7 +86,9 @@ def assert_right(args, method="bilinear", *, deterministic=False):
 def assert_close_to_oracle(actual, same, oracle, name):
     finite = oracle[oracle.isfinite()].abs()
     largest = finite.max().item() if finite.numel() else 0.0
-    units = 32 if actual.dtype == torch.float64 else 8  # in float64 the oracle is no more exact than the result
+    units = (
+        32 if actual.dtype == torch.float64 else 8
+    )  # in float64 the oracle is no more exact than the result
     allowed = 2 * max_error(same, oracle) + units * torch.finfo(actual.dtype).eps * largest
     error = max_error(actual, oracle)
     assert torch.equal(actual.isnan(), oracle.isnan()), f"{name}: NaN in other places"
@@ -242,7 +244,7 @@ def test_sizes_beyond_the_kernels_are_refused():
 
 
 def make_fused(channels, dtype=torch.float32, *, numbers=2, broadcast=(), sharp=1.0, **sizes):
-    """As make(), with offsets and logits for locations and weights, and reference points behind the points per level."""
+    """As make(), with offsets and logits for locations and weights, and reference points at the end."""
     args = make(channels, dtype, **sizes)
     batch, queries, levels = args[0].shape[0], args[3].shape[1], len(args[5])
     wide = native.accumulator(dtype)

@@ -17,8 +17,8 @@ template <>
 struct ExpConstants<float> {
   static constexpr int kDegree = 7;
   static constexpr int32_t kMantissaBits = 23, kBias = 127;
-  static constexpr float kSmallest = -87.33654f;      // ln of the smallest normal number
-  static constexpr float kLn2High = 0.693359375f;     // so short that its product with n is exact
+  static constexpr float kSmallest = -87.33654f;   // ln of the smallest normal number
+  static constexpr float kLn2High = 0.693359375f;  // so short that its product with n is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
 };
 

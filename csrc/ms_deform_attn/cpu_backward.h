@@ -135,7 +135,8 @@ void merge_slabs(const MsDeformAttnParams& p, const BackwardPlan& plan, Accumula
     const int64_t head = task / plan.group_count % p.heads, image = task / plan.group_count / p.heads;
     Acc* const first = slabs + ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
     for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
-      for (int64_t i = 0; i < group.pixels * plan.channels; ++i) first[i] += first[chunk * plan.slab_size + i];
+      for (int64_t i = 0; i < group.pixels * plan.channels; ++i)
+        first[i] += first[chunk * plan.slab_size + i];
     write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, first);
   });
 }
@@ -161,7 +162,8 @@ struct BackwardMemory {
     if (!parks) grad_weights = static_cast<Acc*>(p.grad_weights);
     for (int i = 0; i < count; ++i) {
       BackwardWorker<T> measured;
-      (cursor.base ? workers[i] : measured).lay_out(cursor, p, plan.channels, plan.value_rows, plan.slab_rows);
+      (cursor.base ? workers[i] : measured)
+          .lay_out(cursor, p, plan.channels, plan.value_rows, plan.slab_rows);
     }
   }
 

@@ -27,14 +27,14 @@ struct Softmax {
 // What a worker needs beside its tile. Arrays are over the points of the tile if not said otherwise.
 template <typename Acc>
 struct Fusion {
-  Acc* one;                   // the unit of x and y: offsets come out in pixels
-  Acc *anchor_x, *anchor_y;   // reference point of each point
-  Acc *reach_x, *reach_y;     // how many pixels an offset of 1 goes
-  Acc *spread_x, *spread_y;   // the reach in a box of size 1: the level's size over 2 P
-  Acc *maximum, *scale;       // of each point's query
-  Acc* places;                // [points, 2] gradients of locations
-  Softmax<Acc>* softmax;      // [queries]
-  const Level* levels;        // whose points are in the tile
+  Acc* one;                  // the unit of x and y: offsets come out in pixels
+  Acc *anchor_x, *anchor_y;  // reference point of each point
+  Acc *reach_x, *reach_y;    // how many pixels an offset of 1 goes
+  Acc *spread_x, *spread_y;  // the reach in a box of size 1: the level's size over 2 P
+  Acc *maximum, *scale;      // of each point's query
+  Acc* places;               // [points, 2] gradients of locations
+  Softmax<Acc>* softmax;     // [queries]
+  const Level* levels;       // whose points are in the tile
   int64_t level_count;
   const Softmax<Acc>* known;  // [B, Q, M], or null: every tile holds all points of its queries
   Acc* grad_weights;          // [B, Q, M, K] gradients of the weights
@@ -89,7 +89,8 @@ void read_references(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const Ref
     for (int64_t i = 0; i < (shared ? 1 : fusion.level_count); ++i) {
       const Level& level = fusion.levels[i];
       const int64_t count = shared ? tile.points : level.last_point - level.first_point;
-      const Acc* at = points + (first + query) * reference.query_stride + level.index * reference.level_stride;
+      const Acc* at =
+          points + (first + query) * reference.query_stride + level.index * reference.level_stride;
       repeat(at[0], count, fusion.anchor_x + to);
       repeat(at[1], count, fusion.anchor_y + to);
       if (reference.numbers == 4) {
@@ -102,8 +103,8 @@ void read_references(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const Ref
 
 // From offsets to pixels, eqs. (9) and (10), in tile.x and tile.y.
 template <typename Acc>
-void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t image,
-                  int64_t first, int64_t queries) {
+void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
+                  int64_t image, int64_t first, int64_t queries) {
   constexpr int N = kLanes<Acc>;
   if (tile.points == 0) return;
   read_references(fusion, tile, p.reference, image, first, queries);
@@ -200,7 +201,8 @@ void measure_logits(const MsDeformAttnParams& p, Worker* workers, int count, Sof
   for_rows(p, count, [&](int who, int64_t first, int64_t rows) {
     Acc* const logits = workers[who].tile.weight;
     widen_array(static_cast<const C*>(p.weights) + first * p.points, rows * p.points, logits);
-    for (int64_t row = 0; row < rows; ++row) known[first + row] = softmax_of(logits + row * p.points, p.points);
+    for (int64_t row = 0; row < rows; ++row)
+      known[first + row] = softmax_of(logits + row * p.points, p.points);
   });
 }
 
@@ -218,12 +220,14 @@ void finish_logits(const MsDeformAttnParams& p, Worker* workers, int count, cons
     for (int64_t row = 0; row < rows; ++row) {
       auto products = broadcast<Acc, N>(0);
       for (int64_t i = 0, at = row * p.points; i < p.points; i += N, at += N)
-        products = products + select(first_lanes<Acc, N>(p.points - i),
-                                     load<Acc, N>(weights + at) * load<Acc, N>(grads + at), broadcast<Acc, N>(0));
+        products =
+            products + select(first_lanes<Acc, N>(p.points - i),
+                              load<Acc, N>(weights + at) * load<Acc, N>(grads + at), broadcast<Acc, N>(0));
       repeat(sum(products), p.points, fusion.scale + row * p.points);
     }
     for (int64_t i = 0; i < points; i += N)
-      store(grads + i, load<Acc, N>(weights + i) * (load<Acc, N>(grads + i) - load<Acc, N>(fusion.scale + i)));
+      store(grads + i,
+            load<Acc, N>(weights + i) * (load<Acc, N>(grads + i) - load<Acc, N>(fusion.scale + i)));
     narrow_array(grads, points, static_cast<C*>(p.grad_weights) + first * p.points);
   });
 }

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m benchmarks.bench_ms_deform_attn_fused: all between the Linears of MSDeformAttn, fused against unfused.
+
+"usual": softmax and ``ref + off / size`` as everybody writes them, then our plain op. "flat": the best unfused form,
+one ``addcmul`` over a flat last axis. Both times are minima over interleaved rounds, and a row is timed only if all agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import vitkern
+from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
+from benchmarks.harness import forward_backward, interleaved
+from vitkern import _C
+from vitkern.doctor import cpu_model
+
+NAMES = ("detr-encoder", "detr-decoder", "injector-B512", "extractor-B512", "rtdetr-decoder", "m2f-512")
+
+
+def make(case: MsDeformAttnCase, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """Value, reference points at the middle of each query's near locations, offsets that lead there, logits."""
+    inputs = make_inputs(case, dtype=torch.float64)
+    places = inputs.sampling_locations  # [1, Q, M, L, P, 2]
+    reference = places.mean((2, 4))  # [1, Q, L, 2]
+    sizes = inputs.spatial_shapes.flip(-1)[:, None]
+    offsets = (places - reference[:, :, None, :, None]) * sizes
+    logits = torch.randn(inputs.attention_weights.flatten(3).shape)
+    tensors = (inputs.value.to(dtype), reference.float(), offsets.to(dtype), logits.to(dtype))
+    return tensors, (inputs.spatial_shapes, inputs.level_start_index)
+
+
+def fused(tables: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
+    return lambda value, reference, offsets, logits: vitkern.ms_deform_attn_fused(
+        value, *tables, reference, offsets, logits
+    )
+
+
+def usual(tables: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
+    def run(value, reference, offsets, logits):
+        weights = logits.softmax(-1).view(offsets.shape[:-1])
+        locations = reference[:, :, None, :, None] + offsets / tables[0].flip(-1)[:, None]
+        return vitkern.ms_deform_attn(value, *tables, locations, weights)
+
+    return run
+
+
+def flat(tables: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
+    def run(value, reference, offsets, logits):
+        batch, queries, heads, levels, points, _ = offsets.shape
+        weights = logits.softmax(-1).view(offsets.shape[:-1])
+        step = (1 / tables[0].flip(-1)).to(offsets.dtype)[:, None].expand(-1, points, -1).reshape(-1)
+        start = reference[:, :, :, None].expand(-1, -1, -1, points, -1).reshape(batch, queries, 1, -1)
+        locations = torch.addcmul(start, offsets.flatten(3), step).view(offsets.shape)
+        return vitkern.ms_deform_attn(value, *tables, locations, weights)
+
+    return run
+
+
+def agree(variants: dict[str, Callable[..., Tensor]], tensors: tuple[Tensor, ...]) -> bool:
+    outputs = [run(*tensors).float() for run in variants.values()]
+    limit = (1e-4 if tensors[0].dtype == torch.float32 else 3e-2) * outputs[0].abs().max()
+    return all((output - outputs[0]).abs().max() <= limit for output in outputs[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=6.0, help="time limit of a row")
+    parser.add_argument("--match", default="", help="only rows whose text contains this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(
+        f"{cpu_model()}, {arguments.threads} threads, {_C.cpu_isa()} kernels, torch {torch.__version__}, batch 1"
+    )
+    print(
+        f"{'case':<17}{'dtype':<10}{'pass':<9}{'usual ms':>10}{'flat ms':>10}{'fused ms':>10}{'ratios':>15}"
+    )
+    for name in NAMES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for what in ("forward", "both"):
+                label = f"{name:<17}{str(dtype)[6:]:<10}{what:<9}"
+                if arguments.match in label:
+                    print(
+                        label + measure(CASES[name].with_batch(1), dtype, what, arguments.seconds), flush=True
+                    )
+
+
+def measure(case: MsDeformAttnCase, dtype: torch.dtype, what: str, seconds: float) -> str:
+    tensors, tables = make(case, dtype)
+    variants = {"usual": usual(tables), "flat": flat(tables), "fused": fused(tables)}
+    if not agree(variants, tensors):
+        return "  results differ: not timed"
+    backward = what == "both"
+    for tensor in (tensors[0], *tensors[2:]):  # reference points of an encoder are no parameters
+        tensor.requires_grad_(backward)
+    if backward:
+        runs = {name: forward_backward(run, tensors) for name, run in variants.items()}
+    else:
+        runs = {name: lambda run=run: run(*tensors) for name, run in variants.items()}
+    with torch.set_grad_enabled(backward):
+        best = {name: min(times) for name, times in interleaved(runs, seconds=seconds).items()}
+    ratios = f"{best['usual'] / best['fused']:.2f}x {best['flat'] / best['fused']:.2f}x"
+    return "".join(f"{best[name]:>10.2f}" for name in variants) + f"{ratios:>15}"
+
+
+if __name__ == "__main__":
+    main()
