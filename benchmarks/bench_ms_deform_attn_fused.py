@@ -2,7 +2,7 @@
 """python -m benchmarks.bench_ms_deform_attn_fused: all between the Linears of MSDeformAttn, fused against unfused.
 
 "usual": softmax and ``ref + off / size`` as everybody writes them, then our plain op. "flat": the best unfused form,
-one ``addcmul`` over a flat last axis. Both times are minima over interleaved rounds, and a row is timed only if all agree.
+one ``addcmul`` over a flat last axis. Times are minima over interleaved rounds; a row is timed only if all agree.
 """
 
 from __future__ import annotations

@@ -148,14 +148,15 @@ def ms_deform_attn_backward_cuda(
             inputs, anchors, grad_output.data_ptr(), _addresses(gradients), *rest, *target
         )
     if needed[0] and deterministic:
-        gradients[0] = grad_value = torch.empty_like(call.value, dtype=total)
+        gradients[0] = torch.empty_like(call.value, dtype=total)
         order, first, softmax = _sorted_by_cell(call, target)
-        addresses = _addresses((grad_output, grad_value, order, first, softmax))
+        addresses = _addresses((grad_output, gradients[0], order, first, softmax))
         cuda_module.ms_deform_attn_gather_grad_value_cuda(inputs, anchors, *addresses, *rest, *target)
-    for i, like in ((0, call.value), (2, call.weights)):
-        if gradients[i] is not None:
-            gradients[i] = gradients[i].to(like.dtype)
-    return gradients[: len(needed)]
+    # Those that were summed up in the accumulator's type are rounded once.
+    grad_value, grad_locations, grad_weights, grad_places = gradients
+    grad_value = None if grad_value is None else grad_value.to(call.value.dtype)
+    grad_weights = None if grad_weights is None else grad_weights.to(call.weights.dtype)
+    return [grad_value, grad_locations, grad_weights, grad_places][: len(needed)]
 
 
 def _sorted_by_cell(call: MsDeformAttnCall, target: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None]:

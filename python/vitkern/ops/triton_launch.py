@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +41,15 @@ def _inputs(call: MsDeformAttnCall) -> tuple:
     """What every kernel reads: levels, locations and weights, and the reference points with their strides."""
     reference, strides = call.reference_points, (0, 0, 0)
     if reference is not None:
-        levels = call.spatial_shapes.shape[0]
-        strides = reference.expand(call.value.shape[0], -1, levels, -1).stride()[:3]
+        images, levels = call.value.shape[0], call.spatial_shapes.shape[0]
+        image, query, level, _ = reference.expand(images, -1, levels, -1).stride()
+        strides = (image, query, level)
     level_of_group = _groups(call.points_per_level, call.value.device)[2]
-    levels = (call.spatial_shapes, call.level_start_index, level_of_group)
-    return *levels, call.locations, call.weights, reference, *strides
+    tables = (call.spatial_shapes, call.level_start_index, level_of_group)
+    return *tables, call.locations, call.weights, reference, *strides
 
 
-def _constants(call: MsDeformAttnCall) -> dict[str, object]:
+def _constants(call: MsDeformAttnCall) -> dict[str, Any]:
     """What every kernel is specialised on."""
     import triton.language as tl
 
