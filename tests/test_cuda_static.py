@@ -22,13 +22,14 @@ def compiled(request, tmp_path_factory):
 
 
 def fast(kernels, name):
-    """The kernels of a pass that move whole vectors."""
+    """The kernels of a pass that move whole vectors, of both forms."""
     return [kernel for kernel in kernels if kernel.name == f"ms_deform_attn_{name}" and kernel.channels]
 
 
 def test_all_kernels_are_there_and_none_spills(compiled):
     _, kernels = compiled
-    assert len(kernels) == 3 * len(BYTES) * 4 + len(BYTES)
+    both_forms = 2 * (3 * len(BYTES) * 4 + len(BYTES))
+    assert len(kernels) == both_forms - 3 * 3  # doubles have vectors in the plain form only
     assert [kernel for kernel in kernels if kernel.spilled] == []
 
 
@@ -65,6 +66,7 @@ def test_gradients_of_value_are_added_four_floats_at_a_time_where_the_card_can(c
             assert (vectors, scalars >= 10) == (0, True), (kernel.dtype, kernel.channels)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.skipif(sass.disassembler() is None, reason="no cuobjdump: neither a toolkit's nor Triton's")
 @pytest.mark.parametrize(
     ("name", "dtype", "allowed"),
@@ -76,10 +78,14 @@ def test_gradients_of_value_are_added_four_floats_at_a_time_where_the_card_can(c
         ("backward", "fp16", 21),
     ],
 )
-def test_instructions_for_a_sampled_point_and_channel(compiled, name, dtype, allowed):
+def test_instructions_for_a_sampled_point_and_channel(compiled, name, dtype, allowed, fused):
     """In the loop over the points of D = 32, bilinear; the original kernels of Deformable-DETR spend 82 and 272."""
     arch, kernels = compiled
-    (kernel,) = (kernel for kernel in fast(kernels, name) if kernel.dtype == dtype and kernel.channels == 32)
+    (kernel,) = (
+        kernel
+        for kernel in fast(kernels, name)
+        if (kernel.dtype, kernel.channels, kernel.fused) == (dtype, 32, fused)
+    )
     channels = 16 // BYTES[dtype]
     counts = []
     for body in kernel.loops():

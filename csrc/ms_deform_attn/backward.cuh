@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// ms_deform_attn backward, eqs. (5) to (7) of docs/derivations/ms_deform_attn.md.
+// ms_deform_attn backward, eqs. (5) to (7), (11) and (12) of docs/derivations/ms_deform_attn.md.
 //
 // Work split: as in forward, a team (device.cuh) owns one image, query and head, and its lanes locate one
 // point each. For a point the lanes multiply their channels of grad_output with those of the four pixels;
@@ -7,11 +7,12 @@
 // gradients.
 // Memory: value is gathered as in forward, grad_value scattered with vector reductions into the accumulator
 // type; grad_locations and grad_weights are written once, coalesced.
+// Fused form: (6) of a query's points waits in grad_weights until the sum in (11) is known; its lane reads it again.
 // Numerics: only the order of the reductions into grad_value is left to chance.
 #pragma once
 
 #include "common/atomics.cuh"
-#include "ms_deform_attn/device.cuh"
+#include "ms_deform_attn/points.cuh"
 
 namespace vitkern {
 
@@ -62,12 +63,12 @@ __device__ __forceinline__ A input_gradient(const Task& task, const AnyForm& for
   return along * size;
 }
 
-// Eqs. (6) and (7), from the products of grad_output with the four pixels; returns (6). `index` is that of the
+// Eqs. (6) and (7), from the products of grad_output with the four pixels; `index` is that of the
 // point. In the fused form grad_weights gets (6) too, which waits there for store_logit_gradients.
 template <typename T, bool kNearest, typename AnyForm, typename A = Accumulator<T>>
-__device__ __forceinline__ A store_point_gradients(const Task& task, const Level* levels, const AnyForm& form,
-                                                   int64_t index, uint32_t in_query,
-                                                   const GradPoint<A>& point, bool touches) {
+__device__ __forceinline__ void store_point_gradients(const Task& task, const Level* levels,
+                                                      const AnyForm& form, int64_t index, uint32_t in_query,
+                                                      const GradPoint<A>& point, bool touches) {
   const uint32_t number = level_of_point(task, in_query);
   const Level level = levels[number];
   A weight = 0, along_x = 0, along_y = 0;
@@ -97,38 +98,38 @@ __device__ __forceinline__ A store_point_gradients(const Task& task, const Level
     store_coordinate<T>(task.grad_locations, 2 * index, task.wide, input_x);
     store_coordinate<T>(task.grad_locations, 2 * index + 1, task.wide, input_y);
   }
-  return weight;
 }
 
-// Eq. (11), once (6) of all points waits in grad_weights; `sum` is the lane's part of that in (11).
+// Eq. (11), once (6) of all points waits in grad_weights.
 template <typename T, int kLanes, typename A = Accumulator<T>>
 __device__ __forceinline__ void store_logit_gradients(const Task& task, const Place& place,
-                                                      const Fused<A>& fused, A sum) {
-  sum = team_reduce<kLanes>(sum, [](A a, A b) { return a + b; });
-  const uint32_t end = place.exists ? task.points : 0;
+                                                      const Fused<A>& fused) {
+  A* gradients = static_cast<A*>(task.grad_weights);
+  const int64_t first = place.index * task.points;
+  const uint32_t lane = threadIdx.x % kLanes, end = place.exists ? task.points : 0;
+  A sum = 0;
 #pragma unroll 1
-  for (uint32_t point = threadIdx.x % kLanes; point < end; point += kLanes) {
-    const int64_t index = place.index * task.points + point;
-    A& gradient = static_cast<A*>(task.grad_weights)[index];
-    gradient = weight_of_point<T>(task, fused, index) * (gradient - sum);
+  for (uint32_t point = lane; point < end; point += kLanes)
+    sum += weight_of_point<T>(task, fused, first + point) * gradients[first + point];
+  sum = team_reduce<kLanes>(sum, [](A a, A b) { return a + b; });
+#pragma unroll 1
+  for (uint32_t point = lane; point < end; point += kLanes) {
+    A& gradient = gradients[first + point];
+    gradient = weight_of_point<T>(task, fused, first + point) * (gradient - sum);
   }
 }
 
 // All points of one image, query and head.
-template <typename T, int kChannels, bool kFused, bool kNearest, typename A = Accumulator<T>>
+template <typename T, int kChannels, bool kNearest, typename AnyForm, typename A = Accumulator<T>>
 __device__ __forceinline__ void backward_team(const Task& task, const Level* levels, const Place& place,
-                                              Form<T, kFused>& form, GradPoint<A>* points) {
+                                              const AnyForm& form, GradPoint<A>* points) {
   using Split = Team<T, kChannels>;
   constexpr int kCorners = kNearest ? 1 : 4;
   const uint32_t lane = threadIdx.x % Split::kLanes, channel = lane * Split::kVector;
-  const bool coordinates = task.grad_locations || task.grad_weights || task.grad_places;
+  const bool coordinates = task.point_gradients;
   const T* value = static_cast<const T*>(task.value) + first_pixel(task, place) + channel;
   A* grad_value = static_cast<A*>(task.grad_value) + first_pixel(task, place) + channel;
   const T* grad_output = static_cast<const T*>(task.grad_output) + place.index * task.channels + channel;
-  const Form<T, kFused> own = form_of_team<T, kFused, Split::kLanes>(task, place);
-  if (kFused && lane == 0) form = own;
-  __syncwarp();
-  A weighted = 0;  // the lane's part of the sum in eq. (11)
   A grad[Split::kVector] = {};
   if (kChannels && place.exists) load(grad_output, grad);
 
@@ -170,14 +171,9 @@ __device__ __forceinline__ void backward_team(const Task& task, const Level* lev
       }
     }
     __syncwarp();
-    if (coordinates && mine) {
-      const A weight =
-          store_point_gradients<T, kNearest>(task, levels, form, index, point, points[lane], touches);
-      if (kFused && touches) weighted += points[lane].weight * weight;
-    }
+    if (coordinates && mine)
+      store_point_gradients<T, kNearest>(task, levels, form, index, point, points[lane], touches);
   }
-  if constexpr (kFused)
-    if (task.grad_weights) store_logit_gradients<T, Split::kLanes>(task, place, form, weighted);
 }
 
 template <typename T, int kChannels, bool kFused>
@@ -191,11 +187,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   GradPoint<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
   Form<T, kFused>& form = forms[threadIdx.x / Split::kLanes];
   const Place place = team_place<Split::kLanes>(task);
+  const Form<T, kFused> found = form_of_team<T, kFused, Split::kLanes>(task, place);
+  if (kFused && threadIdx.x % Split::kLanes == 0) form = found;
+  __syncwarp();
   if (task.nearest) {
-    backward_team<T, kChannels, kFused, true>(task, levels, place, form, points);
+    backward_team<T, kChannels, true>(task, levels, place, form, points);
   } else {
-    backward_team<T, kChannels, kFused, false>(task, levels, place, form, points);
+    backward_team<T, kChannels, false>(task, levels, place, form, points);
   }
+  if constexpr (kFused)
+    if (task.grad_weights) store_logit_gradients<T, Split::kLanes>(task, place, form);
 }
 
 }  // namespace vitkern

@@ -61,6 +61,7 @@ Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int vector)
   task.grad_locations = p.grad_locations;
   task.grad_weights = p.grad_weights;
   task.grad_places = p.grad_places;
+  task.point_gradients = p.grad_locations || p.grad_weights || p.grad_places;
   return task;
 }
 
@@ -86,22 +87,28 @@ void dispatch_dtype(DType dtype, const Call& call) {
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }
 
-// Calls with the value's type and, where whole vectors can be loaded, the number of channels; else with 0 for
-// it.
+// Calls with the value's type, the number of channels where whole vectors can be loaded, else 0, and whether the
+// form is the fused one. Fused doubles, which serve to check gradients, do without vectors: the build is faster.
 template <typename Call>
 void dispatch(const MsDeformAttnParams& p, const Call& call) {
   const bool vectors =
       aligned(p.value) && aligned(p.output) && aligned(p.grad_output) && aligned(p.grad_value);
   dispatch_dtype(p.value_dtype, [&](auto type) {
+    const auto call_form = [&](auto channels) {
+      constexpr bool kDouble = std::is_same_v<typename decltype(type)::type, double>;
+      constexpr std::integral_constant<int, kDouble ? 0 : decltype(channels)::value> fused_channels{};
+      if (p.reference.points) return call(type, fused_channels, std::true_type{});
+      return call(type, channels, std::false_type{});
+    };
     switch (vectors ? p.channels : 0) {
       case 16:
-        return call(type, std::integral_constant<int, 16>{});
+        return call_form(std::integral_constant<int, 16>{});
       case 32:
-        return call(type, std::integral_constant<int, 32>{});
+        return call_form(std::integral_constant<int, 32>{});
       case 64:
-        return call(type, std::integral_constant<int, 64>{});
+        return call_form(std::integral_constant<int, 64>{});
       default:
-        return call(type, std::integral_constant<int, 0>{});
+        return call_form(std::integral_constant<int, 0>{});
     }
   });
 }
@@ -128,13 +135,11 @@ void ms_deform_attn_forward_cuda(const MsDeformAttnParams& p) {
   if (outputs == 0) return;
   const DeviceGuard guard(p.device);
   if (p.pixels == 0 || p.points == 0) return zero(p.output, outputs, p.value_dtype, p.stream);
-  dispatch(p, [&](auto type, auto channels) {
+  dispatch(p, [&](auto type, auto channels, auto fused) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_forward",
-                 p.reference.points ? ms_deform_attn_forward<T, kChannels, true>
-                                    : ms_deform_attn_forward<T, kChannels, false>,
-                 p, p.queries, Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
+    launch_teams("ms_deform_attn_forward", ms_deform_attn_forward<T, kChannels, fused.value>, p, p.queries,
+                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
   });
 }
 
@@ -148,13 +153,11 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& p) {
     const bool fused = p.reference.points;
     return zero(p.grad_weights, points, fused ? accumulator(p.value_dtype) : p.coord_dtype, p.stream);
   }
-  dispatch(p, [&](auto type, auto channels) {
+  dispatch(p, [&](auto type, auto channels, auto fused) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_backward",
-                 p.reference.points ? ms_deform_attn_backward<T, kChannels, true>
-                                    : ms_deform_attn_backward<T, kChannels, false>,
-                 p, p.queries, Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
+    launch_teams("ms_deform_attn_backward", ms_deform_attn_backward<T, kChannels, fused.value>, p, p.queries,
+                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
   });
 }
 
@@ -175,11 +178,12 @@ void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const in
   if (p.batch * p.pixels * p.heads * p.channels == 0) return;
   const DeviceGuard guard(p.device);
   if (p.batch * p.queries * p.points > int64_t{1} << 44) refuse("more than 2^44 points");
-  dispatch(p, [&](auto type, auto channels) {
+  dispatch(p, [&](auto type, auto channels, auto fused) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, kChannels>, p,
-                 p.pixels, Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector, order, first,
+    launch_teams("ms_deform_attn_gather_grad_value",
+                 ms_deform_attn_gather_grad_value<T, kChannels, fused.value>, p, p.pixels,
+                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector, order, first,
                  static_cast<const Accumulator<T>*>(softmax));
   });
 }

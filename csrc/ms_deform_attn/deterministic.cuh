@@ -11,7 +11,7 @@
 // sum.
 #pragma once
 
-#include "ms_deform_attn/device.cuh"
+#include "ms_deform_attn/points.cuh"
 
 namespace vitkern {
 
@@ -45,33 +45,38 @@ struct alignas(16) Part {
   A share;
 };
 
-// The softmax of an image, query and head, number `row` of all, as the cells' kernel has left it.
-template <typename A>
-__device__ __forceinline__ Fused<A> fused_of_row(const Task& task, const A* softmax, uint64_t row) {
-  const uint64_t image_query = row / task.heads, image = image_query / task.queries;
-  const uint32_t query = static_cast<uint32_t>(image_query - image * task.queries);
-  return {reference_of<A>(task, static_cast<uint32_t>(image), query), __ldg(softmax + 2 * row),
-          __ldg(softmax + 2 * row + 1)};
+// The form of the image, query and head that are number `row` of all, with the softmax that the cells' kernel has
+// left.
+template <typename T, bool kFused>
+__device__ __forceinline__ Form<T, kFused> form_of_row(const Task& task, const Accumulator<T>* softmax,
+                                                       uint32_t image, uint64_t row) {
+  if constexpr (kFused) {
+    const uint32_t in_image = static_cast<uint32_t>(row - uint64_t{image} * task.queries * task.heads);
+    return {reference_of<Accumulator<T>>(task, image, in_image / task.heads), __ldg(softmax + 2 * row),
+            __ldg(softmax + 2 * row + 1)};
+  } else {
+    return {};
+  }
 }
 
-// The part of the point numbered `index` that `pixel` of `level` takes; returns whether there is one.
-template <typename T>
+// The part of the point numbered `index` that the team's pixel takes as one of `level`; returns whether there is
+// one.
+template <typename T, bool kFused>
 __device__ __forceinline__ bool part_of_pixel(const Task& task, const Level* levels, uint64_t index,
-                                              const Accumulator<T>* softmax, uint32_t level, uint32_t pixel,
-                                              Part<Accumulator<T>>& part) {
+                                              const Accumulator<T>* softmax, uint32_t level,
+                                              const Place& place, Part<Accumulator<T>>& part) {
   // A division by K: the reciprocal's error grows to a whole only beyond the 2^44 points that cuda.cu admits.
   part.row = task.point_reciprocal ? __umul64hi(index, task.point_reciprocal) : index;
   part.share = 0;
   const uint32_t point = static_cast<uint32_t>(index - part.row * task.points);
-  const Sample<Accumulator<T>> sample =
-      softmax ? locate<T>(task, levels, fused_of_row(task, softmax, part.row), index, point, task.nearest)
-              : locate<T>(task, levels, Plain{}, index, point, task.nearest);
+  const Form<T, kFused> form = form_of_row<T, kFused>(task, softmax, place.image, part.row);
+  const Sample<Accumulator<T>> sample = locate<T>(task, levels, form, index, point, task.nearest);
   // Levels that overlap share pixels, and a point must not be counted once for each.
   if (!sample.touches || sample.level != level) return false;
   bool takes = false;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (pixel_of(sample, i / 2, i % 2) != pixel) continue;
+    if (pixel_of(sample, i / 2, i % 2) != place.row) continue;
     part.share += sample.weight * sample.y.share[i / 2] * sample.x.share[i % 2];
     takes = true;
   }
@@ -80,16 +85,17 @@ __device__ __forceinline__ bool part_of_pixel(const Task& task, const Level* lev
 
 // Adds the points order[begin .. end) to the lane's channels. All of the warp calls it, each team with its
 // own run.
-template <typename T, int kLanes, int kVector>
+template <typename T, bool kFused, int kLanes, int kVector>
 __device__ __forceinline__ void add_run(const Task& task, const Level* levels, const int64_t* order,
                                         const Accumulator<T>* softmax, int64_t begin, int64_t end,
-                                        uint32_t level, uint32_t pixel, const T* grad_output,
+                                        uint32_t level, const Place& place, const T* grad_output,
                                         Part<Accumulator<T>>* parts, Accumulator<T> (&sum)[kVector]) {
   const uint32_t lane = threadIdx.x % kLanes;
   for (; __any_sync(kWholeWarp, begin < end); begin += kLanes) {
     Part<Accumulator<T>> part;
-    const bool takes = begin + lane < end && part_of_pixel<T>(task, levels, __ldg(order + begin + lane),
-                                                              softmax, level, pixel, part);
+    const bool takes =
+        begin + lane < end &&
+        part_of_pixel<T, kFused>(task, levels, __ldg(order + begin + lane), softmax, level, place, part);
     const unsigned takers = team_ballot<kLanes>(takes);
     __syncwarp();  // nobody reads the last round's parts any more
     if (takes) parts[__popc(takers & ((1u << lane) - 1))] = part;
@@ -105,7 +111,7 @@ __device__ __forceinline__ void add_run(const Task& task, const Level* levels, c
   }
 }
 
-template <typename T, int kChannels>
+template <typename T, int kChannels, bool kFused>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     ms_deform_attn_gather_grad_value(const __grid_constant__ Task task, const int64_t* order,
                                      const int64_t* first, const Accumulator<T>* softmax) {
@@ -134,9 +140,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
       for (uint32_t down = 0; down < 2; ++down) {
         const bool any = inside && in_level + down * width < area;
         const int64_t* run = first_of_pixel + down * width;
-        add_run<T, Split::kLanes>(task, levels, order, softmax, any ? run[0] : 0,
-                                  any ? run[last_column ? 1 : 2] : 0, level, place.row, grad_output, parts,
-                                  sum);
+        add_run<T, kFused, Split::kLanes>(task, levels, order, softmax, any ? run[0] : 0,
+                                          any ? run[last_column ? 1 : 2] : 0, level, place, grad_output,
+                                          parts, sum);
       }
     }
     if (mine) store(static_cast<A*>(task.grad_value) + place.index * task.channels + channel, sum);

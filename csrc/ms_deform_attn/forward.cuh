@@ -9,7 +9,7 @@
 // read.
 #pragma once
 
-#include "ms_deform_attn/device.cuh"
+#include "ms_deform_attn/points.cuh"
 
 namespace vitkern {
 
@@ -49,12 +49,11 @@ __device__ __forceinline__ void add_points(const Corners<Accumulator<T>>* points
   }
 }
 
-template <typename T, int kChannels, bool kFused, bool kNearest>
+template <typename T, int kChannels, bool kNearest, typename AnyForm>
 __device__ __forceinline__ void forward_team(const Task& task, const Level* levels, const Place& place,
-                                             Corners<Accumulator<T>>* points) {
+                                             const AnyForm& form, Corners<Accumulator<T>>* points) {
   using Split = Team<T, kChannels>;
   const uint32_t lane = threadIdx.x % Split::kLanes;
-  const auto form = form_of_team<T, kFused, Split::kLanes>(task, place);
   for (uint32_t tile = 0; tile < (kChannels ? kChannels : task.channels); tile += Split::kTile) {
     const uint32_t channel = tile + lane * Split::kVector;
     const bool mine = place.exists && (kChannels || channel < task.channels);
@@ -79,10 +78,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   load_levels(task, levels);
   Corners<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
   const Place place = team_place<Split::kLanes>(task);
+  const Form<T, kFused> form = form_of_team<T, kFused, Split::kLanes>(task, place);
   if (task.nearest) {
-    forward_team<T, kChannels, kFused, true>(task, levels, place, points);
+    forward_team<T, kChannels, true>(task, levels, place, form, points);
   } else {
-    forward_team<T, kChannels, kFused, false>(task, levels, place, points);
+    forward_team<T, kChannels, false>(task, levels, place, form, points);
   }
 }
 
