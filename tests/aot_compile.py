@@ -72,9 +72,9 @@ def compile_kernel(name: str, arch: int, dtype: str, channels: int, numbers: int
         (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")
     }
     source = ASTSource(kernel, signature, _constants(kernel, channels, table, numbers), aligned)
-    options = {key: table[key] for key in ("num_warps", "maxnreg") if key in table} | {
-        "enable_fp_fusion": True
-    }
+    options = {"num_warps": table["num_warps"], "enable_fp_fusion": True}
+    if name == "forward" and "maxnreg" in table:
+        options["maxnreg"] = table["maxnreg"]
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100, 120])
     parser.add_argument("--case", nargs="+", default=["fp32x32", "fp16x32", "bf16x64", "fp32x30"])
-    parser.add_argument("--form", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--form", nargs="+", default=["plain", "boxes"], choices=list(FORMS))
     options = parser.parse_args()
     for name, arch, case, form in itertools.product(options.kernel, options.arch, options.case, options.form):
         if name == "cells" and case != options.case[0]:

@@ -30,12 +30,14 @@ SCRIPT = Path(__file__).parent / "aot_compile.py"
 ARCHES = (80, 90, 100, 120)
 
 
-def registers_allowed(kernel: str, arch: int, full: bool) -> int:
+def registers_allowed(kernel: str, arch: int, full: bool, fused: bool) -> int:
     if kernel == "forward":
-        return 64 if full else 96
+        return (80 if full else 128) if fused else (64 if full else 96)
+    if kernel == "backward" and arch == 80:
+        return 255 if fused else 160  # sm_80 has no vector atomics
     if kernel == "backward":
-        return 160 if arch == 80 else 96 if full else 128  # sm_80 has no vector atomics
-    return 64
+        return 96 if full else 144 if fused else 128
+    return 72
 
 
 @pytest.fixture(scope="module", params=ARCHES, ids=lambda arch: f"sm_{arch}")
@@ -50,16 +52,19 @@ def figures(request) -> list[dict]:
 def test_every_kernel_fits_its_registers_without_spilling_in_a_loop(figures):
     for row in figures:
         full = not row["case"].endswith("x30")
-        assert row["registers"] <= registers_allowed(row["kernel"], row["arch"], full), row
+        fused = row["form"] != "plain"
+        assert row["registers"] <= registers_allowed(row["kernel"], row["arch"], full, fused), row
         assert row["local"] == 0, row
-        assert row["stack"] <= 8, row  # two registers are put aside across the loops, once
+        # Two registers are put aside across the loops, once; in the fused backward, what a run or the softmax needs.
+        assert row["stack"] <= (32 if fused and row["kernel"] == "backward" else 8), row
         assert row["shared"] <= 4096, row
 
 
 def test_corners_are_read_in_16_byte_loads(figures):
     for row in figures:
         if row["kernel"] == "forward" and not row["case"].endswith("x30"):
-            assert row["accesses"]["ld.global.v4.b32"] == 4, row
+            logits = row["accesses"]["ld.global.v4.b32"] - 4
+            assert logits in ((0,) if row["form"] == "plain" else (0, 1)), row
             assert row["accesses"]["st.global.v4.b32"] == 1, row
 
 

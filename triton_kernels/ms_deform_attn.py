@@ -29,14 +29,15 @@ def launch_table(
     Chosen by static figures, not measured on a card. A wider 16-bit tile in backward would cross shared memory on its
     way to the vector atomics. Left to itself, ptxas squeezes the forward into 48 registers, spills in 16-bit and waits
     for one corner before it asks for the next; with 64, still half of the threads that an SM can hold, all four loads
-    are under way together (channels that do not fill their block need more, and get what they need). A table, because
-    a search at run time would add into live gradients and break the capture of CUDA graphs.
+    are under way together; the fused form takes 80 for the same (channels that do not fill their block need more, and
+    get what they need). A table, because a search at run time would add into live gradients and break the capture of
+    CUDA graphs.
     """
     num_warps = 4
     block_d = min(max(triton.next_power_of_2(channels), 2), 256)
     vector = min(16 // (4 if backward else item_bytes), block_d)
     block_q = max(1, 32 * num_warps * vector // block_d)
-    registers = {"maxnreg": 64} if channels % block_d == 0 and not backward and not fused else {}
+    registers = {"maxnreg": 80 if fused else 64} if channels % block_d == 0 and not backward else {}
     return {"BLOCK_Q": block_q, "BLOCK_D": block_d, "num_warps": num_warps, **registers}
 
 
