@@ -148,7 +148,7 @@ struct BackwardMemory {
   BackwardWorker<T>* workers;
   Acc* outside;           // [channels] zeros
   Acc* slabs;             // [chunks, B, M, S, channels]
-  Softmax<Acc>* softmax;  // [B, Q, M], fused form only
+  Softmax<Acc>* softmax;  // [B, M, Q], fused form only
   Acc* grad_weights;      // [B, Q, M, K], fused form whose gradients have 16 bits only
 
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p, const BackwardPlan& plan, int count) {

@@ -36,7 +36,7 @@ struct Fusion {
   Softmax<Acc>* softmax;     // [queries]
   const Level* levels;       // whose points are in the tile
   int64_t level_count;
-  const Softmax<Acc>* known;  // [B, Q, M], or null: every tile holds all points of its queries
+  const Softmax<Acc>* known;  // [B, M, Q], or null: every tile holds all points of its queries
   Acc* grad_weights;          // [B, Q, M, K] gradients of the weights
 
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p) {
@@ -106,21 +106,24 @@ template <typename Acc>
 void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
                   int64_t image, int64_t first, int64_t queries) {
   constexpr int N = kLanes<Acc>;
-  if (tile.points == 0) return;
+  const int64_t padded = tile.points ? tile.padded : 0;
   read_references(fusion, tile, p.reference, image, first, queries);
-  const auto place = [&](Acc* offset, const Acc* anchor, const Acc* size, Acc* reach, const Acc* spread) {
-    for (int64_t i = 0; i < tile.padded; i += N) {
-      auto step = load<Acc, N>(reach + i);
-      if (p.reference.numbers == 4) {
-        step = step * load<Acc, N>(spread + i);
-        store(reach + i, step);
-      }
+  const auto scale = [&](Acc* reach, const Acc* spread) {
+    for (int64_t i = 0; i < padded; i += N)
+      store(reach + i, load<Acc, N>(reach + i) * load<Acc, N>(spread + i));
+  };
+  if (p.reference.numbers == 4) {
+    scale(fusion.reach_x, fusion.spread_x);
+    scale(fusion.reach_y, fusion.spread_y);
+  }
+  const auto place = [&](Acc* offset, const Acc* reach, const Acc* anchor, const Acc* size) {
+    for (int64_t i = 0; i < padded; i += N) {
       const auto origin = load<Acc, N>(anchor + i) * load<Acc, N>(size + i);
-      store(offset + i, multiply_add(load<Acc, N>(offset + i), step, origin));
+      store(offset + i, multiply_add(load<Acc, N>(offset + i), load<Acc, N>(reach + i), origin));
     }
   };
-  place(tile.x, fusion.anchor_x, tile.width, fusion.reach_x, fusion.spread_x);
-  place(tile.y, fusion.anchor_y, tile.height, fusion.reach_y, fusion.spread_y);
+  place(tile.x, fusion.reach_x, fusion.anchor_x, tile.width);
+  place(tile.y, fusion.reach_y, fusion.anchor_y, tile.height);
 }
 
 // Of one row of logits, which has a vector's room behind it. A NaN makes the scale NaN, as do infinities that
@@ -143,12 +146,12 @@ Softmax<Acc> softmax_of(const Acc* logits, int64_t count) {
 
 // From the logits of `rows` rows to their weights, in place, eq. (8).
 template <typename Acc>
-void weigh_rows(const Fusion<Acc>& fusion, const Softmax<Acc>* softmax, int64_t stride, int64_t rows,
-                int64_t points, Acc* weights) {
+void weigh_rows(const Fusion<Acc>& fusion, const Softmax<Acc>* softmax, int64_t rows, int64_t points,
+                Acc* weights) {
   constexpr int N = kLanes<Acc>;
   for (int64_t row = 0; row < rows; ++row) {
-    repeat(softmax[row * stride].maximum, points, fusion.maximum + row * points);
-    repeat(softmax[row * stride].scale, points, fusion.scale + row * points);
+    repeat(softmax[row].maximum, points, fusion.maximum + row * points);
+    repeat(softmax[row].scale, points, fusion.scale + row * points);
   }
   for (int64_t i = 0; i < rows * points; i += N) {
     const auto power = exp_nonpositive(load<Acc, N>(weights + i) - load<Acc, N>(fusion.maximum + i));
@@ -162,23 +165,32 @@ void fuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDefor
                  int64_t head, int64_t first, int64_t queries) {
   place_points(fusion, tile, p, image, first, queries);
   if (fusion.known) {
-    const int64_t row = (image * p.queries + first) * p.heads + head;
-    return weigh_rows(fusion, fusion.known + row, p.heads, queries, tile.points, tile.weight);
+    const Softmax<Acc>* known = fusion.known + (image * p.heads + head) * p.queries + first;
+    return weigh_rows(fusion, known, queries, tile.points, tile.weight);
   }
   for (int64_t query = 0; query < queries; ++query)
     fusion.softmax[query] = softmax_of(tile.weight + query * tile.points, tile.points);
-  weigh_rows(fusion, fusion.softmax, 1, queries, tile.points, tile.weight);
+  weigh_rows(fusion, fusion.softmax, queries, tile.points, tile.weight);
 }
 
 // From gradients by pixels, in tile.xy, to those of offsets, in place, and of locations, eq. (12).
 template <typename Acc>
-void unplace_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile) {
-  for (int64_t i = 0; i < tile.padded; ++i) {
-    fusion.places[2 * i] = tile.xy[2 * i] * tile.width[i];
-    fusion.places[2 * i + 1] = tile.xy[2 * i + 1] * tile.height[i];
-    tile.xy[2 * i] *= fusion.reach_x[i];
-    tile.xy[2 * i + 1] *= fusion.reach_y[i];
-  }
+void unplace_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p) {
+  const auto multiply = [&](const Acc* from, const Acc* x, const Acc* y, Acc* to) {
+    for (int64_t i = 0; i < tile.padded; ++i) {
+      to[2 * i] = from[2 * i] * x[i];
+      to[2 * i + 1] = from[2 * i + 1] * y[i];
+    }
+  };
+  if (p.grad_places) multiply(tile.xy, tile.width, tile.height, fusion.places);
+  if (p.grad_locations && p.reference.numbers == 4)
+    multiply(tile.xy, fusion.reach_x, fusion.reach_y, tile.xy);
+}
+
+// Where the softmax of a row of logits, one of [B, Q, M], lies in [B, M, Q].
+inline int64_t softmax_index(const MsDeformAttnParams& p, int64_t row) {
+  const int64_t head = row % p.heads, query = row / p.heads % p.queries, image = row / p.heads / p.queries;
+  return (image * p.heads + head) * p.queries + query;
 }
 
 // Calls body(worker, first, count) for all rows of logits of the call, as many at once as a tile holds.
@@ -202,7 +214,7 @@ void measure_logits(const MsDeformAttnParams& p, Worker* workers, int count, Sof
     Acc* const logits = workers[who].tile.weight;
     widen_array(static_cast<const C*>(p.weights) + first * p.points, rows * p.points, logits);
     for (int64_t row = 0; row < rows; ++row)
-      known[first + row] = softmax_of(logits + row * p.points, p.points);
+      known[softmax_index(p, first + row)] = softmax_of(logits + row * p.points, p.points);
   });
 }
 
@@ -216,7 +228,8 @@ void finish_logits(const MsDeformAttnParams& p, Worker* workers, int count, cons
     const int64_t points = rows * p.points;
     widen_array(static_cast<const C*>(p.weights) + first * p.points, points, weights);
     widen_array(fusion.grad_weights + first * p.points, points, grads);
-    weigh_rows(fusion, known + first, 1, rows, p.points, weights);
+    for (int64_t row = 0; row < rows; ++row) fusion.softmax[row] = known[softmax_index(p, first + row)];
+    weigh_rows(fusion, fusion.softmax, rows, p.points, weights);
     for (int64_t row = 0; row < rows; ++row) {
       auto products = broadcast<Acc, N>(0);
       for (int64_t i = 0, at = row * p.points; i < p.points; i += N, at += N)

@@ -187,7 +187,7 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
     }
     if (!dots) continue;
     finish_points<kUsed>(tile, worker.dots);
-    if (p.reference.points) unplace_points(worker.fusion, tile);
+    if (p.reference.points) unplace_points(worker.fusion, tile, p);
     write_points<C>(tile, worker.fusion, p, first_point, p.heads * p.points, queries);
   }
 }
