@@ -87,18 +87,23 @@ void dispatch_dtype(DType dtype, const Call& call) {
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }
 
+template <typename Call>
+void dispatch_form(const MsDeformAttnParams& p, const Call& call) {
+  if (p.reference.points) return call(std::true_type{});
+  return call(std::false_type{});
+}
+
 // Calls with the value's type, the number of channels where whole vectors can be loaded, else 0, and whether the
-// form is the fused one. Fused doubles, which serve to check gradients, do without vectors: the build is faster.
+// form is the fused one. Doubles, which serve to check gradients, do without vectors: the build is faster.
 template <typename Call>
 void dispatch(const MsDeformAttnParams& p, const Call& call) {
   const bool vectors =
       aligned(p.value) && aligned(p.output) && aligned(p.grad_output) && aligned(p.grad_value);
   dispatch_dtype(p.value_dtype, [&](auto type) {
+    constexpr bool kDouble = std::is_same_v<typename decltype(type)::type, double>;
     const auto call_form = [&](auto channels) {
-      constexpr bool kDouble = std::is_same_v<typename decltype(type)::type, double>;
-      constexpr std::integral_constant<int, kDouble ? 0 : decltype(channels)::value> fused_channels{};
-      if (p.reference.points) return call(type, fused_channels, std::true_type{});
-      return call(type, channels, std::false_type{});
+      constexpr std::integral_constant<int, kDouble ? 0 : decltype(channels)::value> used{};
+      return dispatch_form(p, [&](auto fused) { return call(type, used, fused); });
     };
     switch (vectors ? p.channels : 0) {
       case 16:
@@ -178,13 +183,14 @@ void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const in
   if (p.batch * p.pixels * p.heads * p.channels == 0) return;
   const DeviceGuard guard(p.device);
   if (p.batch * p.queries * p.points > int64_t{1} << 44) refuse("more than 2^44 points");
-  dispatch(p, [&](auto type, auto channels, auto fused) {
+  // One channel a lane, whatever their number: a team still reads whole lines, and the build is faster.
+  dispatch_dtype(p.value_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_gather_grad_value",
-                 ms_deform_attn_gather_grad_value<T, kChannels, fused.value>, p, p.pixels,
-                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector, order, first,
-                 static_cast<const Accumulator<T>*>(softmax));
+    dispatch_form(p, [&](auto fused) {
+      launch_teams("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, 0, fused.value>, p,
+                   p.pixels, Team<T, 0>::kLanes, Team<T, 0>::kVector, order, first,
+                   static_cast<const Accumulator<T>*>(softmax));
+    });
   });
 }
 
