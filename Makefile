@@ -38,10 +38,11 @@ check: lint typecheck setup  ## The quick half of ci: lint, types and the tests 
 emulate: setup  ## The CUDA kernels, run on the CPU
 	$(PYTEST) -k emulated $(PARALLEL) $(PYTEST_ARGS)
 
+# A sanitizer ends the process: what it has to say must not wait for the end of a test.
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
-	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest \
+	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
 	  -m "not alone and not slow" tests/test_cpu_kernels.py tests/test_cuda_emulated.py $(PYTEST_ARGS)
-	tools/sanitized -m pytest tests/test_ms_deform_attn.py -k "cpu-baseline or cpu-avx" $(PYTEST_ARGS)
+	tools/sanitized -m pytest --capture=no tests/test_ms_deform_attn.py -k "cpu-baseline or cpu-avx" $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements  ## Style of Python and C++
 	$(BIN)/ruff check

@@ -176,7 +176,7 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
       prefetch(grad_output + (query + tile.queries) * p.heads * p.channels);
       if (far && query + kAhead < queries) {
         prefetch_rows<kUsed>(tile, query + kAhead, value, row_bytes);
-        prefetch_rows<kUsed>(tile, query + kAhead, grad, grad_bytes);
+        if (scatters) prefetch_rows<kUsed>(tile, query + kAhead, grad, grad_bytes);
       }
       if (scatters && dots)
         scatter_all<kUsed, true, true>(worker, value, grad, query);
