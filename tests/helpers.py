@@ -56,6 +56,23 @@ def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)]
 
 
+def assert_matches_oracle(
+    ours: Callable[..., Tensor],
+    oracle: Callable[..., Tensor],
+    tensors: tuple[Tensor, ...],
+    names: tuple[str, ...],
+) -> None:
+    """Output and each gradient of `ours` against float64, in units of plain torch's own error."""
+    grad_output = torch.randn_like(oracle(*(t.double() for t in tensors))).to(tensors[0].dtype)
+    with guarded_memory():
+        actual = gradients(ours, tensors, grad_output)
+    plain = gradients(oracle, tensors, grad_output)
+    exact = gradients(oracle, tuple(t.double() for t in tensors), grad_output.double())
+    for name, a, p, e in zip(names, actual, plain, exact):
+        assert_as_exact_as(a, p, e, what=name)
+        assert_gradient_not_missing(a, e, what=name)
+
+
 @contextlib.contextmanager
 def guarded_memory() -> Iterator[None]:
     """Inside, uninitialised tensors are NaN and lie between margins of NaN, which are checked at the end.

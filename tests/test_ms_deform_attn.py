@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vitkern
 from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
-from tests.helpers import assert_as_exact_as, assert_gradient_not_missing, gradients, guarded_memory
+from tests.helpers import assert_matches_oracle, gradients, guarded_memory
 
 NAMES = ("output", "grad_value", "grad_locations", "grad_weights")
 LOW = (torch.float16, torch.bfloat16)
@@ -48,17 +48,8 @@ def call(inputs, backend, **options):
 
 
 def check(inputs, runner, **options):
-    """Output and gradients of the runner against float64, in units of plain torch's own error."""
     ours, oracle = call(inputs, runner.backend, **options), call(inputs, "reference", **options)
-    tensors = inputs.differentiable()
-    grad_output = torch.randn_like(oracle(*(t.double() for t in tensors))).to(tensors[0].dtype)
-    with guarded_memory():
-        actual = gradients(ours, tensors, grad_output)
-    plain = gradients(oracle, tensors, grad_output)
-    exact = gradients(oracle, tuple(t.double() for t in tensors), grad_output.double())
-    for name, a, p, e in zip(NAMES, actual, plain, exact):
-        assert_as_exact_as(a, p, e, what=name)
-        assert_gradient_not_missing(a, e, what=name)
+    assert_matches_oracle(ours, oracle, inputs.differentiable(), NAMES)
 
 
 def skip_dtype(runner, dtype):
