@@ -128,3 +128,83 @@ def ms_deform_attn_by_grid_sample(
     weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)  # [B * M, 1, Q, L * P]
     output = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1)  # [B * M, D, Q]
     return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
+
+
+ACTIVATIONS = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
+
+
+def adapter_bottleneck(
+    x: Tensor,  # [..., C]
+    down_weight: Tensor,  # [H, C]
+    down_bias: Tensor | None,  # [H]
+    up_weight: Tensor,  # [C, H]
+    up_bias: Tensor | None,  # [C]
+    residual: Tensor | None = None,  # [..., C]
+    scale: Tensor | float = 1.0,  # one number
+    seed: Tensor | None = None,  # [1] int64: dropout, of its mask
+    dropout_p: float = 0.0,
+    activation: str = "relu",
+) -> Tensor:  # [..., C]
+    """Down, activation, dropout, up, scale and residual, eqs. (1) to (3)."""
+    hidden = ACTIVATIONS[activation](torch.nn.functional.linear(x, down_weight, down_bias))
+    if seed is not None:
+        rows = hidden.shape[:-1].numel()
+        factor = dropout_factor(seed, rows * hidden.shape[-1], dropout_p)
+        hidden = hidden * factor.view(hidden.shape).to(hidden.dtype)
+    output = scale * torch.nn.functional.linear(hidden, up_weight, up_bias)
+    return output if residual is None else residual + output
+
+
+def dropout_factor(seed: Tensor, count: int, p: float) -> Tensor:  # [count] float64
+    """What dropout multiplies the i-th number with, 0 or 1 / (1 - p), for all i below `count`; eqs. (4) and (5).
+
+    The mask is a function of the seed and of the number's place alone: every backend draws the same one, and backward
+    draws it again.
+    """
+    index = torch.arange(count, device=seed.device)
+    words = torch.stack(philox(seed, index >> 2), -1)  # [count, 4], each group of four numbers four times
+    word = words.gather(-1, (index & 3)[:, None])[:, 0]
+    return torch.where(word >= dropout_threshold(p), dropout_rescale(p), 0.0).double()
+
+
+def dropout_threshold(p: float) -> int:
+    """A number is dropped if its 32 random bits are below this."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def dropout_rescale(p: float) -> float:
+    """What numbers that stay are multiplied with, so that the expectation stays too."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def philox(seed: Tensor, counter: Tensor) -> list[Tensor]:
+    """Philox 4x32-10 (Salmon et al. 2011) of key `seed` and counter (low, high, 0, 0): four words of 32 random bits."""
+    low32 = 0xFFFFFFFF
+    words = [counter & low32, counter >> 32 & low32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    key = [seed & low32, seed >> 32 & low32]
+    for _ in range(10):
+        # int64 products wrap round, which leaves all 64 bits right.
+        left, right = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+        words = [
+            (right >> 32 & low32) ^ words[1] ^ key[0],
+            right & low32,
+            (left >> 32 & low32) ^ words[3] ^ key[1],
+            left & low32,
+        ]
+        key = [key[0] + 0x9E3779B9 & low32, key[1] + 0xBB67AE85 & low32]
+    return words
+
+
+def token_pool(x: Tensor, weight: Tensor) -> Tensor:  # [B, N, C], [T, C] or [B, T, C] -> [B, T, C]
+    """Each token is a mean of the pixels, weighted by a softmax over the pixels, eqs. (1) to (3)."""
+    return token_pool_attention(x, weight).transpose(1, 2) @ x
+
+
+def token_pool_attention(x: Tensor, weight: Tensor) -> Tensor:  # [B, N, T]
+    """The weights of token_pool; those of a token add up to 1."""
+    return (x @ weight.mT).softmax(1)
+
+
+def token_project(x: Tensor, query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens [B, T, C] back to the pixels [B, N, C], where query [B, N, K] meets key [B, T, K]; eqs. (1) and (2)."""
+    return x + (query @ key.mT).softmax(2) @ tokens

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The adapter bottleneck: what every native kernel is told, CPU and CUDA, forward and backward.
+//
+// Shapes: N rows (all leading dimensions of x together), C channels, H hidden units. Everything is contiguous.
+// The maths is in docs/derivations/adapter_bottleneck.md.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace vitkern {
+
+// Mirrored by ACTIVATION_CODES in python/vitkern/ops/adapter_bottleneck.py. Gelu is the exact one, with erf.
+enum class Activation : int32_t { kRelu = 0, kGelu = 1, kSilu = 2 };
+
+// Which hidden units stay is a function of the seed and of their place, eq. (4).
+struct Dropout {
+  const int64_t* seed;  // [1], on the device; null: no dropout
+  uint32_t threshold;   // a unit is dropped if its 32 random bits are below
+  double rescale;       // what the others are multiplied with
+};
+
+struct AdapterBottleneckParams {
+  int64_t rows;      // N
+  int64_t channels;  // C
+  int64_t hidden;    // H
+
+  Activation activation;
+  DType dtype;         // of x, weights, biases, residual, output, grad_output and grad_x
+  bool residual_is_x;  // the residual is x, and grad_x includes its gradient; `residual` is null
+  double factor;       // s of eq. (3) is factor * *scale
+  Dropout dropout;
+
+  // Inputs. Optional ones are null pointers where there are none.
+  const void* x;            // [N, C]
+  const void* down_weight;  // [H, C]
+  const void* down_bias;    // [H], optional
+  const void* up_weight;    // [C, H]
+  const void* up_bias;      // [C], optional
+  const void* residual;     // [N, C], optional
+  const void* scale;        // [1], accumulator type, on the device, optional
+  const void* grad_output;  // [N, C], backward only
+
+  // z of eq. (1), before bias or after it as the backend likes, accumulator type. Forward writes it unless null;
+  // backward reads it, or works it out again where it is null.
+  void* kept;  // [N, H]
+
+  // Outputs, all fully written. A gradient that nobody wants is a null pointer. Those of parameters are of
+  // accumulator type; that of the residual is grad_output itself.
+  void* output;            // [N, C], forward only
+  void* grad_x;            // [N, C]
+  void* grad_down_weight;  // [H, C]
+  void* grad_down_bias;    // [H]
+  void* grad_up_weight;    // [C, H]
+  void* grad_up_bias;      // [C]
+  void* grad_scale;        // [1], of the tensor: times factor
+
+  int32_t threads;  // cpu: how many threads may be used
+  int32_t device;   // cuda: ordinal
+  void* stream;     // cuda: cudaStream_t
+};
+
+}  // namespace vitkern

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// Softmax pooling of pixels into tokens: what every native kernel is told, CPU and CUDA, forward and backward.
+//
+// Shapes: B images, N pixels, C channels, T tokens. Everything is contiguous.
+// The maths is in docs/derivations/token_pool.md.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace vitkern {
+
+struct TokenPoolParams {
+  int64_t batch;     // B
+  int64_t pixels;    // N
+  int64_t channels;  // C
+  int64_t tokens;    // T
+
+  bool weight_per_image;  // weight is [B, T, C], else [T, C] for all images
+  DType dtype;            // of x, weight, tokens, their gradients but that of weight
+
+  // Inputs.
+  const void* x;            // [B, N, C]
+  const void* weight;       // [T, C] or [B, T, C]
+  const void* grad_output;  // [B, T, C], backward only
+  const void* pooled;       // [B, T, C], what forward gave, backward only
+
+  // Outputs, all fully written. A gradient that nobody wants is a null pointer.
+  void* output;       // [B, T, C], forward only
+  void* logsumexp;    // [B, T], accumulator type: forward writes it, backward reads it
+  void* grad_x;       // [B, N, C]
+  void* grad_weight;  // like weight, accumulator type
+
+  int32_t threads;  // cpu: how many threads may be used
+  int32_t device;   // cuda: ordinal
+  void* stream;     // cuda: cudaStream_t
+};
+
+}  // namespace vitkern
