@@ -19,6 +19,12 @@
 namespace py = pybind11;
 
 namespace vitkern {
+
+// The other ops have their bindings beside their kernels.
+void bind_adapter_bottleneck(py::module_& m);
+void bind_token_pool(py::module_& m);
+void bind_token_project(py::module_& m);
+
 namespace {
 
 template <typename T>
@@ -165,4 +171,8 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.def("ms_deform_attn_cells_cuda", &cells_cuda, no_gil);
   m.def("ms_deform_attn_gather_grad_value_cuda", &gather_grad_value_cuda, no_gil);
 #endif
+
+  bind_adapter_bottleneck(m);
+  bind_token_pool(m);
+  bind_token_project(m);
 }
