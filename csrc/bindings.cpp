@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -77,6 +79,27 @@ void set_gradients(MsDeformAttnParams& params, uintptr_t grad_output, const Grad
 }
 
 #ifndef VITKERN_EMULATED
+// Whether levels of (height, width) at these first pixels cover [0, pixels) without gap or overlap. Empty ones may
+// begin anywhere.
+bool levels_tile(uintptr_t spatial_shapes, uintptr_t level_start, int64_t levels, int64_t pixels) {
+  const auto* shapes = pointer<const int64_t>(spatial_shapes);
+  const auto* starts = pointer<const int64_t>(level_start);
+  std::vector<std::pair<int64_t, int64_t>> covered;  // first pixel and number of pixels
+  for (int64_t level = 0; level < levels; ++level) {
+    const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
+    if (height < 0 || width < 0 || (width > 0 && height > pixels / width)) return false;
+    if (height * width > 0) covered.emplace_back(starts[level], height * width);
+  }
+  std::sort(covered.begin(), covered.end());
+  int64_t end = 0;
+  for (const auto& [start, count] : covered) {
+    if (start != end) return false;
+    end += count;
+    if (end > pixels) return false;
+  }
+  return end == pixels;
+}
+
 void forward_cpu(const Inputs& inputs, const Anchors& anchors, uintptr_t output, const Sizes& sizes,
                  const std::vector<int64_t>& point_end, const Codes& codes, int threads) {
   MsDeformAttnParams params = ms_deform_attn_params(inputs, anchors, sizes, point_end, codes);
@@ -162,6 +185,7 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.def("cpu_isa", &cpu_isa_name);
   m.def("set_cpu_isa", &set_cpu_isa);
 
+  m.def("levels_tile", &levels_tile);
   m.def("ms_deform_attn_forward_cpu", &forward_cpu, no_gil);
   m.def("ms_deform_attn_backward_cpu", &backward_cpu, no_gil);
 #endif

@@ -13,7 +13,7 @@ import torch
 
 from tests import emulated, wide
 from vitkern import _C, backends
-from vitkern.ops import native
+from vitkern.ops import native, op
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Runner:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        backends.choose.cache_clear()
+        op.forget_plans()
         with self.activate():
             yield
-        backends.choose.cache_clear()
+        op.forget_plans()
 
 
 def _instruction_set(name: str):

@@ -16,6 +16,7 @@ import vitkern
 from benchmarks.cases import MsDeformAttnCase, make_inputs
 from vitkern import backends
 from vitkern.nn import MSDeformAttn
+from vitkern.ops.op import forget_plans
 
 CASE = MsDeformAttnCase("small", "", 2, ((6, 5), (3, 2)), 5, 2, 8, 3)
 OP = torch.ops.vitkern.ms_deform_attn
@@ -361,11 +362,11 @@ def test_integer_tensors_are_refused(name, autocast):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_backend_that_cannot_run_says_why(backend, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backends.choose.cache_clear()
+    forget_plans()
     inputs = make(torch.float32)
     with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run here: "):
         attend(*inputs, backend=backend)
-    backends.choose.cache_clear()
+    forget_plans()
 
 
 def test_an_environment_variable_picks_the_backend():

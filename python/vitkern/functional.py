@@ -10,7 +10,6 @@ from operator import index
 import torch
 from torch import Tensor
 
-from vitkern import backends
 from vitkern.ops import direct
 from vitkern.ops import ms_deform_attn as ops
 
@@ -69,11 +68,7 @@ def ms_deform_attn(
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
 
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    options = (_whole_numbers(points_per_level), method)
-    if _runs_as_plain_torch(value.device, value.dtype, backend):
-        return ops.ms_deform_attn_by_reference(*inputs, *options)
-    _refuse_transforms("ms_deform_attn")
-    return ops.ms_deform_attn(*inputs, *options, backend)
+    return ops.ms_deform_attn(*inputs, _whole_numbers(points_per_level), method, backend)
 
 
 def ms_deform_attn_fused(
@@ -124,11 +119,7 @@ def ms_deform_attn_fused(
         value = value.to(lowered)
 
     inputs = (value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
-    options = (_whole_numbers(points_per_level), method)
-    if _runs_as_plain_torch(value.device, value.dtype, backend):
-        return ops.ms_deform_attn_fused_by_reference(*inputs, *options)
-    _refuse_transforms("ms_deform_attn_fused")
-    return ops.ms_deform_attn_fused(*inputs, *options, backend)
+    return ops.ms_deform_attn_fused(*inputs, _whole_numbers(points_per_level), method, backend)
 
 
 def _as_levels(
@@ -160,23 +151,20 @@ def _make_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> t
         ).long()
 
 
+# Whether autocast is on for any device.
+_any_autocast = torch._C._is_any_autocast_enabled
+
 _cached_levels = functools.lru_cache(maxsize=256)(_make_levels)
 
 
-@torch.compiler.assume_constant_result
-def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
-    """Whether the choice falls on the reference, which is no op but differentiable torch code."""
-    if device.type == "meta" or dtype not in backends.DTYPES:
-        return False  # the op's own check has the better message
-    return backends.choose(device, dtype, backend) == "reference"
-
-
-def _whole_numbers(points_per_level: Sequence[int] | None) -> list[int] | None:
-    return None if points_per_level is None else [index(points) for points in points_per_level]
+def _whole_numbers(points_per_level: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if points_per_level is None else tuple(index(points) for points in points_per_level)
 
 
 def _autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
     """What autocast asks value to be, or None: it is off, or has no say over float64 and integers."""
+    if not _any_autocast():
+        return None
     device_type = value.device.type
     if not (_knows_autocast(device_type) and torch.is_autocast_enabled(device_type)):
         return None
@@ -189,16 +177,3 @@ def _autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
 def _knows_autocast(device_type: str) -> bool:
     """Asking a device type without autocast ("meta", others in older releases) for its state would raise."""
     return torch.amp.is_autocast_available(device_type)
-
-
-def _refuse_transforms(op: str) -> None:
-    """Derivatives that the kernels do not have would come back as zeros or None in some releases: say so instead."""
-    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
-        raise NotImplementedError(f"vitkern.{op} has no forward-mode derivative; backend='reference' has one")
-    if torch.compiler.is_compiling():
-        return
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Grad:
-        raise NotImplementedError(
-            f"vitkern.{op} does not run under torch.func's gradients; backend='reference' does"
-        )

@@ -9,38 +9,60 @@ share the implementation and the formula of the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_PLAIN = (Tensor, Parameter)
+# A small call has but microseconds: names are looked up once, here.
+_C = torch._C
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = _C._len_torch_dispatch_stack
+_function_modes = _C._len_torch_function_stack
+_transform = _C._functorch.peek_interpreter_stack
+_tracing = _C._get_tracing_state
+_included = _C._dispatch_tls_is_dispatch_key_included
+_profiling = torch.autograd._profiler_enabled
+# On while autograd takes a batch of gradients at once: its tensors are of a plain type, but not plain.
+_BATCHES: Any = _C._parse_dispatch_key("VmapMode")
+
+
+def _forward_ad() -> int:
+    """The level of forward-mode differentiation, -1 outside of any."""
+    return getattr(torch.autograd.forward_ad, "_current_level", -1)
 
 
 def nothing_traces() -> bool:
     """Whether tensors made now are plain ones, in no world of a compiler, a tracer or a transform."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._get_tracing_state()
-    )
+    return not (_is_compiling() or _dispatch_modes() or _tracing()) and _transform() is None
 
 
-def _is_what_memory_holds(tensor: Tensor) -> bool:
-    """Lazily negated or zero tensors and batches of ``is_grads_batched`` are of a plain type, but not plain."""
-    return not (
-        tensor.is_meta
-        or tensor.is_neg()
-        or tensor._is_zerotensor()
-        or torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
-
-
-def nothing_watches(*tensors: Tensor) -> bool:
+def nothing_watches(tensors: Iterable[Tensor | None]) -> bool:
     """Whether an op on these tensors would go through the dispatcher unseen."""
-    if not nothing_traces():
+    if _is_compiling() or _dispatch_modes() or _function_modes() or _profiling() or _included(_BATCHES):
+        return False
+    if _tracing() or _transform() is not None or _forward_ad() >= 0:
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or not _is_what_memory_holds(tensor):
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        # Lazily negated and lazily zero tensors are not what memory holds.
+        if (kind is not Tensor and kind is not Parameter) or tensor.is_neg() or tensor._is_zerotensor():
             return False
-    return torch._C._len_torch_function_stack() == 0 and not torch.autograd._profiler_enabled()
+    return True
+
+
+def refuse_transforms(op: str) -> None:
+    """Derivatives that the kernels do not have would come back as zeros or None in some releases: say so instead."""
+    if _forward_ad() >= 0:
+        raise NotImplementedError(f"vitkern.{op} has no forward-mode derivative; backend='reference' has one")
+    if _is_compiling():
+        return
+    interpreter = _transform()
+    if interpreter is not None and interpreter.key() == _C._functorch.TransformType.Grad:
+        raise NotImplementedError(
+            f"vitkern.{op} does not run under torch.func's gradients; backend='reference' does"
+        )

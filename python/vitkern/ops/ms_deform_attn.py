@@ -8,12 +8,14 @@ with ``points_per_level``; uniform ones as [..., L, P, 2] without.
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitkern import backends, reference
+from vitkern import reference
 from vitkern.ops import direct, native
+from vitkern.ops.checks import Contract
 from vitkern.ops.op import BACKEND, Op, kernel
 
 _OPTIONS = f"int[]? points_per_level=None, str method='bilinear', {BACKEND}"
@@ -21,36 +23,29 @@ _DEFAULTS = (None, "bilinear", None)
 _VALIDATE_ON_DEVICE = "VITKERN_VALIDATE"
 
 
-class _Contract:
+class _Contract(Contract):
     """The checks of one of the two ops, whose messages name it and its arguments."""
 
     def __init__(self, op: str, locations: str, weights: str) -> None:
-        self.op, self.locations, self.weights = op, locations, weights
-
-    def fail(self, argument: str, expected: str, got: object) -> None:
-        raise ValueError(f"{self.op}: {argument} must be {expected}, got {got}")
+        super().__init__(op, leader="value")
+        self.locations, self.weights = locations, weights
 
     def check_value(self, value, spatial_shapes, level_start_index, method) -> None:
+        self.check_kernel_dtype("value", value)
         if value.dim() != 4:
             self.fail("value", "[B, S, M, D]", list(value.shape))
-        if value.dtype not in backends.DTYPES:
-            raise TypeError(
-                f"{self.op}: value must be float32, float64, float16 or bfloat16, got {value.dtype}"
-            )
         if method not in native.SAMPLING_CODES:
             self.fail("method", "'bilinear' or 'nearest'", repr(method))
+        self.check_whole("spatial_shapes", spatial_shapes, value)
+        self.check_whole("level_start_index", level_start_index, value)
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             self.fail("spatial_shapes", "[L, 2] as (height, width)", list(spatial_shapes.shape))
         levels = spatial_shapes.shape[0]
-        if level_start_index.shape != (levels,):
-            self.fail("level_start_index", f"[L] with L={levels}", list(level_start_index.shape))
-        for name, tensor in (("spatial_shapes", spatial_shapes), ("level_start_index", level_start_index)):
-            if tensor.dtype != torch.int64:
-                raise TypeError(f"{self.op}: {name} must be int64, got {tensor.dtype}")
-            self.check_device(name, tensor, value)
+        self.check_shape("level_start_index", level_start_index, (levels,), f"[L] with L={levels}")
 
     def check_locations(self, value, spatial_shapes, locations, points_per_level) -> tuple[int, ...]:
         """What follows [B, Q, M] in the shape of the locations: (L, P), or (K,) with points_per_level."""
+        self.check_floating(self.locations, locations, value)
         levels, (batch, _, heads, _), shape = spatial_shapes.shape[0], value.shape, locations.shape
         if points_per_level is None:
             form, points = f"[B, Q, M, L, P, 2] with B={batch}, M={heads}, L={levels}", (levels, *shape[4:5])
@@ -59,28 +54,18 @@ class _Contract:
                 self.fail("points_per_level", f"L={levels} numbers of at least 0", list(points_per_level))
             points = (sum(points_per_level),)
             form = f"[B, Q, M, K, 2] with B={batch}, M={heads}, K={points[0]} points in all"
-        if shape != (batch, *shape[1:2], heads, *points, 2):
-            self.fail(self.locations, form, list(shape))
-        self.check_floating(self.locations, locations, value)
+        self.check_shape(self.locations, locations, (batch, *shape[1:2], heads, *points, 2), form)
         return points
 
     def check_weights(self, value, weights, expected) -> None:
-        if weights.shape != expected:
-            self.fail(self.weights, f"{list(expected)}, like {self.locations}", list(weights.shape))
         self.check_floating(self.weights, weights, value)
-
-    def check_floating(self, name, tensor, value) -> None:
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{self.op}: {name} must be floating point, got {tensor.dtype}")
-        self.check_device(name, tensor, value)
-
-    def check_device(self, name, tensor, value) -> None:
-        if tensor.device != value.device:
-            self.fail(name, f"on value's device {value.device}", tensor.device)
+        self.check_shape(self.weights, weights, expected, f"{list(expected)}, like {self.locations}")
 
     def check_levels(self, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
         """That the levels tile the S pixels. Reads elements: on a GPU, where that waits, only if VITKERN_VALIDATE=1."""
-        if value.device.type != "cpu" and os.environ.get(_VALIDATE_ON_DEVICE) != "1":
+        if value.is_cpu and native.levels_tile(spatial_shapes, level_start_index, value.shape[1]):
+            return
+        if not value.is_cpu and os.environ.get(_VALIDATE_ON_DEVICE) != "1":
             return
         shapes, starts, pixels = spatial_shapes.tolist(), level_start_index.tolist(), value.shape[1]
         covered = 0
@@ -102,47 +87,53 @@ _PLAIN = _Contract("ms_deform_attn", "sampling_locations", "attention_weights")
 _FUSED = _Contract("ms_deform_attn_fused", "sampling_offsets", "attention_logits")
 
 
-def _check_plain(
-    value,
-    spatial_shapes,
-    level_start_index,
-    sampling_locations,
-    attention_weights,
-    points_per_level,
-    method,
-    _,
-) -> tuple[int, int, int]:
-    _PLAIN.check_value(value, spatial_shapes, level_start_index, method)
-    points = _PLAIN.check_locations(value, spatial_shapes, sampling_locations, points_per_level)
+def _check_plain(value, shapes, starts, locations, weights, points_per_level, method, _):
+    _PLAIN.check_value(value, shapes, starts, method)
+    points = _PLAIN.check_locations(value, shapes, locations, points_per_level)
     batch, _, heads, channels = value.shape
-    queries = sampling_locations.shape[1]
-    _PLAIN.check_weights(value, attention_weights, (batch, queries, heads, *points))
-    return batch, queries, heads * channels
+    queries = locations.shape[1]
+    _PLAIN.check_weights(value, weights, (batch, queries, heads, *points))
+    return [((batch, queries, heads * channels), value.dtype)]
 
 
-def _check_fused(
-    value,
-    spatial_shapes,
-    level_start_index,
-    reference_points,
-    sampling_offsets,
-    attention_logits,
-    points_per_level,
-    method,
-    _,
-) -> tuple[int, int, int]:
-    _FUSED.check_value(value, spatial_shapes, level_start_index, method)
-    points = _FUSED.check_locations(value, spatial_shapes, sampling_offsets, points_per_level)
+def _check_fused(value, shapes, starts, reference_points, offsets, logits, points_per_level, method, _):
+    _FUSED.check_value(value, shapes, starts, method)
+    points = _FUSED.check_locations(value, shapes, offsets, points_per_level)
     batch, _, heads, channels = value.shape
-    queries, levels, total = sampling_offsets.shape[1], spatial_shapes.shape[0], torch.Size(points).numel()
-    _FUSED.check_weights(value, attention_logits, (batch, queries, heads, total))
+    queries, levels, total = offsets.shape[1], shapes.shape[0], torch.Size(points).numel()
+    _FUSED.check_weights(value, logits, (batch, queries, heads, total))
+    _FUSED.check_floating("reference_points", reference_points, value)
     shape = reference_points.shape
     fits = len(shape) == 4 and shape[1] == queries and shape[3] in (2, 4)
     if not (fits and shape[0] in (1, batch) and shape[2] in (1, levels)):
         expected = f"[B or 1, Q, L or 1, 2 or 4] with B={batch}, Q={queries}, L={levels}"
         _FUSED.fail("reference_points", expected, list(shape))
-    _FUSED.check_floating("reference_points", reference_points, value)
-    return batch, queries, heads * channels
+    return [((batch, queries, heads * channels), value.dtype)]
+
+
+class _Plan(NamedTuple):
+    """What follows from shapes, dtypes, device and options: see Op."""
+
+    contract: _Contract
+    backend: str
+    coordinates: torch.dtype  # that locations and weights are read in: value's or fp32 / fp64
+    accumulator: torch.dtype
+    options: tuple[tuple[int, ...], str]
+    layout: native.MsDeformAttnLayout | None = None
+
+    def call(self, value, shapes, starts, reference_points, locations, weights) -> tuple:
+        """The fields of MsDeformAttnCall."""
+        value, shapes, starts = value.contiguous(), shapes.contiguous(), starts.contiguous()
+        self.contract.check_levels(value, shapes, starts)
+        dtype = self.coordinates
+        locations, weights = _as(dtype, locations), _as(dtype, weights)
+        if reference_points is not None:
+            reference_points = _as(self.accumulator, reference_points)
+        return value, shapes, starts, locations, weights, *self.options, reference_points, self.layout
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def _points_per_level(locations: Tensor, points_per_level) -> tuple[int, ...]:
@@ -151,109 +142,99 @@ def _points_per_level(locations: Tensor, points_per_level) -> tuple[int, ...]:
     return (locations.shape[4],) * locations.shape[3]
 
 
+def _coordinate_dtype(value: Tensor, locations: Tensor, weights: Tensor) -> torch.dtype:
+    if locations.dtype == weights.dtype == value.dtype:
+        return value.dtype
+    return native.accumulator(value.dtype)
+
+
 def _flat(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] in one dtype that the kernels read: value's or fp32 / fp64."""
-    dtype = locations.dtype
-    if dtype != weights.dtype or dtype != value.dtype:
-        dtype = native.accumulator(value.dtype)
-    batch, queries, heads = locations.shape[:3]
-    points = weights.shape[3:].numel()
-    locations = locations.to(dtype).contiguous().view(batch, queries, heads, points, 2)
-    return locations, weights.to(dtype).contiguous().view(batch, queries, heads, points)
+    """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] in one dtype."""
+    dtype = _coordinate_dtype(value, locations, weights)
+    return locations.to(dtype).flatten(3, -2), weights.to(dtype).flatten(3)
 
 
-def _launch_plain(
-    value,
-    spatial_shapes,
-    level_start_index,
-    sampling_locations,
-    attention_weights,
-    points_per_level,
-    method,
-    backend,
-):
-    """The backend, and what its launch functions take: checked, contiguous, points flattened."""
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    _check_plain(*inputs, points_per_level, method, backend)
-    _PLAIN.check_levels(value, spatial_shapes, level_start_index)
-    points = _points_per_level(sampling_locations, points_per_level)
-    tables = spatial_shapes.contiguous(), level_start_index.contiguous()
-    coordinates = _flat(value, sampling_locations, attention_weights)
-    backend = backends.choose(value.device, value.dtype, backend)
-    return backend, (value.contiguous(), *tables, *coordinates, points, method)
+def _plan(contract, backend, value, shapes, starts, reference_points, locations, weights, points, method):
+    plan = _Plan(
+        contract,
+        backend,
+        _coordinate_dtype(value, locations, weights),
+        native.accumulator(value.dtype),
+        (_points_per_level(locations, points), method),
+    )
+    call = native.MsDeformAttnCall(*plan.call(value, shapes, starts, reference_points, locations, weights))
+    return plan._replace(layout=native.describe(call))
 
 
-def _launch_fused(
-    value,
-    spatial_shapes,
-    level_start_index,
-    reference_points,
-    offsets,
-    logits,
-    points_per_level,
-    method,
-    backend,
-):
-    inputs = (value, spatial_shapes, level_start_index, reference_points, offsets, logits)
-    _check_fused(*inputs, points_per_level, method, backend)
-    _FUSED.check_levels(value, spatial_shapes, level_start_index)
-    points = _points_per_level(offsets, points_per_level)
-    tables = spatial_shapes.contiguous(), level_start_index.contiguous()
-    coordinates = _flat(value, offsets, logits)
-    places = reference_points.to(native.accumulator(value.dtype)).contiguous()
-    backend = backends.choose(value.device, value.dtype, backend)
-    return backend, (value.contiguous(), *tables, *coordinates, points, method, places)
+def _plan_plain(backend, value, shapes, starts, locations, weights, points_per_level, method, _):
+    return _plan(_PLAIN, backend, value, shapes, starts, None, locations, weights, points_per_level, method)
 
 
-def _forward_plain(*inputs):
-    backend, arguments = _launch_plain(*inputs)
-    return kernel("ms_deform_attn_forward", backend)(*arguments)
+def _plan_fused(backend, *inputs):
+    return _plan(_FUSED, backend, *inputs[:-1])
 
 
-def _forward_fused(*inputs):
-    backend, arguments = _launch_fused(*inputs)
-    return kernel("ms_deform_attn_forward", backend)(*arguments)
+def _forward_plain(plan, value, shapes, starts, locations, weights):
+    return _forward_fused(plan, value, shapes, starts, None, locations, weights)
 
 
-def _backward(backend, grad_output, needed, arguments):
+def _forward_fused(plan, *tensors):
+    return kernel("ms_deform_attn_forward", plan.backend)(*plan.call(*tensors))
+
+
+def _backward(plan, grad_output, needed, call):
     deterministic = torch.are_deterministic_algorithms_enabled()
-    launch = kernel("ms_deform_attn_backward", backend)
-    return launch(grad_output, needed, *arguments, deterministic=deterministic)
+    launch = kernel("ms_deform_attn_backward", plan.backend)
+    return launch(grad_output, needed, *call, deterministic=deterministic)
 
 
-def _backward_plain(grad_output, needed, *inputs):
-    backend, arguments = _launch_plain(*inputs)
-    return _backward(backend, grad_output, needed, arguments)
+def _backward_plain(plan, grad_output, needed, value, shapes, starts, locations, weights):
+    return _backward(plan, grad_output, needed, plan.call(value, shapes, starts, None, locations, weights))
 
 
-def _backward_fused(grad_output, needed, *inputs):
-    backend, arguments = _launch_fused(*inputs)
+def _backward_fused(plan, grad_output, needed, *tensors):
+    call = plan.call(*tensors)
     needs_value, needs_reference, needs_offsets, needs_logits = needed
     launched = (needs_value, needs_offsets, needs_logits, needs_reference)
-    grad_value, grad_offsets, grad_logits, grad_places = _backward(backend, grad_output, launched, arguments)
+    grad_value, grad_offsets, grad_logits, grad_places = _backward(plan, grad_output, launched, call)
     grad_reference = None
     if needs_reference:
-        call = native.MsDeformAttnCall(*arguments)
-        grad_reference = _gradient_of_reference(grad_places, call, reference_points=arguments[-1])
+        grad_reference = _gradient_of_reference(grad_places, native.MsDeformAttnCall(*call), tensors[3].shape)
     return grad_value, grad_reference, grad_offsets, grad_logits
 
 
-def _gradient_of_reference(
-    grad_places: Tensor, call: native.MsDeformAttnCall, reference_points: Tensor
-) -> Tensor:
+def _gradient_of_reference(grad_places: Tensor, call: native.MsDeformAttnCall, shape: torch.Size) -> Tensor:
     """Eq. (12): the gradients of all places that came of a reference point, [B, Q, M, K, 2], summed to its shape."""
-    points, shape = call.points_per_level, reference_points.shape
+    points = call.points_per_level
     if not points:
         return grad_places.new_zeros(shape)
+    grad_places, offsets = grad_places.flatten(3, -2), call.locations.flatten(3, -2)
     levels = grad_places.sum(2).split(points, -2)  # L times [B, Q, P, 2]
     gradient = torch.stack([level.sum(-2) for level in levels], -2)
     if shape[-1] == 4:
         # A place that adds nothing may have an offset that is not finite: its gradient is 0, and so is its share.
-        moved = torch.where(grad_places == 0, 0, grad_places * call.locations)
+        moved = torch.where(grad_places == 0, 0, grad_places * offsets)
         levels = moved.sum(2).split(points, -2)
         shares = [level.sum(-2) / (2 * max(count, 1)) for level, count in zip(levels, points)]
         gradient = torch.cat([gradient, torch.stack(shares, -2)], -1)
     return gradient.sum_to_size(shape)
+
+
+def _reference_plain(value, shapes, starts, locations, weights, points_per_level, method):
+    """The same function as plain torch code, for backend="reference": differentiable any number of times."""
+    if direct.nothing_traces():  # else there may be no elements to read
+        _PLAIN.check_levels(value, shapes, starts)
+    points = _points_per_level(locations, points_per_level)
+    return reference.ms_deform_attn(value, shapes, starts, *_flat(value, locations, weights), points, method)
+
+
+def _reference_fused(value, shapes, starts, reference_points, offsets, logits, points_per_level, method):
+    if direct.nothing_traces():
+        _FUSED.check_levels(value, shapes, starts)
+    points = _points_per_level(offsets, points_per_level)
+    return reference.ms_deform_attn_fused(
+        value, shapes, starts, reference_points, *_flat(value, offsets, logits), points, method
+    )
 
 
 ms_deform_attn = Op(
@@ -263,8 +244,10 @@ ms_deform_attn = Op(
     defaults=_DEFAULTS,
     differentiable=(0, 3, 4),
     check=_check_plain,
+    plan=_plan_plain,
     forward=_forward_plain,
     backward=_backward_plain,
+    reference=_reference_plain,
 )
 
 ms_deform_attn_fused = Op(
@@ -274,32 +257,8 @@ ms_deform_attn_fused = Op(
     defaults=_DEFAULTS,
     differentiable=(0, 3, 4, 5),
     check=_check_fused,
+    plan=_plan_fused,
     forward=_forward_fused,
     backward=_backward_fused,
+    reference=_reference_fused,
 )
-
-
-def ms_deform_attn_by_reference(
-    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, points_per_level, method
-):
-    """The same function as plain torch code, for backend="reference": differentiable any number of times."""
-    tables = (value, spatial_shapes, level_start_index)
-    _check_plain(*tables, sampling_locations, attention_weights, points_per_level, method, None)
-    if direct.nothing_traces():  # else there may be no elements to read
-        _PLAIN.check_levels(*tables)
-    points = _points_per_level(sampling_locations, points_per_level)
-    return reference.ms_deform_attn(
-        *tables, *_flat(value, sampling_locations, attention_weights), points, method
-    )
-
-
-def ms_deform_attn_fused_by_reference(
-    value, spatial_shapes, level_start_index, reference_points, offsets, logits, points_per_level, method
-):
-    tables = (value, spatial_shapes, level_start_index)
-    _check_fused(*tables, reference_points, offsets, logits, points_per_level, method, None)
-    if direct.nothing_traces():
-        _FUSED.check_levels(*tables)
-    points = _points_per_level(offsets, points_per_level)
-    coordinates = _flat(value, offsets, logits)
-    return reference.ms_deform_attn_fused(*tables, reference_points, *coordinates, points, method)

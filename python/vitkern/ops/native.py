@@ -24,19 +24,31 @@ SAMPLING_CODES = {"bilinear": 0, "nearest": 1}
 cuda_module: ModuleType = _C
 
 
+class MsDeformAttnLayout(NamedTuple):
+    """What a kernel is told besides addresses: follows from shapes, strides, dtypes and options."""
+
+    sizes: tuple[int, ...]  # B, S, M, D, Q, L, K
+    anchors: tuple[int, ...]  # of the reference points: numbers, strides, 0 along an axis that is broadcast
+    point_end: list[int]  # where each level's points end; empty where all levels have the same number
+    codes: tuple[int, ...]  # of method and dtypes
+
+
 class MsDeformAttnCall(NamedTuple):
     """What the kernels are launched on: contiguous, checked, coordinates in one dtype."""
 
     value: Tensor  # [B, S, M, D]
     spatial_shapes: Tensor  # [L, 2]
     level_start_index: Tensor  # [L]
-    locations: Tensor  # [B, Q, M, K, 2]; in the fused form, offsets
-    weights: Tensor  # [B, Q, M, K]; in the fused form, logits
+    locations: Tensor  # [B, Q, M, K, 2] or [B, Q, M, L, P, 2]; in the fused form, offsets
+    weights: Tensor  # [B, Q, M, K] or [B, Q, M, L, P]; in the fused form, logits
     points_per_level: tuple[int, ...]
     method: str = "bilinear"
-    reference_points: Tensor | None = (
-        None  # [B | 1, Q, L | 1, 2 | 4] in the accumulator's dtype: the fused form
-    )
+    reference_points: Tensor | None = None  # [B | 1, Q, L | 1, 2 | 4], accumulator's dtype: the fused form
+    known: MsDeformAttnLayout | None = None
+
+    @property
+    def layout(self) -> MsDeformAttnLayout:
+        return self.known or describe(self)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -62,26 +74,42 @@ def _point_end(points_per_level: tuple[int, ...]) -> list[int]:
     return ends
 
 
-def _describe(call: MsDeformAttnCall):
-    """The arguments that every pass takes: addresses, reference points, sizes, ends of ragged levels, codes."""
-    inputs = tuple(tensor.data_ptr() for tensor in call[:5])
-    sizes = (*call.value.shape, call.weights.shape[1], call.spatial_shapes.shape[0], call.weights.shape[3])
+def describe(call: MsDeformAttnCall) -> MsDeformAttnLayout:
+    queries, levels, points = call.weights.shape[1], len(call.points_per_level), sum(call.points_per_level)
+    sizes = (*call.value.shape, queries, levels, points)
+    anchors = (0, 0, 0, 0)
+    if call.reference_points is not None:
+        images, _, levels, numbers = call.reference_points.shape
+        image, query, level, _ = call.reference_points.stride()
+        anchors = (numbers, image * (images > 1), query, level * (levels > 1))
     codes = (SAMPLING_CODES[call.method], DTYPE_CODES[call.value.dtype], DTYPE_CODES[call.weights.dtype])
-    return inputs, _anchors(call.reference_points), sizes, _point_end(call.points_per_level), codes
+    return MsDeformAttnLayout(sizes, anchors, _point_end(call.points_per_level), codes)
 
 
-def _anchors(reference_points: Tensor | None) -> tuple[int, ...]:
-    """Address, numbers and strides of the reference points, 0 along an axis that is broadcast; zeros without any."""
-    if reference_points is None:
-        return (0, 0, 0, 0, 0)
-    images, _, levels, numbers = reference_points.shape
-    image, query, level, _ = reference_points.stride()
-    return (reference_points.data_ptr(), numbers, image * (images > 1), query, level * (levels > 1))
+def _told(call: MsDeformAttnCall):
+    """The arguments that every pass takes: addresses, reference points, sizes, ends of ragged levels, codes."""
+    value, shapes, starts, locations, weights, _, _, reference_points, _ = call
+    sizes, anchors, point_end, codes = call.layout
+    inputs = (
+        value.data_ptr(),
+        shapes.data_ptr(),
+        starts.data_ptr(),
+        locations.data_ptr(),
+        weights.data_ptr(),
+    )
+    address = 0 if reference_points is None else reference_points.data_ptr()
+    return inputs, (address, *anchors), sizes, point_end, codes
+
+
+def levels_tile(shapes: Tensor, starts: Tensor, pixels: int) -> bool:
+    """Whether the levels, in tables on the host, cover the pixels without gap or overlap."""
+    shapes, starts = shapes.contiguous(), starts.contiguous()
+    return _C.levels_tile(shapes.data_ptr(), starts.data_ptr(), starts.numel(), pixels)
 
 
 def _new_output(call: MsDeformAttnCall) -> Tensor:
-    batch, _, heads, channels = call.value.shape
-    return call.value.new_empty(batch, call.weights.shape[1], heads * channels)
+    batch, _, heads, channels, queries, _, _ = call.layout.sizes
+    return call.value.new_empty(batch, queries, heads * channels)
 
 
 def _new_gradients(call: MsDeformAttnCall, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -102,7 +130,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
 def ms_deform_attn_forward_cpu(*arguments) -> Tensor:
     call = MsDeformAttnCall(*arguments)
     output = _new_output(call)
-    inputs, anchors, sizes, point_end, codes = _describe(call)
+    inputs, anchors, sizes, point_end, codes = _told(call)
     threads = torch.get_num_threads()
     _C.ms_deform_attn_forward_cpu(inputs, anchors, output.data_ptr(), sizes, point_end, codes, threads)
     return output
@@ -114,7 +142,7 @@ def ms_deform_attn_backward_cpu(
     """Bitwise reproducible, asked for or not."""
     call = MsDeformAttnCall(*arguments)
     gradients = _new_gradients(call, needed)
-    inputs, anchors, sizes, point_end, codes = _describe(call)
+    inputs, anchors, sizes, point_end, codes = _told(call)
     to, threads = _addresses(gradients), torch.get_num_threads()
     _C.ms_deform_attn_backward_cpu(
         inputs, anchors, grad_output.data_ptr(), to, sizes, point_end, codes, threads
@@ -125,7 +153,7 @@ def ms_deform_attn_backward_cpu(
 def ms_deform_attn_forward_cuda(*arguments) -> Tensor:
     call = MsDeformAttnCall(*arguments)
     output = _new_output(call)
-    inputs, anchors, *rest = _describe(call)
+    inputs, anchors, *rest = _told(call)
     target = _cuda_target(call.value)
     cuda_module.ms_deform_attn_forward_cuda(inputs, anchors, output.data_ptr(), *rest, *target)
     return output
@@ -135,7 +163,7 @@ def ms_deform_attn_backward_cuda(
     grad_output: Tensor, needed: tuple[bool, ...], *arguments, deterministic: bool = False
 ) -> list[Tensor | None]:
     call = MsDeformAttnCall(*arguments)
-    inputs, anchors, *rest = _describe(call)
+    inputs, anchors, *rest = _told(call)
     target = _cuda_target(call.value)
     gradients = _new_gradients(call, (False, *needed[1:]))
     total = accumulator(call.value.dtype)
@@ -167,7 +195,7 @@ def _sorted_by_cell(call: MsDeformAttnCall, target: tuple[int, int]) -> tuple[Te
     if call.reference_points is not None:  # greatest logit and 1 / sum of each image, query and head
         size = (*call.weights.shape[:3], 2)
         softmax = torch.empty(size, dtype=accumulator(call.value.dtype), device=call.value.device)
-    inputs, anchors, *rest = _describe(call)
+    inputs, anchors, *rest = _told(call)
     cuda_module.ms_deform_attn_cells_cuda(inputs, anchors, *_addresses((cells, softmax)), *rest, *target)
     return *sort_by_cell(cells, batch * pixels * heads), softmax
 

@@ -1,38 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op of the library ``vitkern`` has in common: registration, fakes, autograd, and the short way in.
 
-An op brings its schema, its checks and its launches; this file makes a citizen of torch of it. ``torch.ops.vitkern.X``
-passes opcheck, compiles, exports, and trains after export; its backward is an op too, whose own derivative raises.
-Where nothing but autograd watches, a call takes the short way of ``vitkern.ops.direct``.
+An op brings its schema, its checks, its plan and its launches; this file makes a citizen of torch of it:
+``torch.ops.vitkern.X`` passes opcheck, compiles, exports, and trains after export; its backward is an op too, whose own
+derivative raises. Where nothing but autograd watches, a call takes the short way of ``vitkern.ops.direct``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkern.ops import direct, native
+from vitkern import backends
+from vitkern.ops import direct
 
 _library = torch.library.Library("vitkern", "FRAGMENT")
+_any_requires_grad = torch._C._any_requires_grad
 
-# Arguments that every schema ends with: which backend is to run, None for the best.
+# The last argument of every schema: which backend is to run, None for the best.
 BACKEND = "str? backend=None"
+
+_MOST_PLANS = 4096  # of an op; then it starts afresh
+
+Spec = tuple[Sequence[int], torch.dtype]  # of an output
 
 
 class Op:
-    """torch.ops.vitkern.<name>, with one output.
+    """torch.ops.vitkern.<name>; called, the same by the shortest way that nobody can tell from the dispatcher's.
+
+    Its arguments are tensors (``Tensor``, or ``Tensor?`` where None may come) and then options, the backend last. There
+    is a plan for each set of options: what changes from call to call, such as a seed, has to be a tensor.
 
     Args:
         name: of the op; its backward is <name>_backward.
-        schema: the arguments, tensors first, as torch.library writes them.
-        defaults: of the arguments that are no tensors, which the dispatcher leaves out where they have them.
+        schema: the arguments as torch.library writes them.
+        defaults: of the options, which the dispatcher leaves out where they have them.
         differentiable: positions of the tensors that have a gradient.
-        check: of all arguments, without reading elements, real or fake; returns the output's shape.
-        forward: of all arguments; returns the output.
-        backward: of grad_output, `needed` and all arguments; returns a gradient or None for each differentiable one.
+        check: of all arguments, real or fake: raises what is wrong without reading elements, and returns shape and
+            dtype of each output. The first output is the result; others are what the backward wants kept.
+        plan: of the backend and all arguments: what follows from shapes, dtypes, device and options, worked out once
+            for each set of these. Strides and elements may be others the next time.
+        forward: of the plan and the tensors as they came; returns the output, or a tuple of outputs.
+        backward: of the plan, a contiguous grad_output, `needed`, the tensors and the outputs that were kept; returns a
+            gradient or None for each differentiable tensor.
+        reference: of all arguments but the backend: the result by differentiable torch code.
+        kept: how many outputs follow the result.
     """
 
     def __init__(
@@ -42,110 +58,206 @@ class Op:
         *,
         defaults: tuple,
         differentiable: tuple[int, ...],
-        check: Callable[..., Sequence[int]],
-        forward: Callable[..., Tensor],
+        check: Callable[..., Sequence[Spec]],
+        plan: Callable[..., Any],
+        forward: Callable[..., Any],
         backward: Callable[..., Sequence[Tensor | None]],
+        reference: Callable[..., Tensor],
+        kept: int = 0,
     ) -> None:
-        self.name, self.differentiable = name, differentiable
-        self._defaults, self._check, self._forward, self._backward = defaults, check, forward, backward
-        self._tensors = schema.count("Tensor ")
-        self._arguments = self._tensors + len(defaults)
-        count = len(differentiable)
-        _library.define(f"{name}({schema}) -> Tensor")
-        _library.define(
-            f"{name}_backward(Tensor grad_output, bool[{count}] needed, {schema}) -> ({', '.join(['Tensor'] * count)})"
+        self.name, self.differentiable, self._defaults, self._kept = name, differentiable, defaults, kept
+        self._check, self._plan, self._reference = check, plan, reference
+        self._forward, self._backward = forward, backward
+        self._plans: dict[tuple, Any] = {}
+        arguments = schema.split(", ")
+        self._tensors = len(arguments) - len(defaults)
+        tensors, options = arguments[: self._tensors], arguments[self._tensors :]
+
+        self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
+        first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
+        arguments = first + tensors + [f"Tensor kept_{index}" for index in range(kept)] + options
+        self._define(
+            f"{name}_backward", arguments, len(differentiable), self._run_backward, self._fake_backward
         )
-        self._register(name, self._run_forward, self._fake_forward, self._differentiate, self._save)
-        self._register(f"{name}_backward", self._run_backward, self._fake_backward, self._refuse, None)
-        self._direct = self._autograd_function()
+        register_autograd = functools.partial(torch.library.register_autograd, lib=_library)
+        register_autograd(f"vitkern::{name}", self._derive, setup_context=self._set_up)
+        register_autograd(f"vitkern::{name}_backward", self._refuse)
+        self._apply = self._autograd_function()
+        _ops.append(self)
 
     @staticmethod
-    def _register(name, real, fake, formula, save) -> None:
+    def _define(name, arguments, outputs, real, fake) -> None:
+        gives = ", ".join(["Tensor"] * outputs)
+        _library.define(f"{name}({', '.join(arguments)}) -> {gives if outputs == 1 else f'({gives})'}")
         _library.impl(name, real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vitkern::{name}", fake, lib=_library)
-        torch.library.register_autograd(f"vitkern::{name}", formula, setup_context=save, lib=_library)
 
     def __call__(self, *inputs: Any) -> Tensor:
-        """The op with all its arguments, by the shortest way that nobody can tell from the dispatcher's."""
         tensors = inputs[: self._tensors]
-        if not direct.nothing_watches(*tensors):
-            return getattr(torch.ops.vitkern, self.name)(*inputs)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self._direct.apply(*inputs)
-        return self._forward(*inputs)
+        if inputs[0].is_meta or not direct.nothing_watches(tensors):
+            return self._through_the_dispatcher(inputs)
+        plan = self._planned(inputs)
+        if plan is None:
+            return self._reference(*inputs[:-1])
+        if torch.is_grad_enabled() and _any_requires_grad(*tensors):
+            return self._apply(*tensors, plan, inputs[self._tensors :])
+        output = self._forward(plan, *tensors)
+        return output[0] if self._kept else output
 
-    def _complete(self, inputs: tuple) -> tuple:
-        return (
-            inputs + self._defaults[len(inputs) - self._arguments :]
-            if len(inputs) < self._arguments
-            else inputs
-        )
+    def _through_the_dispatcher(self, inputs: tuple) -> Tensor:
+        if _runs_as_plain_torch(inputs[0].device, inputs[0].dtype, inputs[-1]):
+            self._check(*inputs)
+            return self._reference(*inputs[:-1])
+        direct.refuse_transforms(self.name)
+        output = getattr(torch.ops.vitkern, self.name)(*inputs)
+        return output[0] if self._kept else output
+
+    def _planned(self, inputs: tuple) -> Any:
+        """The plan for inputs like these, None where the reference is to run."""
+        count = self._tensors
+        likes = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in inputs[:count]]
+        key = (*likes, *inputs[count:])
+        try:
+            return self._plans[key]
+        except KeyError:
+            pass
+        self._check(*inputs)
+        backend = backends.choose(inputs[0].device, inputs[0].dtype, inputs[-1])
+        plan = None if backend == "reference" else self._plan(backend, *inputs)
+        if len(self._plans) == _MOST_PLANS:
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
+
+    def _launchable(self, inputs: tuple) -> Any:
+        plan = self._planned(inputs)
+        if plan is None:
+            raise RuntimeError(
+                "the plain torch reference is no kernel: call vitkern's function with backend='reference'"
+            )
+        return plan
+
+    def _complete(self, inputs: tuple, tensors: int) -> tuple:
+        """All arguments, where the dispatcher leaves defaults out and has lists of numbers for tuples."""
+        options = inputs[tensors:]
+        options += self._defaults[len(options) :]
+        return *inputs[:tensors], *(tuple(o) if isinstance(o, list) else o for o in options)
 
     def _run_forward(self, *inputs):
-        return self._forward(*self._complete(inputs))
+        inputs = self._complete(inputs, self._tensors)
+        return self._forward(self._launchable(inputs), *inputs[: self._tensors])
 
     def _fake_forward(self, *inputs):
-        return inputs[0].new_empty(self._check(*self._complete(inputs)))
+        specs = self._check(*self._complete(inputs, self._tensors))
+        outputs = tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs)
+        return outputs if self._kept else outputs[0]
+
+    def _split(self, inputs: tuple) -> tuple[tuple, tuple]:
+        """The arguments of the forward pass, and the tensors of the backward pass: those and what was kept."""
+        count = self._tensors + self._kept
+        inputs = self._complete(inputs, count)
+        return inputs[: self._tensors] + inputs[count:], inputs[:count]
 
     def _run_backward(self, grad_output, needed, *inputs):
-        inputs = self._complete(inputs)
+        inputs, tensors = self._split(inputs)
         self._check_grad_output(grad_output, inputs)
-        likes = [inputs[position] for position in self.differentiable]
-        grad_output = grad_output.to(inputs[0].dtype).contiguous()
-        gradients = self._backward(grad_output, tuple(needed), *inputs)
-        return tuple(
-            like.new_empty(0) if gradient is None else gradient.to(like.dtype).view(like.shape)
-            for gradient, like in zip(gradients, likes)
-        )
+        plan = self._launchable(inputs)
+        gradients = self._gradients(plan, grad_output, needed, tensors)
+        return tuple(inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+    def _gradients(self, plan, grad_output, needed, tensors) -> list[Tensor | None]:
+        gradients = self._backward(plan, grad_output.contiguous(), tuple(needed), *tensors)
+        return [
+            gradient if gradient is None else gradient.to(tensors[position].dtype)
+            for gradient, position in zip(gradients, self.differentiable)
+        ]
 
     def _fake_backward(self, grad_output, needed, *inputs):
-        inputs = self._complete(inputs)
+        inputs, _ = self._split(inputs)
         self._check_grad_output(grad_output, inputs)
         likes = [inputs[position] for position in self.differentiable]
-        return tuple(like.new_empty(like.shape if need else 0) for like, need in zip(likes, needed))
+        return tuple(
+            like.new_empty(like.shape) if need else inputs[0].new_empty(0)
+            for like, need in zip(likes, needed)
+        )
 
     def _check_grad_output(self, grad_output, inputs) -> None:
-        shape = tuple(self._check(*inputs))
-        if grad_output.shape != shape:
-            raise ValueError(f"{self.name}: grad_output must be {list(shape)}, got {list(grad_output.shape)}")
+        shape, dtype = self._check(*inputs)[0]
+        expected = (tuple(shape), dtype, inputs[0].device)
+        if (tuple(grad_output.shape), grad_output.dtype, grad_output.device) != expected:
+            raise ValueError(
+                f"{self.name}: grad_output must be {list(shape)} of {dtype} on {inputs[0].device}, got "
+                f"{list(grad_output.shape)} of {grad_output.dtype} on {grad_output.device}"
+            )
 
-    def _save(self, ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[: self._tensors])
-        ctx.options = inputs[self._tensors :]
+    def _set_up(self, ctx, inputs, output) -> None:
+        kept = output[1:] if self._kept else ()
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*inputs[: self._tensors], *kept)
+        ctx.plan, ctx.options = None, inputs[self._tensors :]
 
-    def _differentiate(self, ctx, grad_output):
+    def _derive(self, ctx, grad_output, *_):
+        """Gradients of all arguments, for the dispatcher."""
+        return *self._differentiate(ctx, grad_output), *(None for _ in ctx.options)
+
+    def _differentiate(self, ctx, grad_output) -> list[Tensor | None]:
+        """Gradients of the tensors."""
         needed = [ctx.needs_input_grad[position] for position in self.differentiable]
         saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
-        arguments = (grad_output, needed, *saved, *ctx.options)
         # With grad mode on somebody wants a second derivative: only the op knows how to refuse one.
-        if not torch.is_grad_enabled() and direct.nothing_watches(grad_output, *saved):
-            gradients = self._run_backward(*arguments)
+        if ctx.plan is None or torch.is_grad_enabled() or not direct.nothing_watches((grad_output, *saved)):
+            backward = getattr(torch.ops.vitkern, f"{self.name}_backward")
+            gradients = backward(grad_output, needed, *saved, *ctx.options)
         else:
-            gradients = getattr(torch.ops.vitkern, f"{self.name}_backward")(*arguments)
-        of_inputs: list[Tensor | None] = [None] * (len(saved) + len(ctx.options))
+            gradients = self._gradients(ctx.plan, grad_output, needed, saved)
+        of_tensors: list[Tensor | None] = [None] * self._tensors
         for position, need, gradient in zip(self.differentiable, needed, gradients):
-            of_inputs[position] = gradient if need else None
-        return tuple(of_inputs)
+            of_tensors[position] = gradient if need else None
+        return of_tensors
 
     def _refuse(self, ctx, *grads):
         raise NotImplementedError(
             f"vitkern.{self.name} has no second derivative in its kernels; backend='reference' has those of any order"
         )
 
-    def _autograd_function(self) -> type[torch.autograd.Function]:
-        """The implementation and its gradient without the dispatcher between them."""
+    def _autograd_function(self) -> Callable[..., Tensor]:
+        """The implementation and its gradient without the dispatcher between them, of the tensors, plan and options."""
         op = self
 
         def forward(ctx, *inputs):
-            output = op._forward(*inputs)
-            op._save(ctx, inputs, output)
+            *tensors, ctx.plan, ctx.options = inputs
+            output = op._forward(ctx.plan, *tensors)
+            kept = ()
+            if op._kept:
+                output, *kept = output
+            ctx.save_for_backward(*tensors, *kept)
             return output
 
         def backward(ctx, grad_output):
-            return op._differentiate(ctx, grad_output)
+            return *op._differentiate(ctx, grad_output), None, None
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(op.name, (torch.autograd.Function,), methods)
+        function: Any = type(self.name, (torch.autograd.Function,), methods)
+        # Function.apply itself first looks for torch.func's wrappers, of which there are none on this way.
+        return super(torch.autograd.Function, function).apply
+
+
+_ops: list[Op] = []
+
+
+def forget_plans() -> None:
+    """For when backends can run that could not before, or the other way round."""
+    backends.choose.cache_clear()
+    for op in _ops:
+        op._plans.clear()
+
+
+@torch.compiler.assume_constant_result
+def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether the choice falls on the reference, which is no op but differentiable torch code."""
+    if device.type == "meta" or dtype not in backends.DTYPES:
+        return False  # the op's own check has the better message
+    return backends.choose(device, dtype, backend) == "reference"
 
 
 def kernel(name: str, backend: str) -> Callable[..., Any]:
@@ -154,6 +266,6 @@ def kernel(name: str, backend: str) -> Callable[..., Any]:
         from vitkern.ops import triton_launch
 
         return getattr(triton_launch, f"{name}_triton")
-    if backend == "reference":
-        raise RuntimeError(f"the plain torch reference is no kernel: call vitkern's function with {backend=}")
+    from vitkern.ops import native
+
     return getattr(native, f"{name}_{backend}")

@@ -105,8 +105,7 @@ def ms_deform_attn_forward_triton(*arguments) -> Tensor:
 
     from vitkern.triton_kernels import ms_deform_attn as kernels
 
-    batch, pixels, heads, channels = call.value.shape
-    queries, points = call.weights.shape[1], call.weights.shape[3]
+    batch, pixels, heads, channels, queries, _, points = call.layout.sizes
     blocks = _blocks(call)
     grid = (batch * heads * _cdiv(queries, blocks["BLOCK_Q"]), _cdiv(channels, blocks["BLOCK_D"]))
     with _on(call.value):
@@ -152,8 +151,7 @@ def _backward(call: MsDeformAttnCall, grad_output: Tensor, gradients: list[Tenso
     """Adds to the gradient of value, writes the others; those that are None are not wanted."""
     from vitkern.triton_kernels import ms_deform_attn_backward as kernels
 
-    batch, pixels, heads, channels = call.value.shape
-    queries, points = call.weights.shape[1], call.weights.shape[3]
+    batch, pixels, heads, channels, queries, _, points = call.layout.sizes
     blocks, constants = _blocks(call, backward=True), _constants(call)
     with _on(call.value):
         kernels.ms_deform_attn_backward[(batch * heads * _cdiv(queries, blocks["BLOCK_Q"]),)](
@@ -177,8 +175,7 @@ def _gather_grad_value(call: MsDeformAttnCall, grad_output: Tensor) -> Tensor:
     """The bitwise reproducible gradient of value: points sorted by pixel, then summed pixel by pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 
-    batch, pixels, heads, channels = call.value.shape
-    queries, points = call.weights.shape[1], call.weights.shape[3]
+    batch, pixels, heads, channels, queries, _, points = call.layout.sizes
     blocks, constants, inputs = _blocks(call), _constants(call), _inputs(call)
     num_warps, block_s, block_d = blocks["num_warps"], blocks["BLOCK_Q"], blocks["BLOCK_D"]
     block_q = 32 * num_warps
