@@ -5,12 +5,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["__version__", "ms_deform_attn", "ms_deform_attn_fused", "nn"]
+__all__ = [
+    "__version__",
+    "adapter_bottleneck",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "nn",
+    "token_pool",
+    "token_project",
+]
 
 try:
     from vitkern import nn
     from vitkern._C import version as __version__
-    from vitkern.functional import ms_deform_attn, ms_deform_attn_fused
+    from vitkern.functional import (
+        adapter_bottleneck,
+        ms_deform_attn,
+        ms_deform_attn_fused,
+        token_pool,
+        token_project,
+    )
 except ImportError as error:
     # `vitkern doctor` has to run where the compiled module or torch does not load; every other use says why it cannot.
     _cause = error

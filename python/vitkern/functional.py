@@ -10,8 +10,15 @@ from operator import index
 import torch
 from torch import Tensor
 
+from vitkern import reference
+from vitkern.ops import adapter_bottleneck as adapter_ops
 from vitkern.ops import direct
 from vitkern.ops import ms_deform_attn as ops
+from vitkern.ops import token_pool as token_pool_ops
+from vitkern.ops import token_project as token_project_ops
+
+# Above all seeds that dropout draws.
+_SEEDS = 2**63 - 1
 
 
 def ms_deform_attn(
@@ -120,6 +127,153 @@ def ms_deform_attn_fused(
 
     inputs = (value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
     return ops.ms_deform_attn_fused(*inputs, _whole_numbers(points_per_level), method, backend)
+
+
+def adapter_bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    activation: str = "relu",
+    backend: str | None = None,
+) -> Tensor:
+    """The adapter of AdaptFormer and its kin in one pass: down, activation, dropout, up, scale, residual.
+
+    ``residual + scale * (dropout(activation(x @ down_weight.T + down_bias)) @ up_weight.T + up_bias)``
+
+    Args:
+        x: ``[..., C]``; float32, float64, float16 or bfloat16, any strides.
+        down_weight, down_bias: ``[H, C]`` and ``[H]`` or None, as ``torch.nn.Linear(C, H)`` has them.
+        up_weight, up_bias: ``[C, H]`` and ``[C]`` or None.
+        residual: ``[..., C]``, like x; None adds nothing. Given x itself, its whole gradient comes from one pass.
+        scale: a number, or a tensor of one element, which may be learnable.
+        dropout_p: the probability with which a hidden unit is dropped, where ``training`` is true. The mask follows
+            torch's generator and is drawn again, not stored, for backward.
+        activation: ``"relu"``, ``"gelu"`` (exact) or ``"silu"``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
+
+    Returns:
+        ``[..., C]`` in x's dtype. Sums are made in float32 (float64 for float64).
+
+    Nothing of x's size is written but the result, and nothing of x's size is saved for backward but x. Gradients flow
+    to x, weights, biases, residual and a tensor scale, and what needs none is not worked out: a frozen x, or frozen
+    weights, cost less. Every backward is bitwise reproducible. Weights and biases of another dtype than x's are
+    converted. Under autocast x, weights and biases are cast to the autocast dtype; a residual of another dtype is added
+    by torch, and the result has the wider of both.
+
+    Example:
+        >>> x = torch.randn(2, 197, 768)
+        >>> down, up = torch.nn.Linear(768, 64), torch.nn.Linear(64, 768)
+        >>> y = vitkern.adapter_bottleneck(x, down.weight, down.bias, up.weight, up.bias, residual=x, scale=0.1)
+        >>> y.shape
+        torch.Size([2, 197, 768])
+    """
+    parameters = (down_weight, down_bias, up_weight, up_bias)
+    lowered = _autocast_dtype(x, *(tensor for tensor in parameters if tensor is not None))
+    if lowered is not None:
+        x = x.to(lowered)
+    residual_is_x, beside = residual is x, None
+    if residual_is_x:
+        residual = None
+    elif residual is not None and residual.dtype != x.dtype:
+        residual, beside = None, residual
+
+    factor, scale = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    seed = None
+    if training and dropout_p > 0:
+        seed = torch.randint(_SEEDS, (1,), device=x.device, dtype=torch.int64)
+    else:
+        dropout_p = 0.0
+    differentiable = (x, *parameters, scale)
+    keep = (
+        x.is_cpu
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in differentiable)
+    )
+    output = adapter_ops.adapter_bottleneck(
+        x,
+        *parameters,
+        residual,
+        scale,
+        seed,
+        factor,
+        float(dropout_p),
+        activation,
+        residual_is_x,
+        keep,
+        backend,
+    )
+    return output if beside is None else beside + output
+
+
+def token_pool(
+    x: Tensor, weight: Tensor, *, return_attention: bool = False, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The tokenizer of Visual Transformers: each token is a softmax-weighted mean of all pixels.
+
+    ``softmax(x @ weight.T over the pixels).T @ x``, in one pass over x: the weights of the pixels are never stored.
+
+    Args:
+        x: ``[B, N, C]``, N pixels of C channels; float32, float64, float16 or bfloat16, any strides.
+        weight: ``[T, C]``, the same tokens for all images (the filter tokenizer), or ``[B, T, C]`` (the recurrent one).
+        return_attention: also return the weights of the pixels ``[B, N, T]``, for pictures, worked out by plain torch.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
+
+    Returns:
+        ``[B, T, C]`` in x's dtype, and the weights if asked for. Sums are made in float32 (float64 for float64).
+
+    Logits may be of any size: no exponent is positive. Without pixels the tokens are zero. Gradients flow to x and
+    weight, in one pass over x, and are bitwise reproducible. Under autocast both are cast to the autocast dtype.
+
+    Example:
+        >>> vitkern.token_pool(torch.randn(8, 3136, 256), torch.randn(16, 256)).shape
+        torch.Size([8, 16, 256])
+    """
+    lowered = _autocast_dtype(x, weight)
+    if lowered is not None:
+        x, weight = x.to(lowered), weight.to(lowered)
+    tokens = token_pool_ops.token_pool(x, weight, backend)
+    if return_attention:
+        return tokens, reference.token_pool_attention(x, weight.to(x.dtype))
+    return tokens
+
+
+def token_project(
+    x: Tensor, query: Tensor, key: Tensor, tokens: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """The projector of Visual Transformers: tokens go back to the pixels that ask for them.
+
+    ``x + softmax(query @ key.T over the tokens) @ tokens``; the weights of the tokens are never stored.
+
+    Args:
+        x: ``[B, N, C]``, N pixels of C channels; float32, float64, float16 or bfloat16, any strides.
+        query: ``[B, N, K]``, what each pixel asks for.
+        key: ``[B, T, K]``, what each token answers to.
+        tokens: ``[B, T, C]``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
+
+    Returns:
+        ``[B, N, C]`` in x's dtype. Sums are made in float32 (float64 for float64).
+
+    Without tokens the result is x. Gradients flow to all four, bitwise reproducible. All four are of one dtype; under
+    autocast, of the autocast dtype.
+
+    Example:
+        >>> x, query = torch.randn(8, 196, 256), torch.randn(8, 196, 64)
+        >>> key, tokens = torch.randn(8, 16, 64), torch.randn(8, 16, 256)
+        >>> vitkern.token_project(x, query, key, tokens).shape
+        torch.Size([8, 196, 256])
+    """
+    lowered = _autocast_dtype(x, query, key, tokens)
+    if lowered is not None:
+        x, query, key, tokens = (tensor.to(lowered) for tensor in (x, query, key, tokens))
+    return token_project_ops.token_project(x, query, key, tokens, backend)
 
 
 def _as_levels(

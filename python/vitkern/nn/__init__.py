@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules round the ops, with the parameter names of the projects they come from."""
 
+from vitkern.nn.adapter_bottleneck import AdapterBottleneck
 from vitkern.nn.ms_deform_attn import MSDeformAttn
+from vitkern.nn.tokens import FilterTokenizer, RecurrentTokenizer, TokenProjector, TokenTransformer
 
-__all__ = ["MSDeformAttn"]
+__all__ = [
+    "AdapterBottleneck",
+    "FilterTokenizer",
+    "MSDeformAttn",
+    "RecurrentTokenizer",
+    "TokenProjector",
+    "TokenTransformer",
+]

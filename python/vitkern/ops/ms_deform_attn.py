@@ -179,12 +179,12 @@ def _forward_plain(plan, value, shapes, starts, locations, weights):
 
 
 def _forward_fused(plan, *tensors):
-    return kernel("ms_deform_attn_forward", plan.backend)(*plan.call(*tensors))
+    return kernel("ms_deform_attn", "forward", plan.backend)(*plan.call(*tensors))
 
 
 def _backward(plan, grad_output, needed, call):
     deterministic = torch.are_deterministic_algorithms_enabled()
-    launch = kernel("ms_deform_attn_backward", plan.backend)
+    launch = kernel("ms_deform_attn", "backward", plan.backend)
     return launch(grad_output, needed, *call, deterministic=deterministic)
 
 

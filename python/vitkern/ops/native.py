@@ -56,11 +56,16 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _cuda_target(tensor: Tensor) -> tuple[int, int]:
+def cuda_target(tensor: Tensor) -> tuple[int, int]:
     """Device ordinal and current stream; zeros on the CPU, where only the emulator comes by."""
     if tensor.is_cuda:
         return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
     return 0, 0
+
+
+def workspace(size: int, device: torch.device) -> Tensor:
+    """So many bytes for a kernel's intermediate results."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _point_end(points_per_level: tuple[int, ...]) -> list[int]:
@@ -123,7 +128,7 @@ def _new_gradients(call: MsDeformAttnCall, needed: Sequence[bool]) -> list[Tenso
     return [*wanted, places]
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+def addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
@@ -143,7 +148,7 @@ def ms_deform_attn_backward_cpu(
     call = MsDeformAttnCall(*arguments)
     gradients = _new_gradients(call, needed)
     inputs, anchors, sizes, point_end, codes = _told(call)
-    to, threads = _addresses(gradients), torch.get_num_threads()
+    to, threads = addresses(gradients), torch.get_num_threads()
     _C.ms_deform_attn_backward_cpu(
         inputs, anchors, grad_output.data_ptr(), to, sizes, point_end, codes, threads
     )
@@ -154,7 +159,7 @@ def ms_deform_attn_forward_cuda(*arguments) -> Tensor:
     call = MsDeformAttnCall(*arguments)
     output = _new_output(call)
     inputs, anchors, *rest = _told(call)
-    target = _cuda_target(call.value)
+    target = cuda_target(call.value)
     cuda_module.ms_deform_attn_forward_cuda(inputs, anchors, output.data_ptr(), *rest, *target)
     return output
 
@@ -164,7 +169,7 @@ def ms_deform_attn_backward_cuda(
 ) -> list[Tensor | None]:
     call = MsDeformAttnCall(*arguments)
     inputs, anchors, *rest = _told(call)
-    target = _cuda_target(call.value)
+    target = cuda_target(call.value)
     gradients = _new_gradients(call, (False, *needed[1:]))
     total = accumulator(call.value.dtype)
     if needed[0] and not deterministic:
@@ -173,13 +178,13 @@ def ms_deform_attn_backward_cuda(
         gradients[2] = torch.empty_like(call.weights, dtype=total)  # where (6) of all points waits for (11)
     if any(gradient is not None for gradient in gradients):
         cuda_module.ms_deform_attn_backward_cuda(
-            inputs, anchors, grad_output.data_ptr(), _addresses(gradients), *rest, *target
+            inputs, anchors, grad_output.data_ptr(), addresses(gradients), *rest, *target
         )
     if needed[0] and deterministic:
         gradients[0] = torch.empty_like(call.value, dtype=total)
         order, first, softmax = _sorted_by_cell(call, target)
-        addresses = _addresses((grad_output, gradients[0], order, first, softmax))
-        cuda_module.ms_deform_attn_gather_grad_value_cuda(inputs, anchors, *addresses, *rest, *target)
+        given = addresses((grad_output, gradients[0], order, first, softmax))
+        cuda_module.ms_deform_attn_gather_grad_value_cuda(inputs, anchors, *given, *rest, *target)
     # Those that were summed up in the accumulator's type are rounded once.
     grad_value, grad_locations, grad_weights, grad_places = gradients
     grad_value = None if grad_value is None else grad_value.to(call.value.dtype)
@@ -196,7 +201,7 @@ def _sorted_by_cell(call: MsDeformAttnCall, target: tuple[int, int]) -> tuple[Te
         size = (*call.weights.shape[:3], 2)
         softmax = torch.empty(size, dtype=accumulator(call.value.dtype), device=call.value.device)
     inputs, anchors, *rest = _told(call)
-    cuda_module.ms_deform_attn_cells_cuda(inputs, anchors, *_addresses((cells, softmax)), *rest, *target)
+    cuda_module.ms_deform_attn_cells_cuda(inputs, anchors, *addresses((cells, softmax)), *rest, *target)
     return *sort_by_cell(cells, batch * pixels * heads), softmax
 
 

@@ -9,6 +9,7 @@ derivative raises. Where nothing but autograd watches, a call takes the short wa
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,9 @@ class Op:
             gradient or None for each differentiable tensor.
         reference: of all arguments but the backend: the result by differentiable torch code.
         kept: how many outputs follow the result.
+        keeps_result: whether the backward wants the result too, before the others.
+        passed_on: positions of the tensors, of the result's shape and dtype, that are added to the result as they are:
+            grad_output itself is their gradient.
     """
 
     def __init__(
@@ -64,8 +68,12 @@ class Op:
         backward: Callable[..., Sequence[Tensor | None]],
         reference: Callable[..., Tensor],
         kept: int = 0,
+        keeps_result: bool = False,
+        passed_on: tuple[int, ...] = (),
     ) -> None:
         self.name, self.differentiable, self._defaults, self._kept = name, differentiable, defaults, kept
+        self._saved = slice(0 if keeps_result else 1, 1 + kept)  # of the outputs, those that backward gets
+        self._passed_on = passed_on
         self._check, self._plan, self._reference = check, plan, reference
         self._forward, self._backward = forward, backward
         self._plans: dict[tuple, Any] = {}
@@ -75,7 +83,8 @@ class Op:
 
         self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
         first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
-        arguments = first + tensors + [f"Tensor kept_{index}" for index in range(kept)] + options
+        saved = ["Tensor result", *(f"Tensor kept_{index}" for index in range(kept))][self._saved]
+        arguments = first + tensors + saved + options
         self._define(
             f"{name}_backward", arguments, len(differentiable), self._run_backward, self._fake_backward
         )
@@ -153,8 +162,8 @@ class Op:
         return outputs if self._kept else outputs[0]
 
     def _split(self, inputs: tuple) -> tuple[tuple, tuple]:
-        """The arguments of the forward pass, and the tensors of the backward pass: those and what was kept."""
-        count = self._tensors + self._kept
+        """The arguments of the forward pass, and the tensors of the backward pass: those and what was saved."""
+        count = self._tensors + self._saved.stop - self._saved.start
         inputs = self._complete(inputs, count)
         return inputs[: self._tensors] + inputs[count:], inputs[:count]
 
@@ -191,9 +200,9 @@ class Op:
             )
 
     def _set_up(self, ctx, inputs, output) -> None:
-        kept = output[1:] if self._kept else ()
-        ctx.mark_non_differentiable(*kept)
-        ctx.save_for_backward(*inputs[: self._tensors], *kept)
+        outputs = output if self._kept else (output,)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(*inputs[: self._tensors], *outputs[self._saved])
         ctx.plan, ctx.options = None, inputs[self._tensors :]
 
     def _derive(self, ctx, grad_output, *_):
@@ -213,6 +222,8 @@ class Op:
         of_tensors: list[Tensor | None] = [None] * self._tensors
         for position, need, gradient in zip(self.differentiable, needed, gradients):
             of_tensors[position] = gradient if need else None
+        for position in self._passed_on:
+            of_tensors[position] = grad_output if ctx.needs_input_grad[position] else None
         return of_tensors
 
     def _refuse(self, ctx, *grads):
@@ -226,12 +237,11 @@ class Op:
 
         def forward(ctx, *inputs):
             *tensors, ctx.plan, ctx.options = inputs
-            output = op._forward(ctx.plan, *tensors)
-            kept = ()
-            if op._kept:
-                output, *kept = output
-            ctx.save_for_backward(*tensors, *kept)
-            return output
+            outputs = op._forward(ctx.plan, *tensors)
+            if not op._kept:
+                outputs = (outputs,)
+            ctx.save_for_backward(*tensors, *outputs[op._saved])
+            return outputs[0]
 
         def backward(ctx, grad_output):
             return *op._differentiate(ctx, grad_output), None, None
@@ -260,12 +270,13 @@ def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str 
     return backends.choose(device, dtype, backend) == "reference"
 
 
-def kernel(name: str, backend: str) -> Callable[..., Any]:
-    """The launch function of this name for a backend; Triton is imported when first needed."""
-    if backend == "triton":
-        from vitkern.ops import triton_launch
-
-        return getattr(triton_launch, f"{name}_triton")
-    from vitkern.ops import native
-
-    return getattr(native, f"{name}_{backend}")
+def kernel(op: str, direction: str, backend: str) -> Callable[..., Any]:
+    """The launch function of an op for a backend, imported when first needed."""
+    family = "triton" if backend == "triton" else "native"
+    if op == "ms_deform_attn":
+        module = importlib.import_module(
+            f"vitkern.ops.{'triton_launch' if backend == 'triton' else 'native'}"
+        )
+    else:
+        module = importlib.import_module(f"vitkern.ops.{family}_{op}")
+    return getattr(module, f"{op}_{direction}_{backend}")

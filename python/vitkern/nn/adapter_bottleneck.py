@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter of AdaptFormer: same parameters, same results, one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitkern.functional import adapter_bottleneck
+
+
+class AdapterBottleneck(nn.Module):
+    """``x + scale * up(dropout(activation(down(x))))``: the trainable branch beside, or after, a frozen layer.
+
+    Loads adapters of AdaptFormer checkpoints (``adaptmlp.down_proj.weight`` and so on). Its up projection starts at
+    zero, so that a new adapter changes nothing: it is exactly its residual.
+
+    Args:
+        d_model: channels, C.
+        bottleneck: hidden units, H.
+        dropout: probability with which hidden units are dropped in training.
+        init_option: ``"lora"``: Kaiming-uniform down, all else zero.
+        adapter_scalar: the scale, a number (or its text, as AdaptFormer's configurations have it), or
+            ``"learnable_scalar"`` for a parameter that starts at 1.
+        adapter_layernorm_option: ``"in"`` normalises what goes in, ``"out"`` what comes out before the residual is
+            added, ``"none"`` nothing.
+        activation: ``"relu"``, ``"gelu"`` or ``"silu"``.
+        backend: passed on to :func:`vitkern.adapter_bottleneck`.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 768,
+        bottleneck: int = 64,
+        dropout: float = 0.0,
+        init_option: str = "lora",
+        adapter_scalar: float | str = 1.0,
+        adapter_layernorm_option: str | None = "in",
+        *,
+        activation: str = "relu",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        layer_norm = adapter_layernorm_option or "none"
+        if layer_norm not in ("in", "out", "none"):
+            raise ValueError(
+                "AdapterBottleneck: adapter_layernorm_option must be 'in', 'out' or 'none', got "
+                f"{adapter_layernorm_option!r}"
+            )
+        if init_option != "lora":
+            raise ValueError(f"AdapterBottleneck: init_option must be 'lora', got {init_option!r}")
+        self.d_model, self.bottleneck, self.dropout = d_model, bottleneck, dropout
+        self.adapter_layernorm_option, self.activation, self.backend = layer_norm, activation, backend
+        self.adapter_layer_norm_before = None if layer_norm == "none" else nn.LayerNorm(d_model)
+        self.scale: nn.Parameter | float
+        if adapter_scalar == "learnable_scalar":
+            self.scale = nn.Parameter(torch.ones(1))
+        else:
+            self.scale = float(adapter_scalar)
+        self.down_proj = nn.Linear(d_model, bottleneck)
+        self.up_proj = nn.Linear(bottleneck, d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.down_proj.weight, a=5**0.5)
+        for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor, add_residual: bool = True, residual: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: ``[..., C]``.
+            add_residual: whether the residual is added to the result.
+            residual: ``[..., C]``; None takes x.
+        """
+        residual = x if residual is None else residual
+        if not add_residual:
+            residual = None
+        if self.adapter_layernorm_option == "out":
+            output = self.adapter_layer_norm_before(self._bottleneck(x, None))
+            return output if residual is None else residual + output
+        if self.adapter_layernorm_option == "in":
+            x = self.adapter_layer_norm_before(x)
+        return self._bottleneck(x, residual)
+
+    def _bottleneck(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return adapter_bottleneck(
+            x,
+            self.down_proj.weight,
+            self.down_proj.bias,
+            self.up_proj.weight,
+            self.up_proj.bias,
+            residual=residual,
+            scale=self.scale,
+            dropout_p=self.dropout,
+            training=self.training,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        scale = "learnable" if isinstance(self.scale, nn.Parameter) else self.scale
+        return (
+            f"{self.d_model} -> {self.bottleneck} -> {self.d_model}, {self.activation}, scale={scale}, "
+            f"dropout={self.dropout}, layer_norm={self.adapter_layernorm_option}"
+        )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.vitkern.adapter_bottleneck: what it asks of its arguments, and its launches.
+
+The public, documented function is in ``vitkern.functional``. Here the scale is ``factor`` times the tensor ``scale``, a
+seed means dropout, ``residual_is_x`` spares the second pass over a gradient of x's size, and ``keep`` asks forward to
+keep z, eq. (1), for backward, which works it out again where it is not given.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vitkern import reference
+from vitkern.ops import native
+from vitkern.ops.checks import Contract
+from vitkern.ops.op import BACKEND, Op, kernel
+
+# Mirrors csrc/adapter_bottleneck/params.h.
+ACTIVATION_CODES = {"relu": 0, "gelu": 1, "silu": 2}
+
+_CONTRACT = Contract("adapter_bottleneck", "x")
+
+
+class AdapterBottleneckCall(NamedTuple):
+    """What the kernels are launched on: contiguous, of one dtype."""
+
+    x: Tensor  # [N, C]
+    down_weight: Tensor  # [H, C]
+    down_bias: Tensor | None  # [H]
+    up_weight: Tensor  # [C, H]
+    up_bias: Tensor | None  # [C]
+    residual: Tensor | None  # [N, C]
+    scale: Tensor | None  # [1], the accumulator's type
+    seed: Tensor | None  # [1] int64
+    factor: float
+    dropout_p: float
+    activation: str
+    residual_is_x: bool
+
+
+def _check(
+    x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed,
+    factor, dropout_p, activation, residual_is_x, keep, backend,
+):  # fmt: skip
+    contract = _CONTRACT
+    contract.check_kernel_dtype("x", x)
+    if x.dim() == 0:
+        contract.fail("x", "[..., C]", [])
+    channels = x.shape[-1]
+    if down_weight.dim() != 2 or down_weight.shape[1] != channels or down_weight.shape[0] == 0:
+        contract.fail("down_weight", f"[H, C] with C={channels}, H of at least 1", list(down_weight.shape))
+    hidden = down_weight.shape[0]
+    contract.check_shape("up_weight", up_weight, (channels, hidden), f"[C, H] = [{channels}, {hidden}]")
+    if down_bias is not None:
+        contract.check_shape("down_bias", down_bias, (hidden,), f"[H] = [{hidden}]")
+    if up_bias is not None:
+        contract.check_shape("up_bias", up_bias, (channels,), f"[C] = [{channels}]")
+    if residual is not None:
+        contract.check_shape("residual", residual, x.shape, f"{list(x.shape)}, like x")
+    if scale is not None and scale.numel() != 1:
+        contract.fail("scale", "a number or a tensor of one element", list(scale.shape))
+    parameters = {
+        "down_weight": down_weight,
+        "down_bias": down_bias,
+        "up_weight": up_weight,
+        "up_bias": up_bias,
+    }
+    for name, tensor in {**parameters, "residual": residual, "scale": scale}.items():
+        if tensor is not None:
+            contract.check_floating(name, tensor, x)
+    if seed is not None:
+        contract.check_whole("seed", seed, x)
+        contract.check_shape("seed", seed, (1,), "[1]")
+    if activation not in ACTIVATION_CODES:
+        contract.fail("activation", "'relu', 'gelu' or 'silu'", repr(activation))
+    if not 0 <= dropout_p <= 1:
+        contract.fail("dropout_p", "a probability between 0 and 1", dropout_p)
+    rows = x.shape[:-1].numel()
+    return (x.shape, x.dtype), ((rows, hidden) if keep else (0, hidden), native.accumulator(x.dtype))
+
+
+class _Plan(NamedTuple):
+    backend: str
+    factor: float
+    dropout_p: float
+    activation: str
+    residual_is_x: bool
+    keep: bool
+
+
+def _plan(backend, *inputs) -> _Plan:
+    factor, dropout_p, activation, residual_is_x, keep, _ = inputs[8:]
+    return _Plan(backend, factor, dropout_p, activation, residual_is_x, keep)
+
+
+def _call(
+    plan, x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed
+) -> AdapterBottleneckCall:
+    def ready(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(x.dtype).contiguous()
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else ready(tensor).view(-1, x.shape[-1])  # type: ignore[union-attr]
+
+    scale = None if scale is None else scale.to(native.accumulator(x.dtype)).view(1)
+    parameters = (ready(down_weight), ready(down_bias), ready(up_weight), ready(up_bias))
+    return AdapterBottleneckCall(rows(x), *parameters, rows(residual), scale, seed, *plan[1:5])
+
+
+def _forward(plan, x, *others):
+    call = _call(plan, x, *others)
+    output, kept = kernel("adapter_bottleneck", "forward", plan.backend)(call, plan.keep)
+    if kept is None:
+        kept = x.new_empty((0, call.down_weight.shape[0]), dtype=native.accumulator(x.dtype))
+    return output.view(x.shape), kept
+
+
+def _backward(plan, grad_output, needed, *tensors):
+    *tensors, kept = tensors
+    call = _call(plan, *tensors)
+    launch = kernel("adapter_bottleneck", "backward", plan.backend)
+    gradients = launch(call, grad_output.view(call.x.shape), kept if plan.keep else None, needed)
+    likes = (tensors[position] for position in _DIFFERENTIABLE)
+    return [
+        None if gradient is None else gradient.view(like.shape) for gradient, like in zip(gradients, likes)
+    ]
+
+
+def _reference(
+    x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed,
+    factor, dropout_p, activation, residual_is_x, keep,
+):  # fmt: skip
+    parameters = (None if p is None else p.to(x.dtype) for p in (down_weight, down_bias, up_weight, up_bias))
+    residual = x if residual_is_x else residual if residual is None else residual.to(x.dtype)
+    scale = factor if scale is None else factor * scale.to(x.dtype).view(())
+    return reference.adapter_bottleneck(x, *parameters, residual, scale, seed, dropout_p, activation)
+
+
+_DIFFERENTIABLE = (0, 1, 2, 3, 4, 6)
+_RESIDUAL = 5
+
+adapter_bottleneck = Op(
+    "adapter_bottleneck",
+    "Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? residual, "
+    "Tensor? scale, Tensor? seed, float factor=1.0, float dropout_p=0.0, str activation='relu', "
+    f"bool residual_is_x=False, bool keep=False, {BACKEND}",
+    defaults=(1.0, 0.0, "relu", False, False, None),
+    differentiable=_DIFFERENTIABLE,
+    passed_on=(_RESIDUAL,),
+    check=_check,
+    plan=_plan,
+    forward=_forward,
+    backward=_backward,
+    reference=_reference,
+    kept=1,
+)

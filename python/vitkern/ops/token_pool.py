@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.vitkern.token_pool: what it asks of its arguments, and its launches.
+
+The public, documented function is in ``vitkern.functional``. The second output is lambda of eq. (2), which backward
+needs, as it needs the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vitkern import reference
+from vitkern.ops import native
+from vitkern.ops.checks import Contract
+from vitkern.ops.op import BACKEND, Op, kernel
+
+_CONTRACT = Contract("token_pool", "x")
+
+
+class TokenPoolCall(NamedTuple):
+    """What the kernels are launched on: contiguous, of one dtype."""
+
+    x: Tensor  # [B, N, C]
+    weight: Tensor  # [T, C] or [B, T, C]
+
+
+def _check(x, weight, backend):
+    contract = _CONTRACT
+    contract.check_kernel_dtype("x", x)
+    if x.dim() != 3:
+        contract.fail("x", "[B, N, C]", list(x.shape))
+    batch, _, channels = x.shape
+    contract.check_floating("weight", weight, x)
+    tokens = weight.shape[-2] if weight.dim() in (2, 3) else 0
+    if weight.shape not in ((tokens, channels), (batch, tokens, channels)):
+        expected = f"[T, C] or [B, T, C] with B={batch}, C={channels}"
+        contract.fail("weight", expected, list(weight.shape))
+    return ((batch, tokens, channels), x.dtype), ((batch, tokens), native.accumulator(x.dtype))
+
+
+def _plan(backend, *_) -> str:
+    return backend
+
+
+def _call(x, weight) -> TokenPoolCall:
+    return TokenPoolCall(x.contiguous(), weight.to(x.dtype).contiguous())
+
+
+def _forward(backend, x, weight):
+    return kernel("token_pool", "forward", backend)(_call(x, weight))
+
+
+def _backward(backend, grad_output, needed, x, weight, tokens, logsumexp):
+    launch = kernel("token_pool", "backward", backend)
+    return launch(_call(x, weight), grad_output, tokens, logsumexp, needed)
+
+
+def _reference(x, weight):
+    return reference.token_pool(x, weight.to(x.dtype))
+
+
+token_pool = Op(
+    "token_pool",
+    f"Tensor x, Tensor weight, {BACKEND}",
+    defaults=(None,),
+    differentiable=(0, 1),
+    check=_check,
+    plan=_plan,
+    forward=_forward,
+    backward=_backward,
+    reference=_reference,
+    kept=1,
+    keeps_result=True,
+)
