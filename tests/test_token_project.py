@@ -71,10 +71,14 @@ def test_empty_inputs_give_empty_or_zero_results(runner, sizes, keys):
     check(make(TokenCase("empty", "", *sizes), runner, keys=keys), runner)
 
 
-def test_logits_of_any_size(runner):
+@pytest.mark.parametrize("size", [30, 1e4, 1e30])
+def test_logits_of_any_size(runner, size):
+    """One token stands out by far; then all logits are the same huge number, and what is added is the plain mean."""
     x, query, key, tokens = make(SMALL, runner)
-    check((x, query * 1e4, key, tokens), runner)
-    check((x, torch.full_like(query, 1e4), torch.full_like(key, 1e4), tokens), runner)
+    outputs = [call(backend)(x, query * size, key, tokens) for backend in (runner.backend, "reference")]
+    torch.testing.assert_close(*outputs)
+    output = call(runner.backend)(x, torch.full_like(query, size), torch.ones_like(key), tokens)
+    torch.testing.assert_close(output, x + tokens.mean(1, keepdim=True))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

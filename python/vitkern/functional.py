@@ -188,8 +188,6 @@ def adapter_bottleneck(
     seed = None
     if training and dropout_p > 0:
         seed = torch.randint(_SEEDS, (1,), device=x.device, dtype=torch.int64)
-    else:
-        dropout_p = 0.0
     differentiable = (x, *parameters, scale)
     keep = (
         x.is_cpu
