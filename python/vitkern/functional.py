@@ -184,11 +184,11 @@ def adapter_bottleneck(
     elif residual is not None and residual.dtype != x.dtype:
         residual, beside = None, residual
 
-    factor, scale = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    factor, learnable = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     seed = None
     if training and dropout_p > 0:
         seed = torch.randint(_SEEDS, (1,), device=x.device, dtype=torch.int64)
-    differentiable = (x, *parameters, scale)
+    differentiable = (x, *parameters, learnable)
     keep = (
         x.is_cpu
         and torch.is_grad_enabled()
@@ -198,7 +198,7 @@ def adapter_bottleneck(
         x,
         *parameters,
         residual,
-        scale,
+        learnable,
         seed,
         factor,
         float(dropout_p),

@@ -77,12 +77,12 @@ class AdapterBottleneck(nn.Module):
         residual = x if residual is None else residual
         if not add_residual:
             residual = None
-        if self.adapter_layernorm_option == "out":
-            output = self.adapter_layer_norm_before(self._bottleneck(x, None))
-            return output if residual is None else residual + output
+        if self.adapter_layer_norm_before is None:
+            return self._bottleneck(x, residual)
         if self.adapter_layernorm_option == "in":
-            x = self.adapter_layer_norm_before(x)
-        return self._bottleneck(x, residual)
+            return self._bottleneck(self.adapter_layer_norm_before(x), residual)
+        output = self.adapter_layer_norm_before(self._bottleneck(x, None))
+        return output if residual is None else residual + output
 
     def _bottleneck(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return adapter_bottleneck(

@@ -14,7 +14,7 @@ from vitkern.functional import token_pool, token_project
 
 def _channels(given: int, wanted: int | None) -> nn.Module:
     """A linear map where the channels change."""
-    return nn.Identity() if wanted in (None, given) else nn.Linear(given, wanted, bias=False)  # type: ignore[arg-type]
+    return nn.Identity() if wanted is None or wanted == given else nn.Linear(given, wanted, bias=False)
 
 
 class FilterTokenizer(nn.Module):

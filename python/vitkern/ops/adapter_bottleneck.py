@@ -8,7 +8,7 @@ keep z, eq. (1), for backward, which works it out again where it is not given.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -83,30 +83,37 @@ def _check(
 
 class _Plan(NamedTuple):
     backend: str
-    factor: float
-    dropout_p: float
-    activation: str
-    residual_is_x: bool
+    options: tuple[float, float, str, bool]  # as AdapterBottleneckCall ends with them
     keep: bool
 
 
 def _plan(backend, *inputs) -> _Plan:
     factor, dropout_p, activation, residual_is_x, keep, _ = inputs[8:]
-    return _Plan(backend, factor, dropout_p, activation, residual_is_x, keep)
+    return _Plan(backend, (factor, dropout_p, activation, residual_is_x), keep)
+
+
+def _ready(tensor: Tensor | None, like: Tensor, *shape: int) -> Any:
+    """Contiguous, of like's dtype, None where there is none."""
+    if tensor is None:
+        return None
+    return tensor.to(like.dtype).reshape(shape or tensor.shape).contiguous()
 
 
 def _call(
     plan, x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed
 ) -> AdapterBottleneckCall:
-    def ready(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(x.dtype).contiguous()
-
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else ready(tensor).view(-1, x.shape[-1])  # type: ignore[union-attr]
-
-    scale = None if scale is None else scale.to(native.accumulator(x.dtype)).view(1)
-    parameters = (ready(down_weight), ready(down_bias), ready(up_weight), ready(up_bias))
-    return AdapterBottleneckCall(rows(x), *parameters, rows(residual), scale, seed, *plan[1:5])
+    rows, channels = x.shape[:-1].numel(), x.shape[-1]
+    return AdapterBottleneckCall(
+        _ready(x, x, rows, channels),
+        _ready(down_weight, x),
+        _ready(down_bias, x),
+        _ready(up_weight, x),
+        _ready(up_bias, x),
+        _ready(residual, x, rows, channels),
+        None if scale is None else scale.to(native.accumulator(x.dtype)).reshape(1),
+        seed,
+        *plan.options,
+    )
 
 
 def _forward(plan, x, *others):
@@ -117,8 +124,8 @@ def _forward(plan, x, *others):
     return output.view(x.shape), kept
 
 
-def _backward(plan, grad_output, needed, *tensors):
-    *tensors, kept = tensors
+def _backward(plan, grad_output, needed, *tensors_and_kept):
+    *tensors, kept = tensors_and_kept
     call = _call(plan, *tensors)
     launch = kernel("adapter_bottleneck", "backward", plan.backend)
     gradients = launch(call, grad_output.view(call.x.shape), kept if plan.keep else None, needed)
@@ -132,10 +139,13 @@ def _reference(
     x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed,
     factor, dropout_p, activation, residual_is_x, keep,
 ):  # fmt: skip
-    parameters = (None if p is None else p.to(x.dtype) for p in (down_weight, down_bias, up_weight, up_bias))
-    residual = x if residual_is_x else residual if residual is None else residual.to(x.dtype)
+    down_weight, up_weight, residual = (_ready(t, x) for t in (down_weight, up_weight, residual))
+    down_bias, up_bias = _ready(down_bias, x), _ready(up_bias, x)
+    residual = x if residual_is_x else residual
     scale = factor if scale is None else factor * scale.to(x.dtype).view(())
-    return reference.adapter_bottleneck(x, *parameters, residual, scale, seed, dropout_p, activation)
+    return reference.adapter_bottleneck(
+        x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed, dropout_p, activation
+    )
 
 
 _DIFFERENTIABLE = (0, 1, 2, 3, 4, 6)

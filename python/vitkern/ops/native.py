@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ def _new_gradients(call: MsDeformAttnCall, needed: Sequence[bool]) -> list[Tenso
     return [*wanted, places]
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+def addresses(tensors: Sequence[Tensor | None]) -> Any:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from vitkern.ops import native
 from vitkern.ops.adapter_bottleneck import ACTIVATION_CODES, AdapterBottleneckCall
 
 
-def _describe(call: AdapterBottleneckCall) -> tuple:
+def _describe(call: AdapterBottleneckCall) -> Any:
     """What every pass is told besides addresses: sizes, codes, factor, and what dropout drops."""
     sizes = (*call.x.shape, call.down_weight.shape[0])
     codes = (ACTIVATION_CODES[call.activation], native.DTYPE_CODES[call.x.dtype], int(call.residual_is_x))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from vitkern.ops import native
 from vitkern.ops.token_pool import TokenPoolCall
 
 
-def _describe(call: TokenPoolCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _describe(call: TokenPoolCall) -> Any:
     """What every pass is told besides addresses: sizes and codes."""
     sizes = (*call.x.shape, call.weight.shape[-2])
     return sizes, (int(call.weight.dim() == 3), native.DTYPE_CODES[call.x.dtype])

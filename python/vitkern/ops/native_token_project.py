@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from vitkern.ops import native
 from vitkern.ops.token_project import TokenProjectCall
 
 
-def _describe(call: TokenProjectCall) -> tuple[tuple[int, ...], int]:
+def _describe(call: TokenProjectCall) -> Any:
     """What every pass is told besides addresses: sizes and dtype."""
     sizes = (*call.x.shape, *call.key.shape[1:])
     return sizes, native.DTYPE_CODES[call.x.dtype]

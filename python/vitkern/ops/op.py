@@ -249,7 +249,7 @@ class Op:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function: Any = type(self.name, (torch.autograd.Function,), methods)
         # Function.apply itself first looks for torch.func's wrappers, of which there are none on this way.
-        return super(torch.autograd.Function, function).apply
+        return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 _ops: list[Op] = []
