@@ -27,8 +27,8 @@ test: setup  ## Everything this machine can run; what it cannot is listed with t
 	$(PYTEST) -m alone $(PYTEST_ARGS)
 
 bench: setup  ## Time each backend against plain torch; a figure is printed only where the result was checked
-	$(BIN)/python -m benchmarks.bench_ms_deform_attn $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.bench_ms_deform_attn_fused $(BENCH_ARGS)
+	for op in ms_deform_attn ms_deform_attn_fused adapter_bottleneck token_pool; do \
+	  $(BIN)/python -m benchmarks.bench_$$op $(BENCH_ARGS) || exit 1; done
 
 ##@ Check
 
@@ -43,6 +43,9 @@ sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSa
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
 	  -m "not alone and not slow" tests/test_cpu_kernels.py tests/test_cuda_emulated.py $(PYTEST_ARGS)
 	tools/sanitized -m pytest --capture=no tests/test_ms_deform_attn.py -k "cpu-baseline or cpu-avx" $(PYTEST_ARGS)
+	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
+	  tests/test_adapter_bottleneck.py tests/test_token_pool.py tests/test_token_project.py \
+	  -k "cpu-baseline or cpu-avx or cuda-emulated" $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements  ## Style of Python and C++
 	$(BIN)/ruff check
