@@ -75,4 +75,26 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 #endif
 }
 
+// The same pointer, of which the compiler knows no longer how it came about: else it keeps the parts, which take as many
+// registers, and adds them up anew at each use.
+template <typename T>
+__device__ __forceinline__ T* settled(T* pointer) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
+// For a pointer into shared memory, which stays known as one.
+template <typename T>
+__device__ __forceinline__ T* settled_shared(T* pointer) {
+#ifdef __CUDA_ARCH__
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+  asm("" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+#else
+  return pointer;
+#endif
+}
+
 }  // namespace vitkern

@@ -9,16 +9,25 @@ namespace vitkern {
 constexpr int kWarpLanes = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// The predicates of the caller's team of kLanes, lane 0 of the team in bit 0. All of the warp must call it.
+// The first lane of the caller's team in its warp, and the bits of its lanes.
+template <int kLanes>
+__device__ __forceinline__ unsigned first_lane() {
+  return threadIdx.x % kWarpLanes / kLanes * kLanes;
+}
+template <int kLanes>
+__device__ __forceinline__ unsigned team_mask() {
+  return (kWholeWarp >> (kWarpLanes - kLanes)) << first_lane<kLanes>();
+}
+
+// The lanes of the caller's team whose predicate holds, as bits of the warp. All of the warp must call it.
 template <int kLanes>
 __device__ __forceinline__ unsigned team_ballot(bool predicate) {
-  const unsigned warp = __ballot_sync(kWholeWarp, predicate);
-  if constexpr (kLanes == kWarpLanes) {
-    return warp;
-  } else {
-    const unsigned first = threadIdx.x % kWarpLanes / kLanes * kLanes;
-    return warp >> first & ((1u << kLanes) - 1);
-  }
+  return __ballot_sync(kWholeWarp, predicate) & team_mask<kLanes>();
+}
+
+// How many of `lanes` come before the caller.
+__device__ __forceinline__ int count_before(unsigned lanes) {
+  return __popc(lanes & ((1u << threadIdx.x % kWarpLanes) - 1));
 }
 
 // One number of each lane of the team combined, the same bits for all its lanes where the order of a pair does

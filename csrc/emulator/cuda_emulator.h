@@ -24,6 +24,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulator/cuda_types.h"
@@ -145,6 +146,7 @@ class Block {
     // Exactly the size asked for, and NaN: overruns meet a red zone, and reading what nobody wrote shows.
     std::vector<char>(shared_bytes, '\xff').swap(dynamic_shared);
     threads_ = static_cast<int>(block.x * block.y * block.z);
+    all_hold_ = true;
     waiting_.assign((threads_ + kWarpLanes - 1) / kWarpLanes, 0);
     while (static_cast<int>(fibers_.size()) < threads_) add_fiber();
     for (int i = 0; i < threads_; ++i) {
@@ -163,6 +165,7 @@ class Block {
         progress = true;
       }
       if (count(Waits::kForBlock) == threads_) {
+        held_ = std::exchange(all_hold_, true);
         for (int i = 0; i < threads_; ++i) fibers_[i]->waits = Waits::kForNothing;
       } else if (!progress) {
         abandon("deadlock: of " + std::to_string(threads_) + " threads " +
@@ -173,9 +176,12 @@ class Block {
     }
   }
 
-  void sync_threads() {
+  // Whether the predicate holds for every thread of the block.
+  bool sync_threads(bool predicate = true) {
+    all_hold_ &= predicate;
     fiber->waits = Waits::kForBlock;
     yield();
+    return held_;
   }
 
   // An operation of the lanes of `mask`: waits for all of them; the last to come serves the others.
@@ -279,6 +285,7 @@ class Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<unsigned> waiting_;  // for each warp, the lanes in a warp operation
   int threads_ = 0;
+  bool all_hold_ = true, held_ = true;  // of the predicates at the barrier that fills, and at the last one
   const char* kernel_ = "";
   const std::function<void()>* body_ = nullptr;
   std::string failure_;

@@ -31,6 +31,9 @@ inline void __syncthreads() { emulator::Block::current().sync_threads(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulator::Block::current().meet("__syncwarp", mask, 0, -1);
 }
+inline int __syncthreads_and(int predicate) {
+  return emulator::Block::current().sync_threads(predicate != 0);
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return static_cast<unsigned>(emulator::Block::current().meet("__ballot_sync", mask, predicate != 0, -1));
 }

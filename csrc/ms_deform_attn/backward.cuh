@@ -25,30 +25,29 @@ struct GradPoint {
   A column, row, weight;
 };
 
-// One point, the lane's channels: adds the products of grad_output and pixels to `products`, and to
-// grad_value the point's part, eq. (5). A point that touches nothing reads the first pixel in vain, which
-// spares a branch.
+// One point, the lane's channels: adds the products of grad_output and the pixels.
 template <int kCorners, int kVector, typename T, typename A = Accumulator<T>>
-__device__ __forceinline__ void scatter_point(const Corners<A>& corners, const T* value, A* grad_value,
-                                              bool coordinates, bool scatter, const A (&grad)[kVector],
-                                              A (&products)[4]) {
-  if (coordinates) {
+__device__ __forceinline__ void add_products(const Corners<A>& corners, const T* value,
+                                             const A (&grad)[kVector], A (&products)[4]) {
 #pragma unroll
-    for (int c = 0; c < kCorners; ++c) {
-      A pixel[kVector];
-      load_vector(value, corners.vector[c], pixel);
+  for (int c = 0; c < kCorners; ++c) {
+    A pixel[kVector];
+    load_vector(value, corners.offset[c], pixel);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) products[c] = fma(grad[j], pixel[j], products[c]);
-    }
+    for (int j = 0; j < kVector; ++j) products[c] = fma(grad[j], pixel[j], products[c]);
   }
-  if (scatter) {
+}
+
+// One point, the lane's channels: adds its part to grad_value, eq. (5).
+template <int kCorners, int kVector, typename A>
+__device__ __forceinline__ void scatter_parts(const Corners<A>& corners, const A (&grad)[kVector],
+                                              A* grad_value) {
 #pragma unroll
-    for (int c = 0; c < kCorners; ++c) {
-      A part[kVector];
+  for (int c = 0; c < kCorners; ++c) {
+    A part[kVector];
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) part[j] = corners.share[c] * grad[j];
-      atomic_add(grad_value, corners.vector[c], part);
-    }
+    for (int j = 0; j < kVector; ++j) part[j] = corners.share[c] * grad[j];
+    atomic_add(grad_value, corners.offset[c], part);
   }
 }
 
@@ -66,16 +65,16 @@ __device__ __forceinline__ A input_gradient(const Task& task, const AnyForm& for
 // Eqs. (6) and (7), from the products of grad_output with the four pixels; `index` is that of the
 // point. In the fused form grad_weights gets (6) too, which waits there for store_logit_gradients.
 template <typename T, bool kNearest, typename AnyForm, typename A = Accumulator<T>>
-__device__ __forceinline__ void store_point_gradients(const Task& task, const Level* levels,
+__device__ __forceinline__ void store_point_gradients(const Task& task, const Level<A>* levels,
                                                       const AnyForm& form, int64_t index, uint32_t in_query,
                                                       const GradPoint<A>& point, bool touches) {
   const uint32_t number = level_of_point(task, in_query);
-  const Level level = levels[number];
+  const Level<A> level = levels[number];
   A weight = 0, along_x = 0, along_y = 0;
   A input_x = 0, input_y = 0;
   if (kNearest && touches) weight = point.products[0];
   if (!kNearest && touches) {
-    const Axis<A> x = bilinear_axis(point.column, level.width), y = bilinear_axis(point.row, level.height);
+    const Axis<A> x = bilinear_axis(point.column, level.columns), y = bilinear_axis(point.row, level.rows);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const A* products = point.products + 2 * r;
@@ -86,13 +85,13 @@ __device__ __forceinline__ void store_point_gradients(const Task& task, const Le
     }
     along_x *= point.weight;
     along_y *= point.weight;
-    input_x = input_gradient(task, form, 0, number, along_x, static_cast<A>(level.width));
-    input_y = input_gradient(task, form, 1, number, along_y, static_cast<A>(level.height));
+    input_x = input_gradient(task, form, 0, number, along_x, level.columns);
+    input_y = input_gradient(task, form, 1, number, along_y, level.rows);
   }
   if (task.grad_weights) store_coordinate<T>(task.grad_weights, index, task.wide || AnyForm::kFused, weight);
   if (AnyForm::kFused && task.grad_places) {
-    static_cast<A*>(task.grad_places)[2 * index] = along_x * level.width;
-    static_cast<A*>(task.grad_places)[2 * index + 1] = along_y * level.height;
+    static_cast<A*>(task.grad_places)[2 * index] = along_x * level.columns;
+    static_cast<A*>(task.grad_places)[2 * index + 1] = along_y * level.rows;
   }
   if (task.grad_locations) {
     store_coordinate<T>(task.grad_locations, 2 * index, task.wide, input_x);
@@ -110,41 +109,40 @@ __device__ __forceinline__ void store_logit_gradients(const Task& task, const Pl
   A sum = 0;
 #pragma unroll 1
   for (uint32_t point = lane; point < end; point += kLanes)
-    sum += weight_of_point<T>(task, fused, first + point) * gradients[first + point];
+    sum += weight_of_point<T>(task, fused, point) * gradients[first + point];
   sum = team_reduce<kLanes>(sum, [](A a, A b) { return a + b; });
 #pragma unroll 1
   for (uint32_t point = lane; point < end; point += kLanes) {
     A& gradient = gradients[first + point];
-    gradient = weight_of_point<T>(task, fused, first + point) * (gradient - sum);
+    gradient = weight_of_point<T>(task, fused, point) * (gradient - sum);
   }
 }
 
 // All points of one image, query and head.
 template <typename T, int kChannels, bool kNearest, typename AnyForm, typename A = Accumulator<T>>
-__device__ __forceinline__ void backward_team(const Task& task, const Level* levels, const Place& place,
+__device__ __forceinline__ void backward_team(const Task& task, const Level<A>* levels, const Place& place,
                                               const AnyForm& form, GradPoint<A>* points) {
   using Split = Team<T, kChannels>;
   constexpr int kCorners = kNearest ? 1 : 4;
   const uint32_t lane = threadIdx.x % Split::kLanes, channel = lane * Split::kVector;
   const bool coordinates = task.point_gradients;
-  const T* value = static_cast<const T*>(task.value) + first_pixel(task, place) + channel;
-  A* grad_value = static_cast<A*>(task.grad_value) + first_pixel(task, place) + channel;
+  const int64_t first_channel = first_pixel(task, place) + channel;
+  const T* value = static_cast<const T*>(task.value) + first_channel;
+  A* grad_value = task.grad_value ? static_cast<A*>(task.grad_value) + first_channel : nullptr;
   const T* grad_output = static_cast<const T*>(task.grad_output) + place.index * task.channels + channel;
   A grad[Split::kVector] = {};
-  if (kChannels && place.exists) load(grad_output, grad);
+  if (kChannels) load(grad_output, grad);
 
   for (uint32_t first = 0; first < task.points; first += Split::kLanes) {
     const uint32_t point = first + lane;
-    const bool mine = place.exists && point < task.points;
-    const int64_t index = place.index * task.points + point;
-    bool touches = false;
+    const bool mine = point < (place.exists ? task.points : 0);
+    const Sample<A> sample = locate<T>(task, levels, form, mine, mine ? point : 0, kNearest);
+    // A point that touches nothing reads the first pixel in vain, which spares a branch.
     points[lane].corners = {};
-    if (mine) {
-      const Sample<A> sample = locate<T>(task, levels, form, index, point, kNearest);
-      touches = sample.touches;
-      if (touches) points[lane] = {corners_of(task, sample), {}, sample.column, sample.row, sample.weight};
-    }
-    const unsigned scattering = team_ballot<Split::kLanes>(touches && task.grad_value);
+    if (sample.touches)
+      points[lane] = {corners_of(task, sample, kNearest), {}, sample.column, sample.row, sample.weight};
+    const bool scatters = grad_value && sample.touches;
+    const unsigned scattering = team_ballot<Split::kLanes>(scatters) >> first_lane<Split::kLanes>();
     __syncwarp();
 
     // The same number of rounds for all teams of the warp, for the shuffles' sake.
@@ -154,11 +152,13 @@ __device__ __forceinline__ void backward_team(const Task& task, const Level* lev
       const bool scatter = scattering >> i & 1u;
       A products[4] = {};
       if constexpr (kChannels != 0) {
-        scatter_point<kCorners>(corners, value, grad_value, coordinates, scatter, grad, products);
+        if (coordinates) add_products<kCorners>(corners, value, grad, products);
+        if (scatter) scatter_parts<kCorners>(corners, grad, grad_value);
       } else {
-        for (uint32_t c = 0; c + lane < task.channels && place.exists; c += Split::kTile) {
+        for (uint32_t c = 0; c + lane < task.channels; c += Split::kTile) {
           load(grad_output + c, grad);
-          scatter_point<kCorners>(corners, value + c, grad_value + c, coordinates, scatter, grad, products);
+          if (coordinates) add_products<kCorners>(corners, value + c, grad, products);
+          if (scatter) scatter_parts<kCorners>(corners, grad, grad_value + c);
         }
       }
       if (coordinates) {
@@ -171,8 +171,10 @@ __device__ __forceinline__ void backward_team(const Task& task, const Level* lev
       }
     }
     __syncwarp();
-    if (coordinates && mine)
-      store_point_gradients<T, kNearest>(task, levels, form, index, point, points[lane], touches);
+    if (coordinates && mine) {
+      const int64_t index = place.index * task.points + point;
+      store_point_gradients<T, kNearest>(task, levels, form, index, point, points[lane], sample.touches);
+    }
   }
 }
 
@@ -182,13 +184,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   using Split = Team<T, kChannels>;
   __shared__ GradPoint<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
   __shared__ Form<T, kFused> forms[Split::kPerBlock];  // where they take no registers
-  VITKERN_DYNAMIC_SHARED(Level, levels);
+  VITKERN_DYNAMIC_SHARED(Level<Accumulator<T>>, levels);
   load_levels(task, levels);
-  GradPoint<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
+  levels = settled_shared(levels);
+  GradPoint<Accumulator<T>>* points = settled_shared(staged[threadIdx.x / Split::kLanes]);
   Form<T, kFused>& form = forms[threadIdx.x / Split::kLanes];
   const Place place = team_place<Split::kLanes>(task);
   const Form<T, kFused> found = form_of_team<T, kFused, Split::kLanes>(task, place);
-  if (kFused && threadIdx.x % Split::kLanes == 0) form = found;
+  if (threadIdx.x % Split::kLanes == 0) form = found;
   __syncwarp();
   if (task.nearest) {
     backward_team<T, kChannels, true>(task, levels, place, form, points);

@@ -22,14 +22,13 @@ constexpr int64_t kMaxLevels = 1024;  // their table takes 16 KB of shared memor
 DType accumulator(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
 int64_t bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams share with its
-// heads: queries, or pixels; `lanes` and `vector` those of a team.
-Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int vector) {
+// Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams of `lanes` share with its
+// heads: queries, or pixels; `pixel_step` leads from pixel to pixel, in the unit of Corners::offset.
+Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int64_t pixel_step) {
   if (p.pixels > kMax31Bits) refuse("more than 2^31 - 1 pixels an image");
   if (p.levels > kMaxLevels) refuse("more than 1024 levels");
   if (p.points > 1 << 20) refuse("more than 2^20 points a query and head");
-  if (p.pixels * (p.heads * p.channels / vector) > 2 * kMax31Bits)
-    refuse("an image of value has too many elements");
+  if (p.pixels * pixel_step > 2 * kMax31Bits) refuse("an image of value has too many elements");
   if (rows * p.heads > kMax31Bits) refuse("more than 2^31 - 1 pairs of query, or pixel, and head an image");
   Task task{};
   task.pixels = static_cast<uint32_t>(p.pixels);
@@ -40,9 +39,10 @@ Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int vector)
   task.teams = static_cast<uint32_t>(rows * p.heads);
   task.blocks = (task.teams + kThreads / lanes - 1) / (kThreads / lanes);
   if (p.batch * task.blocks > kMax31Bits) refuse("more than 2^31 - 1 blocks");
-  task.pixel_vectors = static_cast<uint32_t>(p.heads * p.channels / vector);
+  task.pixel_step = static_cast<uint32_t>(pixel_step);
   task.point_reciprocal = p.points > 1 ? ~uint64_t{0} / p.points + 1 : 0;
   task.levels_per_point = static_cast<float>(p.levels) / static_cast<float>(p.points);
+  task.half_of_that = task.levels_per_point / 2;
   task.points_per_level = static_cast<uint32_t>(p.levels ? p.points / p.levels : 0);
   task.ragged = p.ragged != 0;
   task.nearest = p.sampling == Sampling::kNearest;
@@ -119,12 +119,12 @@ void dispatch(const MsDeformAttnParams& p, const Call& call) {
 }
 
 // One team for each image, row and head.
-template <typename Kernel, typename... Arguments>
+template <typename T, typename Kernel, typename... Arguments>
 void launch_teams(const char* name, Kernel kernel, const MsDeformAttnParams& p, int64_t rows, int lanes,
-                  int vector, const Arguments&... arguments) {
-  const Task task = make_task(p, rows, lanes, vector);
+                  int64_t pixel_step, const Arguments&... arguments) {
+  const Task task = make_task(p, rows, lanes, pixel_step);
   launch(name, kernel, dim3(static_cast<unsigned>(p.batch * task.blocks)), dim3(kThreads),
-         task.levels * sizeof(Level), p.stream, task, arguments...);
+         task.levels * sizeof(Level<Accumulator<T>>), p.stream, task, arguments...);
 }
 
 void zero(void* address, int64_t elements, DType dtype, void* stream) {
@@ -143,8 +143,9 @@ void ms_deform_attn_forward_cuda(const MsDeformAttnParams& p) {
   dispatch(p, [&](auto type, auto channels, auto fused) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_forward", ms_deform_attn_forward<T, kChannels, fused.value>, p, p.queries,
-                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
+    using Split = Team<T, kChannels>;
+    launch_teams<T>("ms_deform_attn_forward", ms_deform_attn_forward<T, kChannels, fused.value>, p, p.queries,
+                    Split::kLanes, p.heads * p.channels / Split::kVector);
   });
 }
 
@@ -161,8 +162,9 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& p) {
   dispatch(p, [&](auto type, auto channels, auto fused) {
     using T = typename decltype(type)::type;
     constexpr int kChannels = decltype(channels)::value;
-    launch_teams("ms_deform_attn_backward", ms_deform_attn_backward<T, kChannels, fused.value>, p, p.queries,
-                 Team<T, kChannels>::kLanes, Team<T, kChannels>::kVector);
+    using Split = Team<T, kChannels>;
+    launch_teams<T>("ms_deform_attn_backward", ms_deform_attn_backward<T, kChannels, fused.value>, p,
+                    p.queries, Split::kLanes, p.heads * p.channels / Split::kVector);
   });
 }
 
@@ -171,10 +173,10 @@ void ms_deform_attn_cells_cuda(const MsDeformAttnParams& p, int64_t* cells, void
   const DeviceGuard guard(p.device);
   dispatch_dtype(p.value_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch_teams("ms_deform_attn_cells",
-                 p.reference.points ? ms_deform_attn_cells<T, true> : ms_deform_attn_cells<T, false>, p,
-                 p.queries, kFilingLanes, 1, cells, p.batch * p.heads * p.pixels,
-                 static_cast<Accumulator<T>*>(softmax));
+    launch_teams<T>("ms_deform_attn_cells",
+                    p.reference.points ? ms_deform_attn_cells<T, true> : ms_deform_attn_cells<T, false>, p,
+                    p.queries, kFilingLanes, 1, cells, p.batch * p.heads * p.pixels,
+                    static_cast<Accumulator<T>*>(softmax));
   });
 }
 
@@ -187,9 +189,8 @@ void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const in
   dispatch_dtype(p.value_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch_form(p, [&](auto fused) {
-      launch_teams("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, 0, fused.value>, p,
-                   p.pixels, Team<T, 0>::kLanes, Team<T, 0>::kVector, order, first,
-                   static_cast<const Accumulator<T>*>(softmax));
+      launch_teams<T>("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, fused.value>, p,
+                      p.pixels, kWarpLanes, 1, order, first, static_cast<const Accumulator<T>*>(softmax));
     });
   });
 }

@@ -28,13 +28,13 @@ struct Task {
   uint32_t pixels, heads, channels, levels, points;  // S, M, D, L, K
   uint32_t teams;                                    // of an image: rows * heads; rows are queries or pixels
   uint32_t blocks;                                   // of an image: what its teams need
-  uint32_t pixel_vectors;                // of a pixel and all its heads, Team::kVector channels each
-  uint64_t point_reciprocal;             // 2^64 / K rounded up, 0 for K = 1
-  float levels_per_point;                // L / K where not ragged
-  uint32_t points_per_level;             // K / L where not ragged
-  bool ragged, nearest, wide;            // wide: coordinates in the accumulator type
-  bool point_gradients;                  // any but that of value is wanted
-  uint16_t point_end[kMaxRaggedLevels];  // as in MsDeformAttnParams
+  uint32_t pixel_step;                               // from pixel to pixel, in the unit of Corners::offset
+  uint64_t point_reciprocal;                         // 2^64 / K rounded up, 0 for K = 1
+  float levels_per_point, half_of_that;              // L / K where not ragged
+  uint32_t points_per_level;                         // K / L where not ragged
+  bool ragged, nearest, wide;                        // wide: coordinates in the accumulator type
+  bool point_gradients;                              // any but that of value is wanted
+  uint16_t point_end[kMaxRaggedLevels];              // as in MsDeformAttnParams
   const void *value, *locations, *weights, *grad_output;
   const int64_t *spatial_shapes, *level_start;
   Reference reference;
@@ -52,10 +52,11 @@ struct Team {
   static_assert(kLanes <= kWarpLanes && kWarpLanes % kLanes == 0);
 };
 
-// Which (image, row, head) the caller's team works on. Blocks do not straddle images.
+// Which (image, row, head) the caller's team works on. Blocks do not straddle images. Teams beyond the last read along
+// with it, for the sake of the warp's operations, and write nothing.
 struct Place {
   uint32_t image, row, head;
-  bool exists;    // teams beyond the last take part in the warp's operations, and in nothing else
+  bool exists;
   int64_t index;  // of (image, row, head)
 };
 
@@ -64,10 +65,11 @@ __device__ __forceinline__ Place team_place(const Task& task) {
   Place place;
   place.image = blockIdx.x / task.blocks;
   const uint32_t block = blockIdx.x - place.image * task.blocks;
-  const uint32_t team = block * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const uint32_t wanted = block * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const uint32_t team = min(wanted, task.teams - 1);
   place.row = team / task.heads;
   place.head = team - place.row * task.heads;
-  place.exists = team < task.teams;
+  place.exists = wanted < task.teams;
   place.index = uint64_t{place.image} * task.teams + team;
   return place;
 }
@@ -79,7 +81,13 @@ __device__ __forceinline__ int64_t first_pixel(const Task& task, const Place& pl
 
 // Locations and weights come in the type of value or in its accumulator, the same for the whole launch.
 template <typename T>
-__device__ __forceinline__ Accumulator<T> load_coordinate(const void* data, int64_t index, bool wide) {
+__device__ __forceinline__ const void* coordinates_from(const void* data, int64_t index, bool wide) {
+  const size_t bytes = wide || std::is_same_v<T, Accumulator<T>> ? sizeof(Accumulator<T>) : sizeof(T);
+  return settled(static_cast<const char*>(data) + index * bytes);
+}
+
+template <typename T>
+__device__ __forceinline__ Accumulator<T> load_coordinate(const void* data, uint64_t index, bool wide) {
   if (wide || std::is_same_v<T, Accumulator<T>>)
     return __ldg(static_cast<const Accumulator<T>*>(data) + index);
   return widen(__ldg(static_cast<const T*>(data) + index));
@@ -94,31 +102,44 @@ __device__ __forceinline__ void store_coordinate(void* data, int64_t index, bool
   }
 }
 
-// A level, read once a block into shared memory. Of an empty one nothing can be touched: -1 < x < -1 is never
-// true.
+// A level, read once a block into shared memory. Nothing can touch an empty one: -1 < x < -1 is never true.
+template <typename A>
 struct alignas(16) Level {
-  int width, height;
-  uint32_t first;
-  uint32_t fits;  // whether all of it lies in value
+  A columns, rows;
+  uint32_t first, stride;  // of its first pixel and from row to row, in the unit of Corners::offset
 };
 
-__device__ __forceinline__ void load_levels(const Task& task, Level* levels) {
+// A side of a level in pixels. Where A has no room for each of them, the last few are out of reach.
+template <typename A>
+__device__ __forceinline__ A side_of_level(int64_t pixels) {
+  const A side = static_cast<A>(pixels);
+  return sizeof(A) == sizeof(float) && pixels > 1 << 24 ? side * A(1 - 0x1p-22) : side;
+}
+
+// Returns whether all levels lie in value. One that does not is left empty.
+template <typename A>
+__device__ __forceinline__ bool load_levels(const Task& task, Level<A>* levels) {
+  bool all_fit = true;
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < task.levels; i += kThreads) {
     const int64_t height = __ldg(task.spatial_shapes + 2 * i), width = __ldg(task.spatial_shapes + 2 * i + 1);
     const int64_t first = __ldg(task.level_start + i);
     // Sizes that are negative or leave the 31 bits of S cannot fit; without them the area cannot overflow.
     const bool small = static_cast<uint64_t>(height | width | first) <= 0x7fffffffu;
-    const bool fits = small && height * width + first <= task.pixels, empty = width == 0 || height == 0;
-    levels[i] = {empty ? -1 : static_cast<int>(width), empty ? -1 : static_cast<int>(height),
-                 static_cast<uint32_t>(first), fits};
+    const bool fits = small && height * width + first <= task.pixels;
+    const bool empty = !fits || width == 0 || height == 0;
+    all_fit &= fits;
+    levels[i] = {empty ? -1 : side_of_level<A>(width), empty ? -1 : side_of_level<A>(height),
+                 static_cast<uint32_t>(first) * task.pixel_step,
+                 static_cast<uint32_t>(width) * task.pixel_step};
   }
-  __syncthreads();
+  return __syncthreads_and(all_fit);
 }
 
 // Half a point off the quotients' steps, which are 1 / K apart: exact for the K <= 2^20 that cuda.cu admits.
 __device__ __forceinline__ uint32_t level_of_point(const Task& task, uint32_t point) {
-  if (!task.ragged) return static_cast<uint32_t>((static_cast<float>(point) + 0.5f) * task.levels_per_point);
+  if (!task.ragged)
+    return static_cast<uint32_t>(fma(static_cast<float>(point), task.levels_per_point, task.half_of_that));
   uint32_t level = 0;
   while (point >= task.point_end[level]) ++level;
   return level;

@@ -15,34 +15,29 @@ namespace vitkern {
 
 // Stages the points in [first, first + kLanes) of the team that touch a pixel; returns how many there are.
 template <typename T, int kLanes, typename AnyForm>
-__device__ __forceinline__ int stage_touching(const Task& task, const Level* levels, const Place& place,
-                                              const AnyForm& form, uint32_t first, bool nearest,
-                                              Corners<Accumulator<T>>* points) {
-  const uint32_t lane = threadIdx.x % kLanes, point = first + lane;
-  Sample<Accumulator<T>> sample;
-  sample.touches = false;
-  if (place.exists && point < task.points)
-    sample = locate<T>(task, levels, form, place.index * task.points + point, point, nearest);
+__device__ __forceinline__ int stage_touching(const Task& task, const Level<Accumulator<T>>* levels,
+                                              const Place& place, const AnyForm& form, uint32_t point,
+                                              bool nearest, Corners<Accumulator<T>>* points) {
+  const bool mine = point < (place.exists ? task.points : 0);
+  const Sample<Accumulator<T>> sample = locate<T>(task, levels, form, mine, mine ? point : 0, nearest);
   const unsigned touching = team_ballot<kLanes>(sample.touches);
   __syncwarp();  // nobody reads the last round's points any more
-  if (sample.touches) points[__popc(touching & ((1u << lane) - 1))] = corners_of(task, sample);
+  if (sample.touches) points[count_before(touching)] = corners_of(task, sample, nearest);
   __syncwarp();
   return __popc(touching);
 }
 
-// Adds `count` staged points to the lane's channels: two at a time, to have eight loads under way, where the
-// registers for eight channels leave room for it.
-template <int kCorners, int kVector, typename T>
-__device__ __forceinline__ void add_points(const Corners<Accumulator<T>>* points, int count, const T* value,
+// Adds the pixels of kPoints neighbouring points to the lane's channels, with all loads under way at once.
+template <int kPoints, int kCorners, int kVector, typename T>
+__device__ __forceinline__ void add_points(const Corners<Accumulator<T>>* points, const T* value,
                                            Accumulator<T> (&sum)[kVector]) {
-  constexpr int kAtOnce = kVector > 4 ? 1 : 2;
-#pragma unroll kAtOnce
-  for (int i = 0; i < count; ++i) {
+#pragma unroll
+  for (int i = 0; i < kPoints; ++i) {
     const Corners<Accumulator<T>> corners = points[i];
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
       Accumulator<T> pixel[kVector];
-      load_vector(value, corners.vector[c], pixel);
+      load_vector(value, corners.offset[c], pixel);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum[j] = fma(corners.share[c], pixel[j], sum[j]);
     }
@@ -50,19 +45,29 @@ __device__ __forceinline__ void add_points(const Corners<Accumulator<T>>* points
 }
 
 template <typename T, int kChannels, bool kNearest, typename AnyForm>
-__device__ __forceinline__ void forward_team(const Task& task, const Level* levels, const Place& place,
-                                             const AnyForm& form, Corners<Accumulator<T>>* points) {
+__device__ __forceinline__ void forward_team(const Task& task, const Level<Accumulator<T>>* levels,
+                                             bool all_fit, const Place& place, const AnyForm& form,
+                                             Corners<Accumulator<T>>* points) {
   using Split = Team<T, kChannels>;
+  // Two points at a time, to have eight loads under way, where the registers for eight channels leave room for it.
+  constexpr int kAtOnce = Split::kVector > 4 ? 1 : 2, kCorners = kNearest ? 1 : 4;
   const uint32_t lane = threadIdx.x % Split::kLanes;
   for (uint32_t tile = 0; tile < (kChannels ? kChannels : task.channels); tile += Split::kTile) {
     const uint32_t channel = tile + lane * Split::kVector;
     const bool mine = place.exists && (kChannels || channel < task.channels);
     // Lanes without a channel look at the first one.
     const T* value = static_cast<const T*>(task.value) + first_pixel(task, place) + (mine ? channel : 0);
-    Accumulator<T> sum[Split::kVector] = {};
-    for (uint32_t first = 0; first < task.points; first += Split::kLanes) {
-      const int count = stage_touching<T, Split::kLanes>(task, levels, place, form, first, kNearest, points);
-      add_points<kNearest ? 1 : 4>(points, count, value, sum);
+    Accumulator<T> sum[Split::kVector];
+#pragma unroll
+    for (auto& one : sum) one = all_fit ? 0 : NAN;
+    uint32_t point = lane;
+#pragma unroll 1
+    for (uint32_t first = 0; first < task.points; first += Split::kLanes, point += Split::kLanes) {
+      const int count = stage_touching<T, Split::kLanes>(task, levels, place, form, point, kNearest, points);
+      const Corners<Accumulator<T>>*next = points, *end = points + count;
+#pragma unroll 1
+      for (; next < end - (kAtOnce - 1); next += kAtOnce) add_points<kAtOnce, kCorners>(next, value, sum);
+      if (kAtOnce > 1 && next < end) add_points<1, kCorners>(next, value, sum);
     }
     if (mine) store(static_cast<T*>(task.output) + place.index * task.channels + channel, sum);
   }
@@ -74,15 +79,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   using Split = Team<T, kChannels>;
   // One point a lane; the odd stride puts what neighbouring teams read at the same time into different banks.
   __shared__ Corners<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];
-  VITKERN_DYNAMIC_SHARED(Level, levels);
-  load_levels(task, levels);
-  Corners<Accumulator<T>>* points = staged[threadIdx.x / Split::kLanes];
+  VITKERN_DYNAMIC_SHARED(Level<Accumulator<T>>, levels);
+  const bool all_fit = load_levels(task, levels);
+  levels = settled_shared(levels);
+  Corners<Accumulator<T>>* points = settled_shared(staged[threadIdx.x / Split::kLanes]);
   const Place place = team_place<Split::kLanes>(task);
   const Form<T, kFused> form = form_of_team<T, kFused, Split::kLanes>(task, place);
   if (task.nearest) {
-    forward_team<T, kChannels, true>(task, levels, place, form, points);
+    forward_team<T, kChannels, true>(task, levels, all_fit, place, form, points);
   } else {
-    forward_team<T, kChannels, false>(task, levels, place, form, points);
+    forward_team<T, kChannels, false>(task, levels, all_fit, place, form, points);
   }
 }
 

@@ -7,58 +7,65 @@
 
 namespace vitkern {
 
-// What a kernel needs of an image, query and head besides its points. In the plain form nothing,
+// The points of an image, query and head. In the plain form their locations and weights,
 struct Plain {
   static constexpr bool kFused = false;
+  const void *locations, *weights;
 };
 
-// in the fused form its reference point and the softmax, eq. (8): a weight is exp(logit - maximum) * scale.
+// in the fused form offsets and logits, a reference point, and the softmax, eq. (8): a weight is
+// exp(logit - maximum) * scale.
 template <typename A>
 struct Fused {
   static constexpr bool kFused = true;
+  const void *locations, *weights;
   const A* reference;  // of the image, query and first level
   A maximum, scale;
 };
 
-template <typename A>
-__device__ __forceinline__ const A* reference_of(const Task& task, uint32_t image, uint32_t query) {
-  return static_cast<const A*>(task.reference.points) + image * task.reference.batch_stride +
-         query * task.reference.query_stride;
-}
-
-// For a whole team, whose lanes share the points. All of the warp must call it.
-template <typename T, int kLanes, typename A = Accumulator<T>>
-__device__ __forceinline__ Fused<A> fused_of_team(const Task& task, const Place& place) {
-  const int64_t first = place.index * task.points;
-  const uint32_t lane = threadIdx.x % kLanes, end = place.exists ? task.points : 0;
-  A maximum = -INFINITY, sum = 0;
-#pragma unroll 1
-  for (uint32_t point = lane; point < end; point += kLanes)
-    maximum = max(maximum, load_coordinate<T>(task.weights, first + point, task.wide));
-  maximum = team_reduce<kLanes>(maximum, [](A a, A b) { return max(a, b); });
-#pragma unroll 1
-  for (uint32_t point = lane; point < end; point += kLanes)
-    sum += exp(load_coordinate<T>(task.weights, first + point, task.wide) - maximum);
-  sum = team_reduce<kLanes>(sum, [](A a, A b) { return a + b; });
-  return {reference_of<A>(task, place.image, place.row), maximum, 1 / sum};
-}
-
 template <typename T, bool kFused>
 using Form = std::conditional_t<kFused, Fused<Accumulator<T>>, Plain>;
 
-template <typename T, bool kFused, int kLanes>
+// Number `row` of all images, queries and heads, without its softmax.
+template <typename T, bool kFused>
+__device__ __forceinline__ Form<T, kFused> form_of_row(const Task& task, uint32_t image, uint32_t query,
+                                                       int64_t row) {
+  using A = Accumulator<T>;
+  const int64_t first = row * task.points;
+  Form<T, kFused> form{};
+  form.locations = coordinates_from<T>(task.locations, 2 * first, task.wide);
+  form.weights = coordinates_from<T>(task.weights, first, task.wide);
+  if constexpr (kFused)
+    form.reference = static_cast<const A*>(task.reference.points) + image * task.reference.batch_stride +
+                     query * task.reference.query_stride;
+  return form;
+}
+
+// For a whole team, whose lanes share the points. All of the warp must call it.
+template <typename T, bool kFused, int kLanes, typename A = Accumulator<T>>
 __device__ __forceinline__ Form<T, kFused> form_of_team(const Task& task, const Place& place) {
+  Form<T, kFused> form = form_of_row<T, kFused>(task, place.image, place.row, place.index);
   if constexpr (kFused) {
-    return fused_of_team<T, kLanes>(task, place);
-  } else {
-    return {};
+    const uint32_t lane = threadIdx.x % kLanes, end = place.exists ? task.points : 0;
+    A maximum = -INFINITY, sum = 0;
+#pragma unroll 1
+    for (uint32_t point = lane; point < end; point += kLanes)
+      maximum = max(maximum, load_coordinate<T>(form.weights, point, task.wide));
+    maximum = team_reduce<kLanes>(maximum, [](A a, A b) { return max(a, b); });
+#pragma unroll 1
+    for (uint32_t point = lane; point < end; point += kLanes)
+      sum += exp(load_coordinate<T>(form.weights, point, task.wide) - maximum);
+    sum = team_reduce<kLanes>(sum, [](A a, A b) { return a + b; });
+    form.maximum = maximum;
+    form.scale = 1 / sum;
   }
+  return form;
 }
 
 template <typename T, typename AnyForm>
 __device__ __forceinline__ Accumulator<T> weight_of_point(const Task& task, const AnyForm& form,
-                                                          int64_t index) {
-  Accumulator<T> weight = load_coordinate<T>(task.weights, index, task.wide);
+                                                          uint32_t point) {
+  Accumulator<T> weight = load_coordinate<T>(form.weights, point, task.wide);
   if constexpr (AnyForm::kFused) weight = exp(weight - form.maximum) * form.scale;
   return weight;
 }
@@ -68,27 +75,25 @@ __device__ __forceinline__ Accumulator<T> weight_of_point(const Task& task, cons
 // nothing is read that does not count, and no reader needs to ask.
 template <typename A>
 struct Axis {
-  int pixel[2];
+  int pixel;
+  bool edge;  // the second pixel is the first one too, else the next one
   A share[2], slope[2];
 };
 
 template <typename A>
-__device__ __forceinline__ Axis<A> bilinear_axis(A x, int size) {
-  const A left = floor(x), right_share = x - left;
-  const int pixel = static_cast<int>(left);  // -1 .. size - 1
-  Axis<A> axis{{max(pixel, 0), min(pixel + 1, size - 1)}, {1 - right_share, right_share}, {-1, 1}};
-  if (axis.pixel[0] == axis.pixel[1]) {
-    axis.share[0] = axis.share[1] = A(0.5) * (pixel < 0 ? axis.share[1] : axis.share[0]);
-    axis.slope[0] = axis.slope[1] = pixel < 0 ? A(0.5) : A(-0.5);
-  }
-  return axis;
+__device__ __forceinline__ Axis<A> bilinear_axis(A x, A size) {
+  const A left = floor(x), right_share = x - left, left_share = 1 - right_share;
+  const bool before = left < 0, edge = before || left >= size - 1;
+  const A half = A(0.5) * (before ? right_share : left_share), half_slope = before ? A(0.5) : A(-0.5);
+  return {max(static_cast<int>(left), 0),
+          edge,
+          {edge ? half : left_share, edge ? half : right_share},
+          {edge ? half_slope : -1, edge ? half_slope : 1}};
 }
 
 template <typename A>
-__device__ __forceinline__ Axis<A> nearest_axis(A x, int size) {
-  // The bound is rounded where size has more digits than A.
-  const int pixel = min(static_cast<int>(min(max(x, A(0)), A(size - 1))), size - 1);
-  return {{pixel, pixel}, {1, 0}, {0, 0}};
+__device__ __forceinline__ Axis<A> nearest_axis(A x, A size) {
+  return {static_cast<int>(min(max(x, A(0)), size - 1)), true, {1, 0}, {0, 0}};
 }
 
 // Rounded before anything is added, as in torch: a location on the edge of a cell falls to its side.
@@ -109,9 +114,7 @@ struct Sample {
   bool touches;  // some pixel counts
   A weight;
   A column, row;  // as a real number, counted from pixel centre to pixel centre
-  Axis<A> x, y;
-  int width, height;
-  uint32_t level, first;  // first pixel of the level
+  Level<A> level;
 };
 
 // By how much the location of a point moves along an axis (0: x, 1: y) for each 1 of its offset, where its
@@ -139,68 +142,46 @@ __device__ __forceinline__ A in_pixels(const Task& task, const AnyForm& form, in
   }
 }
 
-// Point `point` of its query and head, number `index` of all, eqs. (2) to (4) and (8) to (10). Every comparison
-// with NaN is false: a location that is not a number touches nothing.
-template <typename T, typename AnyForm>
-__device__ __forceinline__ Sample<Accumulator<T>> locate(const Task& task, const Level* levels,
-                                                         const AnyForm& form, int64_t index, uint32_t point,
-                                                         bool nearest) {
-  using A = Accumulator<T>;
-  A x = load_coordinate<T>(task.locations, 2 * index, task.wide);
-  A y = load_coordinate<T>(task.locations, 2 * index + 1, task.wide);
-  Sample<A> sample;
-  sample.weight = weight_of_point<T>(task, form, index);
-  sample.level = level_of_point(task, point);
-  Level level = levels[sample.level];
-  x = in_pixels(task, form, 0, sample.level, x, static_cast<A>(level.width));
-  y = in_pixels(task, form, 1, sample.level, y, static_cast<A>(level.height));
-  if (!level.fits) {
-    // Rather than fault, or drop the points in silence, the result is NaN: the first pixel counts with that
-    // weight.
-    level = {1, 1, 0, 1};
-    sample.weight = A(NAN);
-    x = y = A(0.5);
-  }
-  sample.width = level.width;
-  sample.height = level.height;
-  sample.first = level.first;
-
-  const A columns = static_cast<A>(sample.width), rows = static_cast<A>(sample.height);
-  x += nearest ? A(0.5) : A(-0.5);
-  y += nearest ? A(0.5) : A(-0.5);
-  const bool near = nearest ? isfinite(x) && isfinite(y) : x > -1 && x < columns && y > -1 && y < rows;
-  sample.column = x;
-  sample.row = y;
-  sample.touches = nearest ? near && sample.width > 0 : near;
-  if (sample.touches) {
-    sample.x = nearest ? nearest_axis(x, sample.width) : bilinear_axis(x, sample.width);
-    sample.y = nearest ? nearest_axis(y, sample.height) : bilinear_axis(y, sample.height);
-  }
-  return sample;
+// Point `point` of its query and head, eqs. (2) to (4) and (8) to (10). Every comparison with NaN is false: a
+// location that is not a number touches nothing.
+template <typename T, typename AnyForm, typename A = Accumulator<T>>
+__device__ __forceinline__ Sample<A> locate(const Task& task, const Level<A>* levels, const AnyForm& form,
+                                            bool counts, uint32_t point, bool nearest) {
+  const A x = load_coordinate<T>(form.locations, 2 * uint64_t{point}, task.wide);
+  const A y = load_coordinate<T>(form.locations, 2 * uint64_t{point} + 1, task.wide);
+  const A weight = weight_of_point<T>(task, form, point);
+  const uint32_t number = level_of_point(task, point);
+  const Level<A> level = levels[number];
+  const A shift = nearest ? A(0.5) : A(-0.5);
+  const A column = in_pixels(task, form, 0, number, x, level.columns) + shift;
+  const A row = in_pixels(task, form, 1, number, y, level.rows) + shift;
+  const bool touches = nearest
+                           ? counts && isfinite(column) && isfinite(row) && level.columns > 0
+                           : counts && column > -1 && column < level.columns && row > -1 && row < level.rows;
+  return {touches, weight, column, row, level};
 }
 
 // What the lanes of a team need of a point: which pixels, and how much of each, eq. (1). Nearest uses the
 // first only.
 template <typename A>
 struct alignas(16) Corners {
-  A share[4];          // times the attention weight
-  uint32_t vector[4];  // where the pixels begin, counted in vectors from the first of the image and head
+  A share[4];  // times the attention weight
+  uint32_t
+      offset[4];  // of the pixels from the first of the image and head, in vectors of Team::kVector channels
 };
 
 template <typename A>
-__device__ __forceinline__ uint32_t pixel_of(const Sample<A>& sample, int down, int along) {
-  return sample.first + sample.y.pixel[down] * sample.width + sample.x.pixel[along];
-}
-
-template <typename A>
-__device__ __forceinline__ Corners<A> corners_of(const Task& task, const Sample<A>& sample) {
-  Corners<A> corners;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    corners.share[i] = sample.weight * sample.y.share[i / 2] * sample.x.share[i % 2];
-    corners.vector[i] = pixel_of(sample, i / 2, i % 2) * task.pixel_vectors;
-  }
-  return corners;
+__device__ __forceinline__ Corners<A> corners_of(const Task& task, const Sample<A>& sample, bool nearest) {
+  const Level<A>& level = sample.level;
+  const Axis<A> x =
+      nearest ? nearest_axis(sample.column, level.columns) : bilinear_axis(sample.column, level.columns);
+  const Axis<A> y = nearest ? nearest_axis(sample.row, level.rows) : bilinear_axis(sample.row, level.rows);
+  const uint32_t along = x.edge ? 0 : task.pixel_step, down = y.edge ? 0 : level.stride;
+  const uint32_t upper = level.first + y.pixel * level.stride + x.pixel * task.pixel_step;
+  const A upper_share = sample.weight * y.share[0], lower_share = sample.weight * y.share[1];
+  return {{upper_share * x.share[0], upper_share * x.share[1], lower_share * x.share[0],
+           lower_share * x.share[1]},
+          {upper, upper + along, upper + down, upper + down + along}};
 }
 
 }  // namespace vitkern
