@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: a kernel, how it is compiled, where its time goes, and what its figures must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Points:
+    """How to find the loop over sampled points: its loads and what one thread makes of them."""
+
+    load: str  # opcode of the loads that are counted
+    loads: int  # of a point
+    channels: int  # of a thread
+    round: int  # points that the loop around it goes on by
+    total: int = 16  # points of a query and head
+
+
+@dataclass(frozen=True)
+class Target:
+    """Limits of sm_90; occupancy of all architectures with as many threads."""
+
+    instructions: float | None = None  # of a point and channel, with locating
+    occupancy: int = 50  # percent
+    width: int = 0  # bytes of the widest load
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A kernel template of csrc or benchmarks, instantiated."""
+
+    header: str  # as #include takes it
+    name: str  # ms_deform_attn_forward<float, 32, false>
+    parameters: str
+    namespace: str = "vitkern"
+
+
+@dataclass(frozen=True)
+class Triton:
+    """A @triton.jit function, specialised: a call gives the function, its signature, constants and options."""
+
+    specialise: Callable[[], tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    backend: str  # cuda, triton, baseline
+    kernel: str  # forward
+    form: str
+    dtype: str
+    channels: int
+    threads: int  # of a block
+    source: Cuda | Triton
+    shared: int = 0  # bytes that the launch asks for
+    points: Points | None = None
+    target: Target | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} {self.backend} {self.kernel} {self.form} {self.dtype}x{self.channels}"
