@@ -19,9 +19,11 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define VITKERN_INLINE __forceinline
+#define VITKERN_INLINE_LAMBDA
 #define VITKERN_VECTOR_EXTENSION 0
 #else
 #define VITKERN_INLINE inline __attribute__((always_inline))
+#define VITKERN_INLINE_LAMBDA __attribute__((always_inline))  // behind the parameters of a lambda
 #define VITKERN_VECTOR_EXTENSION 1
 #endif
 
@@ -170,8 +172,10 @@ VITKERN_INLINE void store(T* to, Vec<T, N> a) {
 VITKERN_ARITHMETIC(+)
 VITKERN_ARITHMETIC(-)
 VITKERN_ARITHMETIC(*)
+VITKERN_ARITHMETIC(/)
 VITKERN_ARITHMETIC(&)
 VITKERN_ARITHMETIC(|)
+VITKERN_ARITHMETIC(^)
 VITKERN_ARITHMETIC(>>)
 VITKERN_ARITHMETIC(<<)
 VITKERN_COMPARISON(<)
@@ -263,6 +267,15 @@ VITKERN_INLINE Vec<T, 4> sum_each(Vec<T, N> a, Vec<T, N> b, Vec<T, N> c, Vec<T, 
 #endif
   const T sums[4] = {sum(a), sum(b), sum(c), sum(d)};
   return load<T, 4>(sums);
+}
+
+// The same pointer, of which the compiler no longer knows where it comes from.
+template <typename T>
+VITKERN_INLINE T* opaque(T* pointer) {
+#if VITKERN_VECTOR_EXTENSION
+  asm("" : "+r"(pointer));
+#endif
+  return pointer;
 }
 
 // One cache line, to be read; prefetch_write: to be written.

@@ -51,20 +51,41 @@ struct Sums {
   Vec<Acc, kLanes<Acc>> at[kRows][kVectors];
 };
 
+// Calls body(Int<0>{}), body(Int<1>{}), ...: indices are constants from the first, so that arrays become registers.
+template <int kCount, typename Body>
+VITKERN_INLINE void unrolled(const Body& body) {
+  if constexpr (kCount > 0) {
+    unrolled<kCount - 1>(body);
+    body(Int<kCount - 1>{});
+  }
+}
+
 // Of kRows rows of A and kVectors vectors of columns of B, whose row k starts at b + k * b_step.
 template <int kRows, int kVectors, typename Acc>
 VITKERN_INLINE Sums<kRows, kVectors, Acc> multiply(Strided<Acc> a, const Acc* b, int64_t b_step,
                                                    int64_t depth) {
   constexpr int N = kLanes<Acc>;
+  // A pointer for every third row: an instruction's address can add one or two strides, and no register is left
+  // for more. The compiler must not know how the pointers are related, or it gives each row a register again.
+  constexpr int kShared = 3;
+  const Acc* rows[(kRows + kShared - 1) / kShared];
+  unrolled<(kRows + kShared - 1) / kShared>([&](auto group) VITKERN_INLINE_LAMBDA {
+    rows[group.value] = opaque(a.data + group.value * kShared * a.row);
+  });
   Sums<kRows, kVectors, Acc> sums = {};
   for (int64_t k = 0; k < depth; ++k, b += b_step) {
     Vec<Acc, N> columns[kVectors];
-    for (int j = 0; j < kVectors; ++j) columns[j] = load<Acc, N>(b + j * N);
-    for (int i = 0; i < kRows; ++i) {
-      const auto number = broadcast<Acc, N>(a.data[i * a.row]);
-      for (int j = 0; j < kVectors; ++j) sums.at[i][j] = multiply_add(number, columns[j], sums.at[i][j]);
-    }
-    a.data += a.step;
+    unrolled<kVectors>([&](auto j)
+                           VITKERN_INLINE_LAMBDA { columns[j.value] = load<Acc, N>(b + j.value * N); });
+    unrolled<kRows>([&](auto i) VITKERN_INLINE_LAMBDA {
+      const Acc*& row = rows[i.value / kShared];
+      const auto number = broadcast<Acc, N>(row[i.value % kShared * a.row]);
+      unrolled<kVectors>([&](auto j) VITKERN_INLINE_LAMBDA {
+        auto& sum = sums.at[i.value][j.value];
+        sum = multiply_add(number, columns[j.value], sum);
+      });
+      if constexpr (i.value % kShared == kShared - 1 || i.value == kRows - 1) row += a.step;
+    });
   }
   return sums;
 }
@@ -72,8 +93,11 @@ VITKERN_INLINE Sums<kRows, kVectors, Acc> multiply(Strided<Acc> a, const Acc* b,
 // Calls body(i, column, vector) for each vector of a tile.
 template <int kRows, int kVectors, typename Acc, typename Body>
 VITKERN_INLINE void for_sums(const Sums<kRows, kVectors, Acc>& sums, const Body& body) {
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) body(i, int64_t{j} * kLanes<Acc>, sums.at[i][j]);
+  unrolled<kRows>([&](auto i) VITKERN_INLINE_LAMBDA {
+    unrolled<kVectors>([&](auto j) VITKERN_INLINE_LAMBDA {
+      body(i.value, int64_t{j.value} * kLanes<Acc>, sums.at[i.value][j.value]);
+    });
+  });
 }
 
 // Calls body(Int<height>{}, first row) for tiles that cover `rows` rows: the highest first, then smaller ones.

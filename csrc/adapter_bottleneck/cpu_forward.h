@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward, eqs. (1) to (3): a block of rows is pressed through both products while it is in the second cache.
+//
+// Work split: both weights are packed, a task a panel; then a task is a block of rows.
+// Memory: x is read once and once more from the cache where it is the residual; the output is written once; hidden
+// units of a block exist in scratch only.
+// Numerics: sums in the accumulator type, of kDepth channels at a time; a row's result depends on that row only.
+#pragma once
+
+#include "adapter_bottleneck/cpu_activation.h"
+#include "adapter_bottleneck/cpu_dropout.h"
+#include "adapter_bottleneck/cpu_products.h"
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+template <typename T>
+struct ForwardScratch {
+  using Acc = Accumulator<T>;
+  Acc* down;       // panels of [C, H]
+  Acc* up;         // panels of [H, C]
+  Acc* down_bias;  // [H] padded, zeros where there is none
+  Acc* up_bias;    // [C] padded
+
+  void lay_out(Cursor& cursor, const Params& p) {
+    down = cursor.take<Acc>(padded_hidden<T>(p) * p.channels);
+    up = cursor.take<Acc>(padded_channels<T>(p) * p.hidden);
+    down_bias = cursor.take<Acc>(padded_hidden<T>(p));
+    up_bias = cursor.take<Acc>(padded_channels<T>(p));
+  }
+};
+
+template <typename T>
+struct ForwardWorker {
+  using Acc = Accumulator<T>;
+  Acc* wide;    // [block, kDepth]: channels as accumulators
+  Acc* hidden;  // [block, H padded]
+  Acc* factor;  // of dropout
+
+  void lay_out(Cursor& cursor, const Params& p) {
+    wide = cursor.take<Acc>(kMaxBlock * kDepth);
+    hidden = cursor.take<Acc>(kMaxBlock * padded_hidden<T>(p));
+    factor = cursor.take<Acc>(dropout_space(kMaxBlock * p.hidden) + kPanel<Acc>);
+  }
+};
+
+template <typename Acc, typename T>
+void widen_bias(const void* bias, int64_t count, int64_t padded, T, Acc* to) {
+  memset(to, 0, padded * sizeof(Acc));
+  if (bias) widen_array(static_cast<const T*>(bias), count, to);
+}
+
+// z becomes a, eqs. (1) and (2); z goes to `kept` unless that is null.
+template <Activation kActivation, typename T, typename Acc>
+void activate_block(const Params& p, int64_t first, int64_t rows, const Acc* bias,
+                    const ForwardWorker<T>& worker) {
+  constexpr int N = kLanes<Acc>;
+  const bool drops = p.dropout.seed != nullptr;
+  const Acc* factors =
+      drops ? dropout_factors(p.dropout, first * p.hidden, rows * p.hidden, worker.factor) : nullptr;
+  for (int64_t row = 0; row < rows; ++row) {
+    Acc* hidden = worker.hidden + row * padded_hidden<T>(p);
+    Acc* kept = p.kept ? static_cast<Acc*>(p.kept) + (first + row) * p.hidden : nullptr;
+    for (int64_t h = 0; h < p.hidden; h += N) {
+      const auto z = load<Acc, N>(hidden + h) + load<Acc, N>(bias + h);
+      if (kept) store_some<N>(kept + h, z, p.hidden - h);
+      auto a = activate<kActivation>(z);
+      if (drops) a = a * load<Acc, N>(factors + row * p.hidden + h);
+      store(hidden + h, a);
+    }
+  }
+}
+
+template <typename T>
+void forward(const Params& p) {
+  using Acc = Accumulator<T>;
+  constexpr int N = kLanes<Acc>;
+  const int64_t block = block_rows(p.rows, p.threads), blocks = divide_up(p.rows, block);
+  Cursor sizes{nullptr}, worker_sizes{nullptr};
+  ForwardScratch<T> shared;
+  ForwardWorker<T> worker_arrays;
+  shared.lay_out(sizes, p);
+  worker_arrays.lay_out(worker_sizes, p);
+  const Scratch scratch(sizes.used + worker_count(blocks, p.threads) * worker_sizes.used);
+  Cursor cursor{scratch.data()};
+  shared.lay_out(cursor, p);
+
+  const int64_t hidden_panels = panels<Acc>(p.hidden);
+  parallel_for(hidden_panels + panels<Acc>(p.channels), p.threads, [&](int64_t task, int) {
+    if (task < hidden_panels)
+      pack_to_hidden(p, static_cast<const T*>(p.down_weight), true, task, shared.down);
+    else
+      pack_to_channels(p, static_cast<const T*>(p.up_weight), true, task - hidden_panels, shared.up);
+  });
+  widen_bias(p.down_bias, p.hidden, padded_hidden<T>(p), T{}, shared.down_bias);
+  widen_bias(p.up_bias, p.channels, padded_channels<T>(p), T{}, shared.up_bias);
+
+  const T* const x = static_cast<const T*>(p.x);
+  const T* const residual = p.residual_is_x ? x : static_cast<const T*>(p.residual);
+  T* const output = static_cast<T*>(p.output);
+  const auto scale = broadcast<Acc, N>(scale_of<T>(p));
+  parallel_for(blocks, p.threads, [&](int64_t task, int index) {
+    ForwardWorker<T> worker;
+    Cursor own{scratch.data() + sizes.used + index * worker_sizes.used};
+    worker.lay_out(own, p);
+    const int64_t first = task * block, rows = smaller(block, p.rows - first);
+    multiply_to_hidden(p, x + first * p.channels, rows, shared.down, worker.wide, worker.hidden);
+    dispatch_activation(p.activation, [&](auto activation) {
+      activate_block<activation.value>(p, first, rows, shared.down_bias, worker);
+    });
+    multiply_to_channels<T>(p, worker.hidden, rows, shared.up,
+                            [&](int64_t row, int64_t channel, int64_t count, auto sum) {
+                              const int64_t at = (first + row) * p.channels + channel;
+                              auto y = scale * (sum + load<Acc, N>(shared.up_bias + channel));
+                              if (residual) y = y + load_some<N>(residual + at, count);
+                              store_some<N>(output + at, y, count);
+                            });
+  });
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA

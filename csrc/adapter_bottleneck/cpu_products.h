@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward and backward share: packed weights, blocks of rows, and the two products of a block, from channels to
+// hidden units and back.
+#pragma once
+
+#include "adapter_bottleneck/params.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/tile.h"
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+using Params = AdapterBottleneckParams;
+
+constexpr int64_t kDepth =
+    256;  // channels that are summed at a time: a panel of so many is half of the first cache
+constexpr int64_t kMinBlock = 24, kMaxBlock = 48;  // rows: those of x stay in the second cache
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows of a task, so many that the workers end at about the same time.
+inline int64_t block_rows(int64_t rows, int64_t threads) {
+  int64_t best = kMinBlock, best_turn = INT64_MAX;
+  for (int64_t block = kTileRows; block <= kMaxBlock; block += kTileRows) {
+    if (block < kMinBlock && rows > kMinBlock * threads) continue;
+    const int64_t turn = divide_up(divide_up(rows, block), threads) * block;
+    if (turn > best_turn) continue;
+    best = block;
+    best_turn = turn;
+  }
+  return best;
+}
+
+// Hidden units are padded to whole panels.
+template <typename T>
+int64_t padded_hidden(const Params& p) {
+  return round_up(p.hidden, kPanel<Accumulator<T>>);
+}
+
+template <typename T>
+int64_t padded_channels(const Params& p) {
+  return round_up(p.channels, kPanel<Accumulator<T>>);
+}
+
+// Weights as panels: of hidden units [C, H] for the way down, of channels [H, C] for the way up.
+template <typename T>
+struct Panels {
+  using Acc = Accumulator<T>;
+  Acc* to_hidden = nullptr;
+  Acc* to_channels = nullptr;
+};
+
+// One panel of [C, H]; `weight` is down_weight [H, C] (transposed) or up_weight [C, H].
+template <typename T>
+void pack_to_hidden(const Params& p, const T* weight, bool transposed, int64_t panel, Accumulator<T>* to) {
+  using Acc = Accumulator<T>;
+  const int64_t first = panel * kPanel<Acc>, columns = panel_columns<Acc>(p.hidden, panel);
+  if (transposed)
+    pack_columns(weight + first * p.channels, p.channels, p.channels, columns, to + first * p.channels);
+  else
+    pack_rows(weight + first, p.hidden, p.channels, columns, to + first * p.channels);
+}
+
+// One panel of [H, C]; `weight` is up_weight [C, H] (transposed) or down_weight [H, C].
+template <typename T>
+void pack_to_channels(const Params& p, const T* weight, bool transposed, int64_t panel, Accumulator<T>* to) {
+  using Acc = Accumulator<T>;
+  const int64_t first = panel * kPanel<Acc>, columns = panel_columns<Acc>(p.channels, panel);
+  if (transposed)
+    pack_columns(weight + first * p.hidden, p.hidden, p.hidden, columns, to + first * p.hidden);
+  else
+    pack_rows(weight + first, p.channels, p.hidden, columns, to + first * p.hidden);
+}
+
+// to[r, h] = sum over c of from[r, c] * panels[c, h], in steps of about kDepth channels; `wide` takes a block of those
+// as accumulators, [rows, kDepth], where they are stored as something else.
+template <typename T, typename Acc = Accumulator<T>>
+void multiply_to_hidden(const Params& p, const T* from, int64_t rows, const Acc* panels_of_weight, Acc* wide,
+                        Acc* to) {
+  constexpr int N = kLanes<Acc>;
+  const int64_t stride = padded_hidden<T>(p);
+  const int64_t step = divide_up(p.channels, divide_up(p.channels, kDepth) + (p.channels == 0));
+  int64_t first = 0;
+  do {
+    const int64_t depth = smaller(step, p.channels - first);
+    Strided<Acc> a;
+    if constexpr (sizeof(T) == sizeof(Acc)) {
+      a = {from + first, p.channels, 1};
+    } else {
+      for (int64_t row = 0; row < rows; ++row)
+        widen_array(from + row * p.channels + first, depth, wide + row * kDepth);
+      a = {wide, kDepth, 1};
+    }
+    for (int64_t panel = 0; panel < panels<Acc>(p.hidden); ++panel) {
+      const Acc* b = panels_of_weight + (panel * p.channels + first) * kPanel<Acc>;
+      for_width<Acc>(panel_columns<Acc>(p.hidden, panel), [&](auto vectors) {
+        for_tiles(rows, [&](auto height, int64_t row) {
+          const auto sums = multiply<height.value, vectors.value>(a.from_row(row), b, kPanel<Acc>, depth);
+          for_sums(sums, [&](int i, int64_t column, auto sum) {
+            Acc* sum_at = to + (row + i) * stride + panel * kPanel<Acc> + column;
+            if (first > 0) sum = sum + load<Acc, N>(sum_at);
+            store(sum_at, sum);
+          });
+        });
+      });
+    }
+    first += step;
+  } while (first < p.channels);
+}
+
+// Calls finish(row, channel, count, sums) with vectors of sum over h of from[row, h] * panels[h, c], for the first
+// `count` lanes of them.
+template <typename T, typename Acc, typename Finish>
+void multiply_to_channels(const Params& p, const Acc* from, int64_t rows, const Acc* panels_of_weight,
+                          const Finish& finish) {
+  const Strided<Acc> a = {from, padded_hidden<T>(p), 1};
+  for (int64_t panel = 0; panel < panels<Acc>(p.channels); ++panel) {
+    const int64_t first = panel * kPanel<Acc>;
+    for_width<Acc>(panel_columns<Acc>(p.channels, panel), [&](auto vectors) {
+      for_tiles(rows, [&](auto height, int64_t row) {
+        const auto sums = multiply<height.value, vectors.value>(
+            a.from_row(row), panels_of_weight + first * p.hidden, kPanel<Acc>, p.hidden);
+        for_sums(sums, [&](int i, int64_t column, auto sum) {
+          finish(row + i, first + column, p.channels - first - column, sum);
+        });
+      });
+    });
+  }
+}
+
+// s of eq. (3).
+template <typename T>
+Accumulator<T> scale_of(const Params& p) {
+  using Acc = Accumulator<T>;
+  return static_cast<Acc>(p.factor) * (p.scale ? *static_cast<const Acc*>(p.scale) : Acc{1});
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA
