@@ -1,12 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// Placeholder until the kernels are written.
+// The entry points: what is empty, then the kernel of the element type.
 #include "token_pool/cpu.h"
 
-#include <stdexcept>
+#include "token_pool/cpu_backward.h"
+#include "token_pool/cpu_forward.h"
 
 namespace vitkern::VITKERN_ISA {
+namespace {
 
-void token_pool_forward(const TokenPoolParams&) { throw std::logic_error("not written yet"); }
-void token_pool_backward(const TokenPoolParams&) { throw std::logic_error("not written yet"); }
+// An image without pixels has tokens of zeros.
+template <typename T>
+void clear_tokens(const TokenPoolParams& p) {
+  using Acc = Accumulator<T>;
+  memset(p.output, 0, p.batch * p.tokens * p.channels * sizeof(T));
+  for (int64_t i = 0; i < p.batch * p.tokens; ++i) static_cast<Acc*>(p.logsumexp)[i] = -kInfinity<Acc>;
+}
+
+}  // namespace
+
+void token_pool_forward(const TokenPoolParams& p) {
+  if (p.batch * p.tokens == 0) return;
+  if (p.pixels == 0) return dispatch_dtype(p.dtype, [&](auto element) { clear_tokens<decltype(element)>(p); });
+  dispatch_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p); });
+}
+
+void token_pool_backward(const TokenPoolParams& p) {
+  if (!(p.grad_x || p.grad_weight)) return;
+  dispatch_dtype(p.dtype, [&](auto element) { backward<decltype(element)>(p); });
+}
 
 }  // namespace vitkern::VITKERN_ISA
