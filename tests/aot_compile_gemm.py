@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Triton kernels made of matrix products for cards that are not here; one JSON line of figures for each.
+
+The launch functions run on meta tensors with a recorder in the place of each kernel: what is compiled is what they
+would launch. Needs a process without TRITON_INTERPRET: ``python -m tests.aot_compile_gemm --arch 90 --dtype fp16``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.aot_compile import static_figures
+from vitkern.triton_kernels import adapter_bottleneck, adapter_bottleneck_backward, tiles
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+KERNELS = (
+    (adapter_bottleneck, "adapter_bottleneck_forward"),
+    (adapter_bottleneck_backward, "adapter_bottleneck_backward"),
+    (tiles, "row_products"),
+)
+
+
+class Recorder:
+    """Stands for a kernel: notes what it is launched with."""
+
+    def __init__(self, kernel, launches: list) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **named) -> None:
+        options = {name: named.pop(name) for name in OPTIONS if name in named}
+        bound = dict(zip(self.kernel.arg_names, arguments), **named)
+        assert set(bound) == set(self.kernel.arg_names), "a launch that names other arguments than the kernel"
+        self.launches.append((self.kernel, bound, options))
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list]:
+    """Inside, launches end up in the list instead of on a card."""
+    launches: list = []
+    kernels: list[tuple[ModuleType, str, object]] = [(m, name, getattr(m, name)) for m, name in KERNELS]
+    for module, name, kernel in kernels:
+        setattr(module, name, Recorder(kernel, launches))
+    try:
+        yield launches
+    finally:
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+
+
+def compile_launch(kernel, bound: dict, options: dict, arch: int):
+    """One launch as Triton's launcher would specialise it."""
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, argument = parameter.name, bound[parameter.name]
+        if parameter.is_constexpr or argument is None or (isinstance(argument, int) and argument == 1):
+            signature[name], constants[name] = "constexpr", argument
+        elif isinstance(argument, torch.Tensor):
+            signature[name] = POINTERS[argument.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(argument, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
+            if argument % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options}
+    )
+
+
+def figures(compiled) -> dict[str, object]:
+    ptx = compiled.asm["ptx"]
+    mma = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)
+    return static_figures(compiled) | {"mma": {name: mma.count(name) for name in sorted(set(mma))}}

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels made of matrix products share: masked tiles, products, and sums of products over all rows.
+
+Products run on tensor cores wherever the type has them: their factors are DOT, the type of the tensors, and their sums
+float. Float factors go by PRECISION: "ieee" multiplies in full, on no tensor core, "tf32" does what torch does under
+``torch.backends.cuda.matmul.allow_tf32``. The interpreter's bfloat16 products are wrong: there DOT is float instead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_mask(m_row, column, WIDTH: tl.constexpr):
+    """Mask of a tile of rows and columns, of rows alone where all blocks of columns are full."""
+    mask = m_row[:, None]
+    if WIDTH // column.shape[0] * column.shape[0] != WIDTH:
+        mask = mask & (column < WIDTH)[None, :]
+    return mask
+
+
+@triton.jit
+def read_tile(ptr, row, m_row, column, WIDTH: tl.constexpr):
+    """Some columns of some rows of a matrix [., WIDTH]; zeros outside."""
+    return tl.load(
+        ptr + (row * WIDTH)[:, None] + column[None, :], mask=tile_mask(m_row, column, WIDTH), other=0.0
+    )
+
+
+@triton.jit
+def write_tile(ptr, row, m_row, column, tile, WIDTH: tl.constexpr):
+    target = ptr + (row * WIDTH)[:, None] + column[None, :]
+    tl.store(target, tile.to(ptr.dtype.element_ty), mask=tile_mask(m_row, column, WIDTH))
+
+
+@triton.jit
+def read_row(ptr, column, WIDTH: tl.constexpr):
+    """Some numbers of a vector [WIDTH], as floats; zeros outside."""
+    return tl.load(ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def product(left, right, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """left [M, K] times right [K, N]."""
+    return tl.dot(left.to(DOT), right.to(DOT), input_precision=PRECISION)
+
+
+@triton.jit
+def part_of(program, parts, length, BLOCK: tl.constexpr):
+    """Which item and part of it a program works on, and where the part begins and ends: it is whole blocks."""
+    item = program // parts
+    part = program % parts
+    blocks = tl.cdiv(tl.cdiv(length, BLOCK), parts)
+    first = part * blocks * BLOCK
+    return item.to(tl.int64), first, tl.minimum(first + blocks * BLOCK, length)
+
+
+def products_table(p: int, q: int, item_bytes: int) -> dict[str, int]:
+    """Block sizes of `row_products` for products [p, q], one side few tokens or hidden units, the other many channels.
+
+    Chosen by static figures (registers, shared memory), not measured on a card.
+    """
+    block_p, block_q = (min(max(triton.next_power_of_2(width), 16), 64) for width in (p, q))
+    return {
+        "BLOCK_N": 64 if item_bytes == 2 else 32,
+        "BLOCK_P": block_p,
+        "BLOCK_Q": block_q,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+@triton.jit
+def row_products(
+    products_ptr,  # [B, PARTS, P, Q] float, the sum of each part of the rows; None where nobody wants it
+    sums_ptr,  # [B, PARTS, P] float, of left alone; None where nobody wants it
+    left_ptr,  # [B, N, P]
+    right_ptr,  # [B, N, Q]
+    scale_ptr,  # [1] float or None: everything is multiplied with factor and this
+    factor,
+    N,
+    PARTS,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """One program owns a tile of leftᵀ right, and sums it over one part of the rows of one item of the batch."""
+    program = tl.program_id(0)
+    item, begin, end = part_of(program, PARTS, N, BLOCK_N)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    q = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    total = tl.zeros([BLOCK_P, BLOCK_Q], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_P], dtype=tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        left = read_tile(left_ptr, item * N + n, n < N, p, P)
+        if products_ptr is not None:
+            right = read_tile(right_ptr, item * N + n, n < N, q, Q)
+            total += product(tl.trans(left), right, DOT, PRECISION)
+        if sums_ptr is not None:
+            sums += tl.sum(left.to(tl.float32), axis=0)
+    if scale_ptr is not None:
+        factor *= tl.load(scale_ptr)
+    part = program.to(tl.int64)
+    if products_ptr is not None:
+        write_tile(products_ptr, part * P + p, p < P, q, total * factor, Q)
+    if sums_ptr is not None:
+        if tl.program_id(2) == 0:
+            tl.store(sums_ptr + part * P + p, sums * factor, mask=p < P)
