@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import triton
@@ -20,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.aot_compile import static_figures
-from vitkern.triton_kernels import adapter_bottleneck, adapter_bottleneck_backward, tiles
+from vitkern.ops import triton_adapter_bottleneck, triton_token_pool
+from vitkern.triton_kernels import adapter_bottleneck, adapter_bottleneck_backward, tiles, token_pool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
@@ -29,6 +31,9 @@ KERNELS = (
     (adapter_bottleneck, "adapter_bottleneck_forward"),
     (adapter_bottleneck_backward, "adapter_bottleneck_backward"),
     (tiles, "row_products"),
+    (token_pool, "token_pool_forward"),
+    (token_pool, "token_pool_merge"),
+    (token_pool, "token_pool_backward"),
 )
 
 
@@ -88,3 +93,64 @@ def figures(compiled) -> dict[str, object]:
     ptx = compiled.asm["ptx"]
     mma = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)
     return static_figures(compiled) | {"mma": {name: mma.count(name) for name in sorted(set(mma))}}
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def pool(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels: int = 3136) -> None:
+    call = SimpleNamespace(
+        x=empty(batch, pixels, channels, dtype=dtype), weight=empty(batch, tokens, channels, dtype=dtype)
+    )
+    pooled, logsumexp = triton_token_pool.token_pool_forward_triton(call)
+    triton_token_pool.token_pool_backward_triton(call, pooled, pooled, logsumexp, (True, True))
+
+
+def adapter(dtype: torch.dtype, channels: int, hidden: int, rows: int = 50176) -> None:
+    """What AdaptFormer trains with: everything wanted, dropout, the residual is x."""
+    call = SimpleNamespace(
+        x=empty(rows, channels, dtype=dtype),
+        down_weight=empty(hidden, channels, dtype=dtype),
+        down_bias=empty(hidden, dtype=dtype),
+        up_weight=empty(channels, hidden, dtype=dtype),
+        up_bias=empty(channels, dtype=dtype),
+        residual=None,
+        scale=empty(1, dtype=torch.float32),
+        seed=empty(1, dtype=torch.int64),
+        factor=1.0,
+        dropout_p=0.1,
+        activation="gelu",
+        residual_is_x=True,
+    )
+    output, _ = triton_adapter_bottleneck.adapter_bottleneck_forward_triton(call, keep=False)
+    triton_adapter_bottleneck.adapter_bottleneck_backward_triton(call, output, None, (True,) * 6)
+
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "adapter-768-64": lambda dtype: adapter(dtype, 768, 64),
+    "adapter-1024-64": lambda dtype: adapter(dtype, 1024, 64),
+    "pool-256-16": lambda dtype: pool(dtype, 256, 16),
+    "pool-1024-16": lambda dtype: pool(dtype, 1024, 16),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100, 120])
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--tf32", action="store_true")
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    for case, dtype in itertools.product(options.case, options.dtype):
+        with recorded() as launches:
+            CASES[case](DTYPES[dtype])
+        for arch, (kernel, bound, launch_options) in itertools.product(options.arch, launches):
+            compiled = compile_launch(kernel, bound, launch_options, arch)
+            row = {"kernel": kernel.__name__, "arch": arch, "case": case, "dtype": dtype}
+            print(json.dumps(row | figures(compiled)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

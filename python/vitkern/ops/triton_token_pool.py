@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocates for the Triton kernels of token pooling and launches them. Callers have checked everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern.ops.triton_launch import _cdiv, _on
+from vitkern.ops.triton_products import parts_of, product_constants
+
+
+def _blocks(call, backward: bool = False) -> dict[str, Any]:
+    from vitkern.triton_kernels import token_pool as kernels
+
+    channels, tokens = call.x.shape[2], call.weight.shape[-2]
+    if tokens > kernels.MAX_TOKENS:
+        raise ValueError(
+            f"token_pool: weight must have at most {kernels.MAX_TOKENS} tokens for backend 'triton', got {tokens}"
+        )
+    return kernels.launch_table(channels, tokens, call.x.element_size(), backward)
+
+
+def _weight_stride(call) -> int:
+    """From the weight of one image to that of the next."""
+    return call.weight[0].numel() if call.weight.dim() == 3 and len(call.weight) else 0
+
+
+def _parts(call, blocks: dict[str, Any]) -> tuple[int, int]:
+    """Parts that the pixels of an image are split into, and tiles of channels."""
+    batch, pixels, channels = call.x.shape
+    tiles = _cdiv(channels, blocks["BLOCK_C"])
+    return parts_of(pixels, blocks["BLOCK_N"], batch * tiles), tiles
+
+
+def token_pool_forward_triton(call) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T, C], and the log of the sum of each one's exponentials [B, T]."""
+    from vitkern.triton_kernels import token_pool as kernels
+
+    x, (batch, pixels, channels), tokens = call.x, call.x.shape, call.weight.shape[-2]
+    floats = {"dtype": torch.float32, "device": x.device}
+    blocks = _blocks(call)
+    output = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    logsumexp = torch.empty((batch, tokens), **floats)
+    if call.x.numel() == 0 or tokens == 0:
+        return output.zero_(), logsumexp.fill_(float("-inf"))
+
+    parts, tiles = _parts(call, blocks)
+    largest = torch.empty((batch, parts, tokens), **floats)
+    total = torch.empty((batch, parts, tokens), **floats)
+    pooled = torch.empty((batch, parts, tokens, channels), **floats)
+    with _on(x):
+        kernels.token_pool_forward[(batch * parts, tiles)](
+            largest,
+            total,
+            pooled,
+            x,
+            call.weight,
+            _weight_stride(call),
+            pixels,
+            parts,
+            tokens,
+            channels,
+            **product_constants(x),
+            **blocks,
+        )
+        merged = kernels.merge_table(channels)
+        kernels.token_pool_merge[(batch * tokens, _cdiv(channels, merged["BLOCK_C"]))](
+            output,
+            logsumexp,
+            largest,
+            total,
+            pooled,
+            parts,
+            tokens,
+            channels,
+            **merged,
+        )
+    return output, logsumexp
+
+
+def token_pool_backward_triton(
+    call, grad_output: Tensor, tokens: Tensor, logsumexp: Tensor, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients of x and, float, of the weight."""
+    from vitkern.triton_kernels import token_pool as kernels
+
+    x, weight, (batch, pixels, channels) = call.x, call.weight, call.x.shape
+    need_x, need_weight = needed
+    blocks = _blocks(call, backward=True)
+    if x.numel() == 0 or tokens.numel() == 0:
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        return [torch.zeros_like(x) if need_x else None, grad_weight]
+
+    parts, tiles = _parts(call, blocks)
+    grad_x = torch.empty_like(x) if need_x else None
+    grad_weight = None
+    if need_weight:
+        shape = (batch, parts, weight.shape[-2], channels)
+        grad_weight = torch.empty(shape, dtype=torch.float32, device=x.device)
+    with _on(x):
+        kernels.token_pool_backward[(batch * parts, tiles)](
+            grad_x,
+            grad_weight,
+            grad_output,
+            tokens,
+            logsumexp,
+            x,
+            weight,
+            _weight_stride(call),
+            pixels,
+            parts,
+            weight.shape[-2],
+            channels,
+            **product_constants(x),
+            **blocks,
+        )
+    if grad_weight is not None:
+        grad_weight = grad_weight.sum(1 if weight.dim() == 3 else (0, 1))
+    return [grad_x, grad_weight]

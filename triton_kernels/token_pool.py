@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax pooling of pixels into tokens, eqs. (1) to (4) of docs/derivations/token_pool.md.
+
+Shapes: B images, N pixels, C channels, T tokens. The weight is one for all images (weight_stride 0) or one each.
+
+Work split: one program owns one part of the pixels of one image, all tokens and BLOCK_C channels of the result. It goes
+over its pixels in blocks with a running triple (m, l, o) and leaves that behind; ``token_pool_merge`` merges the parts.
+Memory: x comes from memory once. Where all channels fit one tile it is on the chip for both products; else logits are
+summed over tiles of BLOCK_K channels and the tile of the result is read again, from L2.
+Offsets of pixels are int64.
+Numerics: logits, exponents and sums are float, the factors of products of the type of x: exp(s - m) is rounded to it.
+No exponent is positive. A NaN or infinity in x spoils what it does in torch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import part_of, product, read_tile, write_tile
+
+MAX_TOKENS = 256  # what fits the registers of one program
+
+
+def launch_table(channels: int, tokens: int, item_bytes: int, backward: bool = False) -> dict[str, int]:
+    """Block sizes that hold a tile of tokens and channels, and in backward one of pixels and channels, in registers.
+
+    Chosen by static figures (registers, spills, shared memory), not measured on a card.
+    """
+    block_t = max(triton.next_power_of_2(tokens), 16)
+    block_c = max(16, min(triton.next_power_of_2(channels), 1024, 16384 // block_t))
+    block_n = max(16, min(64, 16384 // block_c))
+    return {
+        "BLOCK_N": block_n,
+        "BLOCK_T": block_t,
+        "BLOCK_C": block_c,
+        "BLOCK_K": 64,
+        "WHOLE": block_c >= channels and block_c <= 256,
+        "num_warps": 4 if block_t * block_c <= 4096 and not backward else 8,
+        "num_stages": 2,
+    }
+
+
+def merge_table(channels: int) -> dict[str, int]:
+    """Block sizes of `token_pool_merge`: one row of a warp's floats, eight parts at a time."""
+    return {"BLOCK_S": 8, "BLOCK_C": min(max(triton.next_power_of_2(channels), 16), 128), "num_warps": 4}
+
+
+@triton.jit
+def _against_pixels(
+    rows_ptr, x_ptr, x, token, pixel, m_pixel, T: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Dot products of rows [T, C] with pixels, [BLOCK_T, BLOCK_N]: eq. (1) of the weights. x is all of them if WHOLE."""
+    if WHOLE:
+        channel = tl.arange(0, x.shape[1])
+        dots = product(read_tile(rows_ptr, token, token < T, channel, C), tl.trans(x), DOT, PRECISION)
+    else:
+        dots = tl.zeros([token.shape[0], pixel.shape[0]], dtype=tl.float32)
+        for first in range(0, C, BLOCK_K):
+            channel = first + tl.arange(0, BLOCK_K)
+            rows = read_tile(rows_ptr, token, token < T, channel, C)
+            dots += product(rows, tl.trans(read_tile(x_ptr, pixel, m_pixel, channel, C)), DOT, PRECISION)
+    return dots
+
+
+@triton.jit
+def token_pool_forward(
+    largest_ptr,  # [B, PARTS, T] float, m of each part
+    sum_ptr,  # [B, PARTS, T] float, l
+    pooled_ptr,  # [B, PARTS, T, C] float, o
+    x_ptr,  # [B, N, C]
+    weight_ptr,  # [T, C] or [B, T, C]
+    weight_stride,
+    N,
+    PARTS,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Eqs. (1), (3) and (4) over one part of the pixels."""
+    image, begin, end = part_of(tl.program_id(0), PARTS, N, BLOCK_N)
+    weight_ptr += image * weight_stride
+    token = tl.arange(0, BLOCK_T)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    largest = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_T], dtype=tl.float32)
+    pooled = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        pixel = image * N + n
+        x = read_tile(x_ptr, pixel, n < N, channel, C)
+        logits = _against_pixels(
+            weight_ptr, x_ptr, x, token, pixel, n < N, T, C, DOT, PRECISION, WHOLE, BLOCK_K
+        )
+        logits = tl.where((n < N)[None, :], logits, float("-inf"))
+        larger = tl.maximum(largest, tl.max(logits, axis=1))
+        # Where every logit so far is -inf nothing is there to scale, and -inf minus -inf would be NaN.
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        share = tl.exp(logits - shift[:, None])
+        shrink = tl.exp(largest - shift)
+        total = total * shrink + tl.sum(share, axis=1)
+        pooled = pooled * shrink[:, None] + product(share, x, DOT, PRECISION)
+        largest = larger
+    row = tl.program_id(0).to(tl.int64) * T + token
+    write_tile(pooled_ptr, row, token < T, channel, pooled, C)
+    if tl.program_id(1) == 0:
+        tl.store(largest_ptr + row, largest, mask=token < T)
+        tl.store(sum_ptr + row, total, mask=token < T)
+
+
+@triton.jit
+def token_pool_merge(
+    tokens_ptr,  # [B, T, C]
+    logsumexp_ptr,  # [B, T] float
+    largest_ptr,  # [B, PARTS, T]; the parts as token_pool_forward leaves them
+    sum_ptr,
+    pooled_ptr,
+    PARTS,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Eq. (4) over all parts, BLOCK_S at a time: one program owns BLOCK_C channels of one token."""
+    row = tl.program_id(0).to(tl.int64)
+    image, token = row // T, row % T
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    largest = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    for first in range(0, PARTS, BLOCK_S):
+        part = first + tl.arange(0, BLOCK_S)
+        at = (image * PARTS + part) * T + token
+        largest = tl.maximum(largest, tl.load(largest_ptr + at, mask=part < PARTS, other=float("-inf")))
+    all_largest = tl.max(largest, axis=0)
+    shift = tl.where(all_largest == float("-inf"), 0.0, all_largest)
+    total = tl.zeros([BLOCK_S], dtype=tl.float32)
+    pooled = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for first in range(0, PARTS, BLOCK_S):
+        part = first + tl.arange(0, BLOCK_S)
+        at = (image * PARTS + part) * T + token
+        shrink = tl.exp(tl.load(largest_ptr + at, mask=part < PARTS, other=float("-inf")) - shift)
+        total += shrink * tl.load(sum_ptr + at, mask=part < PARTS, other=0.0)
+        pooled += tl.sum(shrink[:, None] * read_tile(pooled_ptr, at, part < PARTS, channel, C), axis=0)
+    sums = tl.sum(total, axis=0)
+    tokens = pooled / sums
+    tl.store(tokens_ptr + row * C + channel, tokens.to(tokens_ptr.dtype.element_ty), mask=channel < C)
+    if tl.program_id(1) == 0:
+        tl.store(logsumexp_ptr + row, all_largest + tl.log(sums))
+
+
+@triton.jit
+def _deltas(grad_output_ptr, tokens_ptr, token, T: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Eq. (5), [BLOCK_T]."""
+    delta = tl.zeros([token.shape[0]], dtype=tl.float32)
+    for first in range(0, C, BLOCK_K):
+        channel = first + tl.arange(0, BLOCK_K)
+        grad_output = read_tile(grad_output_ptr, token, token < T, channel, C).to(tl.float32)
+        tokens = read_tile(tokens_ptr, token, token < T, channel, C).to(tl.float32)
+        delta += tl.sum(grad_output * tokens, axis=1)
+    return delta
+
+
+@triton.jit
+def token_pool_backward(
+    grad_x_ptr,  # [B, N, C]; None where nobody wants it
+    grad_weight_ptr,  # [B, PARTS, T, C] float, of each part; None where nobody wants it
+    grad_output_ptr,  # [B, T, C]
+    tokens_ptr,  # [B, T, C], what forward gave
+    logsumexp_ptr,  # [B, T] float
+    x_ptr, weight_ptr, weight_stride, N, PARTS, T: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Eqs. (5) to (8) over one part of the pixels, in one pass."""
+    image, begin, end = part_of(tl.program_id(0), PARTS, N, BLOCK_N)
+    weight_ptr += image * weight_stride
+    grad_output_ptr += image * T * C
+    token = tl.arange(0, BLOCK_T)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    logsumexp = tl.load(logsumexp_ptr + image * T + token, mask=token < T, other=0.0)
+    delta = _deltas(grad_output_ptr, tokens_ptr + image * T * C, token, T, C, BLOCK_K)
+    grad_weight = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        pixel = image * N + n
+        x = read_tile(x_ptr, pixel, n < N, channel, C)
+        logits = _against_pixels(
+            weight_ptr, x_ptr, x, token, pixel, n < N, T, C, DOT, PRECISION, WHOLE, BLOCK_K
+        )
+        dots = _against_pixels(
+            grad_output_ptr, x_ptr, x, token, pixel, n < N, T, C, DOT, PRECISION, WHOLE, BLOCK_K
+        )
+        # Tokens and pixels that are none: beside an infinite x, or for a very negative logsumexp, they are not 0.
+        counts = (token < T)[:, None] & (n < N)[None, :]
+        attention = tl.where(counts, tl.exp(logits - logsumexp[:, None]), 0.0)
+        f = tl.where(counts, attention * (dots - delta[:, None]), 0.0)
+        if grad_weight_ptr is not None:
+            grad_weight += product(f, x, DOT, PRECISION)
+        if grad_x_ptr is not None:
+            grad_output = read_tile(grad_output_ptr, token, token < T, channel, C)
+            weight = read_tile(weight_ptr, token, token < T, channel, C)
+            grad_x = product(tl.trans(attention), grad_output, DOT, PRECISION)
+            grad_x += product(tl.trans(f), weight, DOT, PRECISION)
+            write_tile(grad_x_ptr, pixel, n < N, channel, grad_x, C)
+    if grad_weight_ptr is not None:
+        row = tl.program_id(0).to(tl.int64) * T + token
+        write_tile(grad_weight_ptr, row, token < T, channel, grad_weight, C)
