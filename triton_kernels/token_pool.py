@@ -27,16 +27,19 @@ def launch_table(channels: int, tokens: int, item_bytes: int, backward: bool = F
 
     Chosen by static figures (registers, spills, shared memory), not measured on a card.
     """
+    floats = item_bytes == 4  # products of floats hold their factors in registers, several times
     block_t = max(triton.next_power_of_2(tokens), 16)
-    block_c = max(16, min(triton.next_power_of_2(channels), 1024, 16384 // block_t))
-    block_n = max(16, min(64, 16384 // block_c))
+    widest, held = (256, 4096) if floats and backward else (1024, 16384)
+    block_c = max(16, min(triton.next_power_of_2(channels), widest, held // block_t))
+    most = 32 if floats or backward else 64
+    block_n = max(16, min(most, (8192 if floats else 16384) // block_c))
     return {
         "BLOCK_N": block_n,
         "BLOCK_T": block_t,
         "BLOCK_C": block_c,
-        "BLOCK_K": 64,
-        "WHOLE": block_c >= channels and block_c <= 256,
-        "num_warps": 4 if block_t * block_c <= 4096 and not backward else 8,
+        "BLOCK_K": 32 if floats else 64,
+        "WHOLE": channels <= min(block_c, 256) and not floats,
+        "num_warps": 4 if block_t * block_c <= 4096 and not floats and not backward else 8,
         "num_stages": 2,
     }
 
