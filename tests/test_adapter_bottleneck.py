@@ -180,6 +180,17 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted, residual):
             torch.testing.assert_close(leaf.grad, everything[name], msg=name)
 
 
+def test_nothing_as_large_as_x_is_saved_but_x():
+    tensors = AdapterBottleneckCase("tall", "", (500,), 64, 4).make()
+    del tensors["residual"]
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):
+        call(tensors, "cpu", residual="x", dropout_p=0.1, training=True)(*leaves)
+    large = {tensor.data_ptr() for tensor in saved if tensor.numel() >= leaves[0].numel()}
+    assert large == {leaves[0].data_ptr()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_is_bitwise_repeatable(runner, dtype):
     tensors = make(AdapterBottleneckCase("wide", "", (150,), 96, 24), runner, dtype)

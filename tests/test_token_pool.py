@@ -133,6 +133,14 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted, recurrent):
             torch.testing.assert_close(leaf.grad, gradient)
 
 
+def test_the_attention_is_not_saved():
+    leaves = [tensor.requires_grad_() for tensor in TokenCase("wide", "", 2, 500, 8, 16).make_pool()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):
+        vitkern.token_pool(*leaves, backend="cpu")
+    assert 2 * 500 * 16 not in [tensor.numel() for tensor in saved]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_is_bitwise_repeatable(runner, dtype):
     tensors = make(TokenCase("wide", "", 2, 200, 48, 16), runner, dtype)
