@@ -29,6 +29,7 @@ test: setup  ## Everything this machine can run; what it cannot is listed with t
 bench: setup  ## Time each backend against plain torch; a figure is printed only where the result was checked
 	for op in ms_deform_attn ms_deform_attn_fused adapter_bottleneck token_pool; do \
 	  $(BIN)/python -m benchmarks.bench_$$op $(BENCH_ARGS) || exit 1; done
+	$(BIN)/python -m benchmarks.bench_host_cost
 
 ##@ Check
 

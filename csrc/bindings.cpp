@@ -14,6 +14,9 @@
 #include "common/cpu_isa.h"
 #include "ms_deform_attn/cpu.h"
 #include "ms_deform_attn/params.h"
+#ifndef VITKERN_EMULATED
+#include "describe.h"
+#endif
 #ifdef VITKERN_WITH_CUDA
 #include "ms_deform_attn/cuda.h"
 #endif
@@ -185,6 +188,9 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.def("cpu_isa", &cpu_isa_name);
   m.def("set_cpu_isa", &set_cpu_isa);
 
+  py::class_<Describer>(m, "Describer", py::module_local())
+      .def(py::init<py::capsule, py::type, py::type>())
+      .def("__call__", &Describer::operator());
   m.def("levels_tile", &levels_tile);
   m.def("ms_deform_attn_forward_cpu", &forward_cpu, no_gil);
   m.def("ms_deform_attn_backward_cpu", &backward_cpu, no_gil);

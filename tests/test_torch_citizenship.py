@@ -16,6 +16,7 @@ import vitkern
 from benchmarks.cases import MsDeformAttnCase, make_inputs
 from vitkern import backends
 from vitkern.nn import MSDeformAttn
+from vitkern.ops import direct
 from vitkern.ops.op import forget_plans
 
 CASE = MsDeformAttnCase("small", "", 2, ((6, 5), (3, 2)), 5, 2, 8, 3)
@@ -403,3 +404,73 @@ def test_an_environment_variable_picks_the_backend():
 )
 def test_which_cards_a_build_serves(architectures, capability, fits):
     assert (backends._no_image_for(capability, architectures) is None) == fits
+
+
+TYPES = {
+    "spatial_shapes must be an int64 tensor or pairs of whole numbers": lambda i: {
+        "spatial_shapes": [(6, 5, 1), (3, 2, 1)]
+    },
+    "pairs of whole numbers, got [(6.0, 5), (3, 2)]": lambda i: {"spatial_shapes": [(6.0, 5), (3, 2)]},
+    "spatial_shapes must be int64, got torch.float32": lambda i: {"spatial_shapes": i.spatial_shapes.float()},
+    "level_start_index must be int64, got torch.float64": lambda i: {
+        "level_start_index": i.level_start_index.double()
+    },
+    "level_start_index must be an int64 tensor or whole numbers, got [0.0, 30]": lambda i: {
+        "level_start_index": [0.0, 30]
+    },
+    "points_per_level must be whole numbers, got 6": lambda i: {"points_per_level": 6},
+    "value must be a dense tensor, got torch.sparse_coo": lambda i: {"value": i.value.to_sparse()},
+    "attention_weights must be a dense tensor, got torch.sparse_coo": lambda i: {
+        "attention_weights": i.attention_weights.to_sparse()
+    },
+    "sampling_locations must be a tensor, got list": lambda i: {
+        "sampling_locations": i.sampling_locations.tolist()
+    },
+}
+
+
+@pytest.mark.parametrize("message", TYPES)
+def test_a_wrong_type_is_named(message):
+    inputs = make()
+    with pytest.raises(TypeError) as error:
+        vitkern.ms_deform_attn(**{**vars(inputs), **TYPES[message](inputs)})
+    assert message in str(error.value)
+
+
+def test_first_pixels_may_be_given_as_numbers():
+    inputs = make()
+    given = {**vars(inputs), "level_start_index": [0, 30]}
+    assert torch.equal(vitkern.ms_deform_attn(**given), attend(*inputs))
+
+
+@pytest.mark.parametrize(
+    "grad_output, got",
+    [
+        (torch.ones(2, 5, 16), "torch.float32 on cpu"),
+        (torch.ones(2, 5, 16, dtype=torch.float64, device="meta"), "torch.float64 on meta"),
+        (torch.ones(2, 5, 8, dtype=torch.float64), r"\[2, 5, 8\] of torch.float64"),
+    ],
+    ids=["dtype", "device", "shape"],
+)
+def test_a_wrong_grad_output_is_named(grad_output, got):
+    with pytest.raises(ValueError, match=f"ms_deform_attn: grad_output must be .*, got .*{got}"):
+        BACKWARD(grad_output, (True, True, True), *make())
+
+
+def test_a_call_is_described_alike_with_and_without_dlpack(monkeypatch):
+    """Torch below 2.10 is asked attribute by attribute."""
+    assert not hasattr(torch.Tensor, "__dlpack_c_exchange_api__") or direct.describe is not direct._describe
+    tensor, seen = torch.randn(2, 3, 4), {}
+    plain = (tensor, tensor.double(), tensor[:1], tensor.transpose(0, 1), tensor[0], None, tensor.long())
+    kinds = {"parameter": torch.nn.Parameter(tensor), "expanded": tensor[:1].expand(2, 3, 4)}
+    for one in (*plain, *kinds.values()):
+        keys = [describe((one, tensor)) for describe in (direct.describe, direct._describe)]
+        assert (keys[0] in seen) == (keys[1] in seen.values())
+        seen[keys[0]] = keys[1]
+    lazy = (torch._neg_view(tensor), torch._efficientzerotensor((2,)), tensor.to_sparse(), tensor.to("meta"))
+    for one in lazy:
+        assert direct.describe((tensor, one)) is None and direct._describe((tensor, one)) is None
+    monkeypatch.setattr(direct, "describe", direct._describe)
+    inputs = make().requires_grad_()
+    attend(*inputs).sum().backward()
+    assert inputs.value.grad is not None

@@ -24,7 +24,7 @@ _SEEDS = 2**63 - 1
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    level_start_index: Tensor | None,
+    level_start_index: Tensor | Sequence[int] | None,
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
@@ -68,20 +68,20 @@ def ms_deform_attn(
         >>> vitkern.ms_deform_attn(value, shapes, None, locations, weights).shape
         torch.Size([1, 5, 32])
     """
-    spatial_shapes, level_start_index = _as_levels(spatial_shapes, level_start_index, value.device)
+    spatial_shapes, level_start_index = _as_levels("ms_deform_attn", spatial_shapes, level_start_index, value)
     lowered = _autocast_dtype(value, sampling_locations, attention_weights)
     if lowered is not None:
         value = value.to(lowered)
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
 
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    return ops.ms_deform_attn(*inputs, _whole_numbers(points_per_level), method, backend)
+    return ops.ms_deform_attn(*inputs, _whole_numbers("ms_deform_attn", points_per_level), method, backend)
 
 
 def ms_deform_attn_fused(
     value: Tensor,
     spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    level_start_index: Tensor | None,
+    level_start_index: Tensor | Sequence[int] | None,
     reference_points: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
@@ -120,13 +120,17 @@ def ms_deform_attn_fused(
         >>> vitkern.ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits).shape
         torch.Size([1, 5, 32])
     """
-    spatial_shapes, level_start_index = _as_levels(spatial_shapes, level_start_index, value.device)
+    spatial_shapes, level_start_index = _as_levels(
+        "ms_deform_attn_fused", spatial_shapes, level_start_index, value
+    )
     lowered = _autocast_dtype(value, reference_points, sampling_offsets, attention_logits)
     if lowered is not None:
         value = value.to(lowered)
 
     inputs = (value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
-    return ops.ms_deform_attn_fused(*inputs, _whole_numbers(points_per_level), method, backend)
+    return ops.ms_deform_attn_fused(
+        *inputs, _whole_numbers("ms_deform_attn_fused", points_per_level), method, backend
+    )
 
 
 def adapter_bottleneck(
@@ -275,19 +279,48 @@ def token_project(
 
 
 def _as_levels(
-    spatial_shapes: Tensor | Sequence[tuple[int, int]], level_start_index: Tensor | None, device: torch.device
+    op: str,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    level_start_index: Tensor | Sequence[int] | None,
+    value: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and first pixels of the levels as int64 tensors, without reading any element on the host."""
+    if level_start_index is not None and not isinstance(level_start_index, Tensor):
+        level_start_index = _as_starts(op, level_start_index, value.device)
     if not isinstance(spatial_shapes, Tensor):
         # Tensors made while something traces (dynamo, fake tensors, torch.func) belong to that trace alone.
         make = _cached_levels if direct.nothing_traces() else _make_levels
-        shapes, starts = make(tuple((int(h), int(w)) for h, w in spatial_shapes), device)
-        return shapes, starts if level_start_index is None else level_start_index.long()
-    spatial_shapes = spatial_shapes.long()
+        try:
+            sizes = tuple((index(height), index(width)) for height, width in spatial_shapes)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{op}: spatial_shapes must be an int64 tensor or pairs of whole numbers, got {spatial_shapes}"
+            ) from None
+        shapes, starts = make(sizes, value.device)
+        return shapes, starts if level_start_index is None else _as_int64(level_start_index)
+    spatial_shapes = _as_int64(spatial_shapes)
     if level_start_index is None:
+        if spatial_shapes.dim() != 2:
+            return spatial_shapes, spatial_shapes.new_zeros(0)  # the op says what is wrong
         pixels = spatial_shapes.prod(-1)
         return spatial_shapes, pixels.cumsum(0) - pixels
-    return spatial_shapes, level_start_index.long()
+    return spatial_shapes, _as_int64(level_start_index)
+
+
+def _as_starts(op: str, level_start_index: Sequence[int], device: torch.device) -> Tensor:
+    try:
+        return torch.tensor([index(start) for start in level_start_index], device=device).long()
+    except TypeError:
+        raise TypeError(
+            f"{op}: level_start_index must be an int64 tensor or whole numbers, got {level_start_index!r}"
+        ) from None
+
+
+def _as_int64(tensor: Tensor) -> Tensor:
+    """Whole numbers of any type; others stay what they are, for the op to refuse."""
+    if tensor.dtype == torch.int64 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return tensor
+    return tensor.long()
 
 
 def _make_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -309,8 +342,13 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _cached_levels = functools.lru_cache(maxsize=256)(_make_levels)
 
 
-def _whole_numbers(points_per_level: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if points_per_level is None else tuple(index(points) for points in points_per_level)
+def _whole_numbers(op: str, points_per_level: Sequence[int] | None) -> tuple[int, ...] | None:
+    if points_per_level is None:
+        return None
+    try:
+        return tuple(index(points) for points in points_per_level)
+    except TypeError:
+        raise TypeError(f"{op}: points_per_level must be whole numbers, got {points_per_level!r}") from None
 
 
 def _autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:

@@ -8,6 +8,7 @@ with ``points_per_level``; uniform ones as [..., L, P, 2] without.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,8 @@ class _Plan(NamedTuple):
     """What follows from shapes, dtypes, device and options: see Op."""
 
     contract: _Contract
-    backend: str
+    forward: Callable[..., Tensor]  # of the backend
+    backward: Callable[..., list[Tensor | None]]
     coordinates: torch.dtype  # that locations and weights are read in: value's or fp32 / fp64
     accumulator: torch.dtype
     options: tuple[tuple[int, ...], str]
@@ -123,13 +125,12 @@ class _Plan(NamedTuple):
 
     def call(self, value, shapes, starts, reference_points, locations, weights) -> tuple:
         """The fields of MsDeformAttnCall."""
-        value, shapes, starts = value.contiguous(), shapes.contiguous(), starts.contiguous()
         self.contract.check_levels(value, shapes, starts)
-        dtype = self.coordinates
-        locations, weights = _as(dtype, locations), _as(dtype, weights)
+        locations, weights = _as(self.coordinates, locations), _as(self.coordinates, weights)
         if reference_points is not None:
             reference_points = _as(self.accumulator, reference_points)
-        return value, shapes, starts, locations, weights, *self.options, reference_points, self.layout
+        tables = shapes.contiguous(), starts.contiguous()
+        return value.contiguous(), *tables, locations, weights, *self.options, reference_points, self.layout
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
@@ -157,7 +158,8 @@ def _flat(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Te
 def _plan(contract, backend, value, shapes, starts, reference_points, locations, weights, points, method):
     plan = _Plan(
         contract,
-        backend,
+        kernel("ms_deform_attn", "forward", backend),
+        kernel("ms_deform_attn", "backward", backend),
         _coordinate_dtype(value, locations, weights),
         native.accumulator(value.dtype),
         (_points_per_level(locations, points), method),
@@ -179,13 +181,12 @@ def _forward_plain(plan, value, shapes, starts, locations, weights):
 
 
 def _forward_fused(plan, *tensors):
-    return kernel("ms_deform_attn", "forward", plan.backend)(*plan.call(*tensors))
+    return plan.forward(*plan.call(*tensors))
 
 
 def _backward(plan, grad_output, needed, call):
     deterministic = torch.are_deterministic_algorithms_enabled()
-    launch = kernel("ms_deform_attn", "backward", plan.backend)
-    return launch(grad_output, needed, *call, deterministic=deterministic)
+    return plan.backward(grad_output, needed, *call, deterministic=deterministic)
 
 
 def _backward_plain(plan, grad_output, needed, value, shapes, starts, locations, weights):

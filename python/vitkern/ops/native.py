@@ -108,7 +108,8 @@ def _told(call: MsDeformAttnCall):
 
 def levels_tile(shapes: Tensor, starts: Tensor, pixels: int) -> bool:
     """Whether the levels, in tables on the host, cover the pixels without gap or overlap."""
-    shapes, starts = shapes.contiguous(), starts.contiguous()
+    if not (shapes.is_contiguous() and starts.is_contiguous()):
+        shapes, starts = shapes.contiguous(), starts.contiguous()
     return _C.levels_tile(shapes.data_ptr(), starts.data_ptr(), starts.numel(), pixels)
 
 

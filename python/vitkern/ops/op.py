@@ -25,6 +25,7 @@ _any_requires_grad = torch._C._any_requires_grad
 # The last argument of every schema: which backend is to run, None for the best.
 BACKEND = "str? backend=None"
 
+_UNKNOWN = object()
 _MOST_PLANS = 4096  # of an op; then it starts afresh
 
 Spec = tuple[Sequence[int], torch.dtype]  # of an output
@@ -80,6 +81,7 @@ class Op:
         arguments = schema.split(", ")
         self._tensors = len(arguments) - len(defaults)
         tensors, options = arguments[: self._tensors], arguments[self._tensors :]
+        self._arguments = tensors
 
         self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
         first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
@@ -102,18 +104,25 @@ class Op:
         torch.library.register_fake(f"vitkern::{name}", fake, lib=_library)
 
     def __call__(self, *inputs: Any) -> Tensor:
-        tensors = inputs[: self._tensors]
-        if inputs[0].is_meta or not direct.nothing_watches(tensors):
+        tensors, options = inputs[: self._tensors], inputs[self._tensors :]
+        described = direct.describe(tensors) if direct.nothing_watches() else None
+        if described is None:
             return self._through_the_dispatcher(inputs)
-        plan = self._planned(inputs)
+        plan = self._plans.get((described, options), _UNKNOWN)
+        if plan is _UNKNOWN:
+            plan = self._planned(inputs)
         if plan is None:
             return self._reference(*inputs[:-1])
-        if torch.is_grad_enabled() and _any_requires_grad(*tensors):
-            return self._apply(*tensors, plan, inputs[self._tensors :])
+        if _any_requires_grad(*tensors) and torch.is_grad_enabled():
+            return self._apply(*tensors, plan, options)
         output = self._forward(plan, *tensors)
         return output[0] if self._kept else output
 
     def _through_the_dispatcher(self, inputs: tuple) -> Tensor:
+        for argument, tensor in zip(self._arguments, inputs):
+            kind, name = argument.split()
+            if not (isinstance(tensor, Tensor) or (tensor is None and kind == "Tensor?")):
+                raise TypeError(f"{self.name}: {name} must be a tensor, got {type(tensor).__name__}")
         if _runs_as_plain_torch(inputs[0].device, inputs[0].dtype, inputs[-1]):
             self._check(*inputs)
             return self._reference(*inputs[:-1])
@@ -123,19 +132,17 @@ class Op:
 
     def _planned(self, inputs: tuple) -> Any:
         """The plan for inputs like these, None where the reference is to run."""
-        count = self._tensors
-        likes = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in inputs[:count]]
-        key = (*likes, *inputs[count:])
-        try:
+        described = direct.describe(inputs[: self._tensors])
+        key = (described, inputs[self._tensors :])
+        if key in self._plans:
             return self._plans[key]
-        except KeyError:
-            pass
         self._check(*inputs)
         backend = backends.choose(inputs[0].device, inputs[0].dtype, inputs[-1])
         plan = None if backend == "reference" else self._plan(backend, *inputs)
         if len(self._plans) == _MOST_PLANS:
             self._plans.clear()
-        self._plans[key] = plan
+        if described is not None:
+            self._plans[key] = plan
         return plan
 
     def _launchable(self, inputs: tuple) -> Any:
@@ -214,7 +221,12 @@ class Op:
         needed = [ctx.needs_input_grad[position] for position in self.differentiable]
         saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
         # With grad mode on somebody wants a second derivative: only the op knows how to refuse one.
-        if ctx.plan is None or torch.is_grad_enabled() or not direct.nothing_watches((grad_output, *saved)):
+        if (
+            ctx.plan is None
+            or torch.is_grad_enabled()
+            or not direct.nothing_watches()
+            or direct.describe((grad_output, *saved)) is None
+        ):
             backward = getattr(torch.ops.vitkern, f"{self.name}_backward")
             gradients = backward(grad_output, needed, *saved, *ctx.options)
         else:
@@ -247,7 +259,7 @@ class Op:
             return *op._differentiate(ctx, grad_output), None, None
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function: Any = type(self.name, (torch.autograd.Function,), methods)
+        function = type(self.name, (torch.autograd.Function,), methods)
         # Function.apply itself first looks for torch.func's wrappers, of which there are none on this way.
         return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
@@ -270,6 +282,7 @@ def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str 
     return backends.choose(device, dtype, backend) == "reference"
 
 
+@functools.cache
 def kernel(op: str, direction: str, backend: str) -> Callable[..., Any]:
     """The launch function of an op for a backend, imported when first needed."""
     family = "triton" if backend == "triton" else "native"

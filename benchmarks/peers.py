@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m benchmarks.peers: which other implementations of ms_deform_attn are installed here, and whether right.
+
+Each is called as its documentation says, on the same inputs, and compared with the float64 oracle, output and
+gradients, before anybody times it. What is absent, wrong, or does not take a case is said to be so.
+requirements/peers.txt lists what can be installed beside vitkern.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import CASES, MsDeformAttnInputs, make_inputs
+from vitkern import reference
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of value, locations, weights: [B, Q, M * D]
+IM2COL_STEP = 64
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How to get at a peer, and the call that takes `inputs`' levels and then value, locations and weights."""
+
+    name: str
+    module: str
+    load: Callable[[], Callable]
+    bind: Callable[[Callable, MsDeformAttnInputs], Attention]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def attention(self, inputs: MsDeformAttnInputs) -> Attention:
+        return self.bind(_loaded(self), inputs)
+
+    def verdict(self, inputs: MsDeformAttnInputs) -> str:
+        """ "right", or why its time is not to be had: absent, unsupported or wrong, with the error."""
+        try:
+            attention = self.attention(inputs)
+        except Exception as error:  # a peer may fail to load in any way; which one it was is the verdict
+            return f"absent: {_first_line(error)}"
+        if inputs.value.device.type not in self.devices:
+            return f"unsupported: {inputs.value.device.type}"
+        try:
+            results = _results(attention, inputs)
+        except Exception as error:
+            return f"unsupported: {_first_line(error)}"
+        worst = max(_relative_error(got, want) for got, want in zip(results, _oracle(inputs)))
+        limit = 1e-4 if inputs.value.dtype == torch.float32 else 2e-2
+        return "right" if worst <= limit else f"wrong: off by {worst:.1e} of the greatest value"
+
+
+@functools.cache
+def _loaded(peer: Peer) -> Callable:
+    return peer.load()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
+
+
+def _results(attention: Attention, inputs: MsDeformAttnInputs) -> list[Tensor]:
+    """The output and the gradients of value and weights."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.differentiable()]
+    output = attention(*leaves)
+    # Not of the locations: their gradient jumps at the edge of a pixel, where two may round apart.
+    return [output, *torch.autograd.grad(output.float().sum(), leaves[::2])]
+
+
+def _oracle(inputs: MsDeformAttnInputs) -> list[Tensor]:
+    points = (inputs.sampling_locations.shape[4],) * len(inputs.spatial_shapes)
+
+    def attention(value, locations, weights):
+        tables = inputs.spatial_shapes, inputs.level_start_index
+        return reference.ms_deform_attn(value, *tables, locations.flatten(3, 4), weights.flatten(3), points)
+
+    return _results(attention, inputs.to(torch.float64))
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape or not got.isfinite().all():
+        return float("inf")
+    return ((got.double() - want).abs().max() / want.abs().max()).item()
+
+
+def _attribute(module: str, name: str) -> Callable[[], Callable]:
+    return lambda: functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def _like_deformable_detr(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
+    return lambda value, locations, weights: function(
+        value, inputs.spatial_shapes, inputs.level_start_index, locations, weights, IM2COL_STEP
+    )
+
+
+def _like_deformops(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
+    return lambda value, locations, weights: function(
+        value, inputs.spatial_shapes, inputs.level_start_index, locations, weights
+    ).flatten(2 if value.dim() == 4 else -2)
+
+
+def _like_mmcv(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
+    step = torch.tensor(IM2COL_STEP)
+    return lambda value, locations, weights: function(
+        value, inputs.spatial_shapes, inputs.level_start_index, locations, weights, step
+    )
+
+
+def _like_msda_triton(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
+    return lambda value, locations, weights: function(
+        value, inputs.spatial_shapes, locations, weights, "zeros", False
+    ).flatten(2)
+
+
+def _by_grid_sample(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
+    sizes = [tuple(size) for size in inputs.spatial_shapes.tolist()]
+    return lambda value, locations, weights: function(value, sizes, locations, weights)
+
+
+def _hub_kernel() -> Callable:
+    """What transformers loads from the hub for use_kernels=True: from its local cache, or over a network."""
+    layers = importlib.import_module("kernels").get_kernel("kernels-community/deformable-detr").layers
+    return layers.MultiScaleDeformableAttentionFunction.apply
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("grid_sample", "torch", lambda: reference.ms_deform_attn_by_grid_sample, _by_grid_sample),
+        Peer(
+            "grid_sample compiled",
+            "torch",
+            lambda: torch.compile(reference.ms_deform_attn_by_grid_sample),
+            _by_grid_sample,
+        ),
+        Peer(
+            "torch-ms-deform-attn",
+            "torch_ms_deform_attn",
+            _attribute("torch_ms_deform_attn", "ms_deform_attn"),
+            _like_deformable_detr,
+        ),
+        Peer(
+            "deformops",
+            "deformops",
+            _attribute("deformops.registry.msda", "msda"),
+            _like_deformops,
+            devices=("cuda",),
+        ),
+        Peer(
+            "mmcv",
+            "mmcv",
+            _attribute("mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction.apply"),
+            _like_mmcv,
+            devices=("cuda",),
+        ),
+        Peer(
+            "msda-triton",
+            "msda_triton",
+            _attribute("msda_triton", "multiscale_deformable_attention"),
+            _like_msda_triton,
+        ),
+        Peer("hub kernel", "kernels", _hub_kernel, _like_deformable_detr, devices=("cuda",)),
+    )
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", default="hub-small", choices=CASES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        inputs = make_inputs(
+            CASES[arguments.case].with_batch(1), locations="uniform", dtype=dtype, device=arguments.device
+        )
+        for peer in PEERS.values():
+            print(f"{str(dtype)[6:]:<10}{peer.name:<23}{peer.verdict(inputs)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
