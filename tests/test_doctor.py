@@ -89,7 +89,9 @@ def test_instruction_set_follows_the_environment(monkeypatch):
         cpu = facts["cpu"]
         assert cpu["chosen"] == (None if name == "sse9" else name)
         assert facts["backends"]["cpu"] == cpu.get("error")
-    assert "'sse9' cannot be used; this build has: baseline" in cpu["error"]
+    assert (
+        "VITKERN_CPU_ISA: cpu instruction set 'sse9' cannot be used; this build has: baseline" in cpu["error"]
+    )
 
 
 @pytest.mark.gpu

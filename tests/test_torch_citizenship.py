@@ -386,7 +386,8 @@ def test_an_environment_variable_picks_the_backend():
 
     assert run("reference").stdout == "ViewBackward0\n"  # of plain torch's last operation
     assert run("cpu").stdout == "ms_deform_attnBackward\n"
-    assert "backend must be one of cpu, cuda, triton, reference, got 'gpu'" in run("gpu").stderr
+    assert "VITKERN_BACKEND must be one of cpu, cuda, triton, reference, got 'gpu'" in run("gpu").stderr
+    assert "VITKERN_BACKEND 'cuda' cannot run here: " in run("cuda").stderr or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(

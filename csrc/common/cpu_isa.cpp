@@ -88,7 +88,11 @@ const IsaEntry& usable(const std::string& name) {
 std::atomic<CpuIsa>& chosen() {
   static std::atomic<CpuIsa> isa = [] {
     const char* wanted = std::getenv("VITKERN_CPU_ISA");
-    if (wanted != nullptr && *wanted != '\0') return usable(wanted).isa;
+    try {
+      if (wanted != nullptr && *wanted != '\0') return usable(wanted).isa;
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("VITKERN_CPU_ISA: ") + error.what());
+    }
     CpuIsa fastest = CpuIsa::kBaseline;
     for (const IsaEntry& entry : entries())
       if (entry.supported) fastest = entry.isa;

@@ -90,13 +90,14 @@ _PREDICATES = {
 @functools.cache
 def choose(device: torch.device, dtype: torch.dtype, requested: str | None) -> str:
     """The backend that runs: the requested one (or VITKERN_BACKEND's) or an error; else the first that can."""
-    requested = requested or os.environ.get("VITKERN_BACKEND") or None
+    named_by = "backend" if requested is not None else "VITKERN_BACKEND"
+    requested = requested if requested is not None else os.environ.get("VITKERN_BACKEND") or None
     if requested is not None:
         if requested not in BACKENDS:
-            raise ValueError(f"vitkern: backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
+            raise ValueError(f"vitkern: {named_by} must be one of {', '.join(BACKENDS)}, got {requested!r}")
         reason = can_run(requested, device, dtype)
         if reason is not None:
-            raise RuntimeError(f"vitkern: backend {requested!r} cannot run here: {reason}")
+            raise RuntimeError(f"vitkern: {named_by} {requested!r} cannot run here: {reason}")
         return requested
 
     objections = {}
