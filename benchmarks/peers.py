@@ -100,7 +100,7 @@ def _like_deformable_detr(function: Callable, inputs: MsDeformAttnInputs) -> Att
 def _like_deformops(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
     return lambda value, locations, weights: function(
         value, inputs.spatial_shapes, inputs.level_start_index, locations, weights
-    ).flatten(2 if value.dim() == 4 else -2)
+    ).flatten(2)
 
 
 def _like_mmcv(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
