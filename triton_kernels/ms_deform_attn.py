@@ -21,23 +21,20 @@ import triton.language as tl
 from .ms_deform_attn_fused import _frame, _softmax
 
 
-def launch_table(
-    channels: int, item_bytes: int, backward: bool = False, fused: bool = False
-) -> dict[str, int]:
+def launch_table(channels: int, item_bytes: int, backward: bool = False) -> dict[str, int]:
     """Block sizes that give each thread one vector of one query: 16 bytes of value, in backward 16 of grad_value.
 
-    Chosen by static figures, not measured on a card. A wider 16-bit tile in backward would cross shared memory on its
-    way to the vector atomics. Left to itself, ptxas squeezes the forward into 48 registers, spills in 16-bit and waits
-    for one corner before it asks for the next; with 64, still half of the threads that an SM can hold, all four loads
-    are under way together; the fused form takes 80 for the same (channels that do not fill their block need more, and
-    get what they need). A table, because a search at run time would add into live gradients and break the capture of
-    CUDA graphs.
+    Chosen by static figures (docs/benchmarking.md), not measured on a card. A wider 16-bit tile in backward would cross
+    shared memory on its way to the vector atomics. Left to itself, ptxas squeezes the forward into 48 registers, spills
+    in 16-bit and waits for one corner before it asks for the next; with 64, still half of the threads that an SM can
+    hold, all four loads are under way together (channels that do not fill their block need more, and get what they
+    need). A table, because a search at run time would add into live gradients and break the capture of CUDA graphs.
     """
     num_warps = 4
     block_d = min(max(triton.next_power_of_2(channels), 2), 256)
     vector = min(16 // (4 if backward else item_bytes), block_d)
     block_q = max(1, 32 * num_warps * vector // block_d)
-    registers = {"maxnreg": 80 if fused else 64} if channels % block_d == 0 and not backward else {}
+    registers = {"maxnreg": 64} if channels % block_d == 0 and not backward else {}
     return {"BLOCK_Q": block_q, "BLOCK_D": block_d, "num_warps": num_warps, **registers}
 
 
@@ -170,7 +167,6 @@ def ms_deform_attn_forward(
     ACC: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Eq. (1). The second axis of the grid goes over blocks of channels."""
@@ -179,7 +175,8 @@ def ms_deform_attn_forward(
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     output = tl.zeros([BLOCK_Q, BLOCK_D], dtype=ACC)
     if NUMBERS > 0:
-        largest, inverse = _softmax(weights_ptr, row, m_q, GROUPS * GROUP_POINTS, BLOCK_K, ACC)
+        K: tl.constexpr = GROUPS * GROUP_POINTS
+        largest, inverse = _softmax(weights_ptr, row, m_q, K, K <= 64, ACC)
     for group in range(GROUPS):
         level = _level_of(group, level_of_group_ptr)
         height, width, start = _level(level, shapes_ptr, level_start_ptr)

@@ -96,7 +96,7 @@ def ms_deform_attn_backward(
     K: tl.constexpr = GROUPS * GROUP_POINTS
     grad_output = _channels(grad_output_ptr, row * D, m_q, channel, D, BLOCK_D).to(ACC)
     if NUMBERS > 0:
-        largest, inverse = _softmax(weights_ptr, row, m_q, K, BLOCK_K, ACC)
+        largest, inverse = _softmax(weights_ptr, row, m_q, K, False, ACC)
         weights = tl.zeros([BLOCK_Q, BLOCK_K], dtype=ACC)
     for group in range(GROUPS):
         level = _level_of(group, level_of_group_ptr)

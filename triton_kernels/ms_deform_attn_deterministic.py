@@ -24,14 +24,14 @@ def ms_deform_attn_cells(
     shapes_ptr, level_start_ptr, level_of_group_ptr, locations_ptr, weights_ptr,
     reference_ptr, reference_image, reference_query, reference_level, B, S, M, Q, GROUPS: tl.constexpr,
     GROUP_POINTS: tl.constexpr, NUMBERS: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program files the points of BLOCK_Q queries of one head of one image."""
     image, head, query, row = _queries(M, Q, BLOCK_Q)
     m_q = query < Q
     nowhere = tl.cast(S, tl.int64) * M * B
     if NUMBERS > 0:
-        largest, inverse = _softmax(weights_ptr, row, m_q, GROUPS * GROUP_POINTS, BLOCK_K, ACC)
+        largest, inverse = _softmax(weights_ptr, row, m_q, GROUPS * GROUP_POINTS, False, ACC)
         tl.store(softmax_ptr + 2 * row, largest, mask=m_q)
         tl.store(softmax_ptr + 2 * row + 1, inverse, mask=m_q)
     for group in range(GROUPS):

@@ -23,11 +23,32 @@ def _logits(logits_ptr, row, m_row, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC:
 
 
 @triton.jit
-def _softmax(logits_ptr, row, m_row, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """Eq. (8): the largest logit of each row, and one by the sum. A NaN comes in by the sum, as do infinities."""
-    logits = _logits(logits_ptr, row, m_row, K, BLOCK_K, ACC)
-    largest = tl.max(logits, axis=1)
-    return largest, 1 / tl.sum(tl.exp(logits - largest[:, None]), axis=1)
+def _logit(logits_ptr, row, m_row, point, K: tl.constexpr, ACC: tl.constexpr):
+    """One logit of each row."""
+    return tl.load(logits_ptr + row * K + point, mask=m_row, other=0.0).to(ACC)
+
+
+@triton.jit
+def _softmax(logits_ptr, row, m_row, K: tl.constexpr, UNROLLED: tl.constexpr, ACC: tl.constexpr):
+    """Eq. (8): the largest logit of each row, and one by the sum. A NaN comes in by the sum, as do infinities.
+
+    Number by number: a tile of logits would bring its own layout, and every point would be located twice, once for the
+    threads that weigh it and once for those that sample it. So it is, too, where what a loop carries meets a sampling
+    loop that has room for any layout: forward, which is why it asks for unrolled ones; backward would lose registers.
+    """
+    largest = tl.full([row.shape[0]], float("-inf"), dtype=ACC)
+    total = tl.zeros([row.shape[0]], dtype=ACC)
+    if UNROLLED:
+        for point in tl.static_range(K):
+            largest = tl.maximum(largest, _logit(logits_ptr, row, m_row, point, K, ACC))
+        for point in tl.static_range(K):
+            total += tl.exp(_logit(logits_ptr, row, m_row, point, K, ACC) - largest)
+    else:
+        for point in range(K):
+            largest = tl.maximum(largest, _logit(logits_ptr, row, m_row, point, K, ACC))
+        for point in range(K):
+            total += tl.exp(_logit(logits_ptr, row, m_row, point, K, ACC) - largest)
+    return largest, 1 / total
 
 
 @triton.jit

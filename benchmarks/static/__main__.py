@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.static: what the compilers made of every GPU kernel, read from the machine code, without a GPU.
 
-Registers, spills, shared memory, occupancy, widths of accesses, reductions, instructions of a sampled point and channel.
+Registers, spills, shared memory, occupancy, widths of accesses, reductions, instructions of a point and channel.
 docs/benchmarking.md explains the figures and holds the table.
 """
 
@@ -23,13 +23,21 @@ BACKENDS = ("cuda", "triton", "baseline")
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", nargs="+", type=int, default=list(MULTIPROCESSORS), choices=list(MULTIPROCESSORS))
+    parser.add_argument(
+        "--arch", nargs="+", type=int, default=list(MULTIPROCESSORS), choices=list(MULTIPROCESSORS)
+    )
     parser.add_argument("--backend", nargs="+", default=list(BACKENDS), choices=BACKENDS)
-    parser.add_argument("--case", nargs="+", default=report.COMMITTED, help="dtypes and channels: fp32x32 bf16x64")
-    parser.add_argument("--kernel", default="", help="only kernels whose line contains this, as 'backward fused'")
+    parser.add_argument(
+        "--case", nargs="+", default=report.COMMITTED, help="dtypes and channels: fp32x32 bf16x64"
+    )
+    parser.add_argument(
+        "--kernel", default="", help="only kernels whose line contains this, as 'backward fused'"
+    )
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
     parser.add_argument("--markdown", action="store_true", help="write the table of docs/benchmarking.md")
-    parser.add_argument("--check", action="store_true", help="fail where that table differs or a target is missed")
+    parser.add_argument(
+        "--check", action="store_true", help="fail where that table differs or a target is missed"
+    )
     options = parser.parse_args(arguments)
     if (options.markdown or options.check) and options.case != report.COMMITTED:
         parser.error(f"the table in the docs holds the cases {' '.join(report.COMMITTED)}: leave --case out")
@@ -69,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     for backend, reason in absent.items():
         print(f"{backend} kernels are left out: {reason}", file=sys.stderr)
     backends = [backend for backend in options.backend if backend not in absent]
-    cases = [case for case in all_cases(options.case) if case.backend in backends and options.kernel in case.label]
+    cases = [
+        case for case in all_cases(options.case) if case.backend in backends and options.kernel in case.label
+    ]
     if not cases:
         print("No kernel is left to be measured.", file=sys.stderr)
         return 1

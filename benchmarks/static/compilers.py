@@ -35,7 +35,9 @@ def compile_file(source: Path, arch: int, folder: Path) -> dict[str, sass.Kernel
         raise RuntimeError(f"nvcc failed for sm_{arch}:\n{done.stderr[-4000:]}")
     kernels = sass.read_cubin(cubin)
     for kernel in kernels.values():
-        kernel.shared -= 1024 if arch >= 90 else 0  # what the driver keeps of each block, counted from sm_90 on
+        kernel.shared -= (
+            1024 if arch >= 90 else 0
+        )  # what the driver keeps of each block, counted from sm_90 on
     names = subprocess.check_output(["c++filt"], input="\n".join(kernels), text=True).splitlines()
     return {_short(name): kernel for name, kernel in zip(names, kernels.values())}
 
@@ -44,7 +46,8 @@ def compile_cuda(sources: list[Cuda], arch: int) -> list[sass.Kernel]:
     """The given instantiations, in one run of nvcc."""
     text = "".join(f'#include "{header}"\n' for header in sorted({s.header for s in sources}))
     text += "".join(
-        f"namespace {s.namespace} {{\ntemplate __global__ void {s.name}({s.parameters});\n}}\n" for s in sources
+        f"namespace {s.namespace} {{\ntemplate __global__ void {s.name}({s.parameters});\n}}\n"
+        for s in sources
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cu"

@@ -44,7 +44,9 @@ class Figures:
 def measure(kernel: Kernel, case: Case, arch: int) -> Figures:
     shared = kernel.shared + case.shared
     counts = _count(kernel, case.points) if case.points else (None, None, None)
-    reductions = Counter(_reduction(i.opcode) for i in kernel.instructions if re.match(r"(RED|ATOM)G?\.", i.opcode))
+    reductions = Counter(
+        _reduction(i.opcode) for i in kernel.instructions if re.match(r"(RED|ATOM)G?\.", i.opcode)
+    )
     return Figures(
         kernel.registers,
         kernel.stack,
@@ -110,7 +112,9 @@ def _loop_over_points(kernel: Kernel, points: Points) -> Loop | None:
     found = []
     for loop in kernel.loops:
         loads = kernel.count(loop.blocks, points.load)
-        inner = any(other.blocks < loop.blocks and kernel.count(other.blocks, points.load) for other in kernel.loops)
+        inner = any(
+            other.blocks < loop.blocks and kernel.count(other.blocks, points.load) for other in kernel.loops
+        )
         if loads and loads % points.loads == 0 and not inner:
             found.append((loads, loop))
     return max(found, key=lambda pair: pair[0], default=(0, None))[1]

@@ -58,7 +58,11 @@ def _baseline(dtype: str, channels: int) -> Iterator[Case]:
     if channels != 32 or dtype == "bf16":
         return
     for kernel, threads in (("forward", 1024), ("backward", channels)):
-        name = f"msda_{kernel}<{CPP_TYPES[dtype]}>" if kernel == "forward" else f"msda_backward<{CPP_TYPES[dtype]}, 32>"
+        name = (
+            f"msda_{kernel}<{CPP_TYPES[dtype]}>"
+            if kernel == "forward"
+            else f"msda_backward<{CPP_TYPES[dtype]}, 32>"
+        )
         source = Cuda("benchmarks/baseline_msda.cuh", name, "const Arguments", namespace="baseline")
         points = Points(r"LDG", 7, 1, LEVEL_POINTS)  # x, y, weight, four corners
         yield Case(OP, "baseline", kernel, "plain", dtype, channels, threads, source, 0, points)
@@ -86,7 +90,7 @@ def _specialise(name: str, dtype: str, channels: int, numbers: int):
 
     modules = (ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_deterministic)
     (kernel,) = (getattr(m, f"{OP}_{name}") for m in modules if f"{OP}_{name}" in vars(m))
-    table = ms_deform_attn.launch_table(channels, ITEM_BYTES[dtype], name == "backward", numbers > 0)
+    table = ms_deform_attn.launch_table(channels, ITEM_BYTES[dtype], name == "backward")
     known = {"D": channels, "L": LEVELS, "GROUPS": LEVELS, "GROUP_POINTS": LEVEL_POINTS, "BILINEAR": True}
     known |= {"ACC": tl.float32, "OFFSET": tl.int32, "BLOCK_P": LEVEL_POINTS, "BLOCK_K": POINTS}
     known |= {"NUMBERS": numbers, "BLOCK_S": table["BLOCK_Q"], "level_of_group_ptr": None} | table

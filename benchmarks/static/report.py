@@ -12,7 +12,18 @@ from benchmarks.static.figures import Figures
 PAGE = compilers.ROOT / "docs" / "benchmarking.md"
 BEGIN, END = "<!-- static table: python -m benchmarks.static --markdown -->", "<!-- end of static table -->"
 COMMITTED = ["fp32x32", "fp16x32"]
-HEADINGS = ("kernel", "form", "dtype", "registers", "spilled B", "shared B", "occupancy", "loads", "stores", "reductions")
+HEADINGS = (
+    "kernel",
+    "form",
+    "dtype",
+    "registers",
+    "spilled B",
+    "shared B",
+    "occupancy",
+    "loads",
+    "stores",
+    "reductions",
+)
 HEADINGS += ("loop", "+ locating", "whole")
 NUMBERS = ("---",) * 3 + ("--:",) * 4 + ("---",) * 3 + ("--:",) * 3
 
@@ -42,7 +53,12 @@ def one_line(figures: Figures) -> str:
 
 
 def _line(case: Case, figures: Figures) -> str:
-    cells = (f"{case.op} {case.backend} {case.kernel}", case.form, f"{case.dtype}x{case.channels}", *_cells(figures))
+    cells = (
+        f"{case.op} {case.backend} {case.kernel}",
+        case.form,
+        f"{case.dtype}x{case.channels}",
+        *_cells(figures),
+    )
     return "| " + " | ".join(cells) + " |"
 
 

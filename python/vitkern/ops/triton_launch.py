@@ -74,8 +74,7 @@ def _blocks(call: MsDeformAttnCall, backward: bool = False) -> dict[str, int]:
     from vitkern.triton_kernels import ms_deform_attn as kernels
 
     value = call.value
-    fused = call.reference_points is not None
-    blocks = kernels.launch_table(value.shape[3], value.element_size(), backward, fused)
+    blocks = kernels.launch_table(value.shape[3], value.element_size(), backward)
     if torch.version.hip:
         blocks.pop("maxnreg", None)  # NVIDIA's compiler alone knows it
     return blocks if value.is_cuda else blocks | {"BLOCK_Q": _INTERPRETED_BLOCK}
@@ -105,7 +104,7 @@ def ms_deform_attn_forward_triton(*arguments) -> Tensor:
 
     from vitkern.triton_kernels import ms_deform_attn as kernels
 
-    batch, pixels, heads, channels, queries, _, points = call.layout.sizes
+    batch, pixels, heads, channels, queries, *_ = call.layout.sizes
     blocks = _blocks(call)
     grid = (batch * heads * _cdiv(queries, blocks["BLOCK_Q"]), _cdiv(channels, blocks["BLOCK_D"]))
     with _on(call.value):
@@ -120,7 +119,6 @@ def ms_deform_attn_forward_triton(*arguments) -> Tensor:
             **_constants(call),
             **blocks,
             OFFSET=_offset(call.value),
-            BLOCK_K=_next_power_of_2(points),
         )
     return output
 
@@ -175,7 +173,7 @@ def _gather_grad_value(call: MsDeformAttnCall, grad_output: Tensor) -> Tensor:
     """The bitwise reproducible gradient of value: points sorted by pixel, then summed pixel by pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 
-    batch, pixels, heads, channels, queries, _, points = call.layout.sizes
+    batch, pixels, heads, channels, queries, *_ = call.layout.sizes
     blocks, constants, inputs = _blocks(call), _constants(call), _inputs(call)
     num_warps, block_s, block_d = blocks["num_warps"], blocks["BLOCK_Q"], blocks["BLOCK_D"]
     block_q = 32 * num_warps
@@ -195,7 +193,6 @@ def _gather_grad_value(call: MsDeformAttnCall, grad_output: Tensor) -> Tensor:
             queries,
             **constants,
             BLOCK_Q=block_q,
-            BLOCK_K=_next_power_of_2(points),
             num_warps=num_warps,
         )
         order, first = sort_by_cell(cells, batch * heads * pixels)
