@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Starting CUDA kernels: the right device, the caller's stream, and no error that goes unheard. The one
-// place that knows whether a GPU or the emulator runs them.
+// Starting CUDA kernels: the right device, the caller's stream, and no error that goes unheard. The one place
+// that knows whether a GPU or the emulator runs them.
 #pragma once
 
 #include <cstddef>

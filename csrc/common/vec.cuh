@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements of any type as numbers of their accumulator type, 16 bytes at a time where the type and the count
-// allow.
+// Elements of any type as numbers of their accumulator type, 16 bytes at a time where the type and
+// the count allow.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +47,8 @@ struct alignas(kCount * sizeof(T)) Vector {
   T at[kCount];
 };
 
-// Reads kCount consecutive elements that nobody writes during the kernel: one load of 16 bytes, or one
-// element.
+// Reads kCount consecutive elements that nobody writes during the kernel: one load of 16 bytes,
+// or one element.
 template <int kCount, typename T>
 __device__ __forceinline__ void load(const T* address, Accumulator<T> (&out)[kCount]) {
   if constexpr (kCount == 1) {
@@ -57,8 +57,8 @@ __device__ __forceinline__ void load(const T* address, Accumulator<T> (&out)[kCo
     static_assert(kCount * sizeof(T) == kVectorBytes);
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(address));
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      // A bfloat16 is the upper half of a float: one shift or mask each, where a conversion first extracts
-      // the half.
+      // A bfloat16 is the upper half of a float: one shift or mask each, where a conversion first
+      // extracts the half.
       const unsigned words[] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
       for (int i = 0; i < kCount; ++i)

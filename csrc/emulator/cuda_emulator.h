@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on the CPU, for tests: g++ compiles the .cu file that nvcc compiles, unchanged.
 //
-// Each CUDA thread is a fiber: a stack of its own and a switch of a dozen instructions. A block lives on one
-// OS thread, which runs each fiber up to its next barrier or warp operation; blocks spread over OpenMP
-// threads.
+// Each CUDA thread is a fiber: a stack of its own and a switch of a dozen instructions. A block lives
+// on one OS thread, which runs each fiber up to its next barrier or warp operation; blocks spread
+// over OpenMP threads.
 // CUDA_EMU_ORDER=1 runs the threads of a block backwards: a result that differs depends on the order.
 //
-// Caught, with kernel and block named: barriers that part of a block never reaches, warp operations whose
-// lanes do not all come or whose mask lacks one, impossible launches; and under AddressSanitizer and UBSan,
-// overruns.
+// Caught, with kernel and block named: barriers that part of a block never reaches, warp operations
+// whose lanes do not all come or whose mask lacks one, impossible launches; and under AddressSanitizer
+// and UBSan, overruns.
 // Not modelled: memory ordering inside a block, the order of atomics, speed.
 #pragma once
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The types of CUDA's headers that the kernels use, for a compiler that knows none of them. Always used by
-// the emulator, toolkit or not, so that there is one path. The 16-bit types hold bits and convert as the
-// hardware does.
+// The types of CUDA's headers that the kernels use, for a compiler that knows none of them. Always used
+// by the emulator, toolkit or not, so that there is one path. The 16-bit types hold bits and convert as
+// the hardware does.
 #pragma once
 
 #include <cstdint>

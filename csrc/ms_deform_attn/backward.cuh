@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // ms_deform_attn backward, eqs. (5) to (7), (11) and (12) of docs/derivations/ms_deform_attn.md.
 //
-// Work split: as in forward, a team (device.cuh) owns one image, query and head, and its lanes locate one
-// point each. For a point the lanes multiply their channels of grad_output with those of the four pixels;
-// shuffles sum the four products over the team, and the lane that located the point turns them into its three
-// gradients.
+// Work split: as in forward, a team (device.cuh) owns one image, query and head, and its lanes locate
+// one point each. For a point the lanes multiply their channels of grad_output with those of the four
+// pixels; shuffles sum the four products over the team, and the lane that located the point turns them
+// into its three gradients.
 // Memory: value is gathered as in forward, grad_value scattered with vector reductions into the accumulator
 // type; grad_locations and grad_weights are written once, coalesced.
 // Fused form: (6) of a query's points waits in grad_weights until the sum in (11) is known; its lane reads it again.
@@ -62,8 +62,8 @@ __device__ __forceinline__ A input_gradient(const Task& task, const AnyForm& for
   return along * size;
 }
 
-// Eqs. (6) and (7), from the products of grad_output with the four pixels; `index` is that of the
-// point. In the fused form grad_weights gets (6) too, which waits there for store_logit_gradients.
+// Eqs. (6) and (7), from the products of grad_output with the four pixels; `index` is that of the point. In
+// the fused form grad_weights gets (6) too, which waits there for store_logit_gradients.
 template <typename T, bool kNearest, typename AnyForm, typename A = Accumulator<T>>
 __device__ __forceinline__ void store_point_gradients(const Task& task, const Level<A>* levels,
                                                       const AnyForm& form, int64_t index, uint32_t in_query,
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   const Form<T, kFused> found = form_of_team<T, kFused, Split::kLanes>(task, place);
   if (threadIdx.x % Split::kLanes == 0) form = found;
   __syncwarp();
-  if (task.nearest) {
+  if (kKnowsNearest<kChannels, kFused> && task.nearest) {
     backward_team<T, kChannels, true>(task, levels, place, form, points);
   } else {
     backward_team<T, kChannels, false>(task, levels, place, form, points);

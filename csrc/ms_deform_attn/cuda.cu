@@ -97,8 +97,9 @@ void dispatch_form(const MsDeformAttnParams& p, const Call& call) {
 // form is the fused one. Doubles, which serve to check gradients, do without vectors: the build is faster.
 template <typename Call>
 void dispatch(const MsDeformAttnParams& p, const Call& call) {
-  const bool vectors =
-      aligned(p.value) && aligned(p.output) && aligned(p.grad_output) && aligned(p.grad_value);
+  const bool knows_method = !p.reference.points || p.sampling == Sampling::kBilinear;
+  const bool vectors = knows_method && aligned(p.value) && aligned(p.output) && aligned(p.grad_output) &&
+                       aligned(p.grad_value);
   dispatch_dtype(p.value_dtype, [&](auto type) {
     constexpr bool kDouble = std::is_same_v<typename decltype(type)::type, double>;
     const auto call_form = [&](auto channels) {

@@ -7,8 +7,8 @@
 // Work split: a warp, as a team (device.cuh) of one channel a lane, owns one image, pixel and head. In rounds of
 // one point a lane, the lanes locate the points of a run, those that touch the pixel move together, and all
 // lanes add up their channels of grad_output.
-// Numerics: each sum runs in the sorted order, whatever the schedule; NaN and infinities spread as in any
-// sum.
+// Numerics: each sum runs in the sorted order, whatever the schedule; NaN and infinities spread as
+// in any sum.
 #pragma once
 
 #include "ms_deform_attn/points.cuh"
@@ -45,8 +45,8 @@ struct alignas(16) Part {
   A share;
 };
 
-// The part of the point numbered `index` that the team's pixel takes as one of `level`; returns whether there is
-// one.
+// The part of the point numbered `index` that the team's pixel takes as one of `level`; returns whether
+// there is one.
 template <typename T, bool kFused>
 __device__ __forceinline__ bool part_of_pixel(const Task& task, const Level<Accumulator<T>>* levels,
                                               uint64_t index, const Accumulator<T>* softmax, uint32_t level,

@@ -17,8 +17,8 @@ namespace vitkern {
 constexpr int kThreads = 256;
 static_assert(kThreads % kWarpLanes == 0);
 
-// Blocks of an SM that the registers must allow: half of the SM's threads with floats, a quarter with
-// doubles.
+// Blocks of an SM that the registers must allow: half of the SM's threads with floats, a
+// quarter with doubles.
 template <typename T>
 constexpr int kMinBlocks = sizeof(Accumulator<T>) == 4 ? 4 : 2;
 
@@ -51,6 +51,11 @@ struct Team {
   static constexpr int kPerBlock = kThreads / kLanes;
   static_assert(kLanes <= kWarpLanes && kWarpLanes % kLanes == 0);
 };
+
+// The fused form samples the nearest pixels, which is rare, through the kernels for any number of channels:
+// without a second way through those for whole vectors the build is faster.
+template <int kChannels, bool kFused>
+constexpr bool kKnowsNearest = kChannels == 0 || !kFused;
 
 // Which (image, row, head) the caller's team works on. Blocks do not straddle images. Teams beyond the last read along
 // with it, for the sake of the warp's operations, and write nothing.

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // ms_deform_attn forward, eq. (1) of docs/derivations/ms_deform_attn.md.
 //
-// Work split: a team (device.cuh) makes the output of one image, query and head. In rounds of one point a
-// lane, the lanes locate the points, the points that touch a pixel move together, and all lanes walk through
-// them.
+// Work split: a team (device.cuh) makes the output of one image, query and head. In rounds of one
+// point a lane, the lanes locate the points, the points that touch a pixel move together, and all
+// lanes walk through them.
 // Memory: locations and weights are read once and coalesced, value through L1 and L2, output written once.
-// Numerics: sums in the accumulator type, in the order of the points; a pixel that does not count is not
-// read.
+// Numerics: sums in the accumulator type, in the order of the points; a pixel that does not count
+// is not read.
 #pragma once
 
 #include "ms_deform_attn/points.cuh"
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   Corners<Accumulator<T>>* points = settled_shared(staged[threadIdx.x / Split::kLanes]);
   const Place place = team_place<Split::kLanes>(task);
   const Form<T, kFused> form = form_of_team<T, kFused, Split::kLanes>(task, place);
-  if (task.nearest) {
+  if (kKnowsNearest<kChannels, kFused> && task.nearest) {
     forward_team<T, kChannels, true>(task, levels, all_fit, place, form, points);
   } else {
     forward_team<T, kChannels, false>(task, levels, all_fit, place, form, points);

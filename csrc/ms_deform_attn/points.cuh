@@ -161,8 +161,8 @@ __device__ __forceinline__ Sample<A> locate(const Task& task, const Level<A>* le
   return {touches, weight, column, row, level};
 }
 
-// What the lanes of a team need of a point: which pixels, and how much of each, eq. (1). Nearest uses the
-// first only.
+// What the lanes of a team need of a point: which pixels, and how much of each, eq. (1). Nearest uses
+// the first only.
 template <typename A>
 struct alignas(16) Corners {
   A share[4];  // times the attention weight
