@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.aot_compile import static_figures
+from benchmarks.static.compilers import read_triton
 from vitkern.ops import triton_adapter_bottleneck, triton_token_pool
 from vitkern.triton_kernels import adapter_bottleneck, adapter_bottleneck_backward, tiles, token_pool
 
@@ -90,9 +90,15 @@ def compile_launch(kernel, bound: dict, options: dict, arch: int):
 
 
 def figures(compiled) -> dict[str, object]:
-    ptx = compiled.asm["ptx"]
-    mma = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)
-    return static_figures(compiled) | {"mma": {name: mma.count(name) for name in sorted(set(mma))}}
+    kernel = read_triton(compiled)
+    mma = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", compiled.asm["ptx"])
+    return {
+        "registers": kernel.registers,
+        "stack": kernel.stack,
+        "shared": kernel.shared,
+        "accesses": dict(sorted(kernel.opcodes(r"(LDG|STG|REDG?|ATOMG?)\.").items())),
+        "mma": {name: mma.count(name) for name in sorted(set(mma))},
+    }
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:

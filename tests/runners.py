@@ -60,6 +60,14 @@ def _emulator():
     native.cuda_module = _C
 
 
+@contextlib.contextmanager
+def _ordered_emulator():
+    torch.use_deterministic_algorithms(True)
+    with _emulator():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
 def _reason(condition: object, reason: str) -> tuple:
     return () if condition else (pytest.mark.skip(reason=reason),)
 
@@ -113,3 +121,12 @@ RUNNERS = [
         marks=(pytest.mark.gpu, *_reason(_HAS_GPU and _HAS_TRITON, "no GPU" if _HAS_TRITON else "no triton")),
     ),
 ]
+
+# The emulated CUDA kernels with the ordered gather of grad_value in the place of atomics.
+ORDERED = Runner(
+    "cuda-emulated-ordered",
+    "cuda",
+    _ordered_emulator,
+    slow=True,
+    marks=_reason(emulated.REASON is None, str(emulated.REASON)),
+)

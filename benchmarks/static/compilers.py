@@ -61,7 +61,7 @@ def _short(name: str) -> str:
     return re.sub(r"\([^()]*\)$", "", name).removeprefix("void ").split("::", 1)[-1]
 
 
-def compile_triton(source: Triton, arch: int):
+def compile_triton(source: Triton, arch: int) -> sass.Kernel:
     """What Triton makes of a kernel that is launched with pointers to 16-byte boundaries."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -74,6 +74,11 @@ def compile_triton(source: Triton, arch: int):
         target=GPUTarget("cuda", arch, 32),
         options={"enable_fp_fusion": True, **options},
     )
+    return read_triton(compiled)
+
+
+def read_triton(compiled) -> sass.Kernel:
+    """The machine code of what Triton has compiled."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
