@@ -4,7 +4,7 @@
 // Work split: both weights are packed, a task a panel; then a task is a block of rows.
 // Memory: x is read once and once more from the cache where it is the residual; the output is written once; hidden
 // units of a block exist in scratch only.
-// Numerics: sums in the accumulator type, of kDepth channels at a time; a row's result depends on that row only.
+// Numerics: sums in the accumulator type, of kStretch channels at a time; a row's result depends on that row only.
 #pragma once
 
 #include "adapter_bottleneck/cpu_activation.h"
@@ -33,12 +33,12 @@ struct ForwardScratch {
 template <typename T>
 struct ForwardWorker {
   using Acc = Accumulator<T>;
-  Acc* wide;    // [block, kDepth]: channels as accumulators
+  Acc* wide;    // [block, kStretch]: channels as accumulators
   Acc* hidden;  // [block, H padded]
   Acc* factor;  // of dropout
 
   void lay_out(Cursor& cursor, const Params& p) {
-    wide = cursor.take<Acc>(kMaxBlock * kDepth);
+    wide = cursor.take<Acc>(kMaxBlock * kStretch);
     hidden = cursor.take<Acc>(kMaxBlock * padded_hidden<T>(p));
     factor = cursor.take<Acc>(dropout_space(kMaxBlock * p.hidden) + kPanel<Acc>);
   }
@@ -74,7 +74,6 @@ void activate_block(const Params& p, int64_t first, int64_t rows, const Acc* bia
 template <typename T>
 void forward(const Params& p) {
   using Acc = Accumulator<T>;
-  constexpr int N = kLanes<Acc>;
   const int64_t block = block_rows(p.rows, p.threads), blocks = divide_up(p.rows, block);
   Cursor sizes{nullptr}, worker_sizes{nullptr};
   ForwardScratch<T> shared;
@@ -98,7 +97,6 @@ void forward(const Params& p) {
   const T* const x = static_cast<const T*>(p.x);
   const T* const residual = p.residual_is_x ? x : static_cast<const T*>(p.residual);
   T* const output = static_cast<T*>(p.output);
-  const auto scale = broadcast<Acc, N>(scale_of<T>(p));
   parallel_for(blocks, p.threads, [&](int64_t task, int index) {
     ForwardWorker<T> worker;
     Cursor own{scratch.data() + sizes.used + index * worker_sizes.used};
@@ -108,13 +106,10 @@ void forward(const Params& p) {
     dispatch_activation(p.activation, [&](auto activation) {
       activate_block<activation.value>(p, first, rows, shared.down_bias, worker);
     });
-    multiply_to_channels<T>(p, worker.hidden, rows, shared.up,
-                            [&](int64_t row, int64_t channel, int64_t count, auto sum) {
-                              const int64_t at = (first + row) * p.channels + channel;
-                              auto y = scale * (sum + load<Acc, N>(shared.up_bias + channel));
-                              if (residual) y = y + load_some<N>(residual + at, count);
-                              store_some<N>(output + at, y, count);
-                            });
+    const int64_t at = first * p.channels;
+    const ChannelOutput<T> to = {output + at, residual ? residual + at : nullptr,
+                                 p.up_bias ? shared.up_bias : nullptr, scale_of<T>(p), p.channels};
+    multiply_to_channels(p, worker.hidden, rows, shared.up, to);
   });
 }
 

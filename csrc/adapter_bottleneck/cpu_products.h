@@ -13,7 +13,7 @@ namespace {
 
 using Params = AdapterBottleneckParams;
 
-constexpr int64_t kDepth =
+constexpr int64_t kStretch =
     256;  // channels that are summed at a time: a panel of so many is half of the first cache
 constexpr int64_t kMinBlock = 24, kMaxBlock = 48;  // rows: those of x stay in the second cache
 
@@ -75,14 +75,14 @@ void pack_to_channels(const Params& p, const T* weight, bool transposed, int64_t
     pack_rows(weight + first, p.channels, p.hidden, columns, to + first * p.hidden);
 }
 
-// to[r, h] = sum over c of from[r, c] * panels[c, h], in steps of about kDepth channels; `wide` takes a block of those
-// as accumulators, [rows, kDepth], where they are stored as something else.
+// to[r, h] = sum over c of from[r, c] * panels[c, h], in steps of about kStretch channels; `wide` takes a block of those
+// as accumulators, [rows, kStretch], where they are stored as something else.
 template <typename T, typename Acc = Accumulator<T>>
 void multiply_to_hidden(const Params& p, const T* from, int64_t rows, const Acc* panels_of_weight, Acc* wide,
                         Acc* to) {
   constexpr int N = kLanes<Acc>;
   const int64_t stride = padded_hidden<T>(p);
-  const int64_t step = divide_up(p.channels, divide_up(p.channels, kDepth) + (p.channels == 0));
+  const int64_t step = divide_up(p.channels, divide_up(p.channels, kStretch) + (p.channels == 0));
   int64_t first = 0;
   do {
     const int64_t depth = smaller(step, p.channels - first);
@@ -91,8 +91,8 @@ void multiply_to_hidden(const Params& p, const T* from, int64_t rows, const Acc*
       a = {from + first, p.channels, 1};
     } else {
       for (int64_t row = 0; row < rows; ++row)
-        widen_array(from + row * p.channels + first, depth, wide + row * kDepth);
-      a = {wide, kDepth, 1};
+        widen_array(from + row * p.channels + first, depth, wide + row * kStretch);
+      a = {wide, kStretch, 1};
     }
     for (int64_t panel = 0; panel < panels<Acc>(p.hidden); ++panel) {
       const Acc* b = panels_of_weight + (panel * p.channels + first) * kPanel<Acc>;
@@ -111,22 +111,63 @@ void multiply_to_hidden(const Params& p, const T* from, int64_t rows, const Acc*
   } while (first < p.channels);
 }
 
-// Calls finish(row, channel, count, sums) with vectors of sum over h of from[row, h] * panels[h, c], for the first
-// `count` lanes of them.
-template <typename T, typename Acc, typename Finish>
-void multiply_to_channels(const Params& p, const Acc* from, int64_t rows, const Acc* panels_of_weight,
-                          const Finish& finish) {
-  const Strided<Acc> a = {from, padded_hidden<T>(p), 1};
-  for (int64_t panel = 0; panel < panels<Acc>(p.channels); ++panel) {
-    const int64_t first = panel * kPanel<Acc>;
-    for_width<Acc>(panel_columns<Acc>(p.channels, panel), [&](auto vectors) {
-      for_tiles(rows, [&](auto height, int64_t row) {
-        const auto sums = multiply<height.value, vectors.value>(
-            a.from_row(row), panels_of_weight + first * p.hidden, kPanel<Acc>, p.hidden);
-        for_sums(sums, [&](int i, int64_t column, auto sum) {
-          finish(row + i, first + column, p.channels - first - column, sum);
+// What becomes of sums over hidden units: scale * (sum + bias) + added.
+template <typename T>
+struct ChannelOutput {
+  using Acc = Accumulator<T>;
+  T* to;            // [rows, C]
+  const T* added;   // [rows, C], optional
+  const Acc* bias;  // [C padded], optional
+  Acc scale;
+  int64_t channels;  // C
+
+  template <int kRows, int kVectors>
+  VITKERN_INLINE void finish(Sums<kRows, kVectors, Acc> sums, int64_t row, int64_t channel,
+                             int64_t count) const {
+    constexpr int N = kLanes<Acc>;
+    const int64_t at = row * channels + channel;
+    const auto each = [&](const auto& body) VITKERN_INLINE_LAMBDA {
+      unrolled<kRows>([&](auto i) VITKERN_INLINE_LAMBDA {
+        unrolled<kVectors>([&](auto j) VITKERN_INLINE_LAMBDA {
+          body(sums.at[i.value][j.value], at + i.value * channels + j.value * N, j.value * N);
         });
       });
+    };
+    if (bias)
+      each([&](auto& sum, int64_t, int column)
+               VITKERN_INLINE_LAMBDA { sum = sum + load<Acc, N>(bias + channel + column); });
+    const auto factor = broadcast<Acc, N>(scale);
+    each([&](auto& sum, int64_t, int) VITKERN_INLINE_LAMBDA { sum = sum * factor; });
+    if (count < kVectors * N) {
+      each([&](auto& sum, int64_t place, int column) VITKERN_INLINE_LAMBDA {
+        if (added) sum = sum + load_some<N>(added + place, count - column);
+        store_some<N>(to + place, sum, count - column);
+      });
+      return;
+    }
+    if (added)
+      each([&](auto& sum, int64_t place, int)
+               VITKERN_INLINE_LAMBDA { sum = sum + load_wide<N>(added + place); });
+    each([&](auto& sum, int64_t place, int) VITKERN_INLINE_LAMBDA { store_narrow<N>(to + place, sum); });
+  }
+};
+
+// Sums over h of from[row, h] * panels[h, c]; rows of the output are written in stretches of kStretch channels, for
+// which a pass over all rows in each panel's few channels would touch too many pages.
+template <typename T, typename Acc>
+void multiply_to_channels(const Params& p, const Acc* from, int64_t rows, const Acc* panels_of_weight,
+                          const ChannelOutput<T>& output) {
+  const Strided<Acc> a = {from, padded_hidden<T>(p), 1};
+  const int64_t hidden = p.hidden;
+  for (int64_t start = 0; start < p.channels; start += kStretch) {
+    const int64_t stop = smaller(start + kStretch, p.channels);
+    for_tiles(rows, [=](auto height, int64_t row) {
+      const ChannelOutput<T> out = output;  // a copy, which the stores below cannot change
+      for (int64_t channel = start; channel < stop; channel += kPanel<Acc>) {
+        const Acc* b = panels_of_weight + channel * hidden;
+        const auto sums = multiply<height.value, kPanelVectors>(a.from_row(row), b, kPanel<Acc>, hidden);
+        out.finish(sums, row, channel, stop - channel);
+      }
     });
   }
 }
