@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "adapter_bottleneck/cpu_forward.h"
+#include "adapter_bottleneck/cpu_backward.h"
 
 namespace vitkern::VITKERN_ISA {
 namespace {
@@ -29,6 +29,10 @@ void dispatch_dtype(DType dtype, const Run& run) {
 void adapter_bottleneck_forward(const AdapterBottleneckParams& p) {
   if (p.rows == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p); });
+}
+
+void adapter_bottleneck_backward(const AdapterBottleneckParams& p) {
+  dispatch_dtype(p.dtype, [&](auto element) { backward<decltype(element)>(p); });
 }
 
 }  // namespace vitkern::VITKERN_ISA

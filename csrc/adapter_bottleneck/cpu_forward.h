@@ -39,7 +39,7 @@ struct ForwardWorker {
 
   void lay_out(Cursor& cursor, const Params& p) {
     wide = cursor.take<Acc>(kMaxBlock * kStretch);
-    hidden = cursor.take<Acc>(kMaxBlock * padded_hidden<T>(p));
+    hidden = cursor.take<Acc>(kMaxBlock * hidden_stride<T>(p));
     factor = cursor.take<Acc>(dropout_space(kMaxBlock * p.hidden) + kPanel<Acc>);
   }
 };
@@ -59,7 +59,7 @@ void activate_block(const Params& p, int64_t first, int64_t rows, const Acc* bia
   const Acc* factors =
       drops ? dropout_factors(p.dropout, first * p.hidden, rows * p.hidden, worker.factor) : nullptr;
   for (int64_t row = 0; row < rows; ++row) {
-    Acc* hidden = worker.hidden + row * padded_hidden<T>(p);
+    Acc* hidden = worker.hidden + row * hidden_stride<T>(p);
     Acc* kept = p.kept ? static_cast<Acc*>(p.kept) + (first + row) * p.hidden : nullptr;
     for (int64_t h = 0; h < p.hidden; h += N) {
       const auto z = load<Acc, N>(hidden + h) + load<Acc, N>(bias + h);

@@ -40,6 +40,12 @@ int64_t padded_hidden(const Params& p) {
   return round_up(p.hidden, kPanel<Accumulator<T>>);
 }
 
+// Between rows of hidden units in scratch: a cache line more, as rows a power of two apart would share few cache sets.
+template <typename T>
+int64_t hidden_stride(const Params& p) {
+  return padded_hidden<T>(p) + 64 / sizeof(Accumulator<T>);
+}
+
 template <typename T>
 int64_t padded_channels(const Params& p) {
   return round_up(p.channels, kPanel<Accumulator<T>>);
@@ -81,7 +87,7 @@ template <typename T, typename Acc = Accumulator<T>>
 void multiply_to_hidden(const Params& p, const T* from, int64_t rows, const Acc* panels_of_weight, Acc* wide,
                         Acc* to) {
   constexpr int N = kLanes<Acc>;
-  const int64_t stride = padded_hidden<T>(p);
+  const int64_t stride = hidden_stride<T>(p);
   const int64_t step = divide_up(p.channels, divide_up(p.channels, kStretch) + (p.channels == 0));
   int64_t first = 0;
   do {
@@ -157,7 +163,7 @@ struct ChannelOutput {
 template <typename T, typename Acc>
 void multiply_to_channels(const Params& p, const Acc* from, int64_t rows, const Acc* panels_of_weight,
                           const ChannelOutput<T>& output) {
-  const Strided<Acc> a = {from, padded_hidden<T>(p), 1};
+  const Strided<Acc> a = {from, hidden_stride<T>(p), 1};
   const int64_t hidden = p.hidden;
   for (int64_t start = 0; start < p.channels; start += kStretch) {
     const int64_t stop = smaller(start + kStretch, p.channels);
