@@ -78,9 +78,9 @@ struct WeightTasks {
 
 template <typename Acc>
 struct ChannelWorker {
-  Acc* panel;  // [kSlice, kPanel]
+  Acc* panels;  // [kPanelsOfTask, kSlice, kPanel]
 
-  void lay_out(Cursor& cursor) { panel = cursor.take<Acc>(kSlice * kPanel<Acc>); }
+  void lay_out(Cursor& cursor) { panels = cursor.take<Acc>(kPanelsOfTask * kSlice * kPanel<Acc>); }
 };
 
 // to[h, c] += sum over rows of left[row, h] * panel[row, c].
@@ -101,11 +101,28 @@ void add_product(const Acc* left, int64_t stride, const Acc* panel, int64_t rows
 template <typename Acc>
 void add_rows(const Acc* from, int64_t stride, int64_t rows, int64_t columns, Acc* to) {
   constexpr int N = kLanes<Acc>;
+  constexpr int kSums = 4;  // hide the latency of an addition
   for (int64_t c = 0; c < columns; c += N) {
-    auto total = broadcast<Acc, N>(0);
-    for (int64_t row = 0; row < rows; ++row) total = total + load<Acc, N>(from + row * stride + c);
-    store(to + c, total + load<Acc, N>(to + c));
+    Vec<Acc, N> sums[kSums] = {};
+    for (int64_t row = 0; row < rows; row += kSums)
+      unrolled<kSums>([&](auto i) VITKERN_INLINE_LAMBDA {
+        if (row + i.value < rows)
+          sums[i.value] = sums[i.value] + load<Acc, N>(from + (row + i.value) * stride + c);
+      });
+    store(to + c, load<Acc, N>(to + c) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
+}
+
+// Rows of x or grad_output as panels [panel, kSlice, kPanel], a few rows of all panels at a time: long reads.
+template <typename T>
+void pack_slice(const Params& p, const T* from, int64_t rows, int64_t first, int64_t last,
+                Accumulator<T>* to) {
+  using Acc = Accumulator<T>;
+  constexpr int64_t kRows = 8;
+  for (int64_t row = 0; row < rows; row += kRows)
+    for (int64_t panel = first; panel < last; ++panel)
+      pack_rows(from + row * p.channels + panel * kPanel<Acc>, p.channels, smaller(kRows, rows - row),
+                panel_columns<Acc>(p.channels, panel), to + ((panel - first) * kSlice + row) * kPanel<Acc>);
 }
 
 // A task of the second pass over the `rows` rows from `start` on.
@@ -127,13 +144,13 @@ void add_weight_gradients(const Params& p, const WeightTasks& tasks, int64_t tas
       add_rows(chunk.gradient + row * stride, stride, slice, padded_hidden<T>(p), gradients.down_bias);
       for (int64_t i = row; i < row + slice; ++i) *gradients.scale += chunk.product[i];
     }
+    pack_slice(p, source + row * p.channels, slice, first, last, worker.panels);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t channel = panel * kPanel<Acc>, place = panel * p.hidden * kPanel<Acc>;
-      pack_rows(source + row * p.channels + channel, p.channels, slice, panel_columns<Acc>(p.channels, panel),
-                worker.panel);
-      if (sum) add_rows(worker.panel, kPanel<Acc>, slice, kPanel<Acc>, gradients.up_bias + channel);
+      const Acc* const right = worker.panels + (panel - first) * kSlice * kPanel<Acc>;
+      if (sum) add_rows(right, kPanel<Acc>, slice, kPanel<Acc>, gradients.up_bias + channel);
       Acc* const to = (up ? gradients.up : gradients.down) + place;
-      if (product) add_product(left + row * stride, stride, worker.panel, slice, p.hidden, to);
+      if (product) add_product(left + row * stride, stride, right, slice, p.hidden, to);
     }
   }
 }
