@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ops on pixels [B, N, C] and tokens [B, T, C] have in common: how they split the pixels, read a block of
-// them, and multiply it.
+// What the ops on pixels [B, N, C] and tokens [B, T, C] have in common: how they split the pixels, how they read and
+// write a block of them, and the three products of a block with tokens.
 //
 // The pixels of an image are cut into parts, the tasks of parallel_for; a part is gone through in blocks, which stay
 // in the first caches while everything that needs them is worked out. Both cuts follow from the sizes alone, so that
 // no result depends on the number of threads.
 #pragma once
+
+#include <math.h>
 
 #include <stdexcept>
 #include <type_traits>
@@ -20,6 +22,9 @@ constexpr int64_t kPartPixels = 256;  // at least: what a part leaves behind is 
 constexpr int64_t kTasks = 128;       // more are not needed
 constexpr int64_t kBlockBytes = 24 << 10;
 constexpr int64_t kMinBlock = 2 * kTileRows, kMaxBlock = 96;  // pixels
+
+template <typename Acc>
+constexpr Acc kInfinity = static_cast<Acc>(HUGE_VAL);
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -38,7 +43,7 @@ struct PixelSplit {
 
   int64_t tasks() const { return batch * parts; }
 
-  // Calls body(image, first pixel of all images, count) for each block of a task.
+  // Calls body(image, first pixel counted from the first image, pixels) for each block of a task.
   template <typename Body>
   VITKERN_INLINE void for_blocks(int64_t task, const Body& body) const {
     const int64_t image = task / parts, begin = task % parts * part_pixels;
@@ -55,21 +60,49 @@ PixelSplit split_pixels(int64_t batch, int64_t pixels, int64_t columns) {
   const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(Acc));
   const int64_t fitting = kBlockBytes / larger(row_bytes, 1) / kTileRows * kTileRows;
   split.block = smaller(larger(fitting, kMinBlock), kMaxBlock);
-  const int64_t parts = smaller(divide_up(pixels, kPartPixels), divide_up(kTasks, larger(batch, 1)));
-  split.part_pixels = larger(divide_up(divide_up(pixels, larger(parts, 1)), split.block), 1) * split.block;
+  const int64_t parts =
+      larger(smaller(divide_up(pixels, kPartPixels), divide_up(kTasks, larger(batch, 1))), 1);
+  split.part_pixels = larger(divide_up(divide_up(pixels, parts), split.block), 1) * split.block;
   split.parts = larger(divide_up(pixels, split.part_pixels), 1);
   return split;
 }
 
-// Rows of a stored matrix as the tiles take them, in whole vectors: where they lie if that is what they are, else
-// widened into a buffer, zero beyond the last column.
+// Scratch memory that `lay_out` cuts up. It is called twice: first from a null base, to learn the size.
+class Arena {
+ public:
+  template <typename LayOut>
+  explicit Arena(const LayOut& lay_out) : scratch_(measured(lay_out)) {
+    Cursor cursor{scratch_.data()};
+    lay_out(cursor);
+  }
+
+ private:
+  template <typename LayOut>
+  static size_t measured(const LayOut& lay_out) {
+    Cursor cursor{nullptr};
+    lay_out(cursor);
+    return cursor.used;
+  }
+
+  Scratch scratch_;
+};
+
+// `count` structures, of which `lay_out` takes the arrays of each.
+template <typename Structure, typename LayOut>
+Structure* take_each(Cursor& cursor, int64_t count, const LayOut& lay_out) {
+  Structure* const structures = cursor.take<Structure>(count);
+  Structure unplaced;
+  for (int64_t i = 0; i < count; ++i) lay_out(cursor.base ? structures[i] : unplaced);
+  return structures;
+}
+
+// Rows of a stored matrix as the products take them, in whole vectors: where they lie if that is what they are, else
+// in a buffer, zero beyond the last column.
 template <typename T>
 struct RowBlock {
   using Acc = Accumulator<T>;
   int64_t columns, stride;
   Acc* buffer;
-
-  bool in_place() const { return std::is_same<T, Acc>::value && columns == stride; }
 
   void lay_out(Cursor& cursor, int64_t rows, int64_t numbers) {
     columns = numbers;
@@ -77,25 +110,128 @@ struct RowBlock {
     buffer = cursor.take<Acc>(in_place() ? 0 : rows * stride);
   }
 
+  bool in_place() const { return std::is_same<T, Acc>::value && columns == stride; }
+
   const Acc* read(const T* from, int64_t rows) const {
-    if constexpr (std::is_same<T, Acc>::value)
-      if (in_place()) return from;
+    if (in_place()) return reinterpret_cast<const Acc*>(from);
     for (int64_t row = 0; row < rows; ++row) {
-      Acc* to = buffer + row * stride;
+      Acc* const to = buffer + row * stride;
       widen_array(from + row * columns, columns, to);
       for (int64_t column = columns; column < stride; ++column) to[column] = 0;
     }
     return buffer;
   }
+
+  // Where to put rows that are then to be written.
+  Acc* target(T* to) const { return in_place() ? reinterpret_cast<Acc*>(to) : buffer; }
+
+  void write(T* to, int64_t rows) const {
+    if (in_place()) return;
+    for (int64_t row = 0; row < rows; ++row) narrow_array(buffer + row * stride, columns, to + row * columns);
+  }
 };
 
+// The columns of one panel, of the block that follows this one.
 template <typename T>
-Accumulator<T> dot(const T* a, const T* b, int64_t count) {
-  constexpr int N = kLanes<Accumulator<T>>;
-  Vec<Accumulator<T>, N> products = {};
-  for (int64_t i = 0; i < count; i += N)
-    products = multiply_add(load_some<N>(a + i, count - i), load_some<N>(b + i, count - i), products);
-  return sum(products);
+VITKERN_INLINE void prefetch_panel(const T* block, int64_t columns, int64_t rows, int64_t column) {
+  const T* next = block + rows * columns + column;
+  for (int64_t row = 0; row < rows; ++row) prefetch(next + row * columns);
+}
+
+// Rows of A times one panel of B, of which `columns` columns are used: calls body(row, column, vector of sums).
+template <typename Acc, typename Body>
+VITKERN_INLINE void multiply_panel(Strided<Acc> a, int64_t rows, const Acc* b, int64_t b_step,
+                                   int64_t columns, int64_t depth, const Body& body) {
+  for_width<Acc>(columns, [&](auto vectors) VITKERN_INLINE_LAMBDA {
+    for_tiles(rows, [&](auto height, int64_t row) VITKERN_INLINE_LAMBDA {
+      const auto sums = multiply<height.value, vectors.value>(a.from_row(row), b, b_step, depth);
+      for_sums(sums,
+               [&](int i, int64_t column, auto sum) VITKERN_INLINE_LAMBDA { body(row + i, column, sum); });
+    });
+  });
+}
+
+// A matrix [T, C] by which rows [P, C] are multiplied to [P, T].
+template <typename T>
+struct PackedColumns {
+  using Acc = Accumulator<T>;
+  int64_t tokens, channels;
+  Acc* data;  // [panels of T][C][kPanel]
+  const T* packed;
+
+  void lay_out(Cursor& cursor, int64_t rows, int64_t columns) {
+    tokens = rows;
+    channels = columns;
+    data = cursor.take<Acc>(panels<Acc>(tokens) * kPanel<Acc> * channels);
+    packed = nullptr;
+  }
+
+  // Tasks come in order, so a worker seldom meets another image.
+  void pack(const T* from) {
+    if (from == packed) return;
+    packed = from;
+    for (int64_t token = 0; token < tokens; token += kPanel<Acc>)
+      pack_columns(from + token * channels, channels, channels, smaller(kPanel<Acc>, tokens - token),
+                   data + token * channels);
+  }
+
+  void multiply_rows(const Acc* rows, int64_t row_stride, int64_t count, Acc* to, int64_t stride) const {
+    for (int64_t token = 0; token < tokens; token += kPanel<Acc>)
+      multiply_panel<Acc>({rows, row_stride, 1}, count, data + token * channels, kPanel<Acc>, tokens - token,
+                          channels, [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
+                            store(to + row * stride + token + column, sum);
+                          });
+  }
+};
+
+// A matrix [T, C] by which weights [P, T] are multiplied to [P, C], panel by panel.
+template <typename T>
+struct PackedRows {
+  using Acc = Accumulator<T>;
+  int64_t tokens, channels;
+  Acc* data;  // [panels of C][T][kPanel]
+  const T* packed;
+
+  void lay_out(Cursor& cursor, int64_t rows, int64_t columns) {
+    tokens = rows;
+    channels = columns;
+    data = cursor.take<Acc>(panels<Acc>(channels) * kPanel<Acc> * tokens);
+    packed = nullptr;
+  }
+
+  void pack_some(const T* from, int64_t first, int64_t count) {
+    for (int64_t channel = 0; channel < channels; channel += kPanel<Acc>)
+      pack_rows(from + channel, channels, count, smaller(kPanel<Acc>, channels - channel),
+                data + channel * tokens + first * kPanel<Acc>);
+  }
+
+  void pack(const T* from) {
+    if (from == packed) return;
+    packed = from;
+    pack_some(from, 0, tokens);
+  }
+
+  // The panel that starts at `channel`: calls body(row, channel, vector of sums).
+  template <typename Body>
+  VITKERN_INLINE void multiply_weights(const Acc* weights, int64_t stride, int64_t count, int64_t channel,
+                                       const Body& body) const {
+    multiply_panel<Acc>({weights, stride, 1}, count, data + channel * tokens, kPanel<Acc>, channels - channel,
+                        tokens, [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
+                          body(row, channel + column, sum);
+                        });
+  }
+};
+
+// sheet[t, c] += sum over the pixels of a block of weights[p, t] * rows[p, c], for one panel of channels.
+template <typename Acc>
+void add_products(const Acc* weights, int64_t weight_stride, int64_t tokens, const Acc* rows, int64_t stride,
+                  int64_t count, int64_t channel, Acc* sheet) {
+  constexpr int N = kLanes<Acc>;
+  multiply_panel<Acc>({weights, 1, weight_stride}, tokens, rows + channel, stride, stride - channel, count,
+                      [&](int64_t token, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
+                        Acc* const to = sheet + token * stride + channel + column;
+                        store(to, load<Acc, N>(to) + sum);
+                      });
 }
 
 // One row of each of `count` sheets, added up in their order.
@@ -123,18 +259,6 @@ void dispatch_dtype(DType dtype, const Run& run) {
       return run(BFloat16{});
   }
   throw std::invalid_argument("unknown dtype code");
-}
-
-// Rows of A times one panel of B, of which `columns` columns are used: calls body(row, column, vector of sums).
-template <typename Acc, typename Body>
-VITKERN_INLINE void multiply_panel(Strided<Acc> a, int64_t rows, const Acc* b, int64_t b_step, int64_t columns,
-                                   int64_t depth, const Body& body) {
-  for_width<Acc>(columns, [&](auto vectors) {
-    for_tiles(rows, [&](auto height, int64_t row) {
-      const auto sums = multiply<height.value, vectors.value>(a.from_row(row), b, b_step, depth);
-      for_sums(sums, [&](int i, int64_t column, auto sum) { body(row + i, column, sum); });
-    });
-  });
 }
 
 }  // namespace

@@ -20,7 +20,8 @@ void clear_tokens(const TokenPoolParams& p) {
 
 void token_pool_forward(const TokenPoolParams& p) {
   if (p.batch * p.tokens == 0) return;
-  if (p.pixels == 0) return dispatch_dtype(p.dtype, [&](auto element) { clear_tokens<decltype(element)>(p); });
+  if (p.pixels == 0)
+    return dispatch_dtype(p.dtype, [&](auto element) { clear_tokens<decltype(element)>(p); });
   dispatch_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p); });
 }
 

@@ -16,38 +16,46 @@ namespace {
 template <typename T>
 struct PoolBackwardWorker {
   using Acc = Accumulator<T>;
-  PackedTokens<T> weight, gradient;
-  RowBlock<T> rows;
-  int64_t image;                 // that the four below are of
-  int64_t tokens, stride;        // T, and T in whole vectors
-  Acc* stacked;                  // [panels of C][gradients and weights of T tokens][kPanel]
-  Acc* logsumexp;                // [stride]
-  Acc* delta;                    // [stride], eq. (5)
-  Acc *logits, *dots;            // [pixels of a block, stride]: products with weight and gradient
-  Acc* attention;                // [pixels of a block, attention_stride]: A of T tokens, then f of T tokens
+  int64_t image;  // that the next five are of
+  PackedColumns<T> weight, gradient;
+  PackedRows<T> stacked;   // gradients of T tokens, then their weights
+  Acc *logsumexp, *delta;  // [stride], eq. (5)
+  int64_t stride;          // T in whole vectors
+  RowBlock<T> rows, grad_rows;
+  Acc *logits, *dots;  // [pixels of a block, stride]: products with weight and gradient
+  Acc* attention;      // [pixels of a block, attention_stride]: A of T tokens, then f of T tokens
   int64_t attention_stride;
 
   void lay_out(Cursor& cursor, const TokenPoolParams& p, const PixelSplit& split) {
-    weight.lay_out(cursor, p);
-    gradient.lay_out(cursor, p);
-    rows.lay_out(cursor, split.block, p.channels);
     image = -1;
-    tokens = p.tokens;
-    stride = whole_vectors<Acc>(tokens);
-    stacked = cursor.take<Acc>(p.grad_x ? 2 * tokens * panels<Acc>(p.channels) * kPanel<Acc> : 0);
+    weight.lay_out(cursor, p.tokens, p.channels);
+    gradient.lay_out(cursor, p.tokens, p.channels);
+    stacked.lay_out(cursor, p.grad_x ? 2 * p.tokens : 0, p.channels);
+    stride = whole_vectors<Acc>(p.tokens);
     logsumexp = cursor.take<Acc>(stride);
     delta = cursor.take<Acc>(stride);
+    rows.lay_out(cursor, split.block, p.channels);
+    grad_rows.lay_out(cursor, p.grad_x ? split.block : 0, p.channels);
     logits = cursor.take<Acc>(split.block * stride);
     dots = cursor.take<Acc>(split.block * stride);
-    attention_stride = tokens + stride;
+    attention_stride = p.tokens + stride;
     attention = cursor.take<Acc>(split.block * attention_stride);
   }
 };
 
+// Eq. (5).
+template <typename T>
+Accumulator<T> dot(const T* a, const T* b, int64_t count) {
+  constexpr int N = kLanes<Accumulator<T>>;
+  Vec<Accumulator<T>, N> products = {};
+  for (int64_t i = 0; i < count; i += N)
+    products = multiply_add(load_some<N>(a + i, count - i), load_some<N>(b + i, count - i), products);
+  return sum(products);
+}
+
 // What all pixels of an image need.
 template <typename T>
 void take_image(const TokenPoolParams& p, PoolBackwardWorker<T>& worker, int64_t image) {
-  using Acc = Accumulator<T>;
   if (worker.image == image) return;
   worker.image = image;
   const int64_t first = image * p.tokens, channels = p.channels;
@@ -58,68 +66,62 @@ void take_image(const TokenPoolParams& p, PoolBackwardWorker<T>& worker, int64_t
   worker.gradient.pack(gradient);
   for (int64_t token = 0; token < worker.stride; ++token) {
     const bool there = token < p.tokens;
-    worker.logsumexp[token] = there ? static_cast<const Acc*>(p.logsumexp)[first + token] : 0;
+    worker.logsumexp[token] = there ? static_cast<const Accumulator<T>*>(p.logsumexp)[first + token] : 0;
     worker.delta[token] = there ? dot(gradient + token * channels, pooled + token * channels, channels) : 0;
   }
   if (!p.grad_x) return;
-  for (int64_t channel = 0; channel < channels; channel += kPanel<Acc>) {
-    Acc* const panel = worker.stacked + 2 * p.tokens * channel;
-    const int64_t columns = smaller(kPanel<Acc>, channels - channel);
-    pack_rows(gradient + channel, channels, p.tokens, columns, panel);
-    pack_rows(weight + channel, channels, p.tokens, columns, panel + p.tokens * kPanel<Acc>);
-  }
+  worker.stacked.pack_some(gradient, 0, p.tokens);
+  worker.stacked.pack_some(weight, p.tokens, p.tokens);
 }
 
 // Rows of [A, f]. What whole vectors write beyond the T numbers of A, those of f overwrite.
 template <typename T>
-void attend_again(const PoolBackwardWorker<T>& worker, int64_t count) {
+void attend_again(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t count) {
   using Acc = Accumulator<T>;
   constexpr int N = kLanes<Acc>;
   for (int64_t row = 0; row < count; ++row) {
     Acc* const attention = worker.attention + row * worker.attention_stride;
     const Acc* const logits = worker.logits + row * worker.stride;
     const Acc* const dots = worker.dots + row * worker.stride;
-    for (int64_t token = 0; token < worker.stride; token += N)
-      store(attention + token,
-            exp_nonpositive(load<Acc, N>(logits + token) - load<Acc, N>(worker.logsumexp + token)));
-    for (int64_t token = 0; token < worker.stride; token += N)
-      store(attention + worker.tokens + token,
-            load<Acc, N>(attention + token) * (load<Acc, N>(dots + token) - load<Acc, N>(worker.delta + token)));
+    for (int64_t token = 0; token < worker.stride; token += N) {
+      const auto exponent = load<Acc, N>(logits + token) - load<Acc, N>(worker.logsumexp + token);
+      store(attention + token, exp_nonpositive(exponent));
+    }
+    for (int64_t token = 0; token < worker.stride; token += N) {
+      const auto difference = load<Acc, N>(dots + token) - load<Acc, N>(worker.delta + token);
+      store(attention + tokens + token, load<Acc, N>(attention + token) * difference);
+    }
   }
 }
 
 // A part of the pixels: their gradient, and in `sheet` [T, C in whole vectors] their share of that of the weight.
 template <typename T>
-void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwardWorker<T>& worker, int64_t task,
-                   Accumulator<T>* sheet) {
+void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwardWorker<T>& worker,
+                   int64_t task, Accumulator<T>* sheet) {
   using Acc = Accumulator<T>;
-  constexpr int N = kLanes<Acc>;
-  const int64_t channels = worker.rows.stride, tokens = p.tokens;
-  if (sheet) memset(sheet, 0, tokens * channels * sizeof(Acc));
+  const int64_t channels = worker.rows.stride;
+  if (sheet) memset(sheet, 0, p.tokens * channels * sizeof(Acc));
   split.for_blocks(task, [&](int64_t image, int64_t first, int64_t count) {
     take_image(p, worker, image);
     const T* const x = static_cast<const T*>(p.x) + first * p.channels;
-    T* const grad_x = static_cast<T*>(p.grad_x) + first * p.channels;
+    T* const grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + first * p.channels : nullptr;
     const Acc* const rows = worker.rows.read(x, count);
-    worker.weight.multiply_rows({rows, channels, 1}, count, worker.logits, worker.stride);
-    worker.gradient.multiply_rows({rows, channels, 1}, count, worker.dots, worker.stride);
-    attend_again(worker, count);
+    Acc* const grad_rows = worker.grad_rows.target(grad_x);
+    worker.weight.multiply_rows(rows, channels, count, worker.logits, worker.stride);
+    worker.gradient.multiply_rows(rows, channels, count, worker.dots, worker.stride);
+    attend_again(worker, p.tokens, count);
     for (int64_t channel = 0; channel < channels; channel += kPanel<Acc>) {
       prefetch_panel(x, p.channels, count, channel);
       if (sheet)
-        multiply_panel<Acc>({worker.attention + tokens, 1, worker.attention_stride}, tokens, rows + channel,
-                            channels, channels - channel, count, [&](int64_t token, int64_t column, auto sum) {
-                              Acc* const to = sheet + token * channels + channel + column;
-                              store(to, load<Acc, N>(to) + sum);
-                            });
+        add_products(worker.attention + p.tokens, worker.attention_stride, p.tokens, rows, channels, count,
+                     channel, sheet);
       if (p.grad_x)
-        multiply_panel<Acc>({worker.attention, worker.attention_stride, 1}, count,
-                            worker.stacked + 2 * tokens * channel, kPanel<Acc>, channels - channel, 2 * tokens,
-                            [&](int64_t row, int64_t column, auto sum) {
-                              store_some(grad_x + row * p.channels + channel + column, sum,
-                                         p.channels - channel - column);
-                            });
+        worker.stacked.multiply_weights(worker.attention, worker.attention_stride, count, channel,
+                                        [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
+                                          store(grad_rows + row * channels + column, sum);
+                                        });
     }
+    if (p.grad_x) worker.grad_rows.write(grad_x, count);
   });
 }
 
@@ -127,30 +129,24 @@ template <typename T>
 void backward(const TokenPoolParams& p) {
   using Acc = Accumulator<T>;
   const PixelSplit split = split_pixels<Acc>(p.batch, p.pixels, p.channels);
-  const int workers = worker_count(split.tasks(), p.threads);
   const int64_t padded = whole_vectors<Acc>(p.channels), sheet_size = p.tokens * padded;
-  PoolBackwardWorker<T>* worker;
+  PoolBackwardWorker<T>* workers;
   Acc* sheets;  // [image, part, T, padded]
-  const auto lay_out = [&](Cursor& cursor) {
-    worker = cursor.take<PoolBackwardWorker<T>>(workers);
-    PoolBackwardWorker<T> measured;
-    for (int i = 0; i < workers; ++i) (cursor.base ? worker[i] : measured).lay_out(cursor, p, split);
+  const Arena arena([&](Cursor& cursor) {
+    workers = take_each<PoolBackwardWorker<T>>(cursor, worker_count(split.tasks(), p.threads),
+                                               [&](auto& worker) { worker.lay_out(cursor, p, split); });
     sheets = cursor.take<Acc>(p.grad_weight ? split.tasks() * sheet_size : 0);
-  };
-  Cursor measure{nullptr};
-  lay_out(measure);
-  const Scratch scratch(measure.used);
-  Cursor cursor{scratch.data()};
-  lay_out(cursor);
+  });
 
   parallel_for(split.tasks(), p.threads, [&](int64_t task, int who) {
-    backward_part(p, split, worker[who], task, p.grad_weight ? sheets + task * sheet_size : nullptr);
+    backward_part(p, split, workers[who], task, p.grad_weight ? sheets + task * sheet_size : nullptr);
   });
   if (!p.grad_weight) return;
-  const int64_t weights = p.weight_per_image ? p.batch : 1, count = split.tasks() / weights;
+  const int64_t weights = p.weight_per_image ? p.batch : 1;
+  const int64_t count = weights > 0 ? split.tasks() / weights : 0;
   parallel_for(weights * p.tokens, p.threads, [&](int64_t row, int) {
-    const int64_t first = row / p.tokens * count * sheet_size + row % p.tokens * padded;
-    add_sheets(sheets + first, sheet_size, count, p.channels, static_cast<Acc*>(p.grad_weight) + row * p.channels);
+    const Acc* const first = sheets + row / p.tokens * count * sheet_size + row % p.tokens * padded;
+    add_sheets(first, sheet_size, count, p.channels, static_cast<Acc*>(p.grad_weight) + row * p.channels);
   });
 }
 
