@@ -21,8 +21,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.static.compilers import read_triton
-from vitkern.ops import triton_adapter_bottleneck, triton_token_pool
-from vitkern.triton_kernels import adapter_bottleneck, adapter_bottleneck_backward, tiles, token_pool
+from vitkern.ops import triton_adapter_bottleneck, triton_token_pool, triton_token_project
+from vitkern.triton_kernels import (
+    adapter_bottleneck,
+    adapter_bottleneck_backward,
+    tiles,
+    token_pool,
+    token_project,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
@@ -34,6 +40,8 @@ KERNELS = (
     (token_pool, "token_pool_forward"),
     (token_pool, "token_pool_merge"),
     (token_pool, "token_pool_backward"),
+    (token_project, "token_project_forward"),
+    (token_project, "token_project_backward"),
 )
 
 
@@ -90,13 +98,16 @@ def compile_launch(kernel, bound: dict, options: dict, arch: int):
 
 
 def figures(compiled) -> dict[str, object]:
+    ptx = compiled.asm["ptx"]
+    mma = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)
+    copies = [f"cp.async.{size}" for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\w+)", ptx)]
     kernel = read_triton(compiled)
-    mma = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", compiled.asm["ptx"])
+    accesses = dict(sorted(kernel.opcodes(r"(LDG|STG|REDG?|ATOMG?)\.").items()))
     return {
         "registers": kernel.registers,
         "stack": kernel.stack,
         "shared": kernel.shared,
-        "accesses": dict(sorted(kernel.opcodes(r"(LDG|STG|REDG?|ATOMG?)\.").items())),
+        "accesses": accesses | {name: copies.count(name) for name in sorted(set(copies))},
         "mma": {name: mma.count(name) for name in sorted(set(mma))},
     }
 
@@ -111,6 +122,15 @@ def pool(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels:
     )
     pooled, logsumexp = triton_token_pool.token_pool_forward_triton(call)
     triton_token_pool.token_pool_backward_triton(call, pooled, pooled, logsumexp, (True, True))
+
+
+def project(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels: int = 3136) -> None:
+    """Queries and keys of half as many numbers as there are channels."""
+    sizes = (batch, pixels, channels), (batch, pixels, channels // 2), (batch, tokens, channels // 2)
+    x, query, key, token_rows = (empty(*size, dtype=dtype) for size in (*sizes, (batch, tokens, channels)))
+    call = SimpleNamespace(x=x, query=query, key=key, tokens=token_rows)
+    triton_token_project.token_project_forward_triton(call)
+    triton_token_project.token_project_backward_triton(call, x, (True, True, True))
 
 
 def adapter(dtype: torch.dtype, channels: int, hidden: int, rows: int = 50176) -> None:
@@ -138,6 +158,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "adapter-1024-64": lambda dtype: adapter(dtype, 1024, 64),
     "pool-256-16": lambda dtype: pool(dtype, 256, 16),
     "pool-1024-16": lambda dtype: pool(dtype, 1024, 16),
+    "project-256-16": lambda dtype: project(dtype, 256, 16),
+    "project-1024-16": lambda dtype: project(dtype, 1024, 16),
 }
 
 

@@ -4,11 +4,12 @@
 Shapes: B images, N pixels, C channels, T tokens. The weight is one for all images (weight_stride 0) or one each.
 
 Work split: one program owns one part of the pixels of one image, all tokens and BLOCK_C channels of the result. It goes
-over its pixels in blocks with a running triple (m, l, o) and leaves that behind; ``token_pool_merge`` merges the parts.
+over its pixels in blocks with a running triple (m, l, o / l) and leaves that behind; ``token_pool_merge`` merges the
+parts. The third number is a mean of pixels, not a sum, which might overflow.
 Memory: x comes from memory once. Where all channels fit one tile it is on the chip for both products; else logits are
 summed over tiles of BLOCK_K channels and the tile of the result is read again, from L2.
 Offsets of pixels are int64.
-Numerics: logits, exponents and sums are float, the factors of products of the type of x: exp(s - m) is rounded to it.
+Numerics: logits, exponents and sums are float, the factors of products of the type of x, to which shares of a block are rounded.
 No exponent is positive. A NaN or infinity in x spoils what it does in torch.
 """
 
@@ -68,10 +69,16 @@ def _against_pixels(
 
 
 @triton.jit
+def _inverse(total):
+    """One by a sum of exponentials, 0 where there is none yet."""
+    return tl.where(total == 0, 0.0, 1 / total)
+
+
+@triton.jit
 def token_pool_forward(
     largest_ptr,  # [B, PARTS, T] float, m of each part
     sum_ptr,  # [B, PARTS, T] float, l
-    pooled_ptr,  # [B, PARTS, T, C] float, o
+    pooled_ptr,  # [B, PARTS, T, C] float, o / l
     x_ptr,  # [B, N, C]
     weight_ptr,  # [T, C] or [B, T, C]
     weight_stride,
@@ -107,15 +114,26 @@ def token_pool_forward(
         # Where every logit so far is -inf nothing is there to scale, and -inf minus -inf would be NaN.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         share = tl.exp(logits - shift[:, None])
-        shrink = tl.exp(largest - shift)
-        total = total * shrink + tl.sum(share, axis=1)
-        pooled = pooled * shrink[:, None] + product(share, x, DOT, PRECISION)
+        before = total * tl.exp(largest - shift)
+        added = tl.sum(share, axis=1)
+        total = before + added
+        mean = product(share * _inverse(added)[:, None], x, DOT, PRECISION)
+        inverse = _inverse(total)
+        pooled = pooled * (before * inverse)[:, None] + mean * (added * inverse)[:, None]
         largest = larger
     row = tl.program_id(0).to(tl.int64) * T + token
     write_tile(pooled_ptr, row, token < T, channel, pooled, C)
     if tl.program_id(1) == 0:
         tl.store(largest_ptr + row, largest, mask=token < T)
         tl.store(sum_ptr + row, total, mask=token < T)
+
+
+@triton.jit
+def _share_of(part, largest_ptr, sum_ptr, image, token, shift, PARTS, T: tl.constexpr):
+    """What some parts of the pixels add to the sum of exponentials of a token."""
+    at = (image * PARTS + part) * T + token
+    largest = tl.load(largest_ptr + at, mask=part < PARTS, other=float("-inf"))
+    return tl.load(sum_ptr + at, mask=part < PARTS, other=0.0) * tl.exp(largest - shift)
 
 
 @triton.jit
@@ -142,31 +160,33 @@ def token_pool_merge(
         largest = tl.maximum(largest, tl.load(largest_ptr + at, mask=part < PARTS, other=float("-inf")))
     all_largest = tl.max(largest, axis=0)
     shift = tl.where(all_largest == float("-inf"), 0.0, all_largest)
-    total = tl.zeros([BLOCK_S], dtype=tl.float32)
-    pooled = tl.zeros([BLOCK_C], dtype=tl.float32)
+    totals = tl.zeros([BLOCK_S], dtype=tl.float32)
     for first in range(0, PARTS, BLOCK_S):
         part = first + tl.arange(0, BLOCK_S)
-        at = (image * PARTS + part) * T + token
-        shrink = tl.exp(tl.load(largest_ptr + at, mask=part < PARTS, other=float("-inf")) - shift)
-        total += shrink * tl.load(sum_ptr + at, mask=part < PARTS, other=0.0)
-        pooled += tl.sum(shrink[:, None] * read_tile(pooled_ptr, at, part < PARTS, channel, C), axis=0)
-    sums = tl.sum(total, axis=0)
-    tokens = pooled / sums
+        totals += _share_of(part, largest_ptr, sum_ptr, image, token, shift, PARTS, T)
+    total = tl.sum(totals, axis=0)
+    tokens = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for first in range(0, PARTS, BLOCK_S):
+        part = first + tl.arange(0, BLOCK_S)
+        share = _share_of(part, largest_ptr, sum_ptr, image, token, shift, PARTS, T) / total
+        pooled = read_tile(pooled_ptr, (image * PARTS + part) * T + token, part < PARTS, channel, C)
+        tokens += tl.sum(share[:, None] * pooled, axis=0)
     tl.store(tokens_ptr + row * C + channel, tokens.to(tokens_ptr.dtype.element_ty), mask=channel < C)
     if tl.program_id(1) == 0:
-        tl.store(logsumexp_ptr + row, all_largest + tl.log(sums))
+        tl.store(logsumexp_ptr + row, all_largest + tl.log(total))
 
 
 @triton.jit
-def _deltas(grad_output_ptr, tokens_ptr, token, T: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Eq. (5), [BLOCK_T]."""
-    delta = tl.zeros([token.shape[0]], dtype=tl.float32)
-    for first in range(0, C, BLOCK_K):
-        channel = first + tl.arange(0, BLOCK_K)
-        grad_output = read_tile(grad_output_ptr, token, token < T, channel, C).to(tl.float32)
-        tokens = read_tile(tokens_ptr, token, token < T, channel, C).to(tl.float32)
-        delta += tl.sum(grad_output * tokens, axis=1)
-    return delta
+def _deltas(
+    grad_output_ptr, tokens_ptr, token, channel, T: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Eq. (5), [BLOCK_T], with tokens in the place of pixels: where a token is one pixel, (6) cancels to the last bit."""
+    tokens = read_tile(tokens_ptr, token, token < T, channel, C)
+    dots = _against_pixels(
+        grad_output_ptr, tokens_ptr, tokens, token, token, token < T, T, C, DOT, PRECISION, WHOLE, BLOCK_K
+    )
+    return tl.sum(tl.where(token[:, None] == token[None, :], dots, 0.0), axis=1)
 
 
 @triton.jit
@@ -187,7 +207,9 @@ def token_pool_backward(
     token = tl.arange(0, BLOCK_T)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     logsumexp = tl.load(logsumexp_ptr + image * T + token, mask=token < T, other=0.0)
-    delta = _deltas(grad_output_ptr, tokens_ptr + image * T * C, token, T, C, BLOCK_K)
+    delta = _deltas(
+        grad_output_ptr, tokens_ptr + image * T * C, token, channel, T, C, DOT, PRECISION, WHOLE, BLOCK_K
+    )
     grad_weight = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     for first in range(begin, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
