@@ -100,7 +100,9 @@ def compile_launch(kernel, bound: dict, options: dict, arch: int):
 def figures(compiled) -> dict[str, object]:
     ptx = compiled.asm["ptx"]
     mma = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)
-    copies = [f"cp.async.{size}" for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\w+)", ptx)]
+    copies = [
+        f"cp.async.{size}" for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\w+)", ptx)
+    ]
     kernel = read_triton(compiled)
     accesses = dict(sorted(kernel.opcodes(r"(LDG|STG|REDG?|ATOMG?)\.").items()))
     return {
@@ -153,7 +155,13 @@ def adapter(dtype: torch.dtype, channels: int, hidden: int, rows: int = 50176) -
     triton_adapter_bottleneck.adapter_bottleneck_backward_triton(call, output, None, (True,) * 6)
 
 
-CASES: dict[str, Callable[[torch.dtype], None]] = {
+def odd(dtype: torch.dtype) -> None:
+    adapter(dtype, 33, 5, rows=1)
+    pool(dtype, 300, 3, batch=1, pixels=1)
+    project(dtype, 33, 70, batch=1, pixels=1)
+
+
+SHAPES: dict[str, Callable[[torch.dtype], None]] = {
     "adapter-768-64": lambda dtype: adapter(dtype, 768, 64),
     "adapter-1024-64": lambda dtype: adapter(dtype, 1024, 64),
     "pool-256-16": lambda dtype: pool(dtype, 256, 16),
@@ -161,11 +169,16 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "project-256-16": lambda dtype: project(dtype, 256, 16),
     "project-1024-16": lambda dtype: project(dtype, 1024, 16),
 }
+CASES = SHAPES | {
+    "odd": odd,
+    "adapter-768-512": lambda dtype: adapter(dtype, 768, 512),
+    "pool-256-64": lambda dtype: pool(dtype, 256, 64),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--case", nargs="+", default=list(SHAPES), choices=list(CASES))
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100, 120])
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--tf32", action="store_true")

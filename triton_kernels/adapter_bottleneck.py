@@ -22,7 +22,7 @@ MAX_HIDDEN = 512  # what fits the registers of one program
 _FEW_ROWS = 8192  # below, blocks of 64 rows leave most of a large card without work
 
 
-def launch_table(rows: int, hidden: int, item_bytes: int) -> dict[str, int]:
+def launch_table(rows: int, hidden: int, item_bytes: int, backward: bool = False) -> dict[str, int]:
     """Block sizes that hold a tile of hidden units in 32 to 64 registers a thread.
 
     Chosen by static figures (registers, spills, shared memory), not measured on a card.
@@ -33,7 +33,7 @@ def launch_table(rows: int, hidden: int, item_bytes: int) -> dict[str, int]:
         "BLOCK_N": block_n,
         "BLOCK_H": block_h,
         "BLOCK_C": 64 if block_h <= 128 and item_bytes == 2 else 32,
-        "num_warps": 4 if block_n * block_h <= 4096 else 8,
+        "num_warps": 4 if block_n * block_h <= (2048 if backward else 4096) else 8,
         "num_stages": 3 if block_h <= 128 else 2,
     }
 

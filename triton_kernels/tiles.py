@@ -48,13 +48,11 @@ def product(left, right, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def part_of(program, parts, length, BLOCK: tl.constexpr):
-    """Which item and part of it a program works on, and where the part begins and ends: it is whole blocks."""
-    item = program // parts
-    part = program % parts
+def part_of(part, parts, length, BLOCK: tl.constexpr):
+    """The item that the part_th of all parts belongs to, and where the part begins and ends: it is whole blocks."""
     blocks = tl.cdiv(tl.cdiv(length, BLOCK), parts)
-    first = part * blocks * BLOCK
-    return item.to(tl.int64), first, tl.minimum(first + blocks * BLOCK, length)
+    first = (part % parts).to(tl.int32) * blocks * BLOCK
+    return part // parts, first, tl.minimum(first + blocks * BLOCK, length)
 
 
 def products_table(p: int, q: int, item_bytes: int) -> dict[str, int]:
@@ -74,10 +72,10 @@ def products_table(p: int, q: int, item_bytes: int) -> dict[str, int]:
 
 @triton.jit
 def row_products(
-    products_ptr,  # [B, PARTS, P, Q] float, the sum of each part of the rows; None where nobody wants it
-    sums_ptr,  # [B, PARTS, P] float, of left alone; None where nobody wants it
+    products_ptr,  # [B, PARTS, P, Q] float, of each part of the rows; None where nobody wants them
+    sums_ptr,  # [B, PARTS, P] float, of the rows of left; None where nobody wants them
     left_ptr,  # [B, N, P]
-    right_ptr,  # [B, N, Q]
+    right_ptr,  # [B, N, Q]; None and Q = 1 where there are no products
     scale_ptr,  # [1] float or None: everything is multiplied with factor and this
     factor,
     N,
@@ -90,11 +88,17 @@ def row_products(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """One program owns a tile of leftᵀ right, and sums it over one part of the rows of one item of the batch."""
-    program = tl.program_id(0)
-    item, begin, end = part_of(program, PARTS, N, BLOCK_N)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    q = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    """One program owns a tile of leftᵀ right, and sums it over one part of the rows of one item of the batch.
+
+    Tiles of the same rows run side by side, and share them in L2.
+    """
+    tiles_q: tl.constexpr = (Q + BLOCK_Q - 1) // BLOCK_Q
+    tiles: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P * tiles_q
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    item, begin, end = part_of(part, PARTS, N, BLOCK_N)
+    p = tile // tiles_q * BLOCK_P + tl.arange(0, BLOCK_P)
+    q = tile % tiles_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     total = tl.zeros([BLOCK_P, BLOCK_Q], dtype=tl.float32)
     sums = tl.zeros([BLOCK_P], dtype=tl.float32)
     for first in range(begin, end, BLOCK_N):
@@ -107,9 +111,8 @@ def row_products(
             sums += tl.sum(left.to(tl.float32), axis=0)
     if scale_ptr is not None:
         factor *= tl.load(scale_ptr)
-    part = program.to(tl.int64)
     if products_ptr is not None:
         write_tile(products_ptr, part * P + p, p < P, q, total * factor, Q)
-    if sums_ptr is not None:
-        if tl.program_id(2) == 0:
+    if sums_ptr is not None:  # noqa: SIM102 - this one is decided when compiling, the next one is not
+        if tile % tiles_q == 0:
             tl.store(sums_ptr + part * P + p, sums * factor, mask=p < P)

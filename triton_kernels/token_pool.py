@@ -9,8 +9,8 @@ parts. The third number is a mean of pixels, not a sum, which might overflow.
 Memory: x comes from memory once. Where all channels fit one tile it is on the chip for both products; else logits are
 summed over tiles of BLOCK_K channels and the tile of the result is read again, from L2.
 Offsets of pixels are int64.
-Numerics: logits, exponents and sums are float, the factors of products of the type of x, to which shares of a block are rounded.
-No exponent is positive. A NaN or infinity in x spoils what it does in torch.
+Numerics: logits, exponents and sums are float, the factors of products of the type of x, to which a pixel's share of
+the sum so far is rounded. No exponent is positive. A NaN or infinity in x spoils what it does in torch.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def launch_table(channels: int, tokens: int, item_bytes: int, backward: bool = F
     """
     floats = item_bytes == 4  # products of floats hold their factors in registers, several times
     block_t = max(triton.next_power_of_2(tokens), 16)
-    widest, held = (256, 4096) if floats and backward else (1024, 16384)
-    block_c = max(16, min(triton.next_power_of_2(channels), widest, held // block_t))
+    widest = (256 if floats else 512) if backward else 1024
+    block_c = max(16, min(triton.next_power_of_2(channels), widest, 16 * widest // block_t))
     most = 32 if floats or backward else 64
     block_n = max(16, min(most, (8192 if floats else 16384) // block_c))
     return {
@@ -51,11 +51,21 @@ def merge_table(channels: int) -> dict[str, int]:
 
 
 @triton.jit
+def _part_and_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What this program works on. Tiles of the same pixels run side by side, and share them in L2."""
+    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+
+
+@triton.jit
 def _against_pixels(
     rows_ptr, x_ptr, x, token, pixel, m_pixel, T: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of rows [T, C] with pixels, [BLOCK_T, BLOCK_N]: eq. (1) of the weights. x is all of them if WHOLE."""
+    """Dot products of rows [T, C] with pixels, [BLOCK_T, BLOCK_N]: eq. (1) if the rows are the weight's.
+
+    x is the tile of the pixels that is on the chip: all their channels if WHOLE.
+    """
     if WHOLE:
         channel = tl.arange(0, x.shape[1])
         dots = product(read_tile(rows_ptr, token, token < T, channel, C), tl.trans(x), DOT, PRECISION)
@@ -66,12 +76,6 @@ def _against_pixels(
             rows = read_tile(rows_ptr, token, token < T, channel, C)
             dots += product(rows, tl.trans(read_tile(x_ptr, pixel, m_pixel, channel, C)), DOT, PRECISION)
     return dots
-
-
-@triton.jit
-def _inverse(total):
-    """One by a sum of exponentials, 0 where there is none yet."""
-    return tl.where(total == 0, 0.0, 1 / total)
 
 
 @triton.jit
@@ -95,10 +99,11 @@ def token_pool_forward(
     BLOCK_K: tl.constexpr,
 ):
     """Eqs. (1), (3) and (4) over one part of the pixels."""
-    image, begin, end = part_of(tl.program_id(0), PARTS, N, BLOCK_N)
+    part, tile = _part_and_tile(C, BLOCK_C)
+    image, begin, end = part_of(part, PARTS, N, BLOCK_N)
     weight_ptr += image * weight_stride
     token = tl.arange(0, BLOCK_T)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     largest = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     pooled = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
@@ -115,15 +120,13 @@ def token_pool_forward(
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         share = tl.exp(logits - shift[:, None])
         before = total * tl.exp(largest - shift)
-        added = tl.sum(share, axis=1)
-        total = before + added
-        mean = product(share * _inverse(added)[:, None], x, DOT, PRECISION)
-        inverse = _inverse(total)
-        pooled = pooled * (before * inverse)[:, None] + mean * (added * inverse)[:, None]
+        total = before + tl.sum(share, axis=1)
+        inverse = tl.where(total == 0, 0.0, 1 / total)
+        pooled = pooled * (before * inverse)[:, None] + product(share * inverse[:, None], x, DOT, PRECISION)
         largest = larger
-    row = tl.program_id(0).to(tl.int64) * T + token
+    row = part * T + token
     write_tile(pooled_ptr, row, token < T, channel, pooled, C)
-    if tl.program_id(1) == 0:
+    if tile == 0:
         tl.store(largest_ptr + row, largest, mask=token < T)
         tl.store(sum_ptr + row, total, mask=token < T)
 
@@ -181,7 +184,7 @@ def _deltas(
     grad_output_ptr, tokens_ptr, token, channel, T: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (5), [BLOCK_T], with tokens in the place of pixels: where a token is one pixel, (6) cancels to the last bit."""
+    """Eq. (5), with tokens in the place of pixels: where a token is one pixel, (6) cancels to the last bit."""
     tokens = read_tile(tokens_ptr, token, token < T, channel, C)
     dots = _against_pixels(
         grad_output_ptr, tokens_ptr, tokens, token, token, token < T, T, C, DOT, PRECISION, WHOLE, BLOCK_K
@@ -201,11 +204,12 @@ def token_pool_backward(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Eqs. (5) to (8) over one part of the pixels, in one pass."""
-    image, begin, end = part_of(tl.program_id(0), PARTS, N, BLOCK_N)
+    part, tile = _part_and_tile(C, BLOCK_C)
+    image, begin, end = part_of(part, PARTS, N, BLOCK_N)
     weight_ptr += image * weight_stride
     grad_output_ptr += image * T * C
     token = tl.arange(0, BLOCK_T)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     logsumexp = tl.load(logsumexp_ptr + image * T + token, mask=token < T, other=0.0)
     delta = _deltas(
         grad_output_ptr, tokens_ptr + image * T * C, token, channel, T, C, DOT, PRECISION, WHOLE, BLOCK_K
@@ -234,5 +238,4 @@ def token_pool_backward(
             grad_x += product(tl.trans(f), weight, DOT, PRECISION)
             write_tile(grad_x_ptr, pixel, n < N, channel, grad_x, C)
     if grad_weight_ptr is not None:
-        row = tl.program_id(0).to(tl.int64) * T + token
-        write_tile(grad_weight_ptr, row, token < T, channel, grad_weight, C)
+        write_tile(grad_weight_ptr, part * T + token, token < T, channel, grad_weight, C)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from vitkern import reference
+from vitkern.ops.adapter_bottleneck import AdapterBottleneckCall
 from vitkern.ops.triton_launch import _cdiv, _on
 from vitkern.ops.triton_products import product_constants, sum_of_products
 
 
-def _blocks(call) -> dict[str, int]:
+def _blocks(call: AdapterBottleneckCall, backward: bool = False) -> dict[str, int]:
     from vitkern.triton_kernels import adapter_bottleneck as kernels
 
     hidden = call.down_weight.shape[0]
@@ -22,16 +23,16 @@ def _blocks(call) -> dict[str, int]:
             f"adapter_bottleneck: down_weight must have at most {kernels.MAX_HIDDEN} hidden units "
             f"for backend 'triton', got {hidden}"
         )
-    return kernels.launch_table(call.x.shape[0], hidden, call.x.element_size())
+    return kernels.launch_table(call.x.shape[0], hidden, call.x.element_size(), backward)
 
 
-def _numbers(call) -> tuple:
+def _numbers(call: AdapterBottleneckCall) -> tuple:
     """Factor of the scale, and what dropout compares and multiplies with."""
     p = call.dropout_p
     return call.factor, reference.dropout_threshold(p), reference.dropout_rescale(p), call.x.shape[0]
 
 
-def _constants(call) -> dict[str, Any]:
+def _constants(call: AdapterBottleneckCall) -> dict[str, Any]:
     return {
         "C": call.x.shape[1],
         "H": call.down_weight.shape[0],
@@ -40,14 +41,16 @@ def _constants(call) -> dict[str, Any]:
     }
 
 
-def adapter_bottleneck_forward_triton(call, keep: bool) -> tuple[Tensor, Tensor | None]:
+def adapter_bottleneck_forward_triton(
+    call: AdapterBottleneckCall, keep: bool
+) -> tuple[Tensor, Tensor | None]:
     """The output, and z for backward if it is to be kept."""
     from vitkern.triton_kernels import adapter_bottleneck as kernels
 
     rows, hidden, x = call.x.shape[0], call.down_weight.shape[0], call.x
     blocks = _blocks(call)
     output = torch.empty_like(x)
-    kept = torch.empty((rows, hidden), dtype=torch.float32, device=x.device) if keep else None
+    kept = x.new_empty((rows, hidden), dtype=torch.float32) if keep else None
     if output.numel() == 0:
         return output, kept
     with _on(x):
@@ -70,51 +73,47 @@ def adapter_bottleneck_forward_triton(call, keep: bool) -> tuple[Tensor, Tensor 
 
 
 def adapter_bottleneck_backward_triton(
-    call, grad_output: Tensor, kept: Tensor | None, needed: tuple[bool, ...]
+    call: AdapterBottleneckCall, grad_output: Tensor, kept: Tensor | None, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Gradients of x, both weights and biases, and the scale; those of parameters are float."""
     parameters = (call.down_weight, call.down_bias, call.up_weight, call.up_bias, call.scale)
     if call.x.numel() == 0:
-        zeros = [torch.zeros_like(call.x)]
-        zeros += [None if p is None else torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        return [zero if need else None for zero, need in zip(zeros, needed)]
-
-    need_x, need_down, need_down_bias, need_up, need_up_bias, need_scale = needed
-    gradients: list[Tensor | None] = [None] * 6
-    a = f = None
-    if need_x or need_down or need_down_bias or need_up or need_scale:
-        gradients[0], a, f, gradients[2], gradients[5] = _rows(call, grad_output, kept, needed)
-    if need_down:
-        gradients[1] = sum_of_products(f[None], call.x[None])[0][0]
+        likes = (*call[:5], call.scale)
+        return [
+            like.new_zeros(like.shape, dtype=torch.float32 if i else None)
+            if like is not None and need
+            else None
+            for i, (like, need) in enumerate(zip(likes, needed))
+        ]
+    grad_x = grad_down_bias = grad_scale = a = f = None
+    _, _, _, need_up, need_up_bias, _ = needed
+    if any(needed[:4]) or needed[5]:
+        grad_x, grad_down_bias, grad_scale, a, f = _rows(call, grad_output, kept, needed)
+    grad_down = grad_up = grad_up_bias = None
+    if f is not None:
+        grad_down, _ = sum_of_products(f, call.x)
     if need_up or need_up_bias:
-        hidden = call.x if a is None else a  # none of it is read where only the bias is wanted
-        products, sums = sum_of_products(
-            grad_output[None],
-            hidden[None],
-            scale=call.scale,
-            factor=call.factor,
-            products=need_up,
-            sums=need_up_bias,
+        grad_up, grad_up_bias = sum_of_products(
+            grad_output, a, scale=call.scale, factor=call.factor, sums=need_up_bias
         )
-        gradients[3] = products[0] if need_up else None
-        gradients[4] = sums[0] if need_up_bias else None
-    return gradients
+    return [grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_scale]
 
 
-def _rows(call, grad_output: Tensor, kept: Tensor | None, needed: tuple[bool, ...]) -> tuple:
-    """The gradient of x, a and f for those of the weights, and the gradients of b_d and of the scale."""
+def _rows(
+    call: AdapterBottleneckCall, grad_output: Tensor, kept: Tensor | None, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, b_d and the scale, and what those of the weights are made of: a for W_u, f for W_d."""
     from vitkern.triton_kernels import adapter_bottleneck_backward as kernels
 
     need_x, need_down, need_down_bias, need_up, _, need_scale = needed
     x, (rows, hidden) = call.x, (call.x.shape[0], call.down_weight.shape[0])
-    blocks = _blocks(call)
+    blocks = _blocks(call, backward=True)
     programs = _cdiv(rows, blocks["BLOCK_N"])
-    floats = {"dtype": torch.float32, "device": x.device}
     grad_x = torch.empty_like(x) if need_x else None
-    a = torch.empty((rows, hidden), dtype=x.dtype, device=x.device) if need_up else None
-    f = torch.empty((rows, hidden), dtype=x.dtype, device=x.device) if need_down else None
-    bias_parts = torch.empty((programs, hidden), **floats) if need_down_bias else None
-    scale_parts = torch.empty((programs, 1), **floats) if need_scale else None
+    a = x.new_empty((rows, hidden)) if need_up else None
+    f = x.new_empty((rows, hidden)) if need_down else None
+    bias_parts = x.new_empty((programs, hidden), dtype=torch.float32) if need_down_bias else None
+    scale_parts = x.new_empty((programs, 1), dtype=torch.float32) if need_scale else None
     with _on(x):
         kernels.adapter_bottleneck_backward[(programs,)](
             grad_x,
@@ -138,4 +137,4 @@ def _rows(call, grad_output: Tensor, kept: Tensor | None, needed: tuple[bool, ..
         )
     grad_bias = None if bias_parts is None else bias_parts.sum(0)
     grad_scale = None if scale_parts is None else scale_parts.sum(0)
-    return grad_x, a, f, grad_bias, grad_scale
+    return grad_x, grad_bias, grad_scale, a, f

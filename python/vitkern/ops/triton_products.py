@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,34 +35,35 @@ def parts_of(rows: int, block: int, others: int) -> int:
     """Into how many parts to split the rows, given that `others` programs work on each part."""
     most = max(1, _PROGRAMS // max(others, 1))
     parts = min(most, _cdiv(rows, max(_LEAST_ROWS, block)))
-    blocks = _cdiv(_cdiv(rows, block), max(parts, 1))  # of one part; the last part may have fewer, but not none
+    blocks = _cdiv(
+        _cdiv(rows, block), max(parts, 1)
+    )  # of one part; the last part may have fewer, but not none
     return max(1, _cdiv(_cdiv(rows, block), max(blocks, 1)))
 
 
 def sum_of_products(
-    left: Tensor,  # [B, N, P]
-    right: Tensor,  # [B, N, Q]
+    left: Tensor,  # [..., N, P]
+    right: Tensor | None,  # [..., N, Q]
     *,
     scale: Tensor | None = None,
     factor: float = 1.0,
-    products: bool = True,
     sums: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """factor * scale times leftᵀ right, [B, P, Q], and the sums of left over its rows, [B, P]; each only if wanted."""
+    """factor * scale times leftᵀ right, [..., P, Q], if right is given, and times the sums of left over N, [..., P]."""
     from vitkern.triton_kernels import tiles as kernels
 
-    batch, rows, p = left.shape
-    q = right.shape[2]
+    *items, rows, p = left.shape
+    q = 1 if right is None else right.shape[-1]
+    batch = math.prod(items)
     blocks = kernels.products_table(p, q, left.element_size())
-    tiles_p, tiles_q = _cdiv(p, blocks["BLOCK_P"]), _cdiv(q, blocks["BLOCK_Q"]) if products else 1
-    parts = parts_of(rows, blocks["BLOCK_N"], batch * tiles_p * tiles_q)
-    floats = {"dtype": torch.float32, "device": left.device}
-    part_products = torch.empty((batch, parts, p, q), **floats) if products else None
-    part_sums = torch.empty((batch, parts, p), **floats) if sums else None
+    tiles = _cdiv(p, blocks["BLOCK_P"]) * _cdiv(q, blocks["BLOCK_Q"])
+    parts = parts_of(rows, blocks["BLOCK_N"], batch * tiles)
+    products = None if right is None else left.new_empty((*items, parts, p, q), dtype=torch.float32)
+    totals = left.new_empty((*items, parts, p), dtype=torch.float32) if sums else None
     with _on(left):
-        kernels.row_products[(batch * parts, tiles_p, tiles_q)](
-            part_products,
-            part_sums,
+        kernels.row_products[(batch * parts * tiles,)](
+            products,
+            totals,
             left,
             right,
             scale,
@@ -73,8 +75,7 @@ def sum_of_products(
             **product_constants(left),
             **blocks,
         )
-    return _sum_of_parts(part_products), _sum_of_parts(part_sums)
-
-
-def _sum_of_parts(parts: Tensor | None) -> Tensor | None:
-    return None if parts is None else parts.sum(1)
+    return (
+        None if products is None else products.sum(-3),
+        None if totals is None else totals.sum(-2),
+    )

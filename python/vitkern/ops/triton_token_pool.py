@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkern.ops.token_pool import TokenPoolCall
 from vitkern.ops.triton_launch import _cdiv, _on
 from vitkern.ops.triton_products import parts_of, product_constants
 
 
-def _blocks(call, backward: bool = False) -> dict[str, Any]:
+def _blocks(call: TokenPoolCall, backward: bool = False) -> dict[str, Any]:
     from vitkern.triton_kernels import token_pool as kernels
 
     channels, tokens = call.x.shape[2], call.weight.shape[-2]
@@ -23,36 +24,35 @@ def _blocks(call, backward: bool = False) -> dict[str, Any]:
     return kernels.launch_table(channels, tokens, call.x.element_size(), backward)
 
 
-def _weight_stride(call) -> int:
+def _weight_stride(call: TokenPoolCall) -> int:
     """From the weight of one image to that of the next."""
     return call.weight[0].numel() if call.weight.dim() == 3 and len(call.weight) else 0
 
 
-def _parts(call, blocks: dict[str, Any]) -> tuple[int, int]:
+def _parts(call: TokenPoolCall, blocks: dict[str, Any]) -> tuple[int, int]:
     """Parts that the pixels of an image are split into, and tiles of channels."""
     batch, pixels, channels = call.x.shape
     tiles = _cdiv(channels, blocks["BLOCK_C"])
     return parts_of(pixels, blocks["BLOCK_N"], batch * tiles), tiles
 
 
-def token_pool_forward_triton(call) -> tuple[Tensor, Tensor]:
+def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
     """Tokens [B, T, C], and the log of the sum of each one's exponentials [B, T]."""
     from vitkern.triton_kernels import token_pool as kernels
 
     x, (batch, pixels, channels), tokens = call.x, call.x.shape, call.weight.shape[-2]
-    floats = {"dtype": torch.float32, "device": x.device}
     blocks = _blocks(call)
-    output = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    logsumexp = torch.empty((batch, tokens), **floats)
+    output = x.new_empty((batch, tokens, channels))
+    logsumexp = x.new_empty((batch, tokens), dtype=torch.float32)
     if call.x.numel() == 0 or tokens == 0:
         return output.zero_(), logsumexp.fill_(float("-inf"))
 
     parts, tiles = _parts(call, blocks)
-    largest = torch.empty((batch, parts, tokens), **floats)
-    total = torch.empty((batch, parts, tokens), **floats)
-    pooled = torch.empty((batch, parts, tokens, channels), **floats)
+    largest = x.new_empty((batch, parts, tokens), dtype=torch.float32)
+    total = x.new_empty((batch, parts, tokens), dtype=torch.float32)
+    pooled = x.new_empty((batch, parts, tokens, channels), dtype=torch.float32)
     with _on(x):
-        kernels.token_pool_forward[(batch * parts, tiles)](
+        kernels.token_pool_forward[(batch * parts * tiles,)](
             largest,
             total,
             pooled,
@@ -82,7 +82,7 @@ def token_pool_forward_triton(call) -> tuple[Tensor, Tensor]:
 
 
 def token_pool_backward_triton(
-    call, grad_output: Tensor, tokens: Tensor, logsumexp: Tensor, needed: tuple[bool, ...]
+    call: TokenPoolCall, grad_output: Tensor, tokens: Tensor, logsumexp: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Gradients of x and, float, of the weight."""
     from vitkern.triton_kernels import token_pool as kernels
@@ -99,9 +99,9 @@ def token_pool_backward_triton(
     grad_weight = None
     if need_weight:
         shape = (batch, parts, weight.shape[-2], channels)
-        grad_weight = torch.empty(shape, dtype=torch.float32, device=x.device)
+        grad_weight = x.new_empty(shape, dtype=torch.float32)
     with _on(x):
-        kernels.token_pool_backward[(batch * parts, tiles)](
+        kernels.token_pool_backward[(batch * parts * tiles,)](
             grad_x,
             grad_weight,
             grad_output,

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkern.ops.token_project import TokenProjectCall
 from vitkern.ops.triton_launch import _cdiv, _on
 from vitkern.ops.triton_products import product_constants, sum_of_products
 
 
-def _arguments(call) -> tuple[int, dict[str, Any]]:
+def _arguments(call: TokenProjectCall) -> tuple[int, dict[str, Any]]:
     """How many programs, and what they are specialised on."""
     from vitkern.triton_kernels import token_project as kernels
 
@@ -27,7 +28,7 @@ def _arguments(call) -> tuple[int, dict[str, Any]]:
     return batch * _cdiv(pixels, blocks["BLOCK_N"]), sizes | product_constants(call.x) | blocks
 
 
-def token_project_forward_triton(call) -> Tensor:
+def token_project_forward_triton(call: TokenProjectCall) -> Tensor:
     from vitkern.triton_kernels import token_project as kernels
 
     programs, constants = _arguments(call)
@@ -42,7 +43,7 @@ def token_project_forward_triton(call) -> Tensor:
 
 
 def token_project_backward_triton(
-    call, grad_output: Tensor, needed: tuple[bool, ...]
+    call: TokenProjectCall, grad_output: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Gradients of query and, float, of key and tokens; that of x is grad_output."""
     from vitkern.triton_kernels import token_project as kernels
@@ -58,12 +59,12 @@ def token_project_backward_triton(
     batch, pixels, _ = query.shape
     shape = (batch, pixels, key.shape[1])
     grad_query = torch.empty_like(query) if need_query else None
-    attention = torch.empty(shape, dtype=query.dtype, device=query.device) if need_tokens else None
-    f = torch.empty(shape, dtype=query.dtype, device=query.device) if need_key else None
+    attention = query.new_empty(shape) if need_tokens else None
+    f = query.new_empty(shape) if need_key else None
     with _on(query):
         kernels.token_project_backward[(programs,)](
             grad_query, attention, f, grad_output, query, key, tokens, **constants
         )
-    grad_key = sum_of_products(f, query)[0] if need_key else None
-    grad_tokens = sum_of_products(attention, grad_output)[0] if need_tokens else None
+    grad_key = None if f is None else sum_of_products(f, query)[0]
+    grad_tokens = None if attention is None else sum_of_products(attention, grad_output)[0]
     return [grad_query, grad_key, grad_tokens]
