@@ -1,19 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0
-// Placeholder until the kernels are written.
+// Picks and starts the CUDA kernels of adapter_bottleneck.
 #include "adapter_bottleneck/cuda.h"
 
-#include <stdexcept>
+#include <algorithm>
+#include <type_traits>
+
+#include "adapter_bottleneck/backward.cuh"
+#include "adapter_bottleneck/forward.cuh"
+#include "common/dispatch.cuh"
+#include "common/workspace.h"
 
 namespace vitkern {
+namespace {
 
-void adapter_bottleneck_forward_cuda(const AdapterBottleneckParams&) {
-  throw std::logic_error("not written yet");
+constexpr int64_t kBlocksWanted = 512;  // what keeps the largest cards busy
+constexpr int kFewestRows = 16;         // of a block
+
+int64_t blocks_of(int64_t rows, int64_t of_block) { return (rows + of_block - 1) / of_block; }
+
+// Backward's workspace. The products' parts may take half of x's size.
+struct Layout {
+  int64_t splits;
+  Workspace places;
+  void *a, *f, *scale_part, *down, *down_bias, *up, *up_bias;
+
+  Layout(const AdapterBottleneckParams& p, void* memory) : places(memory) {
+    const int64_t element = bytes(p.dtype), number = bytes(accumulator(p.dtype));
+    const int64_t tiles = 2 * tiles_of(p.hidden) * tiles_of(p.channels);
+    splits = std::min({kBlocksWanted / std::max<int64_t>(tiles, 1), blocks_of(p.rows, kColumns),
+                       p.rows * element / (4 * std::max<int64_t>(p.hidden, 1) * number)});
+    splits = std::max<int64_t>(splits, 1);
+    a = places.take(p.rows * p.hidden * element);
+    f = places.take(p.rows * p.hidden * element);
+    scale_part = places.take(blocks_of(p.rows, kFewestRows) * number);
+    down = places.take(splits * p.hidden * p.channels * number);
+    down_bias = places.take(splits * p.hidden * number);
+    up = places.take(splits * p.channels * p.hidden * number);
+    up_bias = places.take(splits * p.channels * number);
+  }
+};
+
+// Calls with the rows of a block: as many as keep the card busy and have room for their hidden units.
+template <typename T, typename Call>
+void dispatch_rows(const AdapterBottleneckParams& p, const Call& call) {
+  const auto shared = [&](auto rows) {
+    return Stage<T, rows>::kBytes + rows * HiddenRows<T>::stride_of(p.hidden) * int64_t{sizeof(T)};
+  };
+  const auto call_if_it_fits = [&](auto rows) {
+    if (shared(rows) > static_cast<int64_t>(most_shared_bytes())) return false;
+    call(rows, grid_blocks(blocks_of(p.rows, rows)), shared(rows));
+    return true;
+  };
+  if constexpr (std::is_same_v<T, double>) {
+    if (call_if_it_fits(std::integral_constant<int, 16>{})) return;
+  } else {
+    if (p.rows >= 64 * kBlocksWanted && call_if_it_fits(std::integral_constant<int, 64>{})) return;
+    if (call_if_it_fits(std::integral_constant<int, 32>{})) return;
+  }
+  throw std::runtime_error("vitkern: adapter_bottleneck on CUDA: " + std::to_string(p.hidden) +
+                           " hidden units do not fit this card's shared memory");
 }
-void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams&, void*) {
-  throw std::logic_error("not written yet");
+
+template <typename T>
+void sum_over_rows(const AdapterBottleneckParams& p, const Layout& layout) {
+  using A = Accumulator<T>;
+  RowSums down{1, p.rows, layout.splits, p.hidden, p.channels, layout.f, p.x, nullptr, nullptr};
+  down.products = p.grad_down_weight && p.channels ? layout.down : nullptr;
+  down.column_sums = p.grad_down_bias ? layout.down_bias : nullptr;
+  if (down.products || down.column_sums) launch_row_sums<T>(down, p.stream);
+  RowSums up{1, p.rows, layout.splits, p.channels, p.hidden, p.grad_output, layout.a, nullptr, nullptr};
+  up.products = p.grad_up_weight ? layout.up : nullptr;
+  up.column_sums = p.grad_up_bias || (p.grad_scale && p.up_bias) ? layout.up_bias : nullptr;
+  if (up.products || up.column_sums) launch_row_sums<T>(up, p.stream);
+
+  const int64_t weights = p.hidden * p.channels;
+  launch_add_parts<A>(layout.down, 1, layout.splits, weights, 1, nullptr, p.grad_down_weight, p.stream);
+  launch_add_parts<A>(layout.down_bias, 1, layout.splits, p.hidden, 1, nullptr, p.grad_down_bias, p.stream);
+  launch_add_parts<A>(layout.up, 1, layout.splits, weights, p.factor, p.scale, p.grad_up_weight, p.stream);
+  launch_add_parts<A>(layout.up_bias, 1, layout.splits, p.channels, p.factor, p.scale, p.grad_up_bias,
+                      p.stream);
 }
-int64_t adapter_bottleneck_workspace_cuda(const AdapterBottleneckParams&) {
-  throw std::logic_error("not written yet");
+
+}  // namespace
+
+void adapter_bottleneck_forward_cuda(const AdapterBottleneckParams& p) {
+  if (p.rows * std::max(p.channels, p.hidden) == 0) return;
+  const DeviceGuard guard(p.device);
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    dispatch_rows<T>(p, [&](auto rows, unsigned blocks, int64_t shared) {
+      launch("adapter_bottleneck_forward", adapter_bottleneck_forward<T, rows>, dim3(blocks),
+             dim3(kBlockThreads), shared, p.stream, p);
+    });
+  });
+}
+
+int64_t adapter_bottleneck_workspace_cuda(const AdapterBottleneckParams& p) {
+  return Layout(p, nullptr).places.size();
+}
+
+void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams& p, void* workspace) {
+  const DeviceGuard guard(p.device);
+  const Layout layout(p, workspace);
+  AdapterBottleneckLeft left{};
+  left.a = p.grad_up_weight ? layout.a : nullptr;
+  left.f = p.grad_down_weight || p.grad_down_bias ? layout.f : nullptr;
+  left.scale_part = p.grad_scale ? layout.scale_part : nullptr;
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    int64_t parts = 0;
+    if (p.rows && (p.grad_x || left.a || left.f || left.scale_part)) {
+      dispatch_rows<T>(p, [&](auto rows, unsigned blocks, int64_t shared) {
+        parts = blocks;
+        launch("adapter_bottleneck_backward", adapter_bottleneck_backward<T, rows>, dim3(blocks),
+               dim3(kBlockThreads), shared, p.stream, p, left);
+      });
+    }
+    sum_over_rows<T>(p, layout);
+    if (p.grad_scale)
+      launch("adapter_bottleneck_grad_scale", adapter_bottleneck_grad_scale<T>, dim3(1), dim3(kBlockThreads), 0,
+             p.stream, p, layout.scale_part, parts, layout.up_bias, layout.splits);
+  });
 }
 
 }  // namespace vitkern

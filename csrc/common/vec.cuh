@@ -13,6 +13,10 @@ namespace vitkern {
 
 constexpr int kVectorBytes = 16;
 
+__host__ __device__ inline bool aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
+}
+
 template <typename T>
 struct AccumulatorOf {
   using type = float;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "common/dispatch.cuh"
 #include "ms_deform_attn/backward.cuh"
 #include "ms_deform_attn/deterministic.cuh"
 #include "ms_deform_attn/forward.cuh"
@@ -18,9 +19,6 @@ constexpr int64_t kMaxLevels = 1024;  // their table takes 16 KB of shared memor
 [[noreturn]] void refuse(const char* what) {
   throw std::runtime_error(std::string("vitkern: ms_deform_attn on CUDA: ") + what);
 }
-
-DType accumulator(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
-int64_t bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams of `lanes` share with its
 // heads: queries, or pixels; `pixel_step` leads from pixel to pixel, in the unit of Corners::offset.
@@ -64,28 +62,6 @@ Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int64_t pix
   task.point_gradients = p.grad_locations || p.grad_weights || p.grad_places;
   return task;
 }
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-template <typename Call>
-void dispatch_dtype(DType dtype, const Call& call) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return call(Type<float>{});
-    case DType::kFloat64:
-      return call(Type<double>{});
-    case DType::kFloat16:
-      return call(Type<__half>{});
-    case DType::kBFloat16:
-      return call(Type<__nv_bfloat16>{});
-  }
-  throw std::invalid_argument("vitkern: unknown dtype");
-}
-
-bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }
 
 template <typename Call>
 void dispatch_form(const MsDeformAttnParams& p, const Call& call) {

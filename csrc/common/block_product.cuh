@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product of two matrices by one block: a tile of kRows x 64 sums, over any depth.
+//
+// Work split: eight warps in strips of 16 rows, and side by side where there are fewer strips than warps.
+// Memory: both factors come through shared memory in chunks of 128 bytes of depth; while the warps multiply
+// one chunk the next is on its way. What lies outside of a matrix is zero, so no tail is a special case.
+#pragma once
+
+#include "common/warp_product.cuh"
+
+namespace vitkern {
+
+constexpr int kBlockThreads = 256;
+constexpr int kBlockWarps = kBlockThreads / kWarpLanes;
+constexpr int kColumns = 64;  // of a block's tile
+constexpr int kChunkBytes = 128;
+
+template <typename T>
+constexpr int kChunk = kChunkBytes / int{sizeof(T)};
+
+// Row-major and without gaps, in global memory.
+template <typename T>
+struct Matrix {
+  const T* at;
+  int64_t rows, columns;
+  bool vectors;  // each row begins at a multiple of 16 bytes
+
+  __device__ __forceinline__ Matrix(const void* at_, int64_t rows_, int64_t columns_)
+      : at(static_cast<const T*>(at_)),
+        rows(rows_),
+        columns(columns_),
+        vectors(aligned(at_) && columns_ % (kVectorBytes / sizeof(T)) == 0) {}
+};
+
+// Brings kRows x kColumns of the matrix to shared memory, by all threads. Whoever reads them waits for copies
+// and passes a barrier first.
+template <int kRows, int kWidth, typename T>
+__device__ __forceinline__ void copy_tile(T* to, const Matrix<T>& from, int64_t first_row,
+                                          int64_t first_column) {
+  constexpr int kVector = kVectorBytes / sizeof(T), kPerRow = kWidth / kVector;
+#pragma unroll
+  for (int base = 0; base < kRows * kPerRow; base += kBlockThreads) {
+    const int slot = base + threadIdx.x;
+    if (kRows * kPerRow % kBlockThreads && slot >= kRows * kPerRow) break;
+    const int64_t row = first_row + slot / kPerRow, column = first_column + slot % kPerRow * kVector;
+    T* target = to + slot / kPerRow * (kWidth + kRowPad<T>) + slot % kPerRow * kVector;
+    const bool inside = row < from.rows && column < from.columns;
+    const T* source = from.at + (inside ? row * from.columns + column : 0);
+    if (from.vectors) {
+      copy_async(target, source, inside);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        target[i] = inside && column + i < from.columns ? __ldg(source + i) : narrow<T>(0);
+    }
+  }
+}
+
+// A factor that comes from global memory chunk by chunk: 64, or kRows, rows from `first` on and the depth along
+// the columns; or the other way round if kAcross.
+template <typename T, bool kAcross>
+struct Streamed {
+  static constexpr bool kIsAcross = kAcross;
+  Matrix<T> matrix;
+  int64_t first;
+
+  template <int kExtent>
+  __device__ __forceinline__ void stage(T* buffer, int64_t k) const {
+    if constexpr (kAcross) {
+      copy_tile<kChunk<T>, kExtent>(buffer, matrix, k, first);
+    } else {
+      copy_tile<kExtent, kChunk<T>>(buffer, matrix, first, k);
+    }
+  }
+  template <int kExtent>
+  __device__ __forceinline__ Factor<T, kAcross> factor(const T* buffer, int64_t) const {
+    return {buffer, (kAcross ? kExtent : kChunk<T>) + kRowPad<T>};
+  }
+};
+
+// A factor that is in shared memory for all of the depth, padded with zeros to a multiple of kColumns.
+template <typename T>
+struct Resident {
+  static constexpr bool kIsAcross = false;
+  const T* at;
+  int stride;
+
+  template <int kExtent>
+  __device__ __forceinline__ void stage(T*, int64_t) const {}
+  template <int kExtent>
+  __device__ __forceinline__ Factor<T, false> factor(const T*, int64_t k) const {
+    return {at + k, stride};
+  }
+};
+
+// Who owns which sums of a tile of kRows x kColumns.
+template <int kRows>
+struct Tile {
+  static constexpr int kStrips = kRows / kStrip, kBeside = kBlockWarps / kStrips;
+  static constexpr int kTiles = kColumns / kBeside / kTileColumns;
+  static_assert(kStrips * kBeside == kBlockWarps && kRows % kStrip == 0);
+
+  static __device__ __forceinline__ int row() { return threadIdx.x / kWarpLanes % kStrips * kStrip; }
+  static __device__ __forceinline__ int column() {
+    return threadIdx.x / kWarpLanes / kStrips * (kColumns / kBeside);
+  }
+};
+
+// The shared memory of block_product: two chunks of each factor; between products, a tile of sums.
+template <typename T, int kRows>
+struct Stage {
+  template <int kExtent>
+  static constexpr int kNumbers = kExtent * (kChunk<T> + kRowPad<T>) > kChunk<T> * (kExtent + kRowPad<T>)
+                                      ? kExtent * (kChunk<T> + kRowPad<T>)
+                                      : kChunk<T> * (kExtent + kRowPad<T>);
+  static constexpr int kLeft = kNumbers<kRows>, kRight = kNumbers<kColumns>;
+  static constexpr int kSumsStride = kColumns + kRowPad<Accumulator<T>>;
+  static constexpr int kBytes = 2 * (kLeft + kRight) * int{sizeof(T)};
+  static_assert(kBytes >= kRows * kSumsStride * int{sizeof(Accumulator<T>)});
+
+  unsigned char* bytes;
+
+  __device__ __forceinline__ T* left(int which) const {
+    return reinterpret_cast<T*>(bytes) + which * (kLeft + kRight);
+  }
+  __device__ __forceinline__ T* right(int which) const { return left(which) + kLeft; }
+};
+
+struct NothingMore {
+  template <typename T>
+  __device__ __forceinline__ void operator()(const T*) const {}
+};
+
+// sums += left right over `depth`. `with_left` sees each staged chunk of the left factor. All of the block
+// calls it; what was in the stage is lost.
+template <int kRows, typename T, typename Left, typename Right, typename WithLeft = NothingMore>
+__device__ __forceinline__ void block_product(const Left& left, const Right& right, int64_t depth,
+                                              const Stage<T, kRows>& stage,
+                                              Sums<Accumulator<T>> (&sums)[Tile<kRows>::kTiles],
+                                              const WithLeft& with_left = {}) {
+  if (depth == 0) return;
+  __syncthreads();  // nobody reads what was in the stage any more
+  left.template stage<kRows>(stage.left(0), 0);
+  right.template stage<kColumns>(stage.right(0), 0);
+  int which = 0;
+#pragma unroll 1
+  for (int64_t k = 0; k < depth; k += kChunk<T>, which ^= 1) {
+    wait_for_copies();
+    __syncthreads();  // this chunk has arrived, and nobody reads the one before
+    if (k + kChunk<T> < depth) {
+      left.template stage<kRows>(stage.left(which ^ 1), k + kChunk<T>);
+      right.template stage<kColumns>(stage.right(which ^ 1), k + kChunk<T>);
+    }
+    multiply_add(left.template factor<kRows>(stage.left(which), k).from(Tile<kRows>::row(), 0),
+                 right.template factor<kColumns>(stage.right(which), k).from(Tile<kRows>::column(), 0),
+                 kChunk<T>, sums);
+    with_left(stage.left(which));
+  }
+}
+
+// Calls use(row, column, sum, next sum) for the sums that the caller holds: two neighbours in a row.
+template <int kRows, typename A, typename Use>
+__device__ __forceinline__ void for_pairs(Sums<A> (&sums)[Tile<kRows>::kTiles], const Use& use) {
+#pragma unroll
+  for (int tile = 0; tile < Tile<kRows>::kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2)
+      use(Tile<kRows>::row() + row_of_sum(i), Tile<kRows>::column() + tile * kTileColumns + column_of_sum(0),
+          sums[tile].at[i], sums[tile].at[i + 1]);
+}
+
+// Calls use(row, column, numbers) for all sums of the tile, such that each thread gets neighbours in a row that
+// make 16 bytes of T, and a warp whole rows. All of the block calls it.
+template <int kRows, typename T, typename Use>
+__device__ __forceinline__ void for_rows(Sums<Accumulator<T>> (&sums)[Tile<kRows>::kTiles],
+                                         const Stage<T, kRows>& stage, const Use& use) {
+  using A = Accumulator<T>;
+  constexpr int kVector = kVectorBytes / sizeof(T), kPerRow = kColumns / kVector;
+  A* all = reinterpret_cast<A*>(stage.bytes);
+  __syncthreads();  // nobody reads chunks any more
+  for_pairs<kRows>(sums, [&](int row, int column, A left, A right) {
+    *reinterpret_cast<Vector<A, 2>*>(all + row * stage.kSumsStride + column) = {left, right};
+  });
+  __syncthreads();
+#pragma unroll
+  for (int slot = threadIdx.x; slot < kRows * kPerRow; slot += kBlockThreads) {
+    const int row = slot / kPerRow, column = slot % kPerRow * kVector;
+    A numbers[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) numbers[i] = all[row * stage.kSumsStride + column + i];
+    use(row, column, numbers);
+  }
+}
+
+// Neighbours in a row of a matrix, for for_rows: those outside are zero, or stay unwritten.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_part(const T* row, int64_t column, int64_t columns, bool vectors,
+                                          Accumulator<T> (&out)[kCount]) {
+  if (vectors && column < columns) return load(row + column, out);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    out[i] = column + i < columns ? widen(__ldg(row + column + i)) : Accumulator<T>{0};
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void store_part(T* row, int64_t column, int64_t columns, bool vectors,
+                                           const Accumulator<T> (&in)[kCount]) {
+  if (vectors && column < columns) return store(row + column, in);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (column + i < columns) row[column + i] = narrow<T>(in[i]);
+}
+
+}  // namespace vitkern

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instructions of common/tensor_cores.cuh, for the emulator: what a warp's lanes hold is laid on a table
+// that all of them read.
+#pragma once
+
+#include <array>
+
+#include "emulator/cuda_emulator.h"
+
+namespace emulator {
+
+// What the caller's lanes bring to an operation, by lane. Nobody may lay down the next before all have read.
+template <typename Held>
+const std::array<Held, kWarpLanes>& lay_down(const char* operation, const Held& held) {
+  static thread_local std::array<std::array<Held, kWarpLanes>, 1024 / kWarpLanes> tables;
+  const int index = Block::current().fiber->index;
+  auto& table = tables[index / kWarpLanes];
+  table[index % kWarpLanes] = held;
+  Block::current().meet(operation, 0xffffffffu, 0, -1);
+  return table;
+}
+
+inline void all_have_read(const char* operation) {
+  Block::current().meet(operation, 0xffffffffu, 0, -1);
+}
+
+inline float widened(__half x) { return __half2float(x); }
+inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+float half_of(uint32_t pair, int which) {
+  return widened(T{static_cast<uint16_t>(pair >> 16 * which)});
+}
+
+// 16 bytes on their way to shared memory; zeros where `from` is null.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+// The caller's copies. They arrive when they are waited for, never before.
+inline std::vector<Copy>& copies() {
+  static thread_local std::array<std::vector<Copy>, 1024> of_thread;
+  return of_thread[Block::current().fiber->index];
+}
+
+}  // namespace emulator
+
+namespace vitkern {
+
+// ldmatrix.x4: lane l knows where row l % 8 of matrix l / 8 lies; all get two neighbours of each matrix.
+template <bool kTransposed>
+void load_matrices(uint32_t (&out)[4], const void* row) {
+  const auto& rows = emulator::lay_down("ldmatrix", static_cast<const uint16_t*>(row));
+  const int lane = threadIdx.x % emulator::kWarpLanes;
+  for (int i = 0; i < 4; ++i) {
+    const int first = lane % 4 * 2, other = lane / 4;
+    const auto at = [&](int r, int c) { return uint32_t{rows[8 * i + r][c]}; };
+    out[i] = kTransposed ? at(first, other) | at(first + 1, other) << 16
+                         : at(other, first) | at(other, first + 1) << 16;
+  }
+  emulator::all_have_read("ldmatrix");
+}
+
+struct EmulatedOperands {
+  uint32_t a[4], b[2];
+};
+
+// mma.m16n8k16 with sums in float.
+template <typename T>
+void multiply_add_tile(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const auto& held = emulator::lay_down("mma", EmulatedOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const int lane = threadIdx.x % emulator::kWarpLanes;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, lower = i / 2, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2, upper = k / 8;
+      const float left = emulator::half_of<T>(held[4 * row + pair].a[2 * upper + lower], k % 2);
+      const float right = emulator::half_of<T>(held[4 * column + pair].b[upper], k % 2);
+      sums[i] += left * right;
+    }
+  }
+  emulator::all_have_read("mma");
+}
+
+// cp.async of 16 bytes, and cp.async.wait_all.
+inline void copy_async(void* to, const void* from, bool wanted) {
+  emulator::copies().push_back({to, wanted ? from : nullptr});
+}
+
+inline void wait_for_copies() {
+  for (const emulator::Copy& copy : emulator::copies()) {
+    if (copy.from) {
+      std::memcpy(copy.to, copy.from, 16);
+    } else {
+      std::memset(copy.to, 0, 16);
+    }
+  }
+  emulator::copies().clear();
+}
+
+}  // namespace vitkern
