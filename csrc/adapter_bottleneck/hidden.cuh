@@ -75,7 +75,7 @@ struct HiddenRows {
   T* at;
   int stride;
 
-  static constexpr int64_t stride_of(int64_t hidden) {
+  __host__ __device__ static constexpr int64_t stride_of(int64_t hidden) {
     return (hidden + kColumns - 1) / kColumns * kColumns + kRowPad<T>;
   }
   __device__ __forceinline__ void store_pair(int row, int64_t column, Accumulator<T> first,

@@ -49,7 +49,7 @@ __device__ __forceinline__ void copy_tile(T* to, const Matrix<T>& from, int64_t 
     if (from.vectors) {
       copy_async(target, source, inside);
     } else {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < kVector; ++i)
         target[i] = inside && column + i < from.columns ? __ldg(source + i) : narrow<T>(0);
     }
@@ -140,21 +140,23 @@ __device__ __forceinline__ void block_product(const Left& left, const Right& rig
                                               const WithLeft& with_left = {}) {
   if (depth == 0) return;
   __syncthreads();  // nobody reads what was in the stage any more
-  left.template stage<kRows>(stage.left(0), 0);
-  right.template stage<kColumns>(stage.right(0), 0);
-  int which = 0;
 #pragma unroll 1
-  for (int64_t k = 0; k < depth; k += kChunk<T>, which ^= 1) {
-    wait_for_copies();
-    __syncthreads();  // this chunk has arrived, and nobody reads the one before
-    if (k + kChunk<T> < depth) {
-      left.template stage<kRows>(stage.left(which ^ 1), k + kChunk<T>);
-      right.template stage<kColumns>(stage.right(which ^ 1), k + kChunk<T>);
+  for (int64_t k = 0, which = 0;; k += kChunk<T>, which ^= 1) {
+    if (k < depth) {
+      left.template stage<kRows>(stage.left(which), k);
+      right.template stage<kColumns>(stage.right(which), k);
     }
-    multiply_add(left.template factor<kRows>(stage.left(which), k).from(Tile<kRows>::row(), 0),
-                 right.template factor<kColumns>(stage.right(which), k).from(Tile<kRows>::column(), 0),
-                 kChunk<T>, sums);
-    with_left(stage.left(which));
+    if (k > 0) {
+      const int arrived = which ^ 1;
+      multiply_add(
+          left.template factor<kRows>(stage.left(arrived), k - kChunk<T>).from(Tile<kRows>::row(), 0),
+          right.template factor<kColumns>(stage.right(arrived), k - kChunk<T>).from(Tile<kRows>::column(), 0), kChunk<T>,
+          sums);
+      with_left(stage.left(arrived));
+    }
+    if (k >= depth) break;
+    wait_for_copies();
+    __syncthreads();  // the chunk has arrived, and nobody reads the one before
   }
 }
 

@@ -18,7 +18,9 @@ struct RowSums {
   void* column_sums;         // [images, splits, left_columns], accumulator type, or null
 };
 
-constexpr int64_t tiles_of(int64_t extent) { return (extent + kColumns - 1) / kColumns; }
+__host__ __device__ constexpr int64_t tiles_of(int64_t extent) {
+  return (extent + kColumns - 1) / kColumns;
+}
 
 // Adds up the columns of the left factor's chunks, one a thread.
 template <typename T>
