@@ -39,9 +39,9 @@ template <typename T, int kRows>
 __device__ __forceinline__ Accumulator<T> hidden_gradients(const AdapterBottleneckParams& p,
                                                            const AdapterBottleneckLeft& left, int64_t first_row,
                                                            int64_t unit, Accumulator<T> scale,
-                                                           Sums<Accumulator<T>> (&z)[Tile<kRows>::kTiles],
-                                                           Sums<Accumulator<T>> (&e)[Tile<kRows>::kTiles],
-                                                           const HiddenRows<T>& hidden) {
+                                                           Sums<Accumulator<T>> (&z)[BlockTile<kRows>::kTiles],
+                                                           Sums<Accumulator<T>> (&e)[BlockTile<kRows>::kTiles],
+                                                           const SharedRows<T>& hidden) {
   using A = Accumulator<T>;
   A sum = 0;
   int pair = 0;
@@ -74,13 +74,13 @@ __device__ __forceinline__ Accumulator<T> hidden_gradients(const AdapterBottlene
 // Eq. (8) for the block's rows, whose f is in shared memory.
 template <typename T, int kRows>
 __device__ __forceinline__ void write_grad_x(const AdapterBottleneckParams& p, int64_t first_row,
-                                             const HiddenRows<T>& f, const Stage<T, kRows>& stage) {
+                                             const SharedRows<T>& f, const Stage<T, kRows>& stage) {
   using A = Accumulator<T>;
   constexpr int kVector = kVectorBytes / sizeof(T);
   const Matrix<T> down(p.down_weight, p.hidden, p.channels), grad_x(p.grad_x, p.rows, p.channels);
   const Matrix<T> grad_output(p.grad_output, p.rows, p.channels);
   for (int64_t channel = 0; channel < p.channels; channel += kColumns) {
-    Sums<A> sums[Tile<kRows>::kTiles] = {};
+    Sums<A> sums[BlockTile<kRows>::kTiles] = {};
     block_product(f.factor(), Streamed<T, true>{down, channel}, p.hidden, stage, sums);
     for_rows<kRows, T>(sums, stage, [&](int row, int column, A(&grad)[kVector]) {
       const int64_t n = first_row + row, c = channel + column;
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   using A = Accumulator<T>;
   VITKERN_DYNAMIC_SHARED(unsigned char, bytes);
   const Stage<T, kRows> stage{bytes};
-  const HiddenRows<T> f{reinterpret_cast<T*>(bytes + stage.kBytes),
-                        static_cast<int>(HiddenRows<T>::stride_of(p.hidden))};
+  const SharedRows<T> f{reinterpret_cast<T*>(bytes + stage.kBytes),
+                        static_cast<int>(SharedRows<T>::stride_of(p.hidden))};
   const int64_t first_row = int64_t{blockIdx.x} * kRows;
   const Matrix<T> x(p.x, p.rows, p.channels), grad_output(p.grad_output, p.rows, p.channels);
   const Matrix<T> down(p.down_weight, p.hidden, p.channels), up(p.up_weight, p.channels, p.hidden);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 
   A sum = 0;
   for (int64_t unit = 0; unit < p.hidden; unit += kColumns) {
-    Sums<A> z[Tile<kRows>::kTiles] = {}, e[Tile<kRows>::kTiles] = {};
+    Sums<A> z[BlockTile<kRows>::kTiles] = {}, e[BlockTile<kRows>::kTiles] = {};
     if (!p.kept)
       block_product(Streamed<T, false>{x, first_row}, Streamed<T, false>{down, unit}, p.channels, stage, z);
     if (p.grad_x || left.f || left.scale_part)

@@ -3,20 +3,15 @@
 #include "adapter_bottleneck/cuda.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "adapter_bottleneck/backward.cuh"
 #include "adapter_bottleneck/forward.cuh"
 #include "common/dispatch.cuh"
+#include "common/dispatch_rows.cuh"
 #include "common/workspace.h"
 
 namespace vitkern {
 namespace {
-
-constexpr int64_t kBlocksWanted = 512;  // what keeps the largest cards busy
-constexpr int kFewestRows = 16;         // of a block
-
-int64_t blocks_of(int64_t rows, int64_t of_block) { return (rows + of_block - 1) / of_block; }
 
 // Backward's workspace. The products' parts may take half of x's size.
 struct Layout {
@@ -40,25 +35,11 @@ struct Layout {
   }
 };
 
-// Calls with the rows of a block: as many as keep the card busy and have room for their hidden units.
+// Calls with the rows of a block and its shared memory.
 template <typename T, typename Call>
-void dispatch_rows(const AdapterBottleneckParams& p, const Call& call) {
-  const auto shared = [&](auto rows) {
-    return Stage<T, rows>::kBytes + rows * HiddenRows<T>::stride_of(p.hidden) * int64_t{sizeof(T)};
-  };
-  const auto call_if_it_fits = [&](auto rows) {
-    if (shared(rows) > static_cast<int64_t>(most_shared_bytes())) return false;
-    call(rows, grid_blocks(blocks_of(p.rows, rows)), shared(rows));
-    return true;
-  };
-  if constexpr (std::is_same_v<T, double>) {
-    if (call_if_it_fits(std::integral_constant<int, 16>{})) return;
-  } else {
-    if (p.rows >= 64 * kBlocksWanted && call_if_it_fits(std::integral_constant<int, 64>{})) return;
-    if (call_if_it_fits(std::integral_constant<int, 32>{})) return;
-  }
-  throw std::runtime_error("vitkern: adapter_bottleneck on CUDA: " + std::to_string(p.hidden) +
-                           " hidden units do not fit this card's shared memory");
+void dispatch(const AdapterBottleneckParams& p, const Call& call) {
+  const int64_t hidden_bytes = SharedRows<T>::stride_of(p.hidden) * int64_t{sizeof(T)};
+  dispatch_rows<T>("adapter_bottleneck: so many hidden units", p.rows, hidden_bytes, call);
 }
 
 template <typename T>
@@ -88,9 +69,9 @@ void adapter_bottleneck_forward_cuda(const AdapterBottleneckParams& p) {
   const DeviceGuard guard(p.device);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    dispatch_rows<T>(p, [&](auto rows, unsigned blocks, int64_t shared) {
-      launch("adapter_bottleneck_forward", adapter_bottleneck_forward<T, rows>, dim3(blocks),
-             dim3(kBlockThreads), shared, p.stream, p);
+    dispatch<T>(p, [&](auto rows, size_t shared) {
+      launch("adapter_bottleneck_forward", adapter_bottleneck_forward<T, rows>,
+             dim3(grid_blocks(blocks_of(p.rows, rows))), dim3(kBlockThreads), shared, p.stream, p);
     });
   });
 }
@@ -110,9 +91,9 @@ void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams& p, void* wo
     using T = typename decltype(type)::type;
     int64_t parts = 0;
     if (p.rows && (p.grad_x || left.a || left.f || left.scale_part)) {
-      dispatch_rows<T>(p, [&](auto rows, unsigned blocks, int64_t shared) {
-        parts = blocks;
-        launch("adapter_bottleneck_backward", adapter_bottleneck_backward<T, rows>, dim3(blocks),
+      dispatch<T>(p, [&](auto rows, size_t shared) {
+        parts = blocks_of(p.rows, rows);
+        launch("adapter_bottleneck_backward", adapter_bottleneck_backward<T, rows>, dim3(grid_blocks(parts)),
                dim3(kBlockThreads), shared, p.stream, p, left);
       });
     }

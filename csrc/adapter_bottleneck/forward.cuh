@@ -15,8 +15,8 @@ namespace vitkern {
 // a of eq. (2) for the hidden units from `unit` on, of the block's rows.
 template <typename T, int kRows>
 __device__ __forceinline__ void keep_hidden(const AdapterBottleneckParams& p, int64_t first_row, int64_t unit,
-                                            Sums<Accumulator<T>> (&z)[Tile<kRows>::kTiles],
-                                            const HiddenRows<T>& hidden) {
+                                            Sums<Accumulator<T>> (&z)[BlockTile<kRows>::kTiles],
+                                            const SharedRows<T>& hidden) {
   using A = Accumulator<T>;
   for_pairs<kRows>(z, [&](int row, int column, A first, A second) {
     const int64_t h = unit + column, index = (first_row + row) * p.hidden + h;
@@ -44,14 +44,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   constexpr int kVector = kVectorBytes / sizeof(T);
   VITKERN_DYNAMIC_SHARED(unsigned char, bytes);
   const Stage<T, kRows> stage{bytes};
-  const HiddenRows<T> hidden{reinterpret_cast<T*>(bytes + stage.kBytes),
-                             static_cast<int>(HiddenRows<T>::stride_of(p.hidden))};
+  const SharedRows<T> hidden{reinterpret_cast<T*>(bytes + stage.kBytes),
+                             static_cast<int>(SharedRows<T>::stride_of(p.hidden))};
   const int64_t first_row = int64_t{blockIdx.x} * kRows;
   const Matrix<T> x(p.x, p.rows, p.channels), output(p.output, p.rows, p.channels);
   const Matrix<T> down(p.down_weight, p.hidden, p.channels), up(p.up_weight, p.channels, p.hidden);
 
   for (int64_t unit = 0; unit < p.hidden; unit += kColumns) {
-    Sums<A> z[Tile<kRows>::kTiles] = {};
+    Sums<A> z[BlockTile<kRows>::kTiles] = {};
     block_product(Streamed<T, false>{x, first_row}, Streamed<T, false>{down, unit}, p.channels, stage, z);
     keep_hidden<T, kRows>(p, first_row, unit, z, hidden);
   }
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const A scale = scale_of<A>(p);
   const Matrix<T> residual(p.residual_is_x ? p.x : p.residual, p.rows, p.channels);
   for (int64_t channel = 0; channel < p.channels; channel += kColumns) {
-    Sums<A> sums[Tile<kRows>::kTiles] = {};
+    Sums<A> sums[BlockTile<kRows>::kTiles] = {};
     block_product(hidden.factor(), Streamed<T, false>{up, channel}, p.hidden, stage, sums);
     for_rows<kRows, T>(sums, stage, [&](int row, int column, A(&y)[kVector]) {
       const int64_t n = first_row + row, c = channel + column;

@@ -69,22 +69,6 @@ __device__ __forceinline__ PairOfFactors<A> dropout_factors(const Dropout& dropo
   return {first, factor(words, (i + 1) & 3)};
 }
 
-// The hidden units of a block's rows in shared memory, zero from H on to the next multiple of kColumns.
-template <typename T>
-struct HiddenRows {
-  T* at;
-  int stride;
-
-  __host__ __device__ static constexpr int64_t stride_of(int64_t hidden) {
-    return (hidden + kColumns - 1) / kColumns * kColumns + kRowPad<T>;
-  }
-  __device__ __forceinline__ void store_pair(int row, int64_t column, Accumulator<T> first,
-                                             Accumulator<T> second) const {
-    *reinterpret_cast<Vector<T, 2>*>(at + row * stride + column) = {narrow<T>(first), narrow<T>(second)};
-  }
-  __device__ __forceinline__ Resident<T> factor() const { return {at, stride}; }
-};
-
 // s of eq. (3).
 template <typename A>
 __device__ __forceinline__ A scale_of(const AdapterBottleneckParams& p) {

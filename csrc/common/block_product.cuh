@@ -78,7 +78,7 @@ struct Streamed {
   }
 };
 
-// A factor that is in shared memory for all of the depth, padded with zeros to a multiple of kColumns.
+// A factor that is in shared memory for all of the depth, which is padded with zeros to a multiple of kColumns.
 template <typename T>
 struct Resident {
   static constexpr bool kIsAcross = false;
@@ -93,9 +93,25 @@ struct Resident {
   }
 };
 
+// Rows that a block keeps in shared memory between two products, padded to a multiple of kColumns.
+template <typename T>
+struct SharedRows {
+  T* at;
+  int stride;
+
+  __host__ __device__ static constexpr int64_t stride_of(int64_t columns) {
+    return (columns + kColumns - 1) / kColumns * kColumns + kRowPad<T>;
+  }
+  __device__ __forceinline__ void store_pair(int row, int64_t column, Accumulator<T> first,
+                                             Accumulator<T> second) const {
+    *reinterpret_cast<Vector<T, 2>*>(at + row * stride + column) = {narrow<T>(first), narrow<T>(second)};
+  }
+  __device__ __forceinline__ Resident<T> factor() const { return {at, stride}; }
+};
+
 // Who owns which sums of a tile of kRows x kColumns.
 template <int kRows>
-struct Tile {
+struct BlockTile {
   static constexpr int kStrips = kRows / kStrip, kBeside = kBlockWarps / kStrips;
   static constexpr int kTiles = kColumns / kBeside / kTileColumns;
   static_assert(kStrips * kBeside == kBlockWarps && kRows % kStrip == 0);
@@ -136,7 +152,7 @@ struct NothingMore {
 template <int kRows, typename T, typename Left, typename Right, typename WithLeft = NothingMore>
 __device__ __forceinline__ void block_product(const Left& left, const Right& right, int64_t depth,
                                               const Stage<T, kRows>& stage,
-                                              Sums<Accumulator<T>> (&sums)[Tile<kRows>::kTiles],
+                                              Sums<Accumulator<T>> (&sums)[BlockTile<kRows>::kTiles],
                                               const WithLeft& with_left = {}) {
   if (depth == 0) return;
   __syncthreads();  // nobody reads what was in the stage any more
@@ -149,8 +165,8 @@ __device__ __forceinline__ void block_product(const Left& left, const Right& rig
     if (k > 0) {
       const int arrived = which ^ 1;
       multiply_add(
-          left.template factor<kRows>(stage.left(arrived), k - kChunk<T>).from(Tile<kRows>::row(), 0),
-          right.template factor<kColumns>(stage.right(arrived), k - kChunk<T>).from(Tile<kRows>::column(), 0), kChunk<T>,
+          left.template factor<kRows>(stage.left(arrived), k - kChunk<T>).from(BlockTile<kRows>::row(), 0),
+          right.template factor<kColumns>(stage.right(arrived), k - kChunk<T>).from(BlockTile<kRows>::column(), 0), kChunk<T>,
           sums);
       with_left(stage.left(arrived));
     }
@@ -162,19 +178,19 @@ __device__ __forceinline__ void block_product(const Left& left, const Right& rig
 
 // Calls use(row, column, sum, next sum) for the sums that the caller holds: two neighbours in a row.
 template <int kRows, typename A, typename Use>
-__device__ __forceinline__ void for_pairs(Sums<A> (&sums)[Tile<kRows>::kTiles], const Use& use) {
+__device__ __forceinline__ void for_pairs(Sums<A> (&sums)[BlockTile<kRows>::kTiles], const Use& use) {
 #pragma unroll
-  for (int tile = 0; tile < Tile<kRows>::kTiles; ++tile)
+  for (int tile = 0; tile < BlockTile<kRows>::kTiles; ++tile)
 #pragma unroll
     for (int i = 0; i < 4; i += 2)
-      use(Tile<kRows>::row() + row_of_sum(i), Tile<kRows>::column() + tile * kTileColumns + column_of_sum(0),
+      use(BlockTile<kRows>::row() + row_of_sum(i), BlockTile<kRows>::column() + tile * kTileColumns + column_of_sum(0),
           sums[tile].at[i], sums[tile].at[i + 1]);
 }
 
 // Calls use(row, column, numbers) for all sums of the tile, such that each thread gets neighbours in a row that
 // make 16 bytes of T, and a warp whole rows. All of the block calls it.
 template <int kRows, typename T, typename Use>
-__device__ __forceinline__ void for_rows(Sums<Accumulator<T>> (&sums)[Tile<kRows>::kTiles],
+__device__ __forceinline__ void for_rows(Sums<Accumulator<T>> (&sums)[BlockTile<kRows>::kTiles],
                                          const Stage<T, kRows>& stage, const Use& use) {
   using A = Accumulator<T>;
   constexpr int kVector = kVectorBytes / sizeof(T), kPerRow = kColumns / kVector;

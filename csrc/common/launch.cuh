@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -61,6 +62,14 @@ inline std::string launch_failure(const char* name, dim3 grid, dim3 block, size_
   return text;
 }
 #endif
+
+inline int64_t blocks_of(int64_t items, int64_t of_block) { return (items + of_block - 1) / of_block; }
+
+// For the first axis of a grid, the only one that can be long.
+inline unsigned grid_blocks(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::runtime_error("vitkern: more than 2^31 - 1 blocks");
+  return static_cast<unsigned>(blocks);
+}
 
 constexpr size_t kSharedBytes = 48 << 10;  // that every kernel may use; more is asked for
 

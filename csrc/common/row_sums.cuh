@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) row_sums(const __grid_consta
   const int64_t before = image * task.rows + begin;  // rows
 
   A column_sum = 0;
-  Sums<A> sums[Tile<kColumns>::kTiles] = {};
+  Sums<A> sums[BlockTile<kColumns>::kTiles] = {};
   const ColumnSums<T> with_left{&column_sum, task.column_sums && column == 0};
   const Streamed<T, true> left{
       {static_cast<const T*>(task.left) + before * task.left_columns, end - begin, task.left_columns}, row};
@@ -84,11 +84,6 @@ __global__ void __launch_bounds__(kBlockThreads)
   out[index] = sum * (scale ? factor * *scale : factor);
 }
 
-inline unsigned grid_blocks(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("vitkern: more than 2^31 - 1 blocks");
-  return static_cast<unsigned>(blocks);
-}
-
 template <typename T>
 void launch_row_sums(const RowSums& task, void* stream) {
   const int64_t tiles = tiles_of(task.left_columns) * (task.products ? tiles_of(task.right_columns) : 1);
@@ -101,7 +96,7 @@ template <typename A>
 void launch_add_parts(const void* parts, int64_t images, int64_t splits, int64_t count, double factor,
                       const void* scale, void* out, void* stream) {
   if (!out || images * count == 0) return;
-  launch("add_parts", add_parts<A>, dim3(grid_blocks((images * count + kBlockThreads - 1) / kBlockThreads)),
+  launch("add_parts", add_parts<A>, dim3(grid_blocks(blocks_of(images * count, kBlockThreads))),
          dim3(kBlockThreads), 0, stream, static_cast<const A*>(parts), images, splits, count,
          static_cast<A>(factor), static_cast<const A*>(scale), static_cast<A*>(out));
 }

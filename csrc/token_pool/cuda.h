@@ -6,10 +6,14 @@
 
 namespace vitkern {
 
-void token_pool_forward_cuda(const TokenPoolParams& params, void* workspace);
-void token_pool_backward_cuda(const TokenPoolParams& params, void* workspace);
-
-// Bytes of the workspace, which depend on sizes and dtype alone.
+// Bytes that either pass needs besides, from sizes and dtype alone: at most a quarter of x, or what one part of
+// the sums takes for each image.
 int64_t token_pool_workspace_cuda(const TokenPoolParams& params, bool backward);
+
+// Writes params.output and params.logsumexp. `workspace` is 256-byte aligned and need not be initialised.
+void token_pool_forward_cuda(const TokenPoolParams& params, void* workspace);
+
+// Writes the gradients that are not null, the same bits at each call.
+void token_pool_backward_cuda(const TokenPoolParams& params, void* workspace);
 
 }  // namespace vitkern

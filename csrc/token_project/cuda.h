@@ -6,10 +6,14 @@
 
 namespace vitkern {
 
+// Writes params.output.
 void token_project_forward_cuda(const TokenProjectParams& params);
-void token_project_backward_cuda(const TokenProjectParams& params, void* workspace);
 
-// Bytes of the workspace, which depend on sizes and dtype alone.
+// Bytes that backward needs besides, from sizes and dtype alone.
 int64_t token_project_workspace_cuda(const TokenProjectParams& params);
+
+// Writes the gradients that are not null, the same bits at each call. `workspace` is 256-byte aligned and need
+// not be initialised.
+void token_project_backward_cuda(const TokenProjectParams& params, void* workspace);
 
 }  // namespace vitkern
