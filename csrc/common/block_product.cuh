@@ -32,27 +32,29 @@ struct Matrix {
         vectors(aligned(at_) && columns_ % (kVectorBytes / sizeof(T)) == 0) {}
 };
 
-// Brings kRows x kColumns of the matrix to shared memory, by all threads. Whoever reads them waits for copies
-// and passes a barrier first.
+// Brings kRows x kWidth of the matrix to shared memory, by all threads. Whoever reads them waits for copies and
+// passes a barrier first.
 template <int kRows, int kWidth, typename T>
 __device__ __forceinline__ void copy_tile(T* to, const Matrix<T>& from, int64_t first_row,
                                           int64_t first_column) {
-  constexpr int kVector = kVectorBytes / sizeof(T), kPerRow = kWidth / kVector;
-#pragma unroll
-  for (int base = 0; base < kRows * kPerRow; base += kBlockThreads) {
-    const int slot = base + threadIdx.x;
-    if (kRows * kPerRow % kBlockThreads && slot >= kRows * kPerRow) break;
-    const int64_t row = first_row + slot / kPerRow, column = first_column + slot % kPerRow * kVector;
-    T* target = to + slot / kPerRow * (kWidth + kRowPad<T>) + slot % kPerRow * kVector;
-    const bool inside = row < from.rows && column < from.columns;
-    const T* source = from.at + (inside ? row * from.columns + column : 0);
+  constexpr int kVector = kVectorBytes / sizeof(T), kPerRow = kWidth / kVector, kStep = kBlockThreads / kPerRow;
+  static_assert(kBlockThreads % kPerRow == 0, "a thread keeps to its columns");
+  const int row = threadIdx.x / kPerRow, column = threadIdx.x % kPerRow * kVector;
+  const int columns_left = static_cast<int>(min(from.columns - first_column - column, int64_t{kVector}));
+  const int rows_left = columns_left > 0 ? static_cast<int>(min(from.rows - first_row, int64_t{kRows})) : 0;
+  const T* source = from.at + (first_row + row) * from.columns + first_column + column;
+  T* target = to + row * (kWidth + kRowPad<T>) + column;
+#pragma unroll 2
+  for (int i = row; i < kRows; i += kStep) {
     if (from.vectors) {
-      copy_async(target, source, inside);
+      copy_async(target, i < rows_left ? source : from.at, i < rows_left);
     } else {
 #pragma unroll 1
-      for (int i = 0; i < kVector; ++i)
-        target[i] = inside && column + i < from.columns ? __ldg(source + i) : narrow<T>(0);
+      for (int j = 0; j < kVector; ++j)
+        target[j] = i < rows_left && j < columns_left ? __ldg(source + j) : narrow<T>(0);
     }
+    source += kStep * from.columns;
+    target += kStep * (kWidth + kRowPad<T>);
   }
 }
 

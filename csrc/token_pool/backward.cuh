@@ -178,7 +178,7 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
 }
 
 template <typename T, int kTokenStrips, int kWindow>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
     token_pool_backward(const __grid_constant__ TokenPoolTask task) {
   using Tile = PoolTile<T, kTokenStrips, kWindow>;
   VITKERN_DYNAMIC_SHARED(unsigned char, bytes);

@@ -74,6 +74,10 @@ void token_pool_forward_cuda(const TokenPoolParams& p, void* workspace) {
 
 void token_pool_backward_cuda(const TokenPoolParams& p, void* workspace) {
   const DeviceGuard guard(p.device);
+  if (p.tokens == 0 && p.grad_x && p.batch * p.pixels * p.channels)
+    return check_cuda(cudaMemsetAsync(p.grad_x, 0, p.batch * p.pixels * p.channels * bytes(p.dtype),
+                                      static_cast<cudaStream_t>(p.stream)),
+                      "cudaMemsetAsync");
   const TokenPoolTask task = Layout(p, true, workspace).task;
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -67,7 +67,7 @@ __device__ __forceinline__ void take_pixels(const PoolForwardShared<Tile>& share
 }
 
 template <typename T, int kTokenStrips, int kWindow>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
     token_pool_forward(const __grid_constant__ TokenPoolTask task) {
   using Tile = PoolTile<T, kTokenStrips, kWindow>;
   using A = Accumulator<T>;

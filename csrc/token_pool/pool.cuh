@@ -19,6 +19,10 @@ struct TokenPoolTask {
   void *greatest, *sums, *parts;
 };
 
+// Blocks of an SM that the registers must allow.
+template <typename T>
+constexpr int kPoolMinBlocks = sizeof(T) == 8 ? 1 : 2;
+
 template <typename T_, int kTokenStrips_, int kWindow_>
 struct PoolTile {
   using T = T_;
