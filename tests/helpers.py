@@ -16,7 +16,7 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
 
 
 def assert_as_exact_as(
-    actual: Tensor, plain: Tensor, oracle: Tensor, *, what: str, factor: float = 2.0
+    actual: Tensor, plain: Tensor, oracle: Tensor, *, what: str, factor: float = 2.0, granted: float = 0.0
 ) -> None:
     """`actual`'s error against the fp64 oracle is at most `factor` times that of plain torch in the same dtype.
 
@@ -32,7 +32,7 @@ def assert_as_exact_as(
     finite = oracle[oracle.isfinite()].abs()
     unit = torch.finfo(actual.dtype).eps * (finite.max().item() if finite.numel() else 1.0)
     units = {torch.float64: 32, torch.float32: 8}.get(actual.dtype, 1)
-    allowed = factor * max_error(plain, oracle) + units * unit
+    allowed = factor * max_error(plain, oracle) + units * unit + granted
     error = max_error(actual, oracle)
     assert error <= allowed, (
         f"{what}: error {error:.3g}, allowed {allowed:.3g} (plain torch in {actual.dtype})"
@@ -61,15 +61,21 @@ def assert_matches_oracle(
     oracle: Callable[..., Tensor],
     tensors: tuple[Tensor, ...],
     names: tuple[str, ...],
+    summed: dict[str, float] | None = None,
 ) -> None:
-    """Output and each gradient of `ours` against float64, in units of plain torch's own error."""
+    """Output and each gradient of `ours` against float64, in units of plain torch's own error.
+
+    `summed` names results that are a single long sum, with the sum of its terms' magnitudes: plain torch's error in one
+    number is a matter of luck, so some roundings of the terms are granted besides.
+    """
     grad_output = torch.randn_like(oracle(*(t.double() for t in tensors))).to(tensors[0].dtype)
     with guarded_memory():
         actual = gradients(ours, tensors, grad_output)
     plain = gradients(oracle, tensors, grad_output)
     exact = gradients(oracle, tuple(t.double() for t in tensors), grad_output.double())
     for name, a, p, e in zip(names, actual, plain, exact):
-        assert_as_exact_as(a, p, e, what=name)
+        terms = (summed or {}).get(name, 0.0)
+        assert_as_exact_as(a, p, e, what=name, granted=terms * torch.finfo(torch.float32).eps)
         assert_gradient_not_missing(a, e, what=name)
 
 

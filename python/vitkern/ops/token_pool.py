@@ -33,8 +33,10 @@ def _check(x, weight, backend):
         contract.fail("x", "[B, N, C]", list(x.shape))
     batch, _, channels = x.shape
     contract.check_floating("weight", weight, x)
-    tokens = weight.shape[-2] if weight.dim() in (2, 3) else 0
-    if weight.shape not in ((tokens, channels), (batch, tokens, channels)):
+    images = weight.shape[:-2]  # none, or each with a weight of its own
+    tokens = weight.shape[-2] if weight.dim() > 1 else 0
+    # Compared length first: an axis of unknown size is not to be held against another axis.
+    if len(images) > 1 or weight.shape != (*((batch,) if images else ()), tokens, channels):
         expected = f"[T, C] or [B, T, C] with B={batch}, C={channels}"
         contract.fail("weight", expected, list(weight.shape))
     return ((batch, tokens, channels), x.dtype), ((batch, tokens), native.accumulator(x.dtype))
