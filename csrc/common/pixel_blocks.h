@@ -152,12 +152,11 @@ VITKERN_INLINE void multiply_panel(Strided<Acc> a, int64_t rows, const Acc* b, i
 }
 
 // A matrix [T, C] by which rows [P, C] are multiplied to [P, T].
-template <typename T>
+template <typename Acc>
 struct PackedColumns {
-  using Acc = Accumulator<T>;
   int64_t tokens, channels;
   Acc* data;  // [panels of T][C][kPanel]
-  const T* packed;
+  const void* packed;
 
   void lay_out(Cursor& cursor, int64_t rows, int64_t columns) {
     tokens = rows;
@@ -167,6 +166,7 @@ struct PackedColumns {
   }
 
   // Tasks come in order, so a worker seldom meets another image.
+  template <typename T>
   void pack(const T* from) {
     if (from == packed) return;
     packed = from;
@@ -175,7 +175,7 @@ struct PackedColumns {
                    data + token * channels);
   }
 
-  void multiply_rows(const Acc* rows, int64_t row_stride, int64_t count, Acc* to, int64_t stride) const {
+  void multiply(const Acc* rows, int64_t row_stride, int64_t count, Acc* to, int64_t stride) const {
     for (int64_t token = 0; token < tokens; token += kPanel<Acc>)
       multiply_panel<Acc>({rows, row_stride, 1}, count, data + token * channels, kPanel<Acc>, tokens - token,
                           channels, [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
@@ -184,40 +184,43 @@ struct PackedColumns {
   }
 };
 
-// A matrix [T, C] by which weights [P, T] are multiplied to [P, C], panel by panel.
-template <typename T>
+// A matrix [T, C] by which weights [P, T] are multiplied to [P, C], a panel of channels at a time.
+template <typename Acc>
 struct PackedRows {
-  using Acc = Accumulator<T>;
-  int64_t tokens, channels;
-  Acc* data;  // [panels of C][T][kPanel]
-  const T* packed;
+  int64_t tokens, channels, stride;  // stride: C in whole vectors
+  Acc* data;                         // [panels of C][T][kPanel]
+  const void* packed;
 
   void lay_out(Cursor& cursor, int64_t rows, int64_t columns) {
     tokens = rows;
     channels = columns;
+    stride = whole_vectors<Acc>(columns);
     data = cursor.take<Acc>(panels<Acc>(channels) * kPanel<Acc> * tokens);
     packed = nullptr;
   }
 
+  template <typename T>
   void pack_some(const T* from, int64_t first, int64_t count) {
     for (int64_t channel = 0; channel < channels; channel += kPanel<Acc>)
       pack_rows(from + channel, channels, count, smaller(kPanel<Acc>, channels - channel),
                 data + channel * tokens + first * kPanel<Acc>);
   }
 
+  template <typename T>
   void pack(const T* from) {
     if (from == packed) return;
     packed = from;
     pack_some(from, 0, tokens);
   }
 
-  // The panel that starts at `channel`: calls body(row, channel, vector of sums).
-  template <typename Body>
-  VITKERN_INLINE void multiply_weights(const Acc* weights, int64_t stride, int64_t count, int64_t channel,
-                                       const Body& body) const {
-    multiply_panel<Acc>({weights, stride, 1}, count, data + channel * tokens, kPanel<Acc>, channels - channel,
-                        tokens, [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
-                          body(row, channel + column, sum);
+  // The panel at `channel` of the products, plus the same of `addend` if there is one, to rows of `stride` numbers.
+  void multiply(const Acc* weights, int64_t weight_stride, int64_t count, int64_t channel, const Acc* addend,
+                Acc* to) const {
+    multiply_panel<Acc>({weights, weight_stride, 1}, count, data + channel * tokens, kPanel<Acc>,
+                        channels - channel, tokens,
+                        [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
+                          const int64_t at = row * stride + channel + column;
+                          store(to + at, addend ? load<Acc, kLanes<Acc>>(addend + at) + sum : sum);
                         });
   }
 };

@@ -17,10 +17,10 @@ template <typename T>
 struct PoolBackwardWorker {
   using Acc = Accumulator<T>;
   int64_t image;  // that the next five are of
-  PackedColumns<T> weight, gradient;
-  PackedRows<T> stacked;   // gradients of T tokens, then their weights
-  Acc *logsumexp, *delta;  // [stride], eq. (5)
-  int64_t stride;          // T in whole vectors
+  PackedColumns<Acc> weight, gradient;
+  PackedRows<Acc> stacked;  // gradients of T tokens, then their weights
+  Acc *logsumexp, *delta;   // [stride], eq. (5)
+  int64_t stride;           // T in whole vectors
   RowBlock<T> rows, grad_rows;
   Acc *logits, *dots;  // [pixels of a block, stride]: products with weight and gradient
   Acc* attention;      // [pixels of a block, attention_stride]: A of T tokens, then f of T tokens
@@ -107,8 +107,8 @@ void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwa
     T* const grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + first * p.channels : nullptr;
     const Acc* const rows = worker.rows.read(x, count);
     Acc* const grad_rows = worker.grad_rows.target(grad_x);
-    worker.weight.multiply_rows(rows, channels, count, worker.logits, worker.stride);
-    worker.gradient.multiply_rows(rows, channels, count, worker.dots, worker.stride);
+    worker.weight.multiply(rows, channels, count, worker.logits, worker.stride);
+    worker.gradient.multiply(rows, channels, count, worker.dots, worker.stride);
     attend_again(worker, p.tokens, count);
     for (int64_t channel = 0; channel < channels; channel += kPanel<Acc>) {
       prefetch_panel(x, p.channels, count, channel);
@@ -116,10 +116,8 @@ void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwa
         add_products(worker.attention + p.tokens, worker.attention_stride, p.tokens, rows, channels, count,
                      channel, sheet);
       if (p.grad_x)
-        worker.stacked.multiply_weights(worker.attention, worker.attention_stride, count, channel,
-                                        [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
-                                          store(grad_rows + row * channels + column, sum);
-                                        });
+        worker.stacked.multiply(worker.attention, worker.attention_stride, count, channel, nullptr,
+                                grad_rows);
     }
     if (p.grad_x) worker.grad_rows.write(grad_x, count);
   });

@@ -72,7 +72,7 @@ struct Summary {
 template <typename T>
 struct PoolWorker {
   using Acc = Accumulator<T>;
-  PackedColumns<T> weight;
+  PackedColumns<Acc> weight;
   RowBlock<T> rows;
   Acc* weights;          // [pixels of a block, T in whole vectors]: logits, then exp(s - m)
   Acc* scales;           // [T in whole vectors]: exp(m' - m) for what is summed up already
@@ -120,7 +120,7 @@ void pool_part(const TokenPoolParams& p, const PixelSplit& split, PoolWorker<T>&
     const T* const x = static_cast<const T*>(p.x) + first * p.channels;
     const Acc* const rows = worker.rows.read(x, count);
     worker.weight.pack(weight_of_image<T>(p, image));
-    worker.weight.multiply_rows(rows, summary.channels, count, worker.weights, summary.stride);
+    worker.weight.multiply(rows, summary.channels, count, worker.weights, summary.stride);
     online_softmax(worker.weights, count, summary, worker.scales);
     summary.rescale(worker.scales);
     for (int64_t channel = 0; channel < summary.channels; channel += kPanel<Acc>) {

@@ -15,8 +15,8 @@ template <typename T>
 struct ProjectBackwardWorker {
   using Acc = Accumulator<T>;
   TokenSoftmax<T> softmax;
-  PackedColumns<T> tokens;
-  PackedRows<T> key;
+  PackedColumns<Acc> tokens;
+  PackedRows<Acc> key;
   RowBlock<T> gradient, grad_query;
   Acc* shares;  // [pixels of a block, T in whole vectors]: products h of eq. (3), then f of eq. (4)
 
@@ -64,16 +64,14 @@ void backward_block(const TokenProjectParams& p, ProjectBackwardWorker<T>& worke
   const Acc* const gradients = worker.gradient.read(grad_output, count);
   if (p.grad_query || p.grad_key) {
     worker.tokens.pack(from_row<T>(p.tokens, image * tokens, p.channels));
-    worker.tokens.multiply_rows(gradients, channels, count, worker.shares, stride);
+    worker.tokens.multiply(gradients, channels, count, worker.shares, stride);
     softmax_backward(weights, count, stride, worker.shares);
   }
   if (p.grad_query) {
     worker.key.pack(from_row<T>(p.key, image * tokens, p.keys));
     Acc* const target = worker.grad_query.target(grad_query);
     for (int64_t key = 0; key < keys; key += kPanel<Acc>)
-      worker.key.multiply_weights(worker.shares, stride, count, key,
-                                  [&](int64_t row, int64_t column, auto sum)
-                                      VITKERN_INLINE_LAMBDA { store(target + row * keys + column, sum); });
+      worker.key.multiply(worker.shares, stride, count, key, nullptr, target);
     worker.grad_query.write(grad_query, count);
   }
   if (p.grad_key)

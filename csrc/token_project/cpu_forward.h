@@ -25,7 +25,7 @@ const T* from_row(const void* matrix, int64_t first, int64_t columns) {
 template <typename T>
 struct TokenSoftmax {
   using Acc = Accumulator<T>;
-  PackedColumns<T> key;
+  PackedColumns<Acc> key;
   RowBlock<T> query;
   int64_t count, stride;  // T, and T in whole vectors
   Acc* weights;           // [pixels of a block, stride]: logits, then their softmax
@@ -42,7 +42,7 @@ struct TokenSoftmax {
   const Acc* attend(const TokenProjectParams& p, int64_t image, int64_t first, int64_t rows) {
     key.pack(from_row<T>(p.key, image * count, p.keys));
     const Acc* const queries = query.read(from_row<T>(p.query, first, p.keys), rows);
-    key.multiply_rows(queries, query.stride, rows, weights, stride);
+    key.multiply(queries, query.stride, rows, weights, stride);
     for (int64_t row = 0; row < rows; ++row) softmax(weights + row * stride);
     return queries;
   }
@@ -70,7 +70,7 @@ struct TokenSoftmax {
 template <typename T>
 struct ProjectWorker {
   TokenSoftmax<T> softmax;
-  PackedRows<T> tokens;
+  PackedRows<Accumulator<T>> tokens;
   RowBlock<T> x, output;
 
   void lay_out(Cursor& cursor, const TokenProjectParams& p, const PixelSplit& split) {
@@ -85,7 +85,6 @@ template <typename T>
 void project_part(const TokenProjectParams& p, const PixelSplit& split, ProjectWorker<T>& worker,
                   int64_t task) {
   using Acc = Accumulator<T>;
-  constexpr int N = kLanes<Acc>;
   const int64_t stride = worker.x.stride;
   split.for_blocks(task, [&](int64_t image, int64_t first, int64_t count) {
     worker.softmax.attend(p, image, first, count);
@@ -96,11 +95,7 @@ void project_part(const TokenProjectParams& p, const PixelSplit& split, ProjectW
     Acc* const sums = worker.output.target(output);
     for (int64_t channel = 0; channel < stride; channel += kPanel<Acc>) {
       prefetch_panel(x, p.channels, count, channel);
-      worker.tokens.multiply_weights(worker.softmax.weights, worker.softmax.stride, count, channel,
-                                     [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
-                                       const int64_t at = row * stride + column;
-                                       store(sums + at, load<Acc, N>(rows + at) + sum);
-                                     });
+      worker.tokens.multiply(worker.softmax.weights, worker.softmax.stride, count, channel, rows, sums);
     }
     worker.output.write(output, count);
   });
