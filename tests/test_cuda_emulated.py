@@ -71,7 +71,7 @@ def plain(args, grad_output, dtype):
 
 
 def assert_right(args, *, deterministic=False, grad_output=None):
-    """Error at most twice that of plain torch in the dtype; sums of some 50 terms in another order may differ."""
+    """Error at most twice that of plain torch in the dtype; sums of up to 400 terms in another order may differ."""
     value, fused = args[0], args[7] is not None
     if grad_output is None:
         shape = (value.shape[0], args[3].shape[1], value.shape[2] * value.shape[3])
@@ -81,9 +81,7 @@ def assert_right(args, *, deterministic=False, grad_output=None):
     same, oracle = plain(args, grad_output, value.dtype), plain(args, grad_output, torch.float64)
     for name, a, s, o in zip(("output", "value", "locations", "weights"), actual, same, oracle):
         finite = o[o.isfinite()].abs()
-        units = (
-            32 if a.dtype == torch.float64 else 8
-        )  # in float64 the oracle is no more exact than the result
+        units = 32 if a.dtype == torch.float64 else 16  # the oracle is no more exact than float64
         unit = torch.finfo(a.dtype).eps * (finite.max().item() if finite.numel() else 0.0)
         assert torch.equal(a.isnan(), o.isnan()), f"{name}: NaN in other places"
         assert torch.equal(a.isinf(), o.isinf()), f"{name}: infinite in other places"
@@ -207,7 +205,7 @@ def test_addresses_that_are_not_whole_vectors(deterministic):
 
 
 def test_sizes_beyond_the_kernels_are_refused():
-    args = make(4, points=(1,) * 3)
+    args = make(4, points=(1,) * 1025, queries=1)
     args[1], args[2] = torch.zeros(1025, 2, dtype=torch.int64), torch.zeros(1025, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="ms_deform_attn on CUDA: more than 1024 levels"):
         native.ms_deform_attn_forward_cuda(*args)

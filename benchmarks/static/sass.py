@@ -90,7 +90,8 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
     if tool is None:
         raise FileNotFoundError("cuobjdump: neither Triton's package nor a CUDA toolkit is here")
     usage = subprocess.check_output([tool, "--dump-resource-usage", cubin], text=True)
-    text = subprocess.check_output([tool, "-sass", cubin], text=True)
+    # To standard error goes a warning where tool and compiler differ in age.
+    text = subprocess.check_output([tool, "-sass", cubin], text=True, stderr=subprocess.DEVNULL)
     code = {re.match(r"\S+", part)[0]: _instructions(part) for part in text.split("Function : ")[1:]}
     kernels = {}
     for symbol, figures in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):

@@ -30,8 +30,8 @@ __device__ __forceinline__ int count_before(unsigned lanes) {
   return __popc(lanes & ((1u << threadIdx.x % kWarpLanes) - 1));
 }
 
-// One number of each lane of the team combined, the same bits for all its lanes where the order of a pair does
-// not matter. All of the warp must call it.
+// One number of each lane of the team combined, the same bits for all its lanes where the order of a pair
+// does not matter. All of the warp must call it.
 template <int kLanes, typename A, typename Combine>
 __device__ __forceinline__ A team_reduce(A x, const Combine& combine) {
 #pragma unroll

@@ -7,7 +7,8 @@
 // into its three gradients.
 // Memory: value is gathered as in forward, grad_value scattered with vector reductions into the accumulator
 // type; grad_locations and grad_weights are written once, coalesced.
-// Fused form: (6) of a query's points waits in grad_weights until the sum in (11) is known; its lane reads it again.
+// Fused form: (6) of a query's points waits in grad_weights until the sum in (11) is known; its lane
+// reads it again.
 // Numerics: only the order of the reductions into grad_value is left to chance.
 #pragma once
 
@@ -51,7 +52,8 @@ __device__ __forceinline__ void scatter_parts(const Corners<A>& corners, const A
   }
 }
 
-// From the derivative along an axis, a pixel being 1, to that by a point's location or offset, eqs. (7) and (12).
+// From the derivative along an axis, a pixel being 1, to that by a point's location or offset, eqs.
+// (7) and (12).
 template <typename AnyForm, typename A>
 __device__ __forceinline__ A input_gradient(const Task& task, const AnyForm& form, int axis, uint32_t level,
                                             A along, A size) {

@@ -20,8 +20,8 @@ constexpr int64_t kMaxLevels = 1024;  // their table takes 16 KB of shared memor
   throw std::runtime_error(std::string("vitkern: ms_deform_attn on CUDA: ") + what);
 }
 
-// Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams of `lanes` share with its
-// heads: queries, or pixels; `pixel_step` leads from pixel to pixel, in the unit of Corners::offset.
+// Checks what the kernels' 32-bit arithmetic relies on. `rows` are what an image's teams of `lanes` share
+// with its heads: queries, or pixels; `pixel_step` leads from pixel to pixel, in the unit of Corners::offset.
 Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int64_t pixel_step) {
   if (p.pixels > kMax31Bits) refuse("more than 2^31 - 1 pixels an image");
   if (p.levels > kMaxLevels) refuse("more than 1024 levels");
@@ -69,8 +69,9 @@ void dispatch_form(const MsDeformAttnParams& p, const Call& call) {
   return call(std::false_type{});
 }
 
-// Calls with the value's type, the number of channels where whole vectors can be loaded, else 0, and whether the
-// form is the fused one. Doubles, which serve to check gradients, do without vectors: the build is faster.
+// Calls with the value's type, the number of channels where whole vectors can be loaded, else 0, and
+// whether the form is the fused one. Doubles, which serve to check gradients, do without vectors: the
+// build is faster.
 template <typename Call>
 void dispatch(const MsDeformAttnParams& p, const Call& call) {
   const bool knows_method = !p.reference.points || p.sampling == Sampling::kBilinear;

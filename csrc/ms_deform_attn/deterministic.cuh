@@ -4,9 +4,9 @@
 // Each point is filed under the last pixel that it touches, the one below and to the right; the caller sorts
 // the points by it, stably. So a pixel finds its points under itself and its neighbours to the right, below,
 // and both: two runs of the sorted order, for neighbours in a row are neighbours in it.
-// Work split: a warp, as a team (device.cuh) of one channel a lane, owns one image, pixel and head. In rounds of
-// one point a lane, the lanes locate the points of a run, those that touch the pixel move together, and all
-// lanes add up their channels of grad_output.
+// Work split: a warp, as a team (device.cuh) of one channel a lane, owns one image, pixel and head. In rounds
+// of one point a lane, the lanes locate the points of a run, those that touch the pixel move together, and
+// all lanes add up their channels of grad_output.
 // Numerics: each sum runs in the sorted order, whatever the schedule; NaN and infinities spread as
 // in any sum.
 #pragma once

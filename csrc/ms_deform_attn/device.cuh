@@ -57,8 +57,8 @@ struct Team {
 template <int kChannels, bool kFused>
 constexpr bool kKnowsNearest = kChannels == 0 || !kFused;
 
-// Which (image, row, head) the caller's team works on. Blocks do not straddle images. Teams beyond the last read along
-// with it, for the sake of the warp's operations, and write nothing.
+// Which (image, row, head) the caller's team works on. Blocks do not straddle images. Teams beyond the last
+// read along with it, for the sake of the warp's operations, and write nothing.
 struct Place {
   uint32_t image, row, head;
   bool exists;

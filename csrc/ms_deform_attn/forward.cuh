@@ -49,7 +49,8 @@ __device__ __forceinline__ void forward_team(const Task& task, const Level<Accum
                                              bool all_fit, const Place& place, const AnyForm& form,
                                              Corners<Accumulator<T>>* points) {
   using Split = Team<T, kChannels>;
-  // Two points at a time, to have eight loads under way, where the registers for eight channels leave room for it.
+  // Two points at a time, to have eight loads under way, where the registers for eight channels leave
+  // room for it.
   constexpr int kAtOnce = Split::kVector > 4 ? 1 : 2, kCorners = kNearest ? 1 : 4;
   const uint32_t lane = threadIdx.x % Split::kLanes;
   for (uint32_t tile = 0; tile < (kChannels ? kChannels : task.channels); tile += Split::kTile) {

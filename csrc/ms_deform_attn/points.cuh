@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a sampling point falls and how much it weighs, for all CUDA kernels of ms_deform_attn: eqs. (2) to (4), and
-// (8) to (10) of the fused form, whose locations and weights exist in registers and shared memory only.
+// Where a sampling point falls and how much it weighs, for all CUDA kernels of ms_deform_attn: eqs.
+// (2) to (4), and (8) to (10) of the fused form, whose locations and weights exist in registers and
+// shared memory only.
 #pragma once
 
 #include "ms_deform_attn/device.cuh"
@@ -100,7 +101,8 @@ __device__ __forceinline__ Axis<A> nearest_axis(A x, A size) {
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
-// 1 / (2 n) for a number of points, off by 2 units in the last place at most, without the branches of a division.
+// 1 / (2 n) for a number of points, off by 2 units in the last place at most, without the branches
+// of a division.
 __device__ __forceinline__ float half_over(float n) { return __fdividef(0.5f, n); }
 __device__ __forceinline__ double half_over(double n) {
   double x = half_over(static_cast<float>(n));
@@ -126,9 +128,9 @@ __device__ __forceinline__ A box_step(const Task& task, const A* reference, int 
   return __ldg(reference + 2 + axis) * half_over(static_cast<A>(end - begin));
 }
 
-// A point's coordinate along an axis in pixels, from the level's edge on; `x` is its location or, in the fused
-// form, its offset. The products are rounded before they are added to, as in torch: the same point is in the
-// same cell on every backend.
+// A point's coordinate along an axis in pixels, from the level's edge on; `x` is its location or, in the
+// fused form, its offset. The products are rounded before they are added to, as in torch: the same point is
+// in the same cell on every backend.
 template <typename AnyForm, typename A>
 __device__ __forceinline__ A in_pixels(const Task& task, const AnyForm& form, int axis, uint32_t level, A x,
                                        A size) {
@@ -161,13 +163,13 @@ __device__ __forceinline__ Sample<A> locate(const Task& task, const Level<A>* le
   return {touches, weight, column, row, level};
 }
 
-// What the lanes of a team need of a point: which pixels, and how much of each, eq. (1). Nearest uses
-// the first only.
+// What the lanes of a team need of a point: how much of which pixels, eq. (1). Nearest uses the first only.
+// Offsets count from the first pixel of the image and head, in vectors of Team::kVector channels; in the
+// deterministic kernels, in pixels.
 template <typename A>
 struct alignas(16) Corners {
   A share[4];  // times the attention weight
-  uint32_t
-      offset[4];  // of the pixels from the first of the image and head, in vectors of Team::kVector channels
+  uint32_t offset[4];
 };
 
 template <typename A>
