@@ -101,7 +101,8 @@ def figures(compiled) -> dict[str, object]:
     ptx = compiled.asm["ptx"]
     mma = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)
     copies = [
-        f"cp.async.{size}" for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\w+)", ptx)
+        f"cp.async.{int(size, 16)}"
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\w+)", ptx)
     ]
     kernel = read_triton(compiled)
     accesses = dict(sorted(kernel.opcodes(r"(LDG|STG|REDG?|ATOMG?)\.").items()))
@@ -170,6 +171,10 @@ SHAPES: dict[str, Callable[[torch.dtype], None]] = {
     "project-1024-16": lambda dtype: project(dtype, 1024, 16),
 }
 CASES = SHAPES | {
+    "project-256-64": lambda dtype: project(dtype, 256, 64),
+    "project-256-128": lambda dtype: project(dtype, 256, 128),
+    "adapter-768-128": lambda dtype: adapter(dtype, 768, 128),
+    "adapter-768-256": lambda dtype: adapter(dtype, 768, 256),
     "odd": odd,
     "adapter-768-512": lambda dtype: adapter(dtype, 768, 512),
     "pool-256-64": lambda dtype: pool(dtype, 256, 64),

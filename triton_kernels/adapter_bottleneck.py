@@ -32,7 +32,7 @@ def launch_table(rows: int, hidden: int, item_bytes: int, backward: bool = False
     return {
         "BLOCK_N": block_n,
         "BLOCK_H": block_h,
-        "BLOCK_C": 64 if block_h <= 128 and item_bytes == 2 else 32,
+        "BLOCK_C": (64 if item_bytes == 2 else 32) // (1 if block_h <= 128 else 2),
         "num_warps": 4 if block_n * block_h <= (2048 if backward else 4096) else 8,
         "num_stages": 3 if block_h <= 128 else 2,
     }

@@ -28,12 +28,17 @@ def launch_table(channels: int, tokens: int, item_bytes: int, backward: bool = F
 
     Chosen by static figures (registers, spills, shared memory), not measured on a card.
     """
-    floats = item_bytes == 4  # products of floats hold their factors in registers, several times
     block_t = max(triton.next_power_of_2(tokens), 16)
-    widest = (256 if floats else 512) if backward else 1024
-    block_c = max(16, min(triton.next_power_of_2(channels), widest, 16 * widest // block_t))
-    most = 32 if floats or backward else 64
-    block_n = max(16, min(most, (8192 if floats else 16384) // block_c))
+    few, floats = block_t == 16, item_bytes == 4  # products of floats hold their factors in registers
+    if floats:
+        widest = 4096 // block_t if backward else 1024 if few else 8192 // block_t
+    else:
+        widest = (8192 if backward else 16384) // block_t
+    block_c = max(16, min(triton.next_power_of_2(channels), widest))
+    if floats:
+        block_n = 32 if few and block_c <= 256 else 16
+    else:
+        block_n = max(16, min(32 if backward else 64, 16384 // block_c))
     return {
         "BLOCK_N": block_n,
         "BLOCK_T": block_t,

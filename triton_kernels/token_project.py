@@ -25,7 +25,7 @@ def launch_table(tokens: int, item_bytes: int) -> dict[str, int]:
     """Block sizes, chosen by static figures (registers, spills, shared memory), not measured on a card."""
     block_t = max(triton.next_power_of_2(tokens), 16)
     return {
-        "BLOCK_N": max(16, min(64, 8192 // block_t)),
+        "BLOCK_N": max(16, min(64, 8192 // block_t) if item_bytes == 2 else min(32, 4096 // block_t)),
         "BLOCK_T": block_t,
         "BLOCK_C": 64 if item_bytes == 2 else 32,
         "num_warps": 4 if block_t <= 64 else 8,

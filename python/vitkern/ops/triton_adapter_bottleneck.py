@@ -76,7 +76,6 @@ def adapter_bottleneck_backward_triton(
     call: AdapterBottleneckCall, grad_output: Tensor, kept: Tensor | None, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Gradients of x, both weights and biases, and the scale; those of parameters are float."""
-    parameters = (call.down_weight, call.down_bias, call.up_weight, call.up_bias, call.scale)
     if call.x.numel() == 0:
         likes = (*call[:5], call.scale)
         return [

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is Triton's own in the kernels made of matrix products: splits, tiles and limits that the contracts pass by."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import vitkern
+from tests.helpers import assert_matches_oracle, gradients
+from vitkern import reference
+from vitkern.ops import triton_products
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("no triton", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs the compiled kernels", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from vitkern.triton_kernels import adapter_bottleneck
+from vitkern.triton_kernels.adapter_bottleneck import _dropout
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """As many parts as there are blocks."""
+    monkeypatch.setattr(triton_products, "_LEAST_ROWS", 1)
+
+
+def pool(x, weight, backend="triton"):
+    return vitkern.token_pool(x, weight, backend=backend)
+
+
+def check(function, tensors):
+    names = ("output", *(f"grad_{i}" for i in range(len(tensors))))
+    assert_matches_oracle(
+        lambda *t: function(*t, "triton"), lambda *t: function(*t, "reference"), tensors, names
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000, 10**6])
+@pytest.mark.parametrize("block, others", [(16, 1), (64, 100), (32, 10**6)])
+def test_no_part_is_empty(rows, block, others):
+    parts = triton_products.parts_of(rows, block, others)
+    blocks = -(-(-(-rows // block)) // parts)  # of each part, as the kernels split them
+    assert parts >= 1
+    assert (parts - 1) * blocks * block < rows <= parts * blocks * block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_pixels_in_more_parts_than_are_merged_at_a_time(small_parts, dtype):
+    check(pool, (torch.randn(2, 700, 20).to(dtype), torch.randn(2, 3, 20).to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels, tokens", [(1100, 2), (600, 20), (300, 33)])
+def test_channels_in_several_tiles(small_parts, channels, tokens, dtype):
+    x, weight = torch.randn(1, 70, channels).to(dtype), torch.randn(tokens, channels).to(dtype)
+    check(pool, (x, weight / channels**0.5))
+
+
+def test_a_token_that_is_one_pixel_passes_no_gradient_to_its_logits():
+    x, weight = torch.randn(1, 90, 70), torch.randn(3, 70)
+    winners = (x[0] @ weight.T).argmax(0)
+    grad_output = torch.randn(1, 3, 70)
+    _, grad_x, grad_weight = gradients(pool, (x, weight * 1000), grad_output)
+    expected = torch.zeros(90, 70).index_add_(0, winners, grad_output[0])
+    torch.testing.assert_close(grad_x[0], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(grad_weight, torch.zeros(3, 70))
+
+
+@pytest.mark.parametrize("hidden", [5, 8])
+def test_rows_in_many_blocks_and_parts(small_parts, monkeypatch, hidden):
+    monkeypatch.setattr(adapter_bottleneck, "_FEW_ROWS", 0)
+
+    def adapter(x, down, down_bias, up, up_bias, backend):
+        torch.manual_seed(1)
+        options = dict(
+            residual=x, scale=0.7, dropout_p=0.3, training=True, activation="silu", backend=backend
+        )
+        return vitkern.adapter_bottleneck(x, down, down_bias, up, up_bias, **options)
+
+    sizes = (300, 40), (hidden, 40), (hidden,), (40, hidden), (40,)
+    check(adapter, tuple(torch.randn(*size).bfloat16() for size in sizes))
+
+
+@triton.jit
+def _factors(output_ptr, seed_ptr, first, threshold, rescale, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    row = tl.cast(first, tl.int64) + tl.arange(0, 16)
+    hidden = tl.arange(0, BLOCK_H)
+    factor = _dropout(seed_ptr, row, hidden, threshold, rescale, H)
+    target = output_ptr + (tl.arange(0, 16) * H)[:, None] + hidden[None, :]
+    tl.store(target, factor, mask=(hidden < H)[None, :] & (row >= 0)[:, None])
+
+
+@pytest.mark.parametrize("hidden", [13, 64])
+@pytest.mark.parametrize("first", [0, 2**29 - 8, 2**37])
+@pytest.mark.parametrize("p", [0.2, 1.0])
+def test_dropout_counts_in_64_bits(first, hidden, p):
+    seed = torch.tensor([-5_000_000_000_000_000_001])
+    unit = first * hidden + torch.arange(16 * hidden)
+    words = torch.stack(reference.philox(seed, unit >> 2), -1).gather(-1, (unit & 3)[:, None])[:, 0]
+    threshold, rescale = reference.dropout_threshold(p), reference.dropout_rescale(p)
+    expected = torch.where(words >= threshold, rescale, 0.0).float().view(16, hidden)
+    actual = torch.empty(16, hidden)
+    block = max(16, triton.next_power_of_2(hidden))
+    _factors[(1,)](actual, seed, first, threshold, rescale, H=hidden, BLOCK_H=block)
+    torch.testing.assert_close(actual, expected)
+
+
+LIMITS = [
+    (
+        pool,
+        [(1, 4, 8), (257, 8)],
+        r"token_pool: weight must have at most 256 tokens for backend 'triton', got 257",
+    ),
+    (
+        lambda *t: vitkern.token_project(*t, backend="triton"),
+        [(1, 4, 8), (1, 4, 2), (1, 513, 2), (1, 513, 8)],
+        r"token_project: tokens must be at most 512 for backend 'triton', got 513",
+    ),
+    (
+        lambda x, down, up: vitkern.adapter_bottleneck(x, down, None, up, None, backend="triton"),
+        [(4, 8), (513, 8), (8, 513)],
+        r"adapter_bottleneck: down_weight must have at most 512 hidden units for backend 'triton', got 513",
+    ),
+]
+
+
+@pytest.mark.parametrize("function, sizes, message", LIMITS, ids=["pool", "project", "adapter"])
+def test_what_does_not_fit_the_registers_is_refused_by_name(function, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        function(*(torch.randn(*size) for size in sizes))
