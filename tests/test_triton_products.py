@@ -46,7 +46,7 @@ def check(function, tensors):
 @pytest.mark.parametrize("block, others", [(16, 1), (64, 100), (32, 10**6)])
 def test_no_part_is_empty(rows, block, others):
     parts = triton_products.parts_of(rows, block, others)
-    blocks = -(-(-(-rows // block)) // parts)  # of each part, as the kernels split them
+    blocks = triton.cdiv(triton.cdiv(rows, block), parts)  # of each part, as the kernels split them
     assert parts >= 1
     assert (parts - 1) * blocks * block < rows <= parts * blocks * block
 
