@@ -60,6 +60,25 @@ def test_primitives_compute_what_cuda_does(programs, sanitize, backwards):
     )
 
 
+@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("sanitize", ["", emulated.SANITIZERS], ids=["plain", "sanitized"])
+def test_products_of_warps_and_copies_on_their_way(programs, sanitize, backwards):
+    lines = run(programs("tensor_cores.cu", sanitize), backwards=backwards).splitlines()
+    results = {name: [float(number) for number in numbers] for name, *numbers in map(str.split, lines)}
+    left = (np.arange(16 * 32) % 7 - 3).reshape(16, 32)
+    right = (np.arange(16 * 32) % 5 - 2).reshape(16, 32)
+
+    assert results.pop("copies") == [-1] * 8 + [1, 2, 3, 4, 0, 0, 0, 0]
+    assert len(results) == 6
+    for name, product in results.items():
+        assert product == (left @ right.T).flatten().tolist(), name
+
+
+def test_a_lane_that_stays_away_from_a_product_is_named(programs):
+    output = run(programs("tensor_cores.cu"), "fault")
+    assert "deadlock: of 32 threads 0 wait at __syncthreads, 31 in a warp operation, 1 have ended" in output
+
+
 def test_a_missing_barrier_gives_wrong_results(programs):
     right = " ".join(str(63 - i) for i in range(64))
     outputs = [run(programs("faults.cu"), "missing_barrier", backwards=order) for order in (False, True)]

@@ -36,12 +36,10 @@ __device__ __forceinline__ A block_sum(A x, A* warps) {
 // a and f of the hidden units from `unit` on, to shared memory and to the workspace; returns the caller's part
 // of the sum of a e. Where z was not kept, z comes without bias.
 template <typename T, int kRows>
-__device__ __forceinline__ Accumulator<T> hidden_gradients(const AdapterBottleneckParams& p,
-                                                           const AdapterBottleneckLeft& left, int64_t first_row,
-                                                           int64_t unit, Accumulator<T> scale,
-                                                           Sums<Accumulator<T>> (&z)[BlockTile<kRows>::kTiles],
-                                                           Sums<Accumulator<T>> (&e)[BlockTile<kRows>::kTiles],
-                                                           const SharedRows<T>& hidden) {
+__device__ __forceinline__ Accumulator<T> hidden_gradients(
+    const AdapterBottleneckParams& p, const AdapterBottleneckLeft& left, int64_t first_row, int64_t unit,
+    Accumulator<T> scale, Sums<Accumulator<T>> (&z)[BlockTile<kRows>::kTiles],
+    Sums<Accumulator<T>> (&e)[BlockTile<kRows>::kTiles], const SharedRows<T>& hidden) {
   using A = Accumulator<T>;
   A sum = 0;
   int pair = 0;
@@ -116,8 +114,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     if (!p.kept)
       block_product(Streamed<T, false>{x, first_row}, Streamed<T, false>{down, unit}, p.channels, stage, z);
     if (p.grad_x || left.f || left.scale_part)
-      block_product(Streamed<T, false>{grad_output, first_row}, Streamed<T, true>{up, unit}, p.channels, stage,
-                    e);
+      block_product(Streamed<T, false>{grad_output, first_row}, Streamed<T, true>{up, unit}, p.channels,
+                    stage, e);
     sum += hidden_gradients<T, kRows>(p, left, first_row, unit, scale, z, e, f);
   }
   if (p.grad_x) write_grad_x<T, kRows>(p, first_row, f, stage);

@@ -99,8 +99,8 @@ void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams& p, void* wo
     }
     sum_over_rows<T>(p, layout);
     if (p.grad_scale)
-      launch("adapter_bottleneck_grad_scale", adapter_bottleneck_grad_scale<T>, dim3(1), dim3(kBlockThreads), 0,
-             p.stream, p, layout.scale_part, parts, layout.up_bias, layout.splits);
+      launch("adapter_bottleneck_grad_scale", adapter_bottleneck_grad_scale<T>, dim3(1), dim3(kBlockThreads),
+             0, p.stream, p, layout.scale_part, parts, layout.up_bias, layout.splits);
   });
 }
 

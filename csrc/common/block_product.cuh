@@ -37,13 +37,14 @@ struct Matrix {
 template <int kRows, int kWidth, typename T>
 __device__ __forceinline__ void copy_tile(T* to, const Matrix<T>& from, int64_t first_row,
                                           int64_t first_column) {
-  constexpr int kVector = kVectorBytes / sizeof(T), kPerRow = kWidth / kVector, kStep = kBlockThreads / kPerRow;
+  constexpr int kVector = kVectorBytes / sizeof(T), kPerRow = kWidth / kVector,
+                kStep = kBlockThreads / kPerRow;
   static_assert(kBlockThreads % kPerRow == 0, "a thread keeps to its columns");
   const int row = threadIdx.x / kPerRow, column = threadIdx.x % kPerRow * kVector;
   const int columns_left = static_cast<int>(min(from.columns - first_column - column, int64_t{kVector}));
   const int rows_left = columns_left > 0 ? static_cast<int>(min(from.rows - first_row, int64_t{kRows})) : 0;
   const T* source = from.at + (first_row + row) * from.columns + first_column + column;
-  T* target = to + row * (kWidth + kRowPad<T>) + column;
+  T* target = to + row * (kWidth + kRowPad<T>)+column;
 #pragma unroll 2
   for (int i = row; i < kRows; i += kStep) {
     if (from.vectors) {
@@ -76,7 +77,7 @@ struct Streamed {
   }
   template <int kExtent>
   __device__ __forceinline__ Factor<T, kAcross> factor(const T* buffer, int64_t) const {
-    return {buffer, (kAcross ? kExtent : kChunk<T>) + kRowPad<T>};
+    return {buffer, (kAcross ? kExtent : kChunk<T>)+kRowPad<T>};
   }
 };
 
@@ -128,7 +129,7 @@ struct BlockTile {
 template <typename T, int kRows>
 struct Stage {
   template <int kExtent>
-  static constexpr int kNumbers = kExtent * (kChunk<T> + kRowPad<T>) > kChunk<T> * (kExtent + kRowPad<T>)
+  static constexpr int kNumbers = kExtent * (kChunk<T> + kRowPad<T>) > kChunk<T>*(kExtent + kRowPad<T>)
                                       ? kExtent * (kChunk<T> + kRowPad<T>)
                                       : kChunk<T> * (kExtent + kRowPad<T>);
   static constexpr int kLeft = kNumbers<kRows>, kRight = kNumbers<kColumns>;
@@ -168,8 +169,9 @@ __device__ __forceinline__ void block_product(const Left& left, const Right& rig
       const int arrived = which ^ 1;
       multiply_add(
           left.template factor<kRows>(stage.left(arrived), k - kChunk<T>).from(BlockTile<kRows>::row(), 0),
-          right.template factor<kColumns>(stage.right(arrived), k - kChunk<T>).from(BlockTile<kRows>::column(), 0), kChunk<T>,
-          sums);
+          right.template factor<kColumns>(stage.right(arrived), k - kChunk<T>)
+              .from(BlockTile<kRows>::column(), 0),
+          kChunk<T>, sums);
       with_left(stage.left(arrived));
     }
     if (k >= depth) break;
@@ -185,8 +187,9 @@ __device__ __forceinline__ void for_pairs(Sums<A> (&sums)[BlockTile<kRows>::kTil
   for (int tile = 0; tile < BlockTile<kRows>::kTiles; ++tile)
 #pragma unroll
     for (int i = 0; i < 4; i += 2)
-      use(BlockTile<kRows>::row() + row_of_sum(i), BlockTile<kRows>::column() + tile * kTileColumns + column_of_sum(0),
-          sums[tile].at[i], sums[tile].at[i + 1]);
+      use(BlockTile<kRows>::row() + row_of_sum(i),
+          BlockTile<kRows>::column() + tile * kTileColumns + column_of_sum(0), sums[tile].at[i],
+          sums[tile].at[i + 1]);
 }
 
 // Calls use(row, column, numbers) for all sums of the tile, such that each thread gets neighbours in a row that

@@ -71,12 +71,13 @@ inline unsigned grid_blocks(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-constexpr size_t kSharedBytes = 48 << 10;  // that every kernel may use; more is asked for
+constexpr size_t kSharedBytes = 48 << 10;           // that every kernel may use; more is asked for
+constexpr size_t kSharedBytesOfAnyCard = 99 << 10;  // that can be asked for on all cards from sm_80 on
 
 // The most shared memory that a block can have on the current device.
 inline size_t most_shared_bytes() {
 #ifdef VITKERN_EMULATED
-  return 99 << 10;  // sm_120, the least of the cards with tensor cores that the kernels use
+  return kSharedBytesOfAnyCard;
 #else
   int device = 0, most = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
@@ -94,9 +95,10 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   emulator::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
 #else
   if (shared_bytes > kSharedBytes)
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               std::to_string(shared_bytes) + " bytes of shared memory for kernel " + name);
+    check_cuda(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        std::to_string(shared_bytes) + " bytes of shared memory for kernel " + name);
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(launch_failure(name, grid, block, shared_bytes, error));

@@ -18,9 +18,7 @@ struct RowSums {
   void* column_sums;         // [images, splits, left_columns], accumulator type, or null
 };
 
-__host__ __device__ constexpr int64_t tiles_of(int64_t extent) {
-  return (extent + kColumns - 1) / kColumns;
-}
+__host__ __device__ constexpr int64_t tiles_of(int64_t extent) { return (extent + kColumns - 1) / kColumns; }
 
 // Adds up the columns of the left factor's chunks, one a thread.
 template <typename T>
@@ -31,7 +29,7 @@ struct ColumnSums {
   __device__ __forceinline__ void operator()(const T* chunk) const {
     if (!wanted || threadIdx.x >= kColumns) return;
 #pragma unroll 8
-    for (int k = 0; k < kChunk<T>; ++k) *sum += widen(chunk[k * (kColumns + kRowPad<T>) + threadIdx.x]);
+    for (int k = 0; k < kChunk<T>; ++k) *sum += widen(chunk[k * (kColumns + kRowPad<T>)+threadIdx.x]);
   }
 };
 
@@ -44,7 +42,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2) row_sums(const __grid_consta
   int64_t block = blockIdx.x;
   const int64_t column = block % tiles_right * kColumns;
   block /= tiles_right;
-  const int64_t row = block % tiles_of(task.left_columns) * kColumns, part = block / tiles_of(task.left_columns);
+  const int64_t row = block % tiles_of(task.left_columns) * kColumns,
+                part = block / tiles_of(task.left_columns);
   const int64_t image = part / task.splits, split = part - image * task.splits;
   const int64_t run = (task.rows + task.splits - 1) / task.splits;
   const int64_t begin = min(split * run, task.rows), end = min(begin + run, task.rows);
@@ -56,7 +55,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2) row_sums(const __grid_consta
   const Streamed<T, true> left{
       {static_cast<const T*>(task.left) + before * task.left_columns, end - begin, task.left_columns}, row};
   const Streamed<T, true> right{
-      {static_cast<const T*>(task.right) + before * task.right_columns, end - begin, task.right_columns}, column};
+      {static_cast<const T*>(task.right) + before * task.right_columns, end - begin, task.right_columns},
+      column};
   block_product<kColumns>(left, right, end - begin, stage, sums, with_left);
 
   if (with_left.wanted && threadIdx.x < kColumns && row + threadIdx.x < task.left_columns)
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2) row_sums(const __grid_consta
   if (!task.products) return;
   for_pairs<kColumns>(sums, [&](int i, int j, A first, A second) {
     if (row + i >= task.left_columns) return;
-    A* at = static_cast<A*>(task.products) + (part * task.left_columns + row + i) * task.right_columns + column + j;
+    A* at = static_cast<A*>(task.products) + (part * task.left_columns + row + i) * task.right_columns +
+            column + j;
     if (column + j < task.right_columns) at[0] = first;
     if (column + j + 1 < task.right_columns) at[1] = second;
   });
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2) row_sums(const __grid_consta
 
 // out[image, i] = factor * scale * the sum of parts[image, split, i] in the order of the splits.
 template <typename A>
-__global__ void __launch_bounds__(kBlockThreads)
-    add_parts(const A* parts, int64_t images, int64_t splits, int64_t count, A factor, const A* scale, A* out) {
+__global__ void __launch_bounds__(kBlockThreads) add_parts(const A* parts, int64_t images, int64_t splits,
+                                                           int64_t count, A factor, const A* scale, A* out) {
   const int64_t index = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x;
   if (index >= images * count) return;
   const int64_t image = index / count, i = index - image * count;

@@ -9,9 +9,9 @@
 
 namespace vitkern {
 
-constexpr int kStrip = 16;        // rows of a warp's tile
-constexpr int kTileColumns = 8;   // its columns, and as many more for each further tile
-constexpr int kDepthStep = 16;    // depths are padded to multiples of it
+constexpr int kStrip = 16;       // rows of a warp's tile
+constexpr int kTileColumns = 8;  // its columns, and as many more for each further tile
+constexpr int kDepthStep = 16;   // depths are padded to multiples of it
 
 // A lane's part of a tile of sums. Floats of 32 bits stand for products of 32-bit floats, never of tf32: that
 // is for torch's user to allow, who has not been asked.
@@ -80,6 +80,8 @@ __device__ __forceinline__ void read_depth(const Factor<T, kAcross>& factor, int
   }
 }
 
+// Sums up 16 bytes of depth before it adds them: the long sum is rounded a few times less often, and shared memory
+// is what limits the pace.
 template <int kTiles, typename T, bool kAcrossLeft, bool kAcrossRight>
 __device__ __forceinline__ void scalar_multiply_add(const Factor<T, kAcrossLeft>& left,
                                                     const Factor<T, kAcrossRight>& right, int depth,
@@ -97,10 +99,12 @@ __device__ __forceinline__ void scalar_multiply_add(const Factor<T, kAcrossLeft>
         T column[kStep];
         read_depth(right, tile * kTileColumns + column_of_sum(j), k, column);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < 2; ++i) {
+          T sum = rows[i][0] * column[0];
 #pragma unroll
-          for (int step = 0; step < kStep; ++step)
-            sums[tile].at[2 * i + j] = fma(rows[i][step], column[step], sums[tile].at[2 * i + j]);
+          for (int step = 1; step < kStep; ++step) sum = fma(rows[i][step], column[step], sum);
+          sums[tile].at[2 * i + j] += sum;
+        }
       }
     }
   }

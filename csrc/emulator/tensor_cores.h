@@ -20,9 +20,7 @@ const std::array<Held, kWarpLanes>& lay_down(const char* operation, const Held& 
   return table;
 }
 
-inline void all_have_read(const char* operation) {
-  Block::current().meet(operation, 0xffffffffu, 0, -1);
-}
+inline void all_have_read(const char* operation) { Block::current().meet(operation, 0xffffffffu, 0, -1); }
 
 inline float widened(__half x) { return __half2float(x); }
 inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -23,7 +23,8 @@ struct PoolBackwardShared {
   static constexpr int kNumbers = 2 * Tile::kLogits + 2 * Tile::kTokens;
   static constexpr int kElements =
       (2 * Tile::kTokens + Tile::kPixels) * Tile::kRowStride + 2 * Tile::kTokens * Tile::kShareStride;
-  static constexpr int kBytes = kNumbers * int{sizeof(typename Tile::A)} + kElements * int{sizeof(typename Tile::T)};
+  static constexpr int kBytes =
+      kNumbers * int{sizeof(typename Tile::A)} + kElements * int{sizeof(typename Tile::T)};
 
   __device__ __forceinline__ explicit PoolBackwardShared(unsigned char* bytes) {
     logits = reinterpret_cast<typename Tile::A*>(bytes);
@@ -59,8 +60,8 @@ __device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const Pool
 
 // A and f of eqs. (2) and (6); zero for pixels and tokens that do not exist.
 template <typename Tile>
-__device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Tile>& shared, int64_t pixels_left,
-                                                    int64_t tokens_left) {
+__device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Tile>& shared,
+                                                    int64_t pixels_left, int64_t tokens_left) {
   using T = typename Tile::T;
   using A = typename Tile::A;
   const int token = Tile::token();
@@ -126,8 +127,8 @@ __device__ __forceinline__ void write_pixels(const TokenPoolParams& p, const Poo
 
 // One group of tokens over all of the block's pixels.
 template <typename Tile>
-__device__ __forceinline__ void backward_group(const TokenPoolTask& task, const PoolPlace& place, int64_t windows,
-                                               const PoolBackwardShared<Tile>& shared) {
+__device__ __forceinline__ void backward_group(const TokenPoolTask& task, const PoolPlace& place,
+                                               int64_t windows, const PoolBackwardShared<Tile>& shared) {
   using T = typename Tile::T;
   using A = typename Tile::A;
   const TokenPoolParams& p = task.p;
@@ -183,6 +184,7 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
   using Tile = PoolTile<T, kTokenStrips, kWindow>;
   VITKERN_DYNAMIC_SHARED(unsigned char, bytes);
   const PoolBackwardShared<Tile> shared(bytes);
+  static_assert(PoolBackwardShared<Tile>::kBytes <= kSharedBytesOfAnyCard);
   const int64_t windows = windows_of(task.p.channels, kWindow);
   PoolPlace place = pool_place<Tile>(task, 1, windows);
   for (place.group = 0; place.group * Tile::kTokens < task.p.tokens; ++place.group) {

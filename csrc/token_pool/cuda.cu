@@ -42,10 +42,14 @@ struct Layout {
 template <typename T, bool kBackward, typename Call>
 void dispatch_tile(const TokenPoolParams& p, const Call& call) {
   constexpr int kUsual = sizeof(T) == 8 ? 128 : 256;
-  constexpr int kWide = kBackward ? (sizeof(T) == 2 ? 512 : kUsual) : sizeof(T) == 8 ? kUsual : 2048 / sizeof(T);
+  constexpr int kWide = kBackward        ? (sizeof(T) == 2 ? 512 : kUsual)
+                        : sizeof(T) == 8 ? kUsual
+                                         : 2048 / sizeof(T);
   constexpr int kOfManyTokens = (kBackward ? 256 : 512) / sizeof(T);
-  if (p.tokens > kStrip) return call(std::integral_constant<int, 4>{}, std::integral_constant<int, kOfManyTokens>{});
-  if (p.channels > kUsual) return call(std::integral_constant<int, 1>{}, std::integral_constant<int, kWide>{});
+  if (p.tokens > kStrip)
+    return call(std::integral_constant<int, 4>{}, std::integral_constant<int, kOfManyTokens>{});
+  if (p.channels > kUsual)
+    return call(std::integral_constant<int, 1>{}, std::integral_constant<int, kWide>{});
   call(std::integral_constant<int, 1>{}, std::integral_constant<int, kUsual>{});
 }
 
@@ -63,12 +67,13 @@ void token_pool_forward_cuda(const TokenPoolParams& p, void* workspace) {
     using T = typename decltype(type)::type;
     dispatch_tile<T, false>(p, [&](auto strips, auto window) {
       using Tile = PoolTile<T, strips, window>;
-      const int64_t blocks = p.batch * task.splits * blocks_of(p.tokens, Tile::kTokens) * windows_of(p.channels, window);
+      const int64_t blocks =
+          p.batch * task.splits * blocks_of(p.tokens, Tile::kTokens) * windows_of(p.channels, window);
       launch("token_pool_forward", token_pool_forward<T, strips, window>, dim3(grid_blocks(blocks)),
              dim3(kBlockThreads), PoolForwardShared<Tile>::kBytes, p.stream, task);
     });
-    launch("token_pool_merge", token_pool_merge<T>, dim3(grid_blocks(p.batch * p.tokens)), dim3(kBlockThreads), 0,
-           p.stream, task);
+    launch("token_pool_merge", token_pool_merge<T>, dim3(grid_blocks(p.batch * p.tokens)),
+           dim3(kBlockThreads), 0, p.stream, task);
   });
 }
 
@@ -90,8 +95,8 @@ void token_pool_backward_cuda(const TokenPoolParams& p, void* workspace) {
              dim3(kBlockThreads), PoolBackwardShared<Tile>::kBytes, p.stream, task);
     });
     const int64_t images = p.weight_per_image ? p.batch : 1, splits = p.weight_per_image ? 1 : p.batch;
-    launch_add_parts<A>(task.parts, images, splits * task.splits, p.tokens * p.channels, 1, nullptr, p.grad_weight,
-                        p.stream);
+    launch_add_parts<A>(task.parts, images, splits * task.splits, p.tokens * p.channels, 1, nullptr,
+                        p.grad_weight, p.stream);
   });
 }
 

@@ -21,7 +21,8 @@ struct PoolForwardShared {
   static constexpr int kNumbers = Tile::kLogits + Tile::kTokens;
   static constexpr int kElements =
       (Tile::kTokens + Tile::kPixels) * Tile::kRowStride + Tile::kTokens * Tile::kShareStride;
-  static constexpr int kBytes = kNumbers * int{sizeof(typename Tile::A)} + kElements * int{sizeof(typename Tile::T)};
+  static constexpr int kBytes =
+      kNumbers * int{sizeof(typename Tile::A)} + kElements * int{sizeof(typename Tile::T)};
 
   __device__ __forceinline__ explicit PoolForwardShared(unsigned char* bytes) {
     logits = reinterpret_cast<typename Tile::A*>(bytes);
@@ -73,12 +74,13 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
   using A = Accumulator<T>;
   VITKERN_DYNAMIC_SHARED(unsigned char, bytes);
   const PoolForwardShared<Tile> shared(bytes);
+  static_assert(PoolForwardShared<Tile>::kBytes <= kSharedBytesOfAnyCard);
   const TokenPoolParams& p = task.p;
   const int64_t windows = windows_of(p.channels, kWindow);
   const PoolPlace place = pool_place<Tile>(task, (p.tokens + Tile::kTokens - 1) / Tile::kTokens, windows);
-  const Matrix<T> weight(static_cast<const T*>(p.weight) +
-                             (p.weight_per_image ? place.image * p.tokens * p.channels : 0),
-                         p.tokens, p.channels);
+  const Matrix<T> weight(
+      static_cast<const T*>(p.weight) + (p.weight_per_image ? place.image * p.tokens * p.channels : 0),
+      p.tokens, p.channels);
   const Matrix<T> x(static_cast<const T*>(p.x) + place.image * p.pixels * p.channels, place.end, p.channels);
 
   Running<A> running = {-INFINITY, 0};
@@ -108,7 +110,8 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[strip][tile].at[i] *= shared.rescale[strip * kStrip + row_of_sum(i)];
       multiply_add(Factor<T, false>{shared.shares, Tile::kShareStride}.from(strip * kStrip, 0),
-                   Factor<T, true>{shared.pixels, Tile::kRowStride}.from(Tile::column(), 0), Tile::kPixels, sums[strip]);
+                   Factor<T, true>{shared.pixels, Tile::kRowStride}.from(Tile::column(), 0), Tile::kPixels,
+                   sums[strip]);
     }
   }
 
@@ -123,7 +126,8 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
 
 // Eq. (4) over the splits: a block for each image and token, whose threads take the channels.
 template <typename T>
-__global__ void __launch_bounds__(kBlockThreads) token_pool_merge(const __grid_constant__ TokenPoolTask task) {
+__global__ void __launch_bounds__(kBlockThreads)
+    token_pool_merge(const __grid_constant__ TokenPoolTask task) {
   using A = Accumulator<T>;
   __shared__ A factors[kBlockThreads];  // of the splits, which are no more than that
   const TokenPoolParams& p = task.p;
@@ -133,7 +137,8 @@ __global__ void __launch_bounds__(kBlockThreads) token_pool_merge(const __grid_c
   const A* sum_of = static_cast<const A*>(task.sums) + first;
 
   A greatest = -INFINITY, sum = 0;
-  for (int64_t split = 0; split < task.splits; ++split) greatest = fmax(greatest, greatest_of[split * p.tokens]);
+  for (int64_t split = 0; split < task.splits; ++split)
+    greatest = fmax(greatest, greatest_of[split * p.tokens]);
   const A shift = greatest == -INFINITY ? A{0} : greatest;
   if (threadIdx.x < task.splits) factors[threadIdx.x] = exp(greatest_of[threadIdx.x * p.tokens] - shift);
   __syncthreads();

@@ -27,7 +27,7 @@ template <typename T_, int kTokenStrips_, int kWindow_>
 struct PoolTile {
   using T = T_;
   using A = Accumulator<T>;
-  static constexpr int kTokenStrips = kTokenStrips_, kPixelStrips = sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kTokenStrips = kTokenStrips_, kPixelStrips = sizeof(T) == 2 && kWindow_ <= 256 ? 2 : 1;
   static constexpr int kTokens = kTokenStrips * kStrip, kPixels = kPixelStrips * kStrip, kWindow = kWindow_;
 
   // Each warp makes 16 x 16 logits, over a share of the channels where there are fewer of them than warps.
@@ -35,7 +35,8 @@ struct PoolTile {
   static_assert(kLogitTiles * kDepthSplits == kBlockWarps);
 
   // Of products over pixels or tokens, each warp has its own columns of the window.
-  static constexpr int kColumnTiles = kWindow < kBlockWarps * kTileColumns ? 1 : kWindow / kBlockWarps / kTileColumns;
+  static constexpr int kColumnTiles =
+      kWindow < kBlockWarps * kTileColumns ? 1 : kWindow / kBlockWarps / kTileColumns;
 
   // The softmax of a token belongs to neighbouring lanes, which take every kLanes-th pixel.
   static constexpr int kLanes = kBlockThreads / kTokens, kPixelsOfLane = kPixels / kLanes;
@@ -46,7 +47,9 @@ struct PoolTile {
   static constexpr int kLogitStride = kPixels + kRowPad<A>;
   static constexpr int kLogits = kDepthSplits * kTokens * kLogitStride;
 
-  static __device__ __forceinline__ int column() { return threadIdx.x / kWarpLanes * kColumnTiles * kTileColumns; }
+  static __device__ __forceinline__ int column() {
+    return threadIdx.x / kWarpLanes * kColumnTiles * kTileColumns;
+  }
   static __device__ __forceinline__ int token() { return threadIdx.x / kLanes; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
 };
@@ -93,12 +96,13 @@ __device__ __forceinline__ void add_logits(const T* rows, const T* pixels, int d
   const int k = warp / Tile::kLogitTiles * share;
   const Factor<T, false> left{rows, Tile::kRowStride}, right{pixels, Tile::kRowStride};
   if (k < depth)
-    multiply_add(left.from(tile / Tile::kPixelStrips * kStrip, k), right.from(tile % Tile::kPixelStrips * kStrip, k),
-                 min(share, depth - k), logits);
+    multiply_add(left.from(tile / Tile::kPixelStrips * kStrip, k),
+                 right.from(tile % Tile::kPixelStrips * kStrip, k), min(share, depth - k), logits);
 }
 
 template <typename Tile>
-__device__ __forceinline__ void store_logits(const Sums<typename Tile::A> (&logits)[2], typename Tile::A* to) {
+__device__ __forceinline__ void store_logits(const Sums<typename Tile::A> (&logits)[2],
+                                             typename Tile::A* to) {
   const int warp = threadIdx.x / kWarpLanes, tile = warp % Tile::kLogitTiles;
   const int token = warp / Tile::kLogitTiles * Tile::kTokens + tile / Tile::kPixelStrips * kStrip;
   const int pixel = tile % Tile::kPixelStrips * kStrip;
@@ -126,7 +130,8 @@ __device__ __forceinline__ void store_part_of_tokens(
     const TokenPoolTask& task, const PoolPlace& place,
     const Sums<typename Tile::A> (&sums)[Tile::kTokenStrips][Tile::kColumnTiles]) {
   using A = typename Tile::A;
-  const int64_t tokens = task.p.tokens, channels = task.p.channels, part = place.image * task.splits + place.split;
+  const int64_t tokens = task.p.tokens, channels = task.p.channels,
+                part = place.image * task.splits + place.split;
 #pragma unroll
   for (int strip = 0; strip < Tile::kTokenStrips; ++strip)
 #pragma unroll

@@ -40,9 +40,10 @@ void dispatch(const TokenProjectParams& p, int numbers, const Call& call) {
   using A = Accumulator<T>;
   const int64_t row_bytes = numbers * SharedRows<A>::stride_of(p.token_count) * int64_t{sizeof(A)} +
                             SharedRows<T>::stride_of(p.token_count) * int64_t{sizeof(T)};
-  dispatch_rows<T>("token_project: so many tokens", p.batch * p.pixels, row_bytes, [&](auto rows, size_t shared) {
-    call(rows, shared, dim3(grid_blocks(p.batch * blocks_of(p.pixels, rows))));
-  });
+  dispatch_rows<T>("token_project: so many tokens", p.batch * p.pixels, row_bytes,
+                   [&](auto rows, size_t shared) {
+                     call(rows, shared, dim3(grid_blocks(p.batch * blocks_of(p.pixels, rows))));
+                   });
 }
 
 // The gradients of keys, or of tokens, [B, T, columns].
@@ -50,7 +51,8 @@ template <typename T>
 void sum_over_pixels(const TokenProjectParams& p, int64_t splits, const void* left, const void* right,
                      int64_t columns, void* parts, void* gradient) {
   if (!gradient || columns == 0) return;
-  launch_row_sums<T>({p.batch, p.pixels, splits, p.token_count, columns, left, right, parts, nullptr}, p.stream);
+  launch_row_sums<T>({p.batch, p.pixels, splits, p.token_count, columns, left, right, parts, nullptr},
+                     p.stream);
   launch_add_parts<Accumulator<T>>(parts, p.batch, splits, p.token_count * columns, 1, nullptr, gradient,
                                    p.stream);
 }
@@ -63,8 +65,8 @@ void token_project_forward_cuda(const TokenProjectParams& p) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch<T>(p, 1, [&](auto rows, size_t shared, dim3 grid) {
-      launch("token_project_forward", token_project_forward<T, rows>, grid, dim3(kBlockThreads), shared, p.stream,
-             p);
+      launch("token_project_forward", token_project_forward<T, rows>, grid, dim3(kBlockThreads), shared,
+             p.stream, p);
     });
   });
 }
@@ -86,7 +88,8 @@ void token_project_backward_cuda(const TokenProjectParams& p, void* workspace) {
       });
     }
     sum_over_pixels<T>(p, layout.splits, layout.f, p.query, p.keys, layout.key, p.grad_key);
-    sum_over_pixels<T>(p, layout.splits, layout.shares, p.grad_output, p.channels, layout.tokens, p.grad_tokens);
+    sum_over_pixels<T>(p, layout.splits, layout.shares, p.grad_output, p.channels, layout.tokens,
+                       p.grad_tokens);
   });
 }
 

@@ -38,10 +38,10 @@ __device__ __forceinline__ void by_token(const Matrix<T>& left, const Matrix<T>&
   using A = Accumulator<T>;
   for (int64_t token = 0; token < right.rows; token += kColumns) {
     Sums<A> sums[BlockTile<kRows>::kTiles] = {};
-    block_product(Streamed<T, false>{left, first}, Streamed<T, false>{right, token}, left.columns, stage, sums);
-    for_pairs<kRows>(sums, [&](int row, int column, A one, A other) {
-      rows.store_pair(row, token + column, one, other);
-    });
+    block_product(Streamed<T, false>{left, first}, Streamed<T, false>{right, token}, left.columns, stage,
+                  sums);
+    for_pairs<kRows>(
+        sums, [&](int row, int column, A one, A other) { rows.store_pair(row, token + column, one, other); });
   }
   __syncthreads();
 }
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int row = threadIdx.x / kLanes;
   softmax_row<kRows>(logits.at + row * logits.stride, p.token_count);
   for (int t = threadIdx.x % kLanes; t < shares.stride; t += kLanes)
-    shares.at[row * shares.stride + t] = narrow<T>(t < p.token_count ? logits.at[row * logits.stride + t] : A{0});
+    shares.at[row * shares.stride + t] =
+        narrow<T>(t < p.token_count ? logits.at[row * logits.stride + t] : A{0});
 
   T* output = static_cast<T*>(p.output) + place.image * p.pixels * p.channels;
   const bool vectors = x.vectors && aligned(output);
