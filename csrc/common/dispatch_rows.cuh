@@ -9,8 +9,9 @@
 
 namespace vitkern {
 
-constexpr int64_t kBlocksWanted = 512;  // what keeps the largest cards busy
-constexpr int kFewestRows = 16;         // of a block
+constexpr int64_t kBlocksWanted = 512;   // what keeps the largest cards busy, if blocks are all that counts
+constexpr int64_t kBlocksAtLeast = 256;  // two for each SM
+constexpr int kFewestRows = 16;          // of a block
 
 // Calls with the rows of a block and its shared memory: many where there are enough blocks even so, for they share
 // one reading of the weights, as long as the `row_bytes` that each row keeps in shared memory fit. Doubles, which
@@ -26,7 +27,7 @@ void dispatch_rows(const char* refusal, int64_t rows, int64_t row_bytes, const C
   if constexpr (std::is_same_v<T, double>) {
     if (called(std::integral_constant<int, kFewestRows>{})) return;
   } else {
-    if (rows >= 64 * kBlocksWanted && called(std::integral_constant<int, 64>{})) return;
+    if (rows >= 64 * kBlocksAtLeast && called(std::integral_constant<int, 64>{})) return;
     if (called(std::integral_constant<int, 32>{})) return;
   }
   throw std::runtime_error(std::string("vitkern: ") + refusal + " do not fit this card's shared memory");
