@@ -7,16 +7,13 @@ rounds; look at ratios, not at milliseconds.
 
 from __future__ import annotations
 
-import argparse
 import functools
 
 import torch
 
 import vitkern
 from benchmarks.cases import CASES, MsDeformAttnInputs, make_inputs
-from benchmarks.harness import forward_backward, interleaved
-from vitkern import _C
-from vitkern.doctor import cpu_model
+from benchmarks.harness import arguments, forward_backward, interleaved, machine
 from vitkern.reference import ms_deform_attn_by_grid_sample
 
 # (case, locations, dtype, pass): one row each. Batch 1 throughout.
@@ -84,23 +81,16 @@ def measure(name: str, locations: str, dtype: torch.dtype, what: str, seconds: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=15.0, help="time limit of a row")
-    parser.add_argument("--match", default="", help="only rows whose text contains this")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(
-        f"{cpu_model()}, {arguments.threads} threads, {_C.cpu_isa()} kernels, torch {torch.__version__}, batch 1"
-    )
+    given = arguments(__doc__.splitlines()[0], seconds=15.0)
+    print(machine())
     print(
         f"{'case':<17}{'locations':<11}{'dtype':<10}{'pass':<9}{'grid_sample ms':>15}{'vitkern ms':>12}{'ratio':>8}"
     )
     for name, locations, dtype, what in ROWS:
         label = f"{name:<17}{locations:<11}{str(dtype)[6:]:<10}{what:<9}"
-        if arguments.match not in label:
+        if given.match not in label:
             continue
-        best = measure(name, locations, dtype, what, arguments.seconds)
+        best = measure(name, locations, dtype, what, given.seconds)
         if best is None:
             print(f"{label}  results differ: not timed")
             continue

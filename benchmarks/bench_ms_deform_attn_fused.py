@@ -7,7 +7,6 @@ one ``addcmul`` over a flat last axis. Times are minima over interleaved rounds;
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor
 
 import vitkern
 from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
-from benchmarks.harness import forward_backward, interleaved
-from vitkern import _C
-from vitkern.doctor import cpu_model
+from benchmarks.harness import arguments, forward_backward, interleaved, machine
 
 NAMES = ("detr-encoder", "detr-decoder", "injector-B512", "extractor-B512", "rtdetr-decoder", "m2f-512")
 
@@ -68,15 +65,8 @@ def agree(variants: dict[str, Callable[..., Tensor]], tensors: tuple[Tensor, ...
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=6.0, help="time limit of a row")
-    parser.add_argument("--match", default="", help="only rows whose text contains this")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(
-        f"{cpu_model()}, {arguments.threads} threads, {_C.cpu_isa()} kernels, torch {torch.__version__}, batch 1"
-    )
+    given = arguments(__doc__.splitlines()[0], seconds=6.0)
+    print(machine())
     print(
         f"{'case':<17}{'dtype':<10}{'pass':<9}{'usual ms':>10}{'flat ms':>10}{'fused ms':>10}{'ratios':>15}"
     )
@@ -84,10 +74,8 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for what in ("forward", "both"):
                 label = f"{name:<17}{str(dtype)[6:]:<10}{what:<9}"
-                if arguments.match in label:
-                    print(
-                        label + measure(CASES[name].with_batch(1), dtype, what, arguments.seconds), flush=True
-                    )
+                if given.match in label:
+                    print(label + measure(CASES[name].with_batch(1), dtype, what, given.seconds), flush=True)
 
 
 def measure(case: MsDeformAttnCase, dtype: torch.dtype, what: str, seconds: float) -> str:

@@ -3,10 +3,31 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 
 import torch
+
+from vitkern import _C
+from vitkern.doctor import cpu_model
+
+
+def arguments(description: str, *, seconds: float) -> argparse.Namespace:
+    """What every benchmark is told; threads are set. `seconds` is the time limit of a row if none is given."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=seconds, help="time limit of a row")
+    parser.add_argument("--match", default="", help="only rows whose text contains this")
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    return parsed
+
+
+def machine() -> str:
+    """Where the figures come from, the first line of a table."""
+    kernels = f"{torch.get_num_threads()} threads, {_C.cpu_isa()} kernels"
+    return f"{cpu_model()}, {kernels}, torch {torch.__version__}, batch 1"
 
 
 def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 20.0):
