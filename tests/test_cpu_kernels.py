@@ -122,6 +122,19 @@ def test_levels_outside_of_value_are_refused(isa, start):
         native.ms_deform_attn_forward_cpu(value, shapes, torch.tensor(start), *rest, "bilinear")
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+@pytest.mark.parametrize("width", [3, 7, 10, 49, 100, 167, 334])
+def test_nearest_on_the_edges_of_pixels(isa, width, dtype):
+    """At (k ± 1/2) / W no set may choose another pixel than the oracle, as one that fuses product and sum would."""
+    value = torch.arange(width, dtype=dtype).view(1, width, 1, 1).expand(-1, -1, -1, 8).contiguous()
+    shapes, start = torch.tensor([[1, width]]), torch.tensor([0])
+    x = (torch.arange(-1, width + 1, dtype=dtype) + 0.5) / width
+    x = torch.cat([x, x.nextafter(x.new_tensor(2.0)), x.nextafter(x.new_tensor(-2.0))])
+    locations = torch.stack([x, torch.full_like(x, 0.5)], -1).view(1, -1, 1, 1, 2)
+    inputs = (value, shapes, start, locations, torch.ones_like(locations[..., 0]), (1,), "nearest")
+    assert torch.equal(native.ms_deform_attn_forward_cpu(*inputs), reference.ms_deform_attn(*inputs))
+
+
 SPLITS = {
     "direct": {"B": 1, "M": 2, "Q": 9, "levels": ((40, 50), (20, 25)), "points": (4, 4)},
     "packed": {"B": 2, "M": 3, "Q": 301},
@@ -308,6 +321,23 @@ def test_offsets_that_lead_nowhere_take_part_in_the_softmax(isa, method):
     extremes = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31)])
     where.copy_(extremes.repeat(where.numel())[: where.numel()])
     assert_fused_matches_oracle(call)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), -float("inf"), 1e38, 0.0])
+def test_fused_sizes_of_boxes_that_are_no_sizes(isa, size, method):
+    call = make_fused(4, Q=64)._replace(method=method)
+    call.reference_points.view(-1)[2::7] = size  # among x, y, widths and heights
+    assert_fused_matches_oracle(call)
+
+
+@pytest.mark.parametrize("start", [[-1, 0, 0, 0], [0, 0, 0, 10_000]], ids=str)
+def test_fused_levels_outside_of_value_are_refused(isa, start):
+    call = make_fused()._replace(level_start_index=torch.tensor(start))
+    with pytest.raises(ValueError, match="reaches outside of value"):
+        native.ms_deform_attn_forward_cpu(*call)
+    with pytest.raises(ValueError, match="reaches outside of value"):
+        native.ms_deform_attn_backward_cpu(random_grad_output(call), (True,) * 4, *call)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instruction sets that the CPU kernels are compiled for, and the choice among them.
 //
-// An op's cpu.cpp is compiled once per set, each time with VITKERN_ISA naming the namespace its code lives in.
-// CMake decides which sets a build has (VITKERN_HAVE_<SET>); the chip and the user decide which one runs.
+// An op's cpu.cpp is compiled once per set, each time with VITKERN_ISA naming the namespace its code lives
+// in. CMake decides which sets a build has (VITKERN_HAVE_<SET>); the chip and the user decide which one runs.
 #pragma once
 
 #include <string>
@@ -10,7 +10,8 @@
 
 namespace vitkern {
 
-// From slowest to fastest. `baseline` is what every chip of the architecture has: SSE2 on x86-64, NEON on AArch64.
+// From slowest to fastest. `baseline` is what every chip of the architecture has: SSE2 on x86-64, NEON on
+// AArch64.
 enum class CpuIsa { kBaseline, kAvx2, kAvx512 };
 
 std::vector<std::string> compiled_cpu_isas();

@@ -4,6 +4,7 @@
 // 16-bit numbers are widened exactly and rounded to nearest even, subnormals included; NaN stays NaN.
 #pragma once
 
+#include "common/prefetch.h"
 #include "common/simd.h"
 
 namespace vitkern::VITKERN_ISA {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The exponential function on vectors, for the softmax: of numbers that are not positive.
 //
-// e^x = 2^n e^r with whole n and |r| <= ln(2) / 2, where the Taylor series to degree kDegree is as exact as the
-// type. Relative error: 2e-7 in float, 4e-16 in double. Exactly 0 where the result would be subnormal.
+// e^x = 2^n e^r with whole n and |r| <= ln(2) / 2, where the Taylor series to degree kDegree is as exact as
+// the type. Relative error: 2e-7 in float, 4e-16 in double. Exactly 0 where the result would be subnormal.
 #pragma once
 
 #include "common/simd.h"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/scratch.h"
 
+#include <cstdint>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -26,8 +27,8 @@ void release(const Block& block) {
   ::operator delete(block.data, std::align_val_t{alignment_of(block.bytes)});
 }
 
-// Leaked on purpose: kernels may still run while static objects are destroyed. The vector never grows beyond what is
-// reserved here, so that giving a block back cannot throw.
+// Leaked on purpose: kernels may still run while static objects are destroyed. The vector never grows beyond
+// what is reserved here, so that giving a block back cannot throw.
 struct Kept {
   std::mutex mutex;
   std::vector<Block> blocks;
@@ -49,10 +50,7 @@ Kept& kept() {
 
 void* allocate(size_t bytes) {
   void* data = ::operator new(bytes, std::align_val_t{alignment_of(bytes)});
-#if defined(__linux__)
-  // Random gathers miss the translation buffers on small pages. A refusal changes nothing.
-  if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(data, bytes);  // random gathers miss the translation buffers on small ones
   return data;
 }
 
@@ -93,5 +91,16 @@ Scratch::~Scratch() {
 }
 
 char* Scratch::data() const { return static_cast<char*>(data_); }
+
+void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 }  // namespace vitkern

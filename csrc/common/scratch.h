@@ -24,6 +24,11 @@ class Scratch {
   size_t bytes_;
 };
 
+// Asks for large pages under memory of the caller that is about to be written: if it is fresh, it then costs
+// a fault for every 2 MB instead of every 4 KB, and later readers fewer translations. A hint, which changes
+// nothing but speed.
+void prefer_huge_pages(void* data, size_t bytes);
+
 }  // namespace vitkern
 
 #if defined(VITKERN_ISA)

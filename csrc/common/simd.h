@@ -27,6 +27,14 @@
 #define VITKERN_VECTOR_EXTENSION 1
 #endif
 
+// Before a loop over an array of vectors that are meant to live in registers: GCC otherwise takes a loop that
+// fills it for a copy of memory.
+#if defined(__GNUC__) && !defined(__clang__)
+#define VITKERN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define VITKERN_UNROLL
+#endif
+
 // Picks four lanes of two vectors of four.
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
 #define VITKERN_SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
@@ -193,6 +201,16 @@ VITKERN_INLINE Vec<U, N> bit_cast(Vec<T, N> a) {
   return r;
 }
 
+// The same numbers, which the compiler cannot fuse into a sum: products that must be rounded alike on every
+// chip.
+template <typename T, int N>
+VITKERN_INLINE Vec<T, N> rounded(Vec<T, N> a) {
+#if VITKERN_VECTOR_EXTENSION
+  asm("" : "+m"(a.v));
+#endif
+  return a;
+}
+
 // a * b + c; one instruction where there is one, as the compiler may contract.
 template <typename T, int N>
 VITKERN_INLINE Vec<T, N> multiply_add(Vec<T, N> a, Vec<T, N> b, Vec<T, N> c) {
@@ -276,23 +294,6 @@ VITKERN_INLINE T* opaque(T* pointer) {
   asm("" : "+r"(pointer));
 #endif
   return pointer;
-}
-
-// One cache line, to be read; prefetch_write: to be written.
-VITKERN_INLINE void prefetch(const void* address) {
-#if VITKERN_VECTOR_EXTENSION
-  __builtin_prefetch(address);
-#elif defined(_M_X64)
-  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
-#endif
-}
-
-VITKERN_INLINE void prefetch_write(const void* address) {
-#if VITKERN_VECTOR_EXTENSION
-  __builtin_prefetch(address, 1);
-#else
-  prefetch(address);
-#endif
 }
 
 }  // namespace

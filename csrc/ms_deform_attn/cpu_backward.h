@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward: gradients of value, weights and locations, eqs. (5) to (7), without atomics.
 //
-// Work split: a task is (image, head, level): it alone adds to the gradient of that level's rows, and it
-// alone owns the gradients of that level's points. Where those are too few to occupy a machine, the queries
-// are cut into a number of chunks that depends on the shapes only; each adds to a slab of its own, and the
-// slabs are summed in their order. So results do not depend on the number of threads.
-// Memory: where rows are met several times over, a task copies its level's rows side by side, and adds to a
-// slab of accumulators that is written to grad_value once.
+// Work split: a task is (image, head), or (image, head, level) where threads are many: it alone adds to the
+// gradient of its levels' rows, and it alone owns the gradients of their points. Each row gets the same sums
+// in the same order either way. Where heads are few, the queries are cut into a number of chunks that depends
+// on the shapes only; each adds to a slab of its own, and the slabs are summed in their order. So results do
+// not depend on the number of threads.
+// Memory: where rows are met several times over, a task copies its rows side by side, and adds to a slab of
+// accumulators that is written to grad_value once.
 #pragma once
 
 #include "ms_deform_attn/cpu_scatter.h"
@@ -14,7 +15,8 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-constexpr int64_t kEnoughTasks = 32;
+constexpr int64_t kEnoughHeads = 8;  // of all images; with fewer, queries are cut into chunks
+constexpr int64_t kRowsAhead = 8;    // rows lie M * D numbers apart, where no chip prefetches by itself
 constexpr int64_t kMinChunkQueries = 256;
 constexpr int64_t kMaxSlabBytes = int64_t{64} << 20;  // of all chunks' slabs together
 
@@ -25,6 +27,7 @@ void pack_head(const MsDeformAttnParams& p, int64_t image, int64_t head, int64_t
   const T* value =
       static_cast<const T*>(p.value) + ((image * p.pixels + begin) * p.heads + head) * p.channels;
   for (int64_t pixel = 0; pixel < count; ++pixel, packed += channels) {
+    prefetch_row(value + (pixel + kRowsAhead) * p.heads * p.channels, p.channels);
     widen_array(value + pixel * p.heads * p.channels, p.channels, packed);
     for (int64_t channel = p.channels; channel < channels; ++channel) packed[channel] = 0;
   }
@@ -35,8 +38,10 @@ template <typename T>
 void write_rows(const MsDeformAttnParams& p, int64_t image, int64_t head, int64_t begin, int64_t count,
                 int64_t channels, const Accumulator<T>* slab) {
   T* to = static_cast<T*>(p.grad_value) + ((image * p.pixels + begin) * p.heads + head) * p.channels;
-  for (int64_t pixel = 0; pixel < count; ++pixel)
+  for (int64_t pixel = 0; pixel < count; ++pixel) {
+    prefetch_row_write(to + (pixel + kRowsAhead) * p.heads * p.channels, p.channels);
     narrow_array(slab + pixel * channels, p.channels, to + pixel * p.heads * p.channels);
+  }
 }
 
 // How the work of one call is cut.
@@ -47,8 +52,11 @@ struct BackwardPlan {
   int64_t widest_group;  // pixels
   bool packs;
 
-  // Where gradients of rows are added up: in grad_value itself, in slabs of the chunks, in a slab of each worker, or
-  // nowhere.
+  // The fused form, tasks of one level: each sees but a part of a softmax.
+  bool parts_softmax;
+
+  // Where gradients of rows are added up: in grad_value itself, in slabs of the chunks, in a slab of each
+  // worker, or nowhere.
   bool in_place, shared_slabs;
   int64_t value_rows, slab_rows;  // of a worker
   int64_t slab_size;              // of a chunk
@@ -65,8 +73,13 @@ inline bool levels_overlap(const Level* levels, int64_t count) {
 template <typename T>
 BackwardPlan cut_backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
   using Acc = Accumulator<T>;
-  BackwardPlan plan{groups, p.levels, 1, padded_channels<Acc>(p.channels), 0, false, false, false, 0, 0, 0};
-  if (levels_overlap(levels, p.levels)) {
+  BackwardPlan plan{};
+  plan.groups = groups;
+  plan.group_count = p.levels;
+  plan.chunks = 1;
+  plan.channels = padded_channels<Acc>(p.channels);
+  const int64_t heads = p.batch * p.heads;
+  if (heads >= 2 * p.threads || levels_overlap(levels, p.levels)) {
     plan.group_count = 1;
     groups[0] = {levels, p.levels, 0, p.pixels};
     plan.widest_group = p.pixels;
@@ -77,10 +90,9 @@ BackwardPlan cut_backward(const MsDeformAttnParams& p, const Level* levels, Grou
     }
   }
   plan.packs = plan.channels != p.channels || p.queries * p.points >= p.pixels;
-  const int64_t tasks = p.batch * p.heads * plan.group_count;
-  const int64_t slab_bytes = p.batch * p.heads * p.pixels * plan.channels * static_cast<int64_t>(sizeof(Acc));
-  if (tasks == 0) return plan;
-  plan.chunks = divide_up(kEnoughTasks, tasks);
+  plan.parts_softmax = p.reference.points && plan.group_count > 1;
+  plan.chunks = divide_up(kEnoughHeads, heads);
+  const int64_t slab_bytes = heads * p.pixels * plan.channels * static_cast<int64_t>(sizeof(Acc));
   // Each chunk must be worth its slab.
   const int64_t most[] = {p.queries / kMinChunkQueries, p.pixels ? p.queries * p.points / p.pixels : 1,
                           slab_bytes ? kMaxSlabBytes / slab_bytes : 1};
@@ -121,9 +133,16 @@ void clear_gaps(const MsDeformAttnParams& p, const BackwardPlan& plan, int64_t i
   }
 }
 
-template <typename Acc>
-void clear_rows(const Rows<Acc>& rows, int64_t count, int64_t channels) {
-  for (int64_t row = 0; row < count; ++row) memset(rows.base + row * rows.stride, 0, channels * sizeof(Acc));
+// All of grad_value, before it is added to in place: in one stretch, however the heads lie in it.
+template <typename T>
+void clear_value(const MsDeformAttnParams& p) {
+  constexpr int64_t kStretch = int64_t{256} << 10;
+  const int64_t bytes = p.batch * p.pixels * p.heads * p.channels * static_cast<int64_t>(sizeof(T));
+  char* const grad = static_cast<char*>(p.grad_value);
+  parallel_for(divide_up(bytes, kStretch), p.threads, [&](int64_t task, int) {
+    const int64_t begin = task * kStretch, rest = bytes - begin;
+    memset(grad + begin, 0, rest < kStretch ? rest : kStretch);
+  });
 }
 
 // Sums the chunks' slabs in their order, into the first, and writes them out.
@@ -148,11 +167,11 @@ struct BackwardMemory {
   BackwardWorker<T>* workers;
   Acc* outside;           // [channels] zeros
   Acc* slabs;             // [chunks, B, M, S, channels]
-  Softmax<Acc>* softmax;  // [B, M, Q], fused form only
-  Acc* grad_weights;      // [B, Q, M, K], fused form whose gradients have 16 bits only
+  Softmax<Acc>* softmax;  // [B, M, Q], where tasks see parts of a softmax only
+  Acc* grad_weights;      // [B, Q, M, K], the same, with gradients of 16 bits only
 
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p, const BackwardPlan& plan, int count) {
-    const int64_t rows = p.reference.points ? p.batch * p.queries * p.heads : 0;
+    const int64_t rows = plan.parts_softmax ? p.batch * p.queries * p.heads : 0;
     const bool parks = p.grad_weights && p.coord_dtype != DType::kFloat32 && p.coord_dtype != DType::kFloat64;
     workers = cursor.take<BackwardWorker<T>>(count);
     outside = cursor.take<Acc>(plan.channels);
@@ -173,7 +192,7 @@ struct BackwardMemory {
       memset(workers[i].grad_output, 0, kTileQueries * plan.channels * sizeof(Acc));
   }
 
-  // The fused form's pass before the tasks.
+  // The pass before tasks that see parts of a softmax.
   template <typename C>
   void measure(const MsDeformAttnParams& p, int count) {
     measure_logits<C>(p, workers, count, softmax);
@@ -204,7 +223,7 @@ void backward_task(const MsDeformAttnParams& p, const BackwardPlan& plan, const 
     grad.base = static_cast<Acc*>(p.grad_value) + first_row * p.channels;
     grad.stride = p.heads * p.channels;
   }
-  if (p.grad_value) clear_rows(grad, group.pixels, plan.channels);
+  if (p.grad_value && !plan.in_place) memset(grad.base, 0, group.pixels * plan.channels * sizeof(Acc));
   const int64_t begin = p.queries * chunk / plan.chunks, end = p.queries * (chunk + 1) / plan.chunks;
   if (plan.packs) {
     pack_head<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, mine.value);
@@ -217,6 +236,15 @@ void backward_task(const MsDeformAttnParams& p, const BackwardPlan& plan, const 
   }
   if (p.grad_value && !plan.in_place && !plan.shared_slabs)
     write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, grad.base);
+}
+
+template <typename T, typename C>
+void prefer_huge_gradients(const MsDeformAttnParams& p) {
+  const size_t rows = p.batch * p.queries * p.heads * p.points;
+  if (p.grad_value) prefer_huge_pages(p.grad_value, p.batch * p.pixels * p.heads * p.channels * sizeof(T));
+  if (p.grad_locations) prefer_huge_pages(p.grad_locations, 2 * rows * sizeof(C));
+  if (p.grad_weights) prefer_huge_pages(p.grad_weights, rows * sizeof(C));
+  if (p.grad_places) prefer_huge_pages(p.grad_places, 2 * rows * sizeof(Accumulator<T>));
 }
 
 template <int kUsed, typename T, typename C>
@@ -233,11 +261,13 @@ void backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
   memory.lay_out(cursor, p, plan, workers);
   memory.clear(plan, workers);
 
-  if (p.reference.points) memory.template measure<C>(p, workers);
+  prefer_huge_gradients<T, C>(p);
+  if (plan.in_place && p.grad_value) clear_value<T>(p);
+  if (plan.parts_softmax) memory.template measure<C>(p, workers);
   parallel_for(tasks, p.threads, [&](int64_t task, int who) {
     backward_task<kUsed, T, C>(p, plan, memory, task, memory.workers[who]);
   });
-  if (p.reference.points && p.grad_weights) finish_logits<C>(p, memory.workers, workers, memory.softmax);
+  if (plan.parts_softmax && p.grad_weights) finish_logits<C>(p, memory.workers, workers, memory.softmax);
 
   if (p.grad_value)
     for (int64_t image = 0; image < p.batch; ++image) clear_gaps<T>(p, plan, image);

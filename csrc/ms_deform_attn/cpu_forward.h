@@ -97,8 +97,7 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
     const bool far = scattered(tile, queries);
     for (int64_t query = 0; query < queries; ++query) {
       prefetch_points<C>(p, (row + (query + tile.queries) * p.heads) * p.points, p.points);
-      for (int64_t byte = 0; byte < row_bytes; byte += 64)
-        prefetch_write(reinterpret_cast<char*>(out + (query + kAhead) * p.heads * p.channels) + byte);
+      prefetch_row_write(out + (query + kAhead) * p.heads * p.channels, p.channels);
       if (far && query + kAhead < queries) prefetch_rows<kUsed>(tile, query + kAhead, rows, row_bytes);
       gather_all<kUsed>(rows, tile, query * tile.points, channels, worker.sums);
       narrow_array(worker.sums, p.channels, out + query * p.heads * p.channels);
@@ -151,6 +150,7 @@ void forward(const MsDeformAttnParams& p, const Level* levels) {
     if (p.reference.points) set_fusion(worker[i].fusion, worker[i].tile, levels, p.levels);
   }
 
+  prefer_huge_pages(p.output, p.batch * p.queries * p.heads * p.channels * sizeof(T));
   for (int64_t first_image = 0; first_image < p.batch; first_image += images_at_once) {
     if (packs)
       parallel_for(divide_up(p.pixels, kTaskPixels), p.threads, [&](int64_t task, int) {

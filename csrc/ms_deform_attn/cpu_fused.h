@@ -3,8 +3,9 @@
 // (9) and (10), worked out within a tile, so that weights and locations are nowhere in memory. Backward: the
 // gradients of the tile turned into those of offsets and locations, eq. (12), and of logits, eq. (11).
 //
-// A backward task sees one level, the softmax runs over all: a pass over the logits goes before, which leaves
-// two numbers of each query and head, and a pass over the gradients of the weights comes after.
+// The softmax runs over all levels. A backward task that sees all of them does so too; for tasks of one
+// level, a pass over the logits goes before, which leaves two numbers of each query and head, and a pass over
+// the gradients of the weights comes after.
 #pragma once
 
 #include <math.h>
@@ -118,8 +119,8 @@ void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDefo
   }
   const auto place = [&](Acc* offset, const Acc* reach, const Acc* anchor, const Acc* size) {
     for (int64_t i = 0; i < padded; i += N) {
-      const auto origin = load<Acc, N>(anchor + i) * load<Acc, N>(size + i);
-      store(offset + i, multiply_add(load<Acc, N>(offset + i), load<Acc, N>(reach + i), origin));
+      const auto origin = rounded(load<Acc, N>(anchor + i) * load<Acc, N>(size + i));
+      store(offset + i, rounded(load<Acc, N>(offset + i) * load<Acc, N>(reach + i)) + origin);
     }
   };
   place(tile.x, fusion.reach_x, fusion.anchor_x, tile.width);
@@ -173,9 +174,27 @@ void fuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDefor
   weigh_rows(fusion, fusion.softmax, queries, tile.points, tile.weight);
 }
 
-// From gradients by pixels, in tile.xy, to those of offsets, in place, and of locations, eq. (12).
+// From gradients by weights to those by logits, in place, eq. (11).
 template <typename Acc>
-void unplace_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p) {
+void unweigh_rows(const Fusion<Acc>& fusion, const Acc* weights, int64_t rows, int64_t points, Acc* grads) {
+  constexpr int N = kLanes<Acc>;
+  for (int64_t row = 0; row < rows; ++row) {
+    auto products = broadcast<Acc, N>(0);
+    for (int64_t i = 0, at = row * points; i < points; i += N, at += N)
+      products =
+          products + select(first_lanes<Acc, N>(points - i),
+                            load<Acc, N>(weights + at) * load<Acc, N>(grads + at), broadcast<Acc, N>(0));
+    repeat(sum(products), points, fusion.scale + row * points);
+  }
+  for (int64_t i = 0; i < rows * points; i += N)
+    store(grads + i, load<Acc, N>(weights + i) * (load<Acc, N>(grads + i) - load<Acc, N>(fusion.scale + i)));
+}
+
+// From gradients by pixels, in tile.xy, to those of offsets, in place, and of locations, eq. (12), and on to
+// logits.
+template <typename Acc>
+void unfuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
+                   int64_t queries, Acc* grad_weight) {
   const auto multiply = [&](const Acc* from, const Acc* x, const Acc* y, Acc* to) {
     for (int64_t i = 0; i < tile.padded; ++i) {
       to[2 * i] = from[2 * i] * x[i];
@@ -185,6 +204,7 @@ void unplace_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDe
   if (p.grad_places) multiply(tile.xy, tile.width, tile.height, fusion.places);
   if (p.grad_locations && p.reference.numbers == 4)
     multiply(tile.xy, fusion.reach_x, fusion.reach_y, tile.xy);
+  if (p.grad_weights && !fusion.known) unweigh_rows(fusion, tile.weight, queries, tile.points, grad_weight);
 }
 
 // Where the softmax of a row of logits, one of [B, Q, M], lies in [B, M, Q].
@@ -218,10 +238,9 @@ void measure_logits(const MsDeformAttnParams& p, Worker* workers, int count, Sof
   });
 }
 
-// The pass after: from gradients of weights to those of logits, eq. (11); both may be the same array.
+// The pass after: from gradients of weights to those of logits; both may be the same array.
 template <typename C, typename Worker, typename Acc>
 void finish_logits(const MsDeformAttnParams& p, Worker* workers, int count, const Softmax<Acc>* known) {
-  constexpr int N = kLanes<Acc>;
   for_rows(p, count, [&](int who, int64_t first, int64_t rows) {
     const Fusion<Acc>& fusion = workers[who].fusion;
     Acc *const weights = workers[who].tile.weight, *const grads = workers[who].tile.x;
@@ -230,17 +249,7 @@ void finish_logits(const MsDeformAttnParams& p, Worker* workers, int count, cons
     widen_array(fusion.grad_weights + first * p.points, points, grads);
     for (int64_t row = 0; row < rows; ++row) fusion.softmax[row] = known[softmax_index(p, first + row)];
     weigh_rows(fusion, fusion.softmax, rows, p.points, weights);
-    for (int64_t row = 0; row < rows; ++row) {
-      auto products = broadcast<Acc, N>(0);
-      for (int64_t i = 0, at = row * p.points; i < p.points; i += N, at += N)
-        products =
-            products + select(first_lanes<Acc, N>(p.points - i),
-                              load<Acc, N>(weights + at) * load<Acc, N>(grads + at), broadcast<Acc, N>(0));
-      repeat(sum(products), p.points, fusion.scale + row * p.points);
-    }
-    for (int64_t i = 0; i < points; i += N)
-      store(grads + i,
-            load<Acc, N>(weights + i) * (load<Acc, N>(grads + i) - load<Acc, N>(fusion.scale + i)));
+    unweigh_rows(fusion, weights, rows, p.points, grads);
     narrow_array(grads, points, static_cast<C*>(p.grad_weights) + first * p.points);
   });
 }

@@ -113,7 +113,8 @@ void read_points(Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int6
   }
 }
 
-// Rows and coefficients of the four corners, eqs. (2) and (3).
+// Rows and coefficients of the four corners, eqs. (2) and (3). Products are rounded before 1/2 is subtracted,
+// so that all instruction sets see a location on the edge of a cell on the same side of it.
 template <typename Acc>
 void locate_bilinear(Tile<Acc>& tile) {
   using Index = Integer<Acc>;
@@ -125,8 +126,8 @@ void locate_bilinear(Tile<Acc>& tile) {
                 outside = broadcast<Index, N>(kOutside);
   for (int64_t i = 0; i < tile.padded; i += N) {
     const Numbers width = load<Acc, N>(tile.width + i), height = load<Acc, N>(tile.height + i);
-    Numbers x = load<Acc, N>(tile.x + i) * load<Acc, N>(tile.unit_x + i) - half;
-    Numbers y = load<Acc, N>(tile.y + i) * load<Acc, N>(tile.unit_y + i) - half;
+    Numbers x = rounded(load<Acc, N>(tile.x + i) * load<Acc, N>(tile.unit_x + i)) - half;
+    Numbers y = rounded(load<Acc, N>(tile.y + i) * load<Acc, N>(tile.unit_y + i)) - half;
     // Every comparison with NaN is false: a location that is not a number touches no pixel.
     const Indices near = (x > zero - one) & (x < width) & (y > zero - one) & (y < height);
     x = select(near, x, zero);
@@ -168,8 +169,8 @@ void locate_nearest(Tile<Acc>& tile) {
   const Indices next = broadcast<Index, N>(1);
   for (int64_t i = 0; i < tile.padded; i += N) {
     const Numbers width = load<Acc, N>(tile.width + i), height = load<Acc, N>(tile.height + i);
-    Numbers x = load<Acc, N>(tile.x + i) * load<Acc, N>(tile.unit_x + i) + half;
-    Numbers y = load<Acc, N>(tile.y + i) * load<Acc, N>(tile.unit_y + i) + half;
+    Numbers x = rounded(load<Acc, N>(tile.x + i) * load<Acc, N>(tile.unit_x + i)) + half;
+    Numbers y = rounded(load<Acc, N>(tile.y + i) * load<Acc, N>(tile.unit_y + i)) + half;
     // x - x is 0 for finite x, NaN for the others. A level without pixels has none to read.
     const Indices finite = (x - x == zero) & (y - y == zero) & (width > zero) & (height > zero);
     x = select(finite & (x > zero), x, zero);

@@ -9,7 +9,8 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-// Between value and slab: loads and stores whose addresses agree within a page wait for one another.
+// Between value and slab: a load waits for earlier stores at the same offset in another page, which would be
+// those to the gradient of the same row.
 constexpr int64_t kHalfPage = 2048;
 
 // Levels whose gradients one task adds up: one level, or all of them where levels share pixels.
@@ -32,6 +33,7 @@ struct BackwardWorker {
   int64_t channels;  // padded to whole vectors
   Acc* grad_output;  // [tile queries, channels]
   Acc* dots;         // [tile points, corners]: grad_output times the row of the corner
+  Acc* grad_weight;  // [tile points]
   Acc* value;        // [pixels of a group, channels]
   Acc* slab;         // [pixels of a group, channels]
   Acc* nowhere;      // [channels] takes what corners outside would add
@@ -44,10 +46,10 @@ struct BackwardWorker {
     const int64_t points = p.points < kTilePoints ? kTilePoints : p.points;
     grad_output = cursor.take<Acc>(kTileQueries * channels);
     dots = cursor.take<Acc>((points + kLanes<Acc>)*kCorners);
+    grad_weight = cursor.take<Acc>(points + kLanes<Acc>);
     nowhere = cursor.take<Acc>(channels);
     value = cursor.take<Acc>(value_rows * channels);
-    cursor.take<char>(
-        kHalfPage);  // equal rows of value and slab at equal offsets in a page would look like one to loads
+    cursor.take<char>(kHalfPage);
     slab = cursor.take<Acc>(slab_rows * channels);
   }
 };
@@ -62,6 +64,7 @@ void scatter(const BackwardWorker<T>& worker, const Rows<const Row>& value, cons
   const Rows<Acc> grad_rows = grad;
   Acc* dots = worker.dots + query * tile.points * kCorners;
   Vec<Acc, N> grad_output[kVectors];
+  VITKERN_UNROLL
   for (int i = 0; i < kVectors; ++i)
     grad_output[i] = load<Acc, N>(worker.grad_output + query * worker.channels + channel + i * N);
 
@@ -102,10 +105,9 @@ void scatter_all(const BackwardWorker<T>& worker, const Rows<const Row>& value, 
     scatter<1, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
 }
 
-// From the dots of each corner to the gradients of weight (into tile.weight) and location (into tile.xy),
-// eqs. (6), (7).
+// From the dots of each corner to the gradients of weight, eq. (6), and location (into tile.xy), eq. (7).
 template <int kUsed, typename Acc>
-void finish_points(Tile<Acc>& tile, const Acc* dots) {
+void finish_points(Tile<Acc>& tile, const Acc* dots, Acc* grad_weight) {
   using Index = Integer<Acc>;
   for (int64_t i = 0; i < tile.padded; ++i) {
     Acc dot[kCorners] = {};
@@ -116,7 +118,7 @@ void finish_points(Tile<Acc>& tile, const Acc* dots) {
       touched |= inside;
     }
     if constexpr (kUsed == 1) {
-      tile.weight[i] = dot[0];
+      grad_weight[i] = dot[0];
       tile.xy[2 * i] = tile.xy[2 * i + 1] = 0;
     } else {
       const Acc right = tile.x[i], bottom = tile.y[i], left = 1 - right, top = 1 - bottom;
@@ -125,15 +127,18 @@ void finish_points(Tile<Acc>& tile, const Acc* dots) {
       const Acc weight = tile.weight[i];
       tile.xy[2 * i] = touched ? weight * tile.unit_x[i] * slope_x : Acc{0};
       tile.xy[2 * i + 1] = touched ? weight * tile.unit_y[i] * slope_y : Acc{0};
-      tile.weight[i] = top * (left * dot[0] + right * dot[1]) + bottom * (left * dot[2] + right * dot[3]);
+      grad_weight[i] = top * (left * dot[0] + right * dot[1]) + bottom * (left * dot[2] + right * dot[3]);
     }
   }
 }
 
-// Gradients of the tile to their places; those of weights in the fused form to where finish_logits() takes them.
-template <typename C, typename Acc>
-void write_points(const Tile<Acc>& tile, const Fusion<Acc>& fusion, const MsDeformAttnParams& p, int64_t row,
-                  int64_t stride, int64_t queries) {
+// Gradients of the tile to their places; those of weights to where finish_logits() takes them, if it does.
+template <typename C, typename T>
+void write_points(const BackwardWorker<T>& worker, const MsDeformAttnParams& p, int64_t row, int64_t stride,
+                  int64_t queries) {
+  using Acc = Accumulator<T>;
+  const Tile<Acc>& tile = worker.tile;
+  const Fusion<Acc>& fusion = worker.fusion;
   for (int64_t query = 0; query < queries; ++query) {
     const int64_t to = row + query * stride, from = query * tile.points;
     if (p.grad_locations)
@@ -141,9 +146,9 @@ void write_points(const Tile<Acc>& tile, const Fusion<Acc>& fusion, const MsDefo
     if (p.grad_places)
       narrow_array(fusion.places + 2 * from, 2 * tile.points, static_cast<Acc*>(p.grad_places) + 2 * to);
     if (fusion.grad_weights)
-      narrow_array(tile.weight + from, tile.points, fusion.grad_weights + to);
+      narrow_array(worker.grad_weight + from, tile.points, fusion.grad_weights + to);
     else if (p.grad_weights)
-      narrow_array(tile.weight + from, tile.points, static_cast<C*>(p.grad_weights) + to);
+      narrow_array(worker.grad_weight + from, tile.points, static_cast<C*>(p.grad_weights) + to);
   }
 }
 
@@ -173,7 +178,7 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
     const bool far = scattered(tile, queries);
     for (int64_t query = 0; query < queries; ++query) {
       prefetch_points<C>(p, first_point + (query + tile.queries) * p.heads * p.points, tile.points);
-      prefetch(grad_output + (query + tile.queries) * p.heads * p.channels);
+      prefetch_row(grad_output + (query + tile.queries) * p.heads * p.channels, p.channels);
       if (far && query + kAhead < queries) {
         prefetch_rows<kUsed>(tile, query + kAhead, value, row_bytes);
         if (scatters) prefetch_rows<kUsed>(tile, query + kAhead, grad, grad_bytes);
@@ -186,9 +191,9 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
         scatter_all<kUsed, false, true>(worker, value, grad, query);
     }
     if (!dots) continue;
-    finish_points<kUsed>(tile, worker.dots);
-    if (p.reference.points) unplace_points(worker.fusion, tile, p);
-    write_points<C>(tile, worker.fusion, p, first_point, p.heads * p.points, queries);
+    finish_points<kUsed>(tile, worker.dots, worker.grad_weight);
+    if (p.reference.points) unfuse_points(worker.fusion, tile, p, queries, worker.grad_weight);
+    write_points<C>(worker, p, first_point, p.heads * p.points, queries);
   }
 }
 
