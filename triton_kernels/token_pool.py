@@ -189,7 +189,7 @@ def _deltas(
     grad_output_ptr, tokens_ptr, token, channel, T: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (5), with tokens in the place of pixels: where a token is one, both sums of (6) have one order, and cancel."""
+    """Eq. (5), with tokens in the place of pixels: where a token is one, the sums of (6) cancel."""
     tokens = read_tile(tokens_ptr, token, token < T, channel, C)
     dots = _against_pixels(
         grad_output_ptr, tokens_ptr, tokens, token, token, token < T, T, C, DOT, PRECISION, WHOLE, BLOCK_K
