@@ -211,7 +211,7 @@ Mistake = tuple[
 ]  # op, position of a tensor, what is done to it, message
 
 MISTAKES: list[Mistake] = [
-    ("adapter_bottleneck", 1, lambda t: t[:, 1:], r"down_weight must be \[H, C\] with C=12, H of at least 1, got \[4, 11\]"),
+    ("adapter_bottleneck", 1, lambda t: t[:, 1:], r"down_weight must be \[H, C\] with C=12.*, got \[4, 11\]"),
     ("adapter_bottleneck", 2, lambda t: t[:1], r"down_bias must be \[H\] = \[4\], got \[1\]"),
     ("adapter_bottleneck", 3, lambda t: t.T, r"up_weight must be \[C, H\] = \[12, 4\], got \[4, 12\]"),
     ("adapter_bottleneck", 4, lambda t: t[:, None], r"up_bias must be \[C\] = \[12\], got \[12, 1\]"),
