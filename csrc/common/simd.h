@@ -42,15 +42,17 @@
 #define VITKERN_SHUFFLE(A, B, ...) __builtin_shuffle(A, B, (typename Vec<Integer<T>, 4>::Native){__VA_ARGS__})
 #endif
 
+#if defined(__AVX512F__)
+#define VITKERN_REGISTER_BYTES 64
+#elif defined(__AVX2__)
+#define VITKERN_REGISTER_BYTES 32
+#else
+#define VITKERN_REGISTER_BYTES 16
+#endif
+
 // Tests set it, to run the wide code on a chip that has only narrow registers.
 #ifndef VITKERN_VECTOR_BYTES
-#if defined(__AVX512F__)
-#define VITKERN_VECTOR_BYTES 64
-#elif defined(__AVX2__)
-#define VITKERN_VECTOR_BYTES 32
-#else
-#define VITKERN_VECTOR_BYTES 16
-#endif
+#define VITKERN_VECTOR_BYTES VITKERN_REGISTER_BYTES
 #endif
 
 namespace vitkern::VITKERN_ISA {
@@ -205,7 +207,9 @@ VITKERN_INLINE Vec<U, N> bit_cast(Vec<T, N> a) {
 // chip.
 template <typename T, int N>
 VITKERN_INLINE Vec<T, N> rounded(Vec<T, N> a) {
-#if VITKERN_VECTOR_EXTENSION
+#if VITKERN_VECTOR_EXTENSION && defined(__x86_64__) && VITKERN_VECTOR_BYTES <= VITKERN_REGISTER_BYTES
+  asm("" : "+x"(a.v));
+#elif VITKERN_VECTOR_EXTENSION
   asm("" : "+m"(a.v));
 #endif
   return a;

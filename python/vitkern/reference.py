@@ -164,7 +164,7 @@ def dropout_factor(seed: Tensor, count: int, p: float) -> Tensor:  # [count] flo
     index = torch.arange(count, device=seed.device)
     words = torch.stack(philox(seed, index >> 2), -1)  # [count, 4], each group of four numbers four times
     word = words.gather(-1, (index & 3)[:, None])[:, 0]
-    return torch.where(word >= dropout_threshold(p), dropout_rescale(p), 0.0).double()
+    return (word >= dropout_threshold(p)).double() * dropout_rescale(p)
 
 
 def dropout_threshold(p: float) -> int:
