@@ -44,7 +44,6 @@ def test_matches_the_oracle(runner, dtype, recurrent):
 
 
 SIZES = [
-    (1, 1, 1, 1),
     (3, 5, 7, 2),
     (1, 300, 33, 64),
     (2, 65, 256, 16),
