@@ -237,6 +237,15 @@ void add_products(const Acc* weights, int64_t weight_stride, int64_t tokens, con
                       });
 }
 
+template <typename T>
+Accumulator<T> dot(const T* a, const T* b, int64_t count) {
+  constexpr int N = kLanes<Accumulator<T>>;
+  Vec<Accumulator<T>, N> products = {};
+  for (int64_t i = 0; i < count; i += N)
+    products = multiply_add(load_some<N>(a + i, count - i), load_some<N>(b + i, count - i), products);
+  return sum(products);
+}
+
 // One row of each of `count` sheets, added up in their order.
 template <typename Acc>
 void add_sheets(const Acc* sheets, int64_t sheet_size, int64_t count, int64_t columns, Acc* to) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: the attention weights again from x, the weight and the kept logsumexp; then both gradients.
+// Backward: the attention weights again from x, the weight and what is kept of lambda; then both gradients.
 //
 // Work split: a task is a part of the pixels of an image. Its share of the weight's gradient goes to a sheet of its
 // own; one row of the weight is then a task that adds up the sheets in their order.
@@ -16,10 +16,10 @@ namespace {
 template <typename T>
 struct PoolBackwardWorker {
   using Acc = Accumulator<T>;
-  int64_t image;  // that the next five are of
+  int64_t image;  // that the next six are of
   PackedColumns<Acc> weight, gradient;
   PackedRows<Acc> stacked;  // gradients of T tokens, then their weights
-  Acc *logsumexp, *delta;   // [stride], eq. (5)
+  Acc *own, *rest, *delta;  // [stride]: <y, w>, lambda less that, eq. (5)
   int64_t stride;           // T in whole vectors
   RowBlock<T> rows, grad_rows;
   Acc *logits, *dots;  // [pixels of a block, stride]: products with weight and gradient
@@ -32,7 +32,8 @@ struct PoolBackwardWorker {
     gradient.lay_out(cursor, p.tokens, p.channels);
     stacked.lay_out(cursor, p.grad_x ? 2 * p.tokens : 0, p.channels);
     stride = whole_vectors<Acc>(p.tokens);
-    logsumexp = cursor.take<Acc>(stride);
+    own = cursor.take<Acc>(stride);
+    rest = cursor.take<Acc>(stride);
     delta = cursor.take<Acc>(stride);
     rows.lay_out(cursor, split.block, p.channels);
     grad_rows.lay_out(cursor, p.grad_x ? split.block : 0, p.channels);
@@ -42,16 +43,6 @@ struct PoolBackwardWorker {
     attention = cursor.take<Acc>(split.block * attention_stride);
   }
 };
-
-// Eq. (5).
-template <typename T>
-Accumulator<T> dot(const T* a, const T* b, int64_t count) {
-  constexpr int N = kLanes<Accumulator<T>>;
-  Vec<Accumulator<T>, N> products = {};
-  for (int64_t i = 0; i < count; i += N)
-    products = multiply_add(load_some<N>(a + i, count - i), load_some<N>(b + i, count - i), products);
-  return sum(products);
-}
 
 // What all pixels of an image need.
 template <typename T>
@@ -66,8 +57,10 @@ void take_image(const TokenPoolParams& p, PoolBackwardWorker<T>& worker, int64_t
   worker.gradient.pack(gradient);
   for (int64_t token = 0; token < worker.stride; ++token) {
     const bool there = token < p.tokens;
-    worker.logsumexp[token] = there ? static_cast<const Accumulator<T>*>(p.logsumexp)[first + token] : 0;
-    worker.delta[token] = there ? dot(gradient + token * channels, pooled + token * channels, channels) : 0;
+    const T* const own = pooled + token * channels;
+    worker.own[token] = there ? dot(own, weight + token * channels, channels) : 0;
+    worker.delta[token] = there ? dot(own, gradient + token * channels, channels) : 0;
+    worker.rest[token] = there ? static_cast<const Accumulator<T>*>(p.logsumexp)[first + token] : 0;
   }
   if (!p.grad_x) return;
   worker.stacked.pack_some(gradient, 0, p.tokens);
@@ -84,8 +77,8 @@ void attend_again(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t c
     const Acc* const logits = worker.logits + row * worker.stride;
     const Acc* const dots = worker.dots + row * worker.stride;
     for (int64_t token = 0; token < worker.stride; token += N) {
-      const auto exponent = load<Acc, N>(logits + token) - load<Acc, N>(worker.logsumexp + token);
-      store(attention + token, exp_nonpositive(exponent));
+      const auto difference = load<Acc, N>(logits + token) - load<Acc, N>(worker.own + token);
+      store(attention + token, exp_nonpositive(difference - load<Acc, N>(worker.rest + token)));
     }
     for (int64_t token = 0; token < worker.stride; token += N) {
       const auto difference = load<Acc, N>(dots + token) - load<Acc, N>(worker.delta + token);
@@ -109,6 +102,8 @@ void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwa
     Acc* const grad_rows = worker.grad_rows.target(grad_x);
     worker.weight.multiply(rows, channels, count, worker.logits, worker.stride);
     worker.gradient.multiply(rows, channels, count, worker.dots, worker.stride);
+    // The token of a single pixel is that pixel: what (5) rounds otherwise than a product with it is no gradient.
+    if (p.pixels == 1) memcpy(worker.delta, worker.dots, worker.stride * sizeof(Acc));
     attend_again(worker, p.tokens, count);
     for (int64_t channel = 0; channel < channels; channel += kPanel<Acc>) {
       prefetch_panel(x, p.channels, count, channel);

@@ -155,8 +155,12 @@ void merge_parts(const TokenPoolParams& p, const Summary<Accumulator<T>>* parts,
       store(sums + channel, i == 0 ? part : load<Acc, N>(sums + channel) + part);
     }
   }
-  narrow_array(sums, p.channels, static_cast<T*>(p.output) + row * p.channels);
-  static_cast<Acc*>(p.logsumexp)[row] = sum(greatest) + natural_log(sum(total));
+  T* const output = static_cast<T*>(p.output) + row * p.channels;
+  narrow_array(sums, p.channels, output);
+  // The token's own logit is a mean of its pixels', so that lambda is little more: kept as the difference, it has all
+  // its bits where they matter, also among logits of a thousand.
+  const Acc own = dot(output, weight_of_image<T>(p, image) + token * p.channels, p.channels);
+  static_cast<Acc*>(p.logsumexp)[row] = sum(greatest) - own + natural_log(sum(total));
 }
 
 template <typename T>

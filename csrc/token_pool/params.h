@@ -27,8 +27,9 @@ struct TokenPoolParams {
   const void* pooled;       // [B, T, C], what forward gave, backward only
 
   // Outputs, all fully written. A gradient that nobody wants is a null pointer.
-  void* output;       // [B, T, C], forward only
-  void* logsumexp;    // [B, T], accumulator type: forward writes it, backward reads it
+  void* output;  // [B, T, C], forward only
+  // [B, T], accumulator type: lambda of eq. (2), on the CPU less <y, w>. Forward writes it, backward reads it.
+  void* logsumexp;
   void* grad_x;       // [B, N, C]
   void* grad_weight;  // like weight, accumulator type
 
