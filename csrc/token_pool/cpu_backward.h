@@ -131,6 +131,7 @@ void backward(const TokenPoolParams& p) {
     sheets = cursor.take<Acc>(p.grad_weight ? split.tasks() * sheet_size : 0);
   });
 
+  if (p.grad_x) prefer_huge_pages(p.grad_x, p.batch * p.pixels * p.channels * sizeof(T));
   parallel_for(split.tasks(), p.threads, [&](int64_t task, int who) {
     backward_part(p, split, workers[who], task, p.grad_weight ? sheets + task * sheet_size : nullptr);
   });

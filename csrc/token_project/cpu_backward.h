@@ -99,6 +99,7 @@ void backward(const TokenProjectParams& p) {
     sheets.tokens = cursor.take<Acc>(p.grad_tokens ? split.tasks() * token_sheet : 0);
   });
 
+  if (p.grad_query) prefer_huge_pages(p.grad_query, p.batch * p.pixels * p.keys * sizeof(T));
   parallel_for(split.tasks(), p.threads, [&](int64_t task, int who) {
     const Sheets<Acc> own = {sheets.key + task * key_sheet, sheets.tokens + task * token_sheet};
     if (p.grad_key) memset(own.key, 0, key_sheet * sizeof(Acc));

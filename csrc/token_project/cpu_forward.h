@@ -109,6 +109,7 @@ void forward(const TokenProjectParams& p) {
     workers = take_each<ProjectWorker<T>>(cursor, worker_count(split.tasks(), p.threads),
                                           [&](auto& worker) { worker.lay_out(cursor, p, split); });
   });
+  prefer_huge_pages(p.output, p.batch * p.pixels * p.channels * sizeof(T));
   parallel_for(split.tasks(), p.threads,
                [&](int64_t task, int who) { project_part(p, split, workers[who], task); });
 }
