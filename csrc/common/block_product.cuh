@@ -43,7 +43,8 @@ __device__ __forceinline__ void copy_tile(T* to, const Matrix<T>& from, int64_t 
   const int row = threadIdx.x / kPerRow, column = threadIdx.x % kPerRow * kVector;
   const int columns_left = static_cast<int>(min(from.columns - first_column - column, int64_t{kVector}));
   const int rows_left = columns_left > 0 ? static_cast<int>(min(from.rows - first_row, int64_t{kRows})) : 0;
-  const T* source = from.at + (first_row + row) * from.columns + first_column + column;
+  const T* source = from.at;
+  if (columns_left > 0) source += (first_row + row) * from.columns + first_column + column;
   T* target = to + row * (kWidth + kRowPad<T>)+column;
 #pragma unroll 2
   for (int i = row; i < kRows; i += kStep) {
