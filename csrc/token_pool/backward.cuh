@@ -84,20 +84,26 @@ __device__ __forceinline__ void replace_pixels(const PoolBackwardShared<Tile>& s
   using T = typename Tile::T;
   const Factor<T, true> shares{shared.shares, Tile::kShareStride}, f{shared.f, Tile::kShareStride};
   const Factor<T, true> rows{shared.rows, Tile::kRowStride}, grads{shared.grads, Tile::kRowStride};
+  constexpr int kAtOnce =
+      Tile::kColumnTiles < 4 ? Tile::kColumnTiles : 4;  // tiles; more take too many registers
 #pragma unroll
   for (int strip = 0; strip < Tile::kPixelStrips; ++strip) {
-    Sums<typename Tile::A> sums[Tile::kColumnTiles] = {};
-    multiply_add(shares.from(strip * kStrip, 0), grads.from(Tile::column(), 0), Tile::kTokens, sums);
-    multiply_add(f.from(strip * kStrip, 0), rows.from(Tile::column(), 0), Tile::kTokens, sums);
+#pragma unroll 1
+    for (int first = Tile::column(); first < Tile::column() + Tile::kColumnTiles * kTileColumns;
+         first += kAtOnce * kTileColumns) {
+      Sums<typename Tile::A> sums[kAtOnce] = {};
+      multiply_add(shares.from(strip * kStrip, 0), grads.from(first, 0), Tile::kTokens, sums);
+      multiply_add(f.from(strip * kStrip, 0), rows.from(first, 0), Tile::kTokens, sums);
 #pragma unroll
-    for (int tile = 0; tile < Tile::kColumnTiles; ++tile)
+      for (int tile = 0; tile < kAtOnce; ++tile)
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const int row = strip * kStrip + row_of_sum(i);
-        const int column = Tile::column() + tile * kTileColumns + column_of_sum(i);
-        *reinterpret_cast<Vector<T, 2>*>(shared.pixels + row * Tile::kRowStride + column) = {
-            narrow<T>(sums[tile].at[i]), narrow<T>(sums[tile].at[i + 1])};
-      }
+        for (int i = 0; i < 4; i += 2) {
+          const int row = strip * kStrip + row_of_sum(i);
+          const int column = first + tile * kTileColumns + column_of_sum(i);
+          *reinterpret_cast<Vector<T, 2>*>(shared.pixels + row * Tile::kRowStride + column) = {
+              narrow<T>(sums[tile].at[i]), narrow<T>(sums[tile].at[i + 1])};
+        }
+    }
   }
 }
 
