@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BEiT inside ViT-Adapter: relative positions instead of absolute ones. BEiT and BEiTv2 weights load into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitkern.models.blocks import (
+    DropPath,
+    Layer,
+    Mlp,
+    PatchEmbed,
+    attend,
+    drop_path_rates,
+    head_channels,
+    initialise,
+    merge_windows,
+    pair,
+    per_block,
+    resize_positions,
+    run,
+    split_windows,
+    window_sizes,
+)
+
+
+def relative_position_index(height: int, width: int, with_cls: bool) -> Tensor:
+    """Row of the bias table for each pair of tokens of a window: [N, N], N = height * width (+ 1)."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    down = rows.reshape(-1, 1) - rows.reshape(1, -1) + height - 1
+    right = columns.reshape(-1, 1) - columns.reshape(1, -1) + width - 1
+    index = down * (2 * width - 1) + right
+    if with_cls:  # three more rows: class token to token, token to class token, class token to itself
+        distances = (2 * height - 1) * (2 * width - 1)
+        index = F.pad(index, (1, 0, 1, 0), value=distances + 1)
+        index[0, :] = distances
+        index[:, 0] = distances + 1
+        index[0, 0] = distances + 2
+    return index
+
+
+class RelativePositionBias(nn.Module):
+    """A learnable bias for each head and each distance of two tokens of a window."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
+        super().__init__()
+        height, width = window
+        rows = (2 * height - 1) * (2 * width - 1) + (3 if with_cls else 0)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(height, width, with_cls))
+
+    def position_bias(self) -> Tensor:  # [M, N, N]
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+
+class Attention(RelativePositionBias):
+    """Self-attention with biases of position; queries and values have a bias, keys have none.
+
+    Args:
+        window: of the position biases, (height, width).
+        split: whether the map is cut into such windows; it has to be one window otherwise.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        attn_drop: float,
+        proj_drop: float,
+        window: tuple[int, int] | None,
+        with_cls: bool,
+        split: bool,
+    ) -> None:
+        if window is None:
+            nn.Module.__init__(self)
+        else:
+            super().__init__(window, num_heads, with_cls)
+        self.num_heads, self.attn_drop, self.window, self.split = num_heads, attn_drop, window, split
+        self.scale = qk_scale or head_channels(channels, num_heads) ** -0.5
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(channels)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(channels)) if qkv_bias else None
+        self.proj = nn.Linear(channels, channels)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # [B, (1 +) H W, C]
+        if self.window is None:
+            return self._attention(x, None)
+        bias = self.position_bias()
+        if self.split:
+            # Padded before the projection: a padding token has a key of zero and the value v_bias.
+            size = self.window[0]
+            windows = self._attention(split_windows(x, size, height, width), bias)
+            return merge_windows(windows, size, height, width)
+        if (height, width) != self.window:
+            raise ValueError(
+                f"the relative positions are those of {self.window[0]} x {self.window[1]} patches, got an image "
+                f"of {height} x {width}: an image of {16 * self.window[0]} x {16 * self.window[1]} is needed"
+            )
+        return self._attention(x, bias)
+
+    def _attention(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        qkv_bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        dropout_p = self.attn_drop if self.training else 0.0
+        x = attend(qkv, self.num_heads, scale=self.scale, bias=bias, dropout_p=dropout_p)
+        return self.proj_drop(self.proj(x))
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        channels: int,
+        attention: Attention,
+        *,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        norm_layer: Layer,
+        init_values: float,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.norm1 = norm_layer(channels)
+        self.attn = attention
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm_layer(channels)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio), drop=drop, drop_hidden=False)
+        self.gamma_1 = nn.Parameter(torch.full((channels,), init_values))
+        self.gamma_2 = nn.Parameter(torch.full((channels,), init_values))
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # [B, (1 +) H W, C]
+        def body(x: Tensor) -> Tensor:
+            x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), height, width))
+            return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+
+        return run(body, x, with_cp=self.with_cp)
+
+
+class BEiT(nn.Module):
+    """Patch embedding and blocks, in two forms.
+
+    With a class token each block has the relative positions of the whole image, whose size is then fixed; without one
+    each has those of its window.
+
+    Args:
+        img_size: with a class token, the size of all images.
+        window_attn, window_size: without a class token, of all blocks or of each.
+        layer_scale_init: the first value of the factors of each channel of each branch.
+        use_abs_pos_emb, pretrain_size: position embeddings besides, and the size for which they were trained.
+        use_rel_pos_bias: with a class token, whether blocks have position biases.
+        use_shared_rel_pos_bias: keeps a table for all blocks, which has no effect, in the state dict.
+        num_classes, use_checkpoint: accepted for compatibility, without effect.
+        with_cp: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        with_cls: bool,
+        img_size: int | Sequence[int] = 512,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 80,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        hybrid_backbone: None = None,
+        norm_layer: Layer | None = None,
+        layer_scale_init: float = 0.0,
+        use_checkpoint: bool = False,
+        use_abs_pos_emb: bool = False,
+        use_rel_pos_bias: bool = True,
+        use_shared_rel_pos_bias: bool = False,
+        window_attn: bool | Sequence[bool] = False,
+        window_size: int | Sequence[int | None] | None = 14,
+        pretrain_size: int | Sequence[int] = 224,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__()
+        if pair(patch_size) != (16, 16):
+            raise ValueError(f"patch_size must be 16, got {patch_size}")
+        if hybrid_backbone is not None:
+            raise ValueError("hybrid_backbone must be None: its tokens form no map that an adapter could use")
+        self.embed_dim = self.num_features = embed_dim
+        self.in_chans, self.drop_path_rate, self.with_cp = in_chans, drop_path_rate, with_cp
+        self.norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
+        self.pretrain_size = pair(pretrain_size)
+        self.pretrain_grid = self.pretrain_size[0] // 16, self.pretrain_size[1] // 16
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        grid = self.patch_embed.grid_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if with_cls else None
+        self.pos_embed = None
+        if use_abs_pos_emb:
+            self.pos_embed = nn.Parameter(torch.zeros(1, with_cls + self.patch_embed.num_patches, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        sizes = per_block(window_size, depth, "window_size")
+        split = (
+            [False] * depth if with_cls else [s is not None for s in window_sizes(window_attn, sizes, depth)]
+        )
+        windows: list[tuple[int, int] | None] = [(size, size) for size in sizes]
+        if with_cls:
+            windows = [grid if use_rel_pos_bias else None] * depth
+        self.rel_pos_bias = None
+        if use_shared_rel_pos_bias:
+            self.rel_pos_bias = RelativePositionBias(
+                grid if with_cls else pair(sizes[0]), num_heads, with_cls
+            )
+
+        def block(index: int, rate: float) -> Block:
+            attention = Attention(
+                embed_dim,
+                num_heads,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                attn_drop=attn_drop_rate,
+                proj_drop=drop_rate,
+                window=windows[index],
+                with_cls=with_cls,
+                split=split[index],
+            )
+            return Block(
+                embed_dim,
+                attention,
+                mlp_ratio=mlp_ratio,
+                drop=drop_rate,
+                drop_path=rate,
+                norm_layer=self.norm_layer,
+                init_values=layer_scale_init,
+                with_cp=with_cp,
+            )
+
+        self.blocks = nn.ModuleList(
+            block(index, rate) for index, rate in enumerate(drop_path_rates(drop_path_rate, depth))
+        )
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        elif self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(initialise)
+
+    def embed(self, image: Tensor) -> tuple[Tensor, int, int]:
+        """Tokens [B, H W, D], H and W."""
+        x, height, width = self.patch_embed(image)
+        if self.pos_embed is not None:
+            positions: Any = self.pos_embed if self.cls_token is None else self.pos_embed[:, 1:]
+            x = x + resize_positions(positions, self.pretrain_grid, height, width)
+        return self.pos_drop(x), height, width

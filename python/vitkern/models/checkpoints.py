@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published weights into these models: DeiT, AugReg, MAE, DINOv2, timm, BEiT, BEiTv2, Uni-Perceiver, mm checkpoints."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitkern.models.augreg import from_augreg
+from vitkern.models.relative_positions import resize_table
+
+StateDict = dict[str, Tensor]
+TABLE = "relative_position_bias_table"
+
+# Uni-Perceiver's names in its own checkpoints, and in the adapter's.
+UNIPERCEIVER = {
+    "fused_encoder.": "",
+    "in_proj_": "in_proj.",
+    "video_embed.": "visual_embed.",
+    "visual_embed.embeddings.": "visual_embed.patch_embed.proj.",
+    "visual_embed.embeddings_st_pos.": "visual_embed.patch_embed.",
+}
+
+
+class Loaded(NamedTuple):
+    """Keys of the model that the checkpoint lacks, and keys of the checkpoint that the model lacks."""
+
+    missing: list[str]
+    unexpected: list[str]
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a file holds: .npz (AugReg), .safetensors, or anything of torch that is tensors and plain values."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}: download it, then give its path")
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values: if you trust whoever made it, read it with "
+            "torch.load(path, weights_only=False) and give load_checkpoint its state dict"
+        ) from error
+
+
+def find_state_dict(checkpoint: Any) -> StateDict:
+    """The backbone's tensors, under its own names, of whatever trainers wrap them in."""
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"a checkpoint is a dict of tensors, got {type(checkpoint).__name__}")
+    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    for prefix in ("module.", "backbone."):  # a wrapped model; a whole detector or segmentor
+        if any(key.startswith(prefix) for key in tensors):
+            tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return tensors
+
+
+def convert(tensors: StateDict, model: nn.Module) -> StateDict:
+    """Names, shapes and sizes of the published weights to those of the model."""
+    if any(key.startswith(("Transformer/", "params/Transformer/")) for key in tensors):
+        tensors = from_augreg(tensors)
+    if any(key.startswith("fused_encoder.") for key in tensors):
+        tensors = {_renamed(key, UNIPERCEIVER): value for key, value in tensors.items()}
+    tensors = {_renamed(k, {".ls1.gamma": ".gamma1", ".ls2.gamma": ".gamma2"}): v for k, v in tensors.items()}
+    own = model.state_dict()
+    shared = tensors.pop(f"rel_pos_bias.{TABLE}", None)
+    if shared is not None:
+        tensors |= {key: shared for key in own if key.endswith(f"attn.{TABLE}")}
+        if f"rel_pos_bias.{TABLE}" in own:
+            tensors[f"rel_pos_bias.{TABLE}"] = shared
+    # Constants, which are those of the checkpoint's window, not of the model's.
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("relative_position_index")}
+    for key in tensors.keys() & own.keys():
+        tensors[key] = _fitted(key, tensors[key], own[key])
+    return tensors
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        key = key.replace(old, new)
+    return key
+
+
+def _fitted(key: str, tensor: Tensor, own: Tensor) -> Tensor:
+    """Resized where the size of the image, of the window or of the patches may differ."""
+    if tensor.shape == own.shape:
+        return tensor
+    if key == "patch_embed.proj.weight" and tensor.shape[:2] == own.shape[:2]:
+        return F.interpolate(tensor.float(), size=own.shape[2:], mode="bilinear", align_corners=False)
+    if key == "pos_embed" and tensor.shape[-1] == own.shape[-1]:
+        return resize_pos_embed(tensor, own.shape[1])
+    if key.endswith(TABLE) and tensor.shape[-1] == own.shape[-1]:
+        return resize_table(tensor, own.shape[0])
+    return tensor
+
+
+def resize_pos_embed(positions: Tensor, tokens: int) -> Tensor:
+    """Position embeddings [1, N, D] for another number of tokens, of which one may be the class token's.
+
+    The square grid comes last in them. Of several tokens before it (distillation, registers) the first is kept.
+    """
+    old, new = math.isqrt(positions.shape[1]), math.isqrt(tokens)
+    first = positions[:, :1] if positions.shape[1] > old * old else torch.zeros_like(positions[:, :1])
+    grid = positions[:, -old * old :].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    if old != new:
+        grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = grid.flatten(2).transpose(1, 2)
+    return torch.cat([first, grid], dim=1) if tokens > new * new else grid
+
+
+def load_checkpoint(
+    model: nn.Module, checkpoint: str | Path | Mapping[str, Any], *, strict: bool = False
+) -> Loaded:
+    """Loads published weights, of the backbone alone or of a whole detector or segmentor.
+
+    Names are translated; position embeddings, tables of relative positions and patches resized. A tensor whose shape
+    still differs is an error, and so is a checkpoint of which nothing fits.
+
+    Args:
+        checkpoint: a file or what it holds.
+        strict: whether keys that only one side has are an error.
+
+    Returns:
+        The keys that only one side has.
+    """
+    source = "the checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
+    if isinstance(checkpoint, (str, Path)):
+        checkpoint = read_checkpoint(checkpoint)
+    tensors = convert(find_state_dict(checkpoint), model)
+    own = model.state_dict()
+    if not tensors.keys() & own.keys():
+        raise ValueError(
+            f"{source} has no tensor for {type(model).__name__}; its keys begin with {list(tensors)[:3]}"
+        )
+    for key in tensors.keys() & own.keys():
+        if tensors[key].shape != own[key].shape:
+            raise ValueError(
+                f"{key} is {list(tensors[key].shape)} in {source} and {list(own[key].shape)} in {type(model).__name__}"
+            )
+    missing = [key for key in own if key not in tensors and not key.endswith("relative_position_index")]
+    unexpected = [key for key in tensors if key not in own]
+    if strict and (missing or unexpected):
+        raise ValueError(f"{source} lacks {missing[:3]} and has besides {unexpected[:3]}")
+    model.load_state_dict(tensors, strict=False)
+    return Loaded(missing, unexpected)
+
+
+def save_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """The state dict, as .safetensors where the file is named so."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    else:
+        torch.save(model.state_dict(), path)
+
+
+def load_pretrained(model: nn.Module, pretrained: str | None, init_cfg: Mapping[str, Any] | None) -> None:
+    """The two ways of mm configurations to name a file."""
+    if init_cfg is not None:
+        if init_cfg.get("type") != "Pretrained":
+            raise ValueError(
+                f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {dict(init_cfg)}"
+            )
+        pretrained = pretrained or init_cfg["checkpoint"]
+    if pretrained is not None:
+        load_checkpoint(model, pretrained)

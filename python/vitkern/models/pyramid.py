@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What backbones that return a feature pyramid have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FeatureInfo(list[dict[str, Any]]):
+    """Channels and stride of each map that a backbone returns, with the accessors of timm's class."""
+
+    def channels(self) -> list[int]:
+        return [info["num_chs"] for info in self]
+
+    def reduction(self) -> list[int]:
+        return [info["reduction"] for info in self]
+
+    def module_name(self) -> list[str]:
+        return [info["module"] for info in self]
+
+
+class Pyramid(nn.Module):
+    """A backbone of four maps at strides 4, 8, 16 and 32, each with embed_dim channels."""
+
+    embed_dim: int
+    in_chans: int
+    out_levels: tuple[int, ...] = (0, 1, 2, 3)
+    pad_input = False
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        return FeatureInfo(
+            {"num_chs": self.embed_dim, "reduction": 4 << level, "module": f"norm{level + 1}"}
+            for level in self.out_levels
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are computed a second time in the backward pass instead of remembered."""
+        for module in self.modules():
+            if hasattr(module, "with_cp"):
+                module.with_cp = enable
+
+    def no_weight_decay(self) -> set[str]:
+        names = {"pos_embed", "cls_token", "level_embed"}
+        return {name for name, _ in self.named_parameters() if name in names or "pos_embed" in name}
+
+    def _checked(self, image: Tensor, multiple: int) -> Tensor:
+        """The image, padded to the multiple that the maps need where that was asked for."""
+        name = type(self).__name__
+        if image.dim() != 4 or image.shape[1] != self.in_chans:
+            raise ValueError(f"{name}: image must be [B, {self.in_chans}, H, W], got {list(image.shape)}")
+        height, width = image.shape[2:]
+        if self.pad_input:
+            return F.pad(image, (0, -width % multiple, 0, -height % multiple))
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"{name}: height and width must be multiples of {multiple}, got {height} x {width}; "
+                "pad_input=True pads them"
+            )
+        return image
+
+    def _cropped(self, maps: Sequence[Tensor], image: Tensor) -> list[Tensor]:
+        """Without what lies wholly in the padding."""
+        if not self.pad_input:
+            return list(maps)
+        height, width = image.shape[2:]
+        return [
+            m[:, :, : -(-height // stride), : -(-width // stride)]
+            for m, stride in zip(maps, self.feature_info.reduction())
+        ]

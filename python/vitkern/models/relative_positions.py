@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BEiT's tables of relative positions for another window, resized as the official code does.
+
+Distances of the new window are met by a geometric progression of distances of the old one: near the centre the table
+stays what it was, and far away it is stretched. Between them a cubic spline interpolates, along each of the two axes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CLS_ROWS = 3  # class token to token, token to class token, class token to itself
+
+
+def resize_table(table: Tensor, rows: int) -> Tensor:
+    """[old rows, M] to [rows, M]. Rows of the class token come last, where there are any, and are kept or dropped."""
+    old, old_cls = _side(table.shape[0])
+    new, new_cls = _side(rows)
+    if new_cls > old_cls:
+        raise ValueError(
+            f"a table of {table.shape[0]} relative positions has none of the class token, {rows} needs them"
+        )
+    distances, cls = table[: old * old], table[old * old : old * old + new_cls]
+    if old != new:
+        matrix = spline_matrix(_knots(old, new), torch.arange(new, dtype=torch.float64) - new // 2)
+        maps = distances.double().T.unflatten(1, (old, old))  # [M, old, old]
+        distances = (matrix @ maps @ matrix.T).flatten(1).T.to(table.dtype)
+    return torch.cat([distances, cls])
+
+
+def _side(rows: int) -> tuple[int, int]:
+    """Rows and columns of the square of distances, and the rows after it."""
+    for cls in (0, CLS_ROWS):
+        side = math.isqrt(rows - cls)
+        if side * side == rows - cls:
+            return side, cls
+    raise ValueError(f"a table of {rows} relative positions is that of no square window")
+
+
+def _knots(old: int, new: int) -> Tensor:
+    """Where the old distances lie among the new ones: 0, then steps of 1, q, q^2 ... to either side."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        if (1 - q ** (old // 2)) / (1 - q) > new // 2:
+            high = q
+        else:
+            low = q
+    steps = torch.tensor(q, dtype=torch.float64) ** torch.arange(old // 2)
+    outwards = steps.cumsum(0)
+    return torch.cat([-outwards.flip(0), outwards.new_zeros(1), outwards])
+
+
+def spline_matrix(knots: Tensor, at: Tensor) -> Tensor:
+    """The matrix that takes values at `knots` to those of their cubic spline at `at`: [len(at), len(knots)].
+
+    The spline is "not-a-knot": its third derivative is continuous at the second knot and at the last but one. Points
+    outside the knots take the value at the nearest end.
+    """
+    count = len(knots)
+    steps = knots.diff()
+    slopes = torch.zeros(count - 1, count, dtype=knots.dtype)  # of the chords, as linear maps of the values
+    for i in range(count - 1):
+        slopes[i, i], slopes[i, i + 1] = -1 / steps[i], 1 / steps[i]
+
+    # Second derivatives m: steps[i-1] m[i-1] + 2 (steps[i-1] + steps[i]) m[i] + steps[i] m[i+1] = 6 change of slope.
+    system = torch.zeros(count, count, dtype=knots.dtype)
+    right = torch.zeros(count, count, dtype=knots.dtype)
+    for i in range(1, count - 1):
+        system[i, i - 1], system[i, i], system[i, i + 1] = (
+            steps[i - 1],
+            2 * (steps[i - 1] + steps[i]),
+            steps[i],
+        )
+        right[i] = 6 * (slopes[i] - slopes[i - 1])
+    system[0, :3] = torch.stack([steps[1], -(steps[0] + steps[1]), steps[0]])
+    system[-1, -3:] = torch.stack([steps[-1], -(steps[-2] + steps[-1]), steps[-2]])
+    curvature = torch.linalg.solve(system, right)
+
+    at = at.clamp(knots[0], knots[-1])
+    piece = (torch.searchsorted(knots, at, right=True) - 1).clamp(0, count - 2)
+    t, step = (at - knots[piece])[:, None], steps[piece][:, None]
+    left, right_end = curvature[piece], curvature[piece + 1]
+    slope = slopes[piece] - step * (2 * left + right_end) / 6
+    values = torch.eye(count, dtype=knots.dtype)[piece]
+    return values + t * (slope + t * (left / 2 + t * (right_end - left) / (6 * step)))
