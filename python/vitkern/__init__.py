@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 __all__ = [
     "__version__",
     "adapter_bottleneck",
+    "create_model",
+    "list_models",
+    "models",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "nn",
@@ -16,7 +19,7 @@ __all__ = [
 ]
 
 try:
-    from vitkern import nn
+    from vitkern import models, nn
     from vitkern._C import version as __version__
     from vitkern.functional import (
         adapter_bottleneck,
@@ -25,6 +28,7 @@ try:
         token_pool,
         token_project,
     )
+    from vitkern.models import create_model, list_models
 except ImportError as error:
     # `vitkern doctor` has to run where the compiled module or torch does not load; every other use says why it cannot.
     _cause = error

@@ -20,6 +20,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return main(output=arguments.output, threads=arguments.threads, quick=arguments.quick)
 
 
+def _models(arguments: argparse.Namespace) -> int:
+    from vitkern.models.table import main
+
+    return main(pattern=arguments.pattern)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vitkern", description="Kernels for the ViT-Adapter family of vision models"
@@ -39,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--threads", type=int, help="default: torch's own number")
     demo.add_argument("--quick", action="store_true", help="the smallest size only")
     demo.set_defaults(run=_demo)
+
+    models = commands.add_parser("models", help="names, parameters, operations and input sizes of the models")
+    models.add_argument("pattern", nargs="?", default="*", help="such as 'vit_adapter_*'")
+    models.set_defaults(run=_models)
 
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the ViT-Adapter family, with the parameter names of the projects they come from."""
 
+from vitkern.models import vit_adapter_configs as vit_adapter_configs
 from vitkern.models.checkpoints import load_checkpoint, save_checkpoint
+from vitkern.models.registry import create_model, list_models
 from vitkern.models.vit_adapter import BEiTAdapter, UniPerceiverAdapter, ViTAdapter
 from vitkern.models.vit_baseline import ViTBaseline
 
@@ -10,6 +12,8 @@ __all__ = [
     "UniPerceiverAdapter",
     "ViTAdapter",
     "ViTBaseline",
+    "create_model",
+    "list_models",
     "load_checkpoint",
     "save_checkpoint",
 ]

@@ -56,7 +56,9 @@ class Adapter(Pyramid):
     norm_layer: Layer
     drop_path_rate: float
     cls_token: nn.Parameter | None
-    interactions_with_cp: tuple[str, ...] = FORMS  # the forms where checkpointing covers interactions as well as blocks
+    interactions_with_cp: tuple[str, ...] = (
+        FORMS  # the forms where checkpointing covers interactions as well as blocks
+    )
 
     def __init__(
         self,

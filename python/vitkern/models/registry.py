@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name, what builds its model, and the height and width for which that is made when nothing else is asked for."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    img_size: int
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(name: str, build: Callable[..., nn.Module], *, img_size: int = 224) -> None:
+    """`build` takes `img_size` and whatever else its model takes."""
+    if name in _ENTRIES:
+        raise ValueError(f"there is a model named {name!r} already")
+    _ENTRIES[name] = Entry(name, build, img_size)
+
+
+def entry(name: str) -> Entry:
+    if name not in _ENTRIES:
+        close = difflib.get_close_matches(name, _ENTRIES, n=3, cutoff=0.3)
+        hint = f"; close to it are {', '.join(close)}" if close else ""
+        raise ValueError(f"there is no model named {name!r}{hint}; vitkern.list_models() has all")
+    return _ENTRIES[name]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of models, those that match a pattern of the shell's kind."""
+    return sorted(fnmatch.filter(_ENTRIES, pattern))
+
+
+def create_model(name: str, *, checkpoint: str | None = None, **overrides: Any) -> nn.Module:
+    """A model by name.
+
+    Args:
+        name: one of :func:`list_models`.
+        checkpoint: a file of published weights to load.
+        **overrides: arguments of the model's class in place of the named configuration's; all models take `img_size`.
+    """
+    chosen = entry(name)
+    model = chosen.build(**{"img_size": chosen.img_size, **overrides})
+    if checkpoint is not None:
+        from vitkern.models.checkpoints import load_checkpoint
+
+        load_checkpoint(model, checkpoint)
+    return model
