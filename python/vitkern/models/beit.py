@@ -45,13 +45,12 @@ def relative_position_index(height: int, width: int, with_cls: bool) -> Tensor:
     return index
 
 
-class RelativePositionBias(nn.Module):
+class _Positions(nn.Module):
     """A learnable bias for each head and each distance of two tokens of a window."""
 
     relative_position_index: Tensor
 
-    def __init__(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
-        super().__init__()
+    def add_positions(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
         height, width = window
         rows = (2 * height - 1) * (2 * width - 1) + (3 if with_cls else 0)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
@@ -61,7 +60,15 @@ class RelativePositionBias(nn.Module):
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
-class Attention(RelativePositionBias):
+class RelativePositionBias(_Positions):
+    """One table for all blocks, in checkpoints that share it."""
+
+    def __init__(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
+        super().__init__()
+        self.add_positions(window, num_heads, with_cls)
+
+
+class Attention(_Positions):
     """Self-attention with biases of position; queries and values have a bias, keys have none.
 
     Args:
@@ -82,15 +89,14 @@ class Attention(RelativePositionBias):
         with_cls: bool,
         split: bool,
     ) -> None:
-        if window is None:
-            nn.Module.__init__(self)
-        else:
-            super().__init__(window, num_heads, with_cls)
+        super().__init__()
         self.num_heads, self.attn_drop, self.window, self.split = num_heads, attn_drop, window, split
         self.scale = qk_scale or head_channels(channels, num_heads) ** -0.5
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(channels)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(channels)) if qkv_bias else None
+        if window is not None:
+            self.add_positions(window, num_heads, with_cls)
         self.proj = nn.Linear(channels, channels)
         self.proj_drop = nn.Dropout(proj_drop)
 
