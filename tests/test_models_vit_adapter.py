@@ -6,7 +6,16 @@ import torch
 from torch.nn import functional as F
 
 from tests.parity.weights import fill, seeded
-from vitkern.models import BEiTAdapter, UniPerceiverAdapter, ViTAdapter, ViTBaseline, beit, uniperceiver, vit
+from vitkern.models import (
+    BEiTAdapter,
+    UniPerceiverAdapter,
+    ViTAdapter,
+    ViTBaseline,
+    beit,
+    layer_decay_groups,
+    uniperceiver,
+    vit,
+)
 from vitkern.models.blocks import DropPath, SyncBatchNorm, merge_windows, split_windows
 
 SMALL = dict(embed_dim=48, depth=4, num_heads=3, conv_inplane=8)
@@ -205,6 +214,26 @@ def test_initial_weights():
     assert (UniPerceiverAdapter(**SMALL).layers[0].gamma_1 == 0).all()
 
 
+def test_learning_rates_fall_towards_the_first_block():
+    model = build()
+    segmentor = torch.nn.ModuleDict({"backbone": model, "decode_head": torch.nn.Linear(48, 3)})
+    groups = layer_decay_groups(segmentor, 1e-3, 0.05, 0.5, 4, model.no_weight_decay())
+    assert sum(len(group["params"]) for group in groups) == len(list(segmentor.parameters()))
+    of = {name: group for group in groups for name in group["param_names"]}
+    expected = {
+        "backbone.pos_embed": (0.5**5, 0),
+        "backbone.patch_embed.proj.weight": (0.5**5, 0.05),
+        "backbone.blocks.0.mlp.fc1.weight": (0.5**4, 0.05),
+        "backbone.blocks.3.gamma1": (0.5, 0),
+        "backbone.level_embed": (1, 0),
+        "backbone.spm.fc1.weight": (1, 0.05),
+        "decode_head.bias": (1, 0),
+    }
+    for name, (scale, decay) in expected.items():
+        assert of[name]["lr"] == pytest.approx(1e-3 * scale) and of[name]["weight_decay"] == decay, name
+    torch.optim.AdamW(groups)
+
+
 @ALL_MODELS
 def test_bfloat16_autocast_trains(name):
     model = MODELS[name]().train()
@@ -228,6 +257,7 @@ def test_export(name):
     close(exported(image()), model(image()), 1e-5)
 
 
+@pytest.mark.slow
 @ALL_MODELS
 def test_compiles_whole(name):
     """Without inductor, which takes minutes: one graph, forward and backward."""

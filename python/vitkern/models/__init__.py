@@ -3,6 +3,7 @@
 
 from vitkern.models import vit_adapter_configs as vit_adapter_configs
 from vitkern.models.checkpoints import load_checkpoint, save_checkpoint
+from vitkern.models.layer_decay import layer_decay_groups
 from vitkern.models.registry import create_model, list_models
 from vitkern.models.vit_adapter import BEiTAdapter, UniPerceiverAdapter, ViTAdapter
 from vitkern.models.vit_baseline import ViTBaseline
@@ -13,6 +14,7 @@ __all__ = [
     "ViTAdapter",
     "ViTBaseline",
     "create_model",
+    "layer_decay_groups",
     "list_models",
     "load_checkpoint",
     "save_checkpoint",
