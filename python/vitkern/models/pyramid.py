@@ -42,7 +42,7 @@ class Pyramid(nn.Module):
         """Whether blocks are computed a second time in the backward pass instead of remembered."""
         for module in self.modules():
             if hasattr(module, "with_cp"):
-                module.with_cp = enable
+                module.with_cp = enable  # type: ignore[assignment]
 
     def no_weight_decay(self) -> set[str]:
         names = {"pos_embed", "cls_token", "level_embed"}
