@@ -246,3 +246,12 @@ def test_an_unknown_name():
         ValueError, match="no model named 'vit_adaptor_tiny'; close to it are vit_adapter_tiny"
     ):
         vitkern.create_model("vit_adaptor_tiny")
+
+
+def test_features_only_is_what_a_pyramid_does_anyway():
+    with torch.device("meta"):
+        model = vitkern.create_model(
+            "vit_adapter_tiny", features_only=True, out_indices=(2, 3), num_classes=0
+        )
+        assert [m.shape[1] for m in model(torch.empty(1, 3, 64, 64))] == model.feature_info.channels()
+    assert model.feature_info.reduction() == [16, 32]

@@ -44,16 +44,23 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_ENTRIES, pattern))
 
 
-def create_model(name: str, *, checkpoint: str | None = None, **overrides: Any) -> nn.Module:
+def create_model(
+    name: str, *, checkpoint: str | None = None, features_only: bool = False, **overrides: Any
+) -> nn.Module:
     """A model by name.
 
     Args:
         name: one of :func:`list_models`.
         checkpoint: a file of published weights to load.
+        features_only: demands a model that returns feature maps, as pyramids always do.
         **overrides: arguments of the model's class in place of the named configuration's; all models take `img_size`.
     """
     chosen = entry(name)
     model = chosen.build(**{"img_size": chosen.img_size, **overrides})
+    if features_only and not hasattr(model, "feature_info"):
+        raise ValueError(
+            f"{name} returns no feature maps: features_only is for models that have feature_info"
+        )
     if checkpoint is not None:
         from vitkern.models.checkpoints import load_checkpoint
 
