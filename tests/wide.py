@@ -19,8 +19,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("ms_deform_attn", "adapter_bottleneck", "token_pool", "token_project")
-SOURCES = [ROOT / "csrc" / "bindings.cpp", *(ROOT / "csrc" / op / "bindings.cpp" for op in OPS[1:])]
-SOURCES += [ROOT / "csrc" / op / "cpu.cpp" for op in OPS]
+SOURCES = [ROOT / "csrc" / "bindings.cpp", *(ROOT / "csrc" / op / "cpu.cpp" for op in OPS)]
 SOURCES += [ROOT / "csrc" / "common" / f"{name}.cpp" for name in ("cpu_isa", "parallel", "scratch")]
 COMPILER = shutil.which("c++") if os.name == "posix" else None
 

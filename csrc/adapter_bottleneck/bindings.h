@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // adapter_bottleneck in vitkern._C. Shapes, dtypes and devices are checked in Python.
-#include "common/bindings.h"
+#pragma once
 
 #include "adapter_bottleneck/cpu.h"
 #include "adapter_bottleneck/params.h"
+#include "common/bindings.h"
 #include "common/cpu_isa.h"
 #ifdef VITKERN_WITH_CUDA
 #include "adapter_bottleneck/cuda.h"
 #endif
 
-namespace vitkern {
-namespace {
+namespace vitkern::bindings::adapter_bottleneck {
 
 using Inputs =
     std::array<uintptr_t, 8>;          // x, down weight, down bias, up weight, up bias, residual, scale, seed
@@ -20,8 +20,8 @@ using Drops = std::pair<uint32_t, double>;  // threshold, rescale
 using Gradients =
     std::array<uintptr_t, 6>;  // of x, down weight, down bias, up weight, up bias, scale; 0 = not wanted
 
-AdapterBottleneckParams make_params(const Inputs& inputs, const Sizes& sizes, const Codes& codes,
-                                    double factor, const Drops& drops) {
+inline AdapterBottleneckParams make_params(const Inputs& inputs, const Sizes& sizes, const Codes& codes,
+                                           double factor, const Drops& drops) {
   AdapterBottleneckParams params{};
   params.rows = sizes[0];
   params.channels = sizes[1];
@@ -41,8 +41,8 @@ AdapterBottleneckParams make_params(const Inputs& inputs, const Sizes& sizes, co
   return params;
 }
 
-void set_gradients(AdapterBottleneckParams& params, uintptr_t grad_output, uintptr_t kept,
-                   const Gradients& gradients) {
+inline void set_gradients(AdapterBottleneckParams& params, uintptr_t grad_output, uintptr_t kept,
+                          const Gradients& gradients) {
   params.grad_output = pointer<const void>(grad_output);
   params.kept = pointer<void>(kept);
   params.grad_x = pointer<void>(gradients[0]);
@@ -54,8 +54,8 @@ void set_gradients(AdapterBottleneckParams& params, uintptr_t grad_output, uintp
 }
 
 #ifndef VITKERN_EMULATED
-void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t kept, const Sizes& sizes,
-                 const Codes& codes, double factor, const Drops& drops, int threads) {
+inline void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t kept, const Sizes& sizes,
+                        const Codes& codes, double factor, const Drops& drops, int threads) {
   AdapterBottleneckParams params = make_params(inputs, sizes, codes, factor, drops);
   params.output = pointer<void>(output);
   params.kept = pointer<void>(kept);
@@ -63,8 +63,9 @@ void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t kept, const S
   VITKERN_DISPATCH_ISA(adapter_bottleneck_forward(params));
 }
 
-void backward_cpu(const Inputs& inputs, uintptr_t grad_output, uintptr_t kept, const Gradients& gradients,
-                  const Sizes& sizes, const Codes& codes, double factor, const Drops& drops, int threads) {
+inline void backward_cpu(const Inputs& inputs, uintptr_t grad_output, uintptr_t kept,
+                         const Gradients& gradients, const Sizes& sizes, const Codes& codes, double factor,
+                         const Drops& drops, int threads) {
   AdapterBottleneckParams params = make_params(inputs, sizes, codes, factor, drops);
   set_gradients(params, grad_output, kept, gradients);
   params.threads = threads;
@@ -73,8 +74,9 @@ void backward_cpu(const Inputs& inputs, uintptr_t grad_output, uintptr_t kept, c
 #endif
 
 #ifdef VITKERN_WITH_CUDA
-void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t kept, const Sizes& sizes,
-                  const Codes& codes, double factor, const Drops& drops, int device, uintptr_t stream) {
+inline void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t kept, const Sizes& sizes,
+                         const Codes& codes, double factor, const Drops& drops, int device,
+                         uintptr_t stream) {
   AdapterBottleneckParams params = make_params(inputs, sizes, codes, factor, drops);
   params.output = pointer<void>(output);
   params.kept = pointer<void>(kept);
@@ -83,9 +85,10 @@ void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t kept, const 
   adapter_bottleneck_forward_cuda(params);
 }
 
-void backward_cuda(const Inputs& inputs, uintptr_t grad_output, uintptr_t kept, const Gradients& gradients,
-                   uintptr_t workspace, const Sizes& sizes, const Codes& codes, double factor,
-                   const Drops& drops, int device, uintptr_t stream) {
+inline void backward_cuda(const Inputs& inputs, uintptr_t grad_output, uintptr_t kept,
+                          const Gradients& gradients, uintptr_t workspace, const Sizes& sizes,
+                          const Codes& codes, double factor, const Drops& drops, int device,
+                          uintptr_t stream) {
   AdapterBottleneckParams params = make_params(inputs, sizes, codes, factor, drops);
   set_gradients(params, grad_output, kept, gradients);
   params.device = device;
@@ -93,14 +96,12 @@ void backward_cuda(const Inputs& inputs, uintptr_t grad_output, uintptr_t kept, 
   adapter_bottleneck_backward_cuda(params, pointer<void>(workspace));
 }
 
-int64_t workspace_cuda(const Sizes& sizes, const Codes& codes) {
+inline int64_t workspace_cuda(const Sizes& sizes, const Codes& codes) {
   return adapter_bottleneck_workspace_cuda(make_params({}, sizes, codes, 1, {}));
 }
 #endif
 
-}  // namespace
-
-void bind_adapter_bottleneck(pybind11::module_& m) {
+inline void bind(pybind11::module_& m) {
 #ifndef VITKERN_EMULATED
   m.def("adapter_bottleneck_forward_cpu", &forward_cpu, WithoutGil());
   m.def("adapter_bottleneck_backward_cpu", &backward_cpu, WithoutGil());
@@ -112,4 +113,4 @@ void bind_adapter_bottleneck(pybind11::module_& m) {
 #endif
 }
 
-}  // namespace vitkern
+}  // namespace vitkern::bindings::adapter_bottleneck

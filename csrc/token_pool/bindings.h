@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // token_pool in vitkern._C. Shapes, dtypes and devices are checked in Python.
-#include "common/bindings.h"
+#pragma once
 
+#include "common/bindings.h"
 #include "common/cpu_isa.h"
 #include "token_pool/cpu.h"
 #include "token_pool/params.h"
@@ -9,8 +10,7 @@
 #include "token_pool/cuda.h"
 #endif
 
-namespace vitkern {
-namespace {
+namespace vitkern::bindings::token_pool {
 
 using Inputs = std::array<uintptr_t, 2>;     // x, weight
 using Forward = std::array<uintptr_t, 3>;    // grad_output, and what forward gave: tokens, logsumexp
@@ -18,7 +18,7 @@ using Gradients = std::array<uintptr_t, 2>;  // of x, weight; 0 = not wanted
 using Sizes = std::array<int64_t, 4>;        // B, N, C, T
 using Codes = std::array<int32_t, 2>;        // whether there is a weight per image, dtype
 
-TokenPoolParams make_params(const Inputs& inputs, const Sizes& sizes, const Codes& codes) {
+inline TokenPoolParams make_params(const Inputs& inputs, const Sizes& sizes, const Codes& codes) {
   TokenPoolParams params{};
   params.batch = sizes[0];
   params.pixels = sizes[1];
@@ -31,7 +31,7 @@ TokenPoolParams make_params(const Inputs& inputs, const Sizes& sizes, const Code
   return params;
 }
 
-void set_gradients(TokenPoolParams& params, const Forward& forward, const Gradients& gradients) {
+inline void set_gradients(TokenPoolParams& params, const Forward& forward, const Gradients& gradients) {
   params.grad_output = pointer<const void>(forward[0]);
   params.pooled = pointer<const void>(forward[1]);
   params.logsumexp = pointer<void>(forward[2]);
@@ -40,8 +40,8 @@ void set_gradients(TokenPoolParams& params, const Forward& forward, const Gradie
 }
 
 #ifndef VITKERN_EMULATED
-void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t logsumexp, const Sizes& sizes,
-                 const Codes& codes, int threads) {
+inline void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t logsumexp, const Sizes& sizes,
+                        const Codes& codes, int threads) {
   TokenPoolParams params = make_params(inputs, sizes, codes);
   params.output = pointer<void>(output);
   params.logsumexp = pointer<void>(logsumexp);
@@ -49,8 +49,8 @@ void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t logsumexp, co
   VITKERN_DISPATCH_ISA(token_pool_forward(params));
 }
 
-void backward_cpu(const Inputs& inputs, const Forward& forward, const Gradients& gradients,
-                  const Sizes& sizes, const Codes& codes, int threads) {
+inline void backward_cpu(const Inputs& inputs, const Forward& forward, const Gradients& gradients,
+                         const Sizes& sizes, const Codes& codes, int threads) {
   TokenPoolParams params = make_params(inputs, sizes, codes);
   set_gradients(params, forward, gradients);
   params.threads = threads;
@@ -59,8 +59,8 @@ void backward_cpu(const Inputs& inputs, const Forward& forward, const Gradients&
 #endif
 
 #ifdef VITKERN_WITH_CUDA
-void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t logsumexp, uintptr_t workspace,
-                  const Sizes& sizes, const Codes& codes, int device, uintptr_t stream) {
+inline void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t logsumexp, uintptr_t workspace,
+                         const Sizes& sizes, const Codes& codes, int device, uintptr_t stream) {
   TokenPoolParams params = make_params(inputs, sizes, codes);
   params.output = pointer<void>(output);
   params.logsumexp = pointer<void>(logsumexp);
@@ -69,9 +69,9 @@ void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t logsumexp, u
   token_pool_forward_cuda(params, pointer<void>(workspace));
 }
 
-void backward_cuda(const Inputs& inputs, const Forward& forward, const Gradients& gradients,
-                   uintptr_t workspace, const Sizes& sizes, const Codes& codes, int device,
-                   uintptr_t stream) {
+inline void backward_cuda(const Inputs& inputs, const Forward& forward, const Gradients& gradients,
+                          uintptr_t workspace, const Sizes& sizes, const Codes& codes, int device,
+                          uintptr_t stream) {
   TokenPoolParams params = make_params(inputs, sizes, codes);
   set_gradients(params, forward, gradients);
   params.device = device;
@@ -79,14 +79,12 @@ void backward_cuda(const Inputs& inputs, const Forward& forward, const Gradients
   token_pool_backward_cuda(params, pointer<void>(workspace));
 }
 
-int64_t workspace_cuda(const Sizes& sizes, const Codes& codes, bool backward) {
+inline int64_t workspace_cuda(const Sizes& sizes, const Codes& codes, bool backward) {
   return token_pool_workspace_cuda(make_params({}, sizes, codes), backward);
 }
 #endif
 
-}  // namespace
-
-void bind_token_pool(pybind11::module_& m) {
+inline void bind(pybind11::module_& m) {
 #ifndef VITKERN_EMULATED
   m.def("token_pool_forward_cpu", &forward_cpu, WithoutGil());
   m.def("token_pool_backward_cpu", &backward_cpu, WithoutGil());
@@ -98,4 +96,4 @@ void bind_token_pool(pybind11::module_& m) {
 #endif
 }
 
-}  // namespace vitkern
+}  // namespace vitkern::bindings::token_pool

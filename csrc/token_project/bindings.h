@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // token_project in vitkern._C. Shapes, dtypes and devices are checked in Python.
-#include "common/bindings.h"
+#pragma once
 
+#include "common/bindings.h"
 #include "common/cpu_isa.h"
 #include "token_project/cpu.h"
 #include "token_project/params.h"
@@ -9,14 +10,13 @@
 #include "token_project/cuda.h"
 #endif
 
-namespace vitkern {
-namespace {
+namespace vitkern::bindings::token_project {
 
 using Inputs = std::array<uintptr_t, 4>;     // x, query, key, tokens
 using Gradients = std::array<uintptr_t, 3>;  // of query, key, tokens; 0 = not wanted
 using Sizes = std::array<int64_t, 5>;        // B, N, C, T, K
 
-TokenProjectParams make_params(const Inputs& inputs, const Sizes& sizes, int32_t dtype) {
+inline TokenProjectParams make_params(const Inputs& inputs, const Sizes& sizes, int32_t dtype) {
   TokenProjectParams params{};
   params.batch = sizes[0];
   params.pixels = sizes[1];
@@ -31,7 +31,7 @@ TokenProjectParams make_params(const Inputs& inputs, const Sizes& sizes, int32_t
   return params;
 }
 
-void set_gradients(TokenProjectParams& params, uintptr_t grad_output, const Gradients& gradients) {
+inline void set_gradients(TokenProjectParams& params, uintptr_t grad_output, const Gradients& gradients) {
   params.grad_output = pointer<const void>(grad_output);
   params.grad_query = pointer<void>(gradients[0]);
   params.grad_key = pointer<void>(gradients[1]);
@@ -39,15 +39,16 @@ void set_gradients(TokenProjectParams& params, uintptr_t grad_output, const Grad
 }
 
 #ifndef VITKERN_EMULATED
-void forward_cpu(const Inputs& inputs, uintptr_t output, const Sizes& sizes, int32_t dtype, int threads) {
+inline void forward_cpu(const Inputs& inputs, uintptr_t output, const Sizes& sizes, int32_t dtype,
+                        int threads) {
   TokenProjectParams params = make_params(inputs, sizes, dtype);
   params.output = pointer<void>(output);
   params.threads = threads;
   VITKERN_DISPATCH_ISA(token_project_forward(params));
 }
 
-void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients, const Sizes& sizes,
-                  int32_t dtype, int threads) {
+inline void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients,
+                         const Sizes& sizes, int32_t dtype, int threads) {
   TokenProjectParams params = make_params(inputs, sizes, dtype);
   set_gradients(params, grad_output, gradients);
   params.threads = threads;
@@ -56,8 +57,8 @@ void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& 
 #endif
 
 #ifdef VITKERN_WITH_CUDA
-void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes, int32_t dtype, int device,
-                  uintptr_t stream) {
+inline void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes, int32_t dtype,
+                         int device, uintptr_t stream) {
   TokenProjectParams params = make_params(inputs, sizes, dtype);
   params.output = pointer<void>(output);
   params.device = device;
@@ -65,8 +66,9 @@ void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes, in
   token_project_forward_cuda(params);
 }
 
-void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients,
-                   uintptr_t workspace, const Sizes& sizes, int32_t dtype, int device, uintptr_t stream) {
+inline void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients,
+                          uintptr_t workspace, const Sizes& sizes, int32_t dtype, int device,
+                          uintptr_t stream) {
   TokenProjectParams params = make_params(inputs, sizes, dtype);
   set_gradients(params, grad_output, gradients);
   params.device = device;
@@ -74,14 +76,12 @@ void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients&
   token_project_backward_cuda(params, pointer<void>(workspace));
 }
 
-int64_t workspace_cuda(const Sizes& sizes, int32_t dtype) {
+inline int64_t workspace_cuda(const Sizes& sizes, int32_t dtype) {
   return token_project_workspace_cuda(make_params({}, sizes, dtype));
 }
 #endif
 
-}  // namespace
-
-void bind_token_project(pybind11::module_& m) {
+inline void bind(pybind11::module_& m) {
 #ifndef VITKERN_EMULATED
   m.def("token_project_forward_cpu", &forward_cpu, WithoutGil());
   m.def("token_project_backward_cpu", &backward_cpu, WithoutGil());
@@ -93,4 +93,4 @@ void bind_token_project(pybind11::module_& m) {
 #endif
 }
 
-}  // namespace vitkern
+}  // namespace vitkern::bindings::token_project
