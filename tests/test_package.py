@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A wheel of all ops has to be built within a minute and a half on two cores. Counted in their seconds, which a neighbour
-# slows less than it does the clock: 133 alone on a Zen 3, 150 with one beside it.
+# A wheel of all ops has to be built within a minute and a half on two cores. Counted in their seconds, which a
+# neighbour slows less than it does the clock: 133 alone on a Zen 3, 150 with one beside it.
 CPU_SECONDS = 2 * 90
 
 pytestmark = pytest.mark.slow
