@@ -30,7 +30,7 @@ def machine() -> str:
     return f"{cpu_model()}, {kernels}, torch {torch.__version__}, batch 1"
 
 
-def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 20.0):
+def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 25, seconds: float = 20.0):
     """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met.
 
     A sample is as many calls as take 20 ms: no variant then pays for the caches that the one before has filled, or for
@@ -56,11 +56,14 @@ def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 9, s
 
 
 def forward_backward(function: Callable, inputs: tuple[torch.Tensor, ...]) -> Callable[[], object]:
-    """A call that runs `function(*inputs)` and the backward pass to those that require a gradient."""
+    """A call that runs `function(*inputs)` and the backward pass to those that require a gradient.
+
+    The gradient of the output is made once: to fill it takes as long as a pass over the output.
+    """
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    grad_output = torch.ones_like(function(*inputs))
 
     def run():
-        output = function(*inputs)
-        return torch.autograd.grad(output, wanted, torch.ones_like(output))
+        return torch.autograd.grad(function(*inputs), wanted, grad_output)
 
     return run
