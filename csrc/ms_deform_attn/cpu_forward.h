@@ -97,6 +97,7 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
     const bool far = scattered(tile, queries);
     for (int64_t query = 0; query < queries; ++query) {
       prefetch_points<C>(p, (row + (query + tile.queries) * p.heads) * p.points, p.points);
+      if (p.reference.points) prefetch_references<Acc>(p.reference, image, first + tile.queries + query);
       prefetch_row_write(out + (query + kAhead) * p.heads * p.channels, p.channels);
       if (far && query + kAhead < queries) prefetch_rows<kUsed>(tile, query + kAhead, rows, row_bytes);
       gather_all<kUsed>(rows, tile, query * tile.points, channels, worker.sums);

@@ -12,6 +12,7 @@
 
 #include "common/exp.h"
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "ms_deform_attn/cpu_points.h"
 
 namespace vitkern::VITKERN_ISA {
@@ -102,6 +103,13 @@ void read_references(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const Ref
     }
 }
 
+// Brings what a later read_references() reads into the cache: a query's points of all levels mostly share a line.
+template <typename Acc>
+VITKERN_INLINE void prefetch_references(const Reference& reference, int64_t image, int64_t query) {
+  const Acc* const points = static_cast<const Acc*>(reference.points) + image * reference.batch_stride;
+  prefetch(points + query * reference.query_stride);
+}
+
 // From offsets to pixels, eqs. (9) and (10), in tile.x and tile.y.
 template <typename Acc>
 void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
@@ -113,36 +121,54 @@ void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDefo
     for (int64_t i = 0; i < padded; i += N)
       store(reach + i, load<Acc, N>(reach + i) * load<Acc, N>(spread + i));
   };
-  if (p.reference.numbers == 4) {
+  const bool boxes = p.reference.numbers == 4;
+  if (boxes) {
     scale(fusion.reach_x, fusion.spread_x);
     scale(fusion.reach_y, fusion.spread_y);
   }
   const auto place = [&](Acc* offset, const Acc* reach, const Acc* anchor, const Acc* size) {
     for (int64_t i = 0; i < padded; i += N) {
       const auto origin = rounded(load<Acc, N>(anchor + i) * load<Acc, N>(size + i));
-      store(offset + i, rounded(load<Acc, N>(offset + i) * load<Acc, N>(reach + i)) + origin);
+      auto way = load<Acc, N>(offset + i);
+      if (boxes) way = rounded(way * load<Acc, N>(reach + i));
+      store(offset + i, way + origin);
     }
   };
   place(tile.x, fusion.reach_x, fusion.anchor_x, tile.width);
   place(tile.y, fusion.reach_y, fusion.anchor_y, tile.height);
 }
 
-// Of one row of logits, which has a vector's room behind it. A NaN makes the scale NaN, as do infinities that
-// have no softmax.
+// Of one row of logits, which has a vector's room behind it.
 template <typename Acc>
-Softmax<Acc> softmax_of(const Acc* logits, int64_t count) {
+VITKERN_INLINE Acc largest_of(const Acc* logits, int64_t count) {
   constexpr int N = kLanes<Acc>;
   const auto lowest = broadcast<Acc, N>(-static_cast<Acc>(HUGE_VAL));
   auto high = lowest;
   for (int64_t i = 0; i < count; i += N)
     high = maximum(select(first_lanes<Acc, N>(count - i), load<Acc, N>(logits + i), lowest), high);
-  const Acc top = largest(high);
-  auto total = broadcast<Acc, N>(0);
-  for (int64_t i = 0; i < count; i += N) {
-    const auto power = exp_nonpositive(load<Acc, N>(logits + i) - broadcast<Acc, N>(top));
-    total = total + select(first_lanes<Acc, N>(count - i), power, broadcast<Acc, N>(0));
-  }
-  return {top, 1 / sum(total)};
+  return largest(high);
+}
+
+// The sum of power(i), vectors of numbers, over the `count` numbers of a row.
+template <typename Acc, typename Power>
+VITKERN_INLINE Acc sum_of(int64_t count, const Power& power) {
+  constexpr int N = kLanes<Acc>;
+  const auto zero = broadcast<Acc, N>(0);
+  auto total = zero;
+  for (int64_t i = 0; i < count; i += N)
+    total = total + select(first_lanes<Acc, N>(count - i), power(i), zero);
+  return sum(total);
+}
+
+// Of one row of logits. A NaN makes the scale NaN, as do infinities that have no softmax.
+template <typename Acc>
+Softmax<Acc> softmax_of(const Acc* logits, int64_t count) {
+  constexpr int N = kLanes<Acc>;
+  const Acc top = largest_of(logits, count);
+  const Acc total = sum_of<Acc>(count, [&](int64_t i) VITKERN_INLINE_LAMBDA {
+    return exp_nonpositive(load<Acc, N>(logits + i) - broadcast<Acc, N>(top));
+  });
+  return {top, 1 / total};
 }
 
 // From the logits of `rows` rows to their weights, in place, eq. (8).
@@ -160,6 +186,25 @@ void weigh_rows(const Fusion<Acc>& fusion, const Softmax<Acc>* softmax, int64_t 
   }
 }
 
+// The same where only the logits are known. Each pass goes over all rows: what waits within a row, its maximum and its
+// sum, does not wait for the row before.
+template <typename Acc>
+void softmax_rows(const Fusion<Acc>& fusion, int64_t rows, int64_t points, Acc* weights) {
+  constexpr int N = kLanes<Acc>;
+  for (int64_t row = 0; row < rows; ++row)
+    repeat(largest_of(weights + row * points, points), points, fusion.maximum + row * points);
+  for (int64_t i = 0; i < rows * points; i += N)
+    store(weights + i, exp_nonpositive(load<Acc, N>(weights + i) - load<Acc, N>(fusion.maximum + i)));
+  for (int64_t row = 0; row < rows; ++row) {
+    const Acc* const powers = weights + row * points;
+    const Acc total =
+        sum_of<Acc>(points, [&](int64_t i) VITKERN_INLINE_LAMBDA { return load<Acc, N>(powers + i); });
+    repeat(1 / total, points, fusion.scale + row * points);
+  }
+  for (int64_t i = 0; i < rows * points; i += N)
+    store(weights + i, load<Acc, N>(weights + i) * load<Acc, N>(fusion.scale + i));
+}
+
 // Makes weights and pixels of the logits and offsets that read_points() has brought.
 template <typename Acc>
 void fuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t image,
@@ -169,9 +214,7 @@ void fuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDefor
     const Softmax<Acc>* known = fusion.known + (image * p.heads + head) * p.queries + first;
     return weigh_rows(fusion, known, queries, tile.points, tile.weight);
   }
-  for (int64_t query = 0; query < queries; ++query)
-    fusion.softmax[query] = softmax_of(tile.weight + query * tile.points, tile.points);
-  weigh_rows(fusion, fusion.softmax, queries, tile.points, tile.weight);
+  softmax_rows(fusion, queries, tile.points, tile.weight);
 }
 
 // From gradients by weights to those by logits, in place, eq. (11).
