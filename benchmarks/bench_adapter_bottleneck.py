@@ -4,6 +4,7 @@
 "eager" is the formula in plain torch, "compiled" the same through torch.compile; the residual is x, the activation
 relu. Passes: forward; both, with gradients of x, weights and biases; weights, where x is frozen. A row is timed only if
 output and gradients agreed in this run. Times are minima over interleaved rounds; look at ratios, not at milliseconds.
+MB: by how much a call raises the process's memory at most.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import vitkern
 from benchmarks.cases import ADAPTER_CASES
-from benchmarks.harness import forward_backward, interleaved
+from benchmarks.harness import agree, forward_backward, interleaved, peak_megabytes
 from vitkern import _C, reference
 from vitkern.doctor import cpu_model
 
@@ -38,22 +39,10 @@ def ours(*tensors: Tensor) -> Tensor:
     return vitkern.adapter_bottleneck(*tensors, residual=tensors[0], scale=0.1)
 
 
-def agree(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-    """Whether output and gradients are those of the formula in float64, as far as the dtype can tell."""
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    results = []
-    for function, kind in ((ours, dtype), (eager, torch.float64)):
-        leaves = [tensor.to(dtype).to(kind).requires_grad_() for tensor in inputs]
-        output = function(*leaves)
-        grad_output = torch.linspace(-1, 1, output.numel()).view(output.shape).to(dtype).to(kind)
-        results.append([output, *torch.autograd.grad(output, leaves, grad_output)])
-    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(*results))
-
-
 def measure(name: str, dtype: torch.dtype, what: str, compiles: bool, seconds: float):
     tensors = ADAPTER_CASES[name].make()
     exact = tuple(tensors[key] for key in ("x", "down_weight", "down_bias", "up_weight", "up_bias"))
-    if not agree(exact, dtype):
+    if not agree(ours, eager, exact, dtype):
         return None
     inputs = tuple(tensor.to(dtype).requires_grad_(what != "forward") for tensor in exact)
     inputs[0].requires_grad_(what == "both")
@@ -68,8 +57,10 @@ def measure(name: str, dtype: torch.dtype, what: str, compiles: bool, seconds: f
         return forward_backward(function, inputs)
 
     with torch.set_grad_enabled(what != "forward"):
-        samples = interleaved({name: wrap(function) for name, function in functions.items()}, seconds=seconds)
-    return {name: min(times) for name, times in samples.items()}
+        variants = {name: wrap(function) for name, function in functions.items()}
+        samples = interleaved(variants, seconds=seconds)
+        best = {name: min(times) for name, times in samples.items()}
+        return best, {name: peak_megabytes(variants[name]) for name in ("vitkern", "eager")}
 
 
 def main() -> None:
@@ -83,22 +74,27 @@ def main() -> None:
     compiles = not arguments.no_compile and shutil.which("g++") is not None
     print(f"{cpu_model()}, {arguments.threads} threads, {_C.cpu_isa()} kernels, torch {torch.__version__}")
     headings = "".join(f"{column + ' ms':>13}{'ratio':>7}" for column in ("eager", "compiled"))
-    print(f"{'case':<19}{'dtype':<10}{'pass':<9}{'vitkern ms':>10}{headings}")
+    memory = f"{'vitkern MB':>12}{'eager MB':>10}"
+    print(f"{'case':<19}{'dtype':<10}{'pass':<9}{'vitkern ms':>10}{headings}{memory}")
     for name, dtype, what in ROWS:
         label = f"{name:<19}{str(dtype)[6:]:<10}{what:<9}"
         if arguments.match not in label:
             continue
-        best = measure(name, dtype, what, compiles, arguments.seconds)
-        if best is None:
+        measured = measure(name, dtype, what, compiles, arguments.seconds)
+        if measured is None:
             print(f"{label}  results differ: not timed")
             continue
+        best, peak = measured
         cells = (
             f"{best[column]:>13.2f}{best[column] / best['vitkern']:>6.2f}x"
             if column in best
             else f"{'-':>20}"
             for column in ("eager", "compiled")
         )
-        print(f"{label}{best['vitkern']:>10.2f}{''.join(cells)}", flush=True)
+        print(
+            f"{label}{best['vitkern']:>10.2f}{''.join(cells)}{peak['vitkern']:>12.1f}{peak['eager']:>10.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
 "eager" is the formula in plain torch, "compiled" the same through torch.compile, "sdpa" torch's fused attention with
 shared keys and values. A row is timed only if outputs and gradients agreed in this run. Times are minima over
-interleaved rounds; look at ratios, not at milliseconds.
+interleaved rounds; look at ratios, not at milliseconds. MB: by how much a call raises the process's memory at most.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import vitkern
 from benchmarks.cases import TOKEN_CASES, TokenCase
-from benchmarks.harness import forward_backward, interleaved
+from benchmarks.harness import agree, forward_backward, interleaved, peak_megabytes
 from vitkern import _C, reference
 from vitkern.doctor import cpu_model
 
@@ -58,21 +58,9 @@ def make(op: str, case: TokenCase) -> tuple[Tensor, ...]:
     return case.make_pool() if op == "token_pool" else case.make_project(keys=KEYS)
 
 
-def agree(op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-    """Whether output and gradients are those of the formula in float64, as far as the dtype can tell."""
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    results = []
-    for function, kind in (("vitkern", dtype), ("eager", torch.float64)):
-        leaves = [tensor.to(dtype).to(kind).requires_grad_() for tensor in inputs]
-        output = FUNCTIONS[op][function](*leaves)
-        grad_output = torch.linspace(-1, 1, output.numel()).view(output.shape).to(dtype).to(kind)
-        results.append([output, *torch.autograd.grad(output, leaves, grad_output)])
-    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(*results))
-
-
 def measure(op: str, case: TokenCase, dtype: torch.dtype, what: str, compiles: bool, seconds: float):
     exact = make(op, case)
-    if not agree(op, exact, dtype):
+    if not agree(FUNCTIONS[op]["vitkern"], FUNCTIONS[op]["eager"], exact, dtype):
         return None
     inputs = tuple(tensor.to(dtype).requires_grad_(what == "both") for tensor in exact)
     functions: dict[str, Callable[..., Tensor]] = dict(FUNCTIONS[op])
@@ -86,7 +74,8 @@ def measure(op: str, case: TokenCase, dtype: torch.dtype, what: str, compiles: b
     with torch.set_grad_enabled(what == "both"):
         variants = {name: wrap(function) for name, function in functions.items()}
         samples = interleaved(variants, seconds=seconds)
-    return {name: min(times) for name, times in samples.items()}
+        best = {name: min(times) for name, times in samples.items()}
+        return best, {name: peak_megabytes(variants[name]) for name in ("vitkern", "eager")}
 
 
 def main() -> None:
@@ -101,22 +90,26 @@ def main() -> None:
     print(f"{cpu_model()}, {arguments.threads} threads, {_C.cpu_isa()} kernels, torch {torch.__version__}")
     columns = ("eager", "compiled", "sdpa")
     headings = "".join(f"{name + ' ms':>13}{'ratio':>7}" for name in columns)
-    print(f"{'op':<14}{'case':<13}{'batch':<6}{'dtype':<10}{'pass':<9}{'vitkern ms':>10}{headings}")
+    memory = f"{'vitkern MB':>12}{'eager MB':>10}"
+    print(f"{'op':<14}{'case':<13}{'batch':<6}{'dtype':<10}{'pass':<9}{'vitkern ms':>10}{headings}{memory}")
     for op, name, batch, dtype, what in ROWS:
         label = f"{op:<14}{name:<13}{batch:<6}{str(dtype)[6:]:<10}{what:<9}"
         if arguments.match not in label:
             continue
         case = replace(TOKEN_CASES[name], batch=batch)
-        best = measure(op, case, dtype, what, compiles, arguments.seconds)
-        if best is None:
+        measured = measure(op, case, dtype, what, compiles, arguments.seconds)
+        if measured is None:
             print(f"{label}  results differ: not timed")
             continue
+        best, peak = measured
         ours = best["vitkern"]
         cells = (
             f"{best[column]:>13.2f}{best[column] / ours:>6.1f}x" if column in best else f"{'-':>20}"
             for column in columns
         )
-        print(f"{label}{ours:>10.2f}{''.join(cells)}", flush=True)
+        print(
+            f"{label}{ours:>10.2f}{''.join(cells)}{peak['vitkern']:>12.1f}{peak['eager']:>10.1f}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 
@@ -67,3 +68,40 @@ def forward_backward(function: Callable, inputs: tuple[torch.Tensor, ...]) -> Ca
         return torch.autograd.grad(function(*inputs), wanted, grad_output)
 
     return run
+
+
+def agree(
+    function: Callable, formula: Callable, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> bool:
+    """Whether output and gradients are those of the formula in float64, as far as the dtype can tell."""
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    results = []
+    for run, kind in ((function, dtype), (formula, torch.float64)):
+        leaves = [tensor.to(dtype).to(kind).requires_grad_() for tensor in inputs]
+        output = run(*leaves)
+        grad_output = torch.linspace(-1, 1, output.numel()).view(output.shape).to(dtype).to(kind)
+        results.append([output, *torch.autograd.grad(output, leaves, grad_output)])
+    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(*results))
+
+
+def peak_megabytes(run: Callable[[], object]) -> float:
+    """By how much a call raises the memory of this process at most, whoever allocates it. NaN where Linux has no say.
+
+    What a call before left to the allocator is given back first, so that it does not hide what this call takes.
+    """
+    run()  # what is made once stays: threads, plans, scratch
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts again from what is resident now
+    except (OSError, AttributeError):
+        return float("nan")
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in kilobytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
