@@ -216,6 +216,13 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], height: int, widt
     return maps.flatten(2).transpose(1, 2)
 
 
+def sinusoid_positions(tokens: int, channels: int) -> Tensor:
+    """Position encodings [1, N, D] that nobody learns: sines in even channels, cosines in odd ones."""
+    channel = torch.arange(channels, dtype=torch.float64)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] / 10000 ** (2 * (channel // 2) / channels)
+    return torch.where(channel % 2 == 0, angles.sin(), angles.cos()).float()[None]
+
+
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """[B, H W, C] to [B, C, H, W]."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))

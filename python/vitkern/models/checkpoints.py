@@ -105,7 +105,7 @@ def _fitted(key: str, tensor: Tensor, own: Tensor) -> Tensor:
         return tensor
     if key == "patch_embed.proj.weight" and tensor.shape[:2] == own.shape[:2]:
         return F.interpolate(tensor.float(), size=own.shape[2:], mode="bilinear", align_corners=False)
-    if key == "pos_embed" and tensor.shape[-1] == own.shape[-1]:
+    if key.rpartition(".")[2] == "pos_embed" and tensor.shape[-1] == own.shape[-1]:
         return resize_pos_embed(tensor, own.shape[1])
     if key.endswith(TABLE) and tensor.shape[-1] == own.shape[-1]:
         return resize_table(tensor, own.shape[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What backbones that return a feature pyramid have in common."""
+"""What models have in common, and those that return a feature pyramid."""
 
 from __future__ import annotations
 
@@ -23,11 +23,46 @@ class FeatureInfo(list[dict[str, Any]]):
         return [info["module"] for info in self]
 
 
-class Pyramid(nn.Module):
+class Backbone(nn.Module):
+    """A model of images with `in_chans` channels."""
+
+    in_chans: int
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are computed a second time in the backward pass instead of remembered."""
+        for module in self.modules():
+            if hasattr(module, "with_cp"):
+                module.with_cp = enable  # type: ignore[assignment]
+
+    def no_weight_decay(self) -> set[str]:
+        names = {"pos_embed", "cls_token", "level_embed"}
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.rpartition(".")[2] in names or "pos_embed" in name
+        }
+
+    def _checked(self, image: Tensor, multiple: int, advice: str = "") -> Tensor:
+        self._check_channels(image)
+        height, width = image.shape[2:]
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"{type(self).__name__}: height and width must be multiples of {multiple}, "
+                f"got {height} x {width}{advice}"
+            )
+        return image
+
+    def _check_channels(self, image: Tensor) -> None:
+        if image.dim() != 4 or image.shape[1] != self.in_chans:
+            raise ValueError(
+                f"{type(self).__name__}: image must be [B, {self.in_chans}, H, W], got {list(image.shape)}"
+            )
+
+
+class Pyramid(Backbone):
     """A backbone of four maps at strides 4, 8, 16 and 32, each with embed_dim channels."""
 
     embed_dim: int
-    in_chans: int
     out_levels: tuple[int, ...] = (0, 1, 2, 3)
     pad_input = False
 
@@ -38,30 +73,13 @@ class Pyramid(nn.Module):
             for level in self.out_levels
         )
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are computed a second time in the backward pass instead of remembered."""
-        for module in self.modules():
-            if hasattr(module, "with_cp"):
-                module.with_cp = enable  # type: ignore[assignment]
-
-    def no_weight_decay(self) -> set[str]:
-        names = {"pos_embed", "cls_token", "level_embed"}
-        return {name for name, _ in self.named_parameters() if name in names or "pos_embed" in name}
-
-    def _checked(self, image: Tensor, multiple: int) -> Tensor:
+    def _checked(self, image: Tensor, multiple: int, advice: str = "; pad_input=True pads them") -> Tensor:
         """The image, padded to the multiple that the maps need where that was asked for."""
-        name = type(self).__name__
-        if image.dim() != 4 or image.shape[1] != self.in_chans:
-            raise ValueError(f"{name}: image must be [B, {self.in_chans}, H, W], got {list(image.shape)}")
-        height, width = image.shape[2:]
         if self.pad_input:
+            self._check_channels(image)
+            height, width = image.shape[2:]
             return F.pad(image, (0, -width % multiple, 0, -height % multiple))
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"{name}: height and width must be multiples of {multiple}, got {height} x {width}; "
-                "pad_input=True pads them"
-            )
-        return image
+        return super()._checked(image, multiple, advice)
 
     def _cropped(self, maps: Sequence[Tensor], image: Tensor) -> list[Tensor]:
         """Without what lies wholly in the padding."""

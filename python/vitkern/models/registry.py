@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -14,21 +14,29 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Entry:
-    """A name, what builds its model, and the height and width for which that is made when nothing else is asked for."""
+    """A name, what builds its model, the height and width for which that is made when nothing else is asked for, and
+    the arguments with which it returns feature maps."""
 
     name: str
     build: Callable[..., nn.Module]
     img_size: int
+    features: dict[str, Any] = field(default_factory=dict)
 
 
 _ENTRIES: dict[str, Entry] = {}
 
 
-def register(name: str, build: Callable[..., nn.Module], *, img_size: int = 224) -> None:
-    """`build` takes `img_size` and whatever else its model takes."""
+def register(
+    name: str,
+    build: Callable[..., nn.Module],
+    *,
+    img_size: int = 224,
+    features: dict[str, Any] | None = None,
+) -> None:
+    """`build` takes `img_size` and whatever else its model takes; `features` makes a classifier return maps."""
     if name in _ENTRIES:
         raise ValueError(f"there is a model named {name!r} already")
-    _ENTRIES[name] = Entry(name, build, img_size)
+    _ENTRIES[name] = Entry(name, build, img_size, features or {})
 
 
 def entry(name: str) -> Entry:
@@ -56,6 +64,8 @@ def create_model(
         **overrides: arguments of the model's class in place of the named configuration's; all models take `img_size`.
     """
     chosen = entry(name)
+    if features_only:
+        overrides = {**chosen.features, **overrides}
     model = chosen.build(**{"img_size": chosen.img_size, **overrides})
     if features_only and not hasattr(model, "feature_info"):
         raise ValueError(

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ViTAE (arXiv 2106.03348) and ViTAEv2 (arXiv 2202.10108): transformers with the biases of convolutions.
+
+Parameters, buffers and results are those of the released code, which departs from the first paper: its small models
+have neither class token nor positions, and their last reduction cell has no attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitkern.models.blocks import Layer, drop_path_rates, run, to_map
+from vitkern.models.pyramid import Backbone, FeatureInfo, Pyramid
+from vitkern.models.vitae_cells import (
+    PRM,
+    RC_WINDOW,
+    Attention,
+    NormalCell,
+    ReductionCell,
+    TokenEmbedding,
+    TokenPerformer,
+    TokenTransformer,
+    WindowAttention,
+    convolutions,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOptions:
+    """A reduction cell (RC) and normal cells (NC), under the names of the released code.
+
+    Args:
+        embed_dims: channels of each of the reduction cell's dilated convolutions.
+        token_dims: channels of the tokens; one number for all stages is doubled from each to the next.
+        downsample_ratios: how much shorter each side of the map becomes; 1: there is no reduction cell.
+        kernel_size, dilations, RC_op: of the dilated convolutions, which are concatenated ("cat") or added ("sum").
+        RC_tokens_type, RC_heads: the reduction cell's attention.
+        RC_group, NC_group: groups of the convolutions beside attention.
+        NC_tokens_type, NC_heads, NC_depth: the normal cells' attention, and how many they are.
+        mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate: of the normal cells.
+    """
+
+    embed_dims: int
+    token_dims: int
+    downsample_ratios: int
+    RC_tokens_type: str
+    NC_tokens_type: str
+    NC_depth: int
+    NC_heads: int
+    NC_group: int
+    mlp_ratio: float
+    kernel_size: int
+    dilations: Sequence[int]
+    RC_op: str
+    RC_heads: int
+    RC_group: int
+    qkv_bias: bool
+    qk_scale: float | None
+    drop_rate: float
+    attn_drop_rate: float
+
+    @property
+    def hidden(self) -> int:
+        return int(self.token_dims * self.mlp_ratio)
+
+
+TINY = dict(
+    embed_dims=[64, 64, 128],
+    token_dims=[64, 64, 256],
+    downsample_ratios=[4, 2, 2],
+    RC_tokens_type=["performer", "performer", "performer_less"],
+    NC_tokens_type="transformer",
+    NC_depth=[0, 0, 7],
+    NC_heads=[1, 1, 4],
+    NC_group=[1, 1, 64],
+    mlp_ratio=2.0,
+)
+SMALL_V2 = dict(
+    embed_dims=[64, 64, 128, 256],
+    token_dims=[64, 128, 256, 512],
+    downsample_ratios=[4, 2, 2, 2],
+    RC_tokens_type=["window", "window", "transformer", "transformer"],
+    RC_heads=[1, 1, 2, 4],
+    RC_group=[1, 16, 32, 64],
+    NC_tokens_type=["window", "window", "transformer", "transformer"],
+    NC_depth=[2, 2, 8, 2],
+    NC_heads=[1, 2, 4, 8],
+    NC_group=[1, 32, 64, 128],
+    mlp_ratio=4.0,
+)
+COMMON = dict(
+    kernel_size=[7, 3, 3, 3],
+    dilations=[[1, 2, 3, 4], [1, 2, 3], [1, 2], [1, 2]],
+    RC_op="cat",
+    RC_heads=1,
+    RC_group=1,
+    qkv_bias=True,
+    qk_scale=None,
+    drop_rate=0.0,
+    attn_drop_rate=0.0,
+)
+
+
+def stage_options(stages: int, options: dict[str, Any]) -> list[StageOptions]:
+    """The options of each stage, of which one value may stand for all."""
+    if isinstance(options["token_dims"], int):
+        options["token_dims"] = [options["token_dims"] << stage for stage in range(stages)]
+    for name, option in options.items():
+        if not isinstance(option, (list, tuple)):
+            options[name] = [option] * stages
+        elif len(option) < stages:
+            raise ValueError(
+                f"{name} must be one value or one for each of the {stages} stages, got {len(option)}"
+            )
+    return [
+        StageOptions(**{name: option[stage] for name, option in options.items()}) for stage in range(stages)
+    ]
+
+
+def one_of(name: str, option: str, kinds: Sequence[str]) -> str:
+    if option not in kinds:
+        raise ValueError(f"{name} must be one of {tuple(kinds)}, got {option!r}")
+    return option
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Stage(nn.Module):
+    def __init__(self, reduction: nn.Module | None, cells: Sequence[NormalCell], with_cp: bool) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.RC = reduction or nn.Identity()
+        self.NC = nn.ModuleList(cells)
+
+    def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+        """An image or tokens of H x W places to tokens [B, (1 +) H' W', C'], with H' and W'."""
+        if not isinstance(self.RC, nn.Identity):
+            x, height, width = self.RC(x if x.dim() == 4 else to_map(x, height, width))
+        for cell in self.NC:
+            x = run(partial(cell, height=height, width=width), x, with_cp=self.with_cp)
+        return x, height, width
+
+
+class Stages(Backbone):
+    """What the versions have in common: all but what their cells are made of."""
+
+    layers: nn.ModuleList
+
+    def build(
+        self,
+        options: Sequence[StageOptions],
+        img_size: int,
+        in_chans: int,
+        num_classes: int,
+        drop_path_rate: float,
+        norm_layer: Layer,
+        use_checkpoint: bool,
+    ) -> None:
+        """The stages and the classifier."""
+        self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
+        self.num_features = options[-1].token_dims
+        self.stride = math.prod(stage.downsample_ratios for stage in options)
+        rates = drop_path_rates(drop_path_rate, sum(stage.NC_depth for stage in options))
+        self.layers = nn.ModuleList()
+        before = 0  # the released code counts the cells of the previous stage only
+        for stage in options:
+            reduction = self.reduction(stage, in_chans, img_size) if stage.downsample_ratios > 1 else None
+            cells = [
+                NormalCell(
+                    stage.token_dims,
+                    self.attention(stage),
+                    self.convolutions(stage),
+                    stage.hidden,
+                    drop=stage.drop_rate,
+                    drop_path=rates[before + cell],
+                    norm_layer=norm_layer,
+                )
+                for cell in range(stage.NC_depth)
+            ]
+            self.layers.append(Stage(reduction, cells, use_checkpoint))
+            before, in_chans = stage.NC_depth, stage.token_dims
+            img_size //= stage.downsample_ratios
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.apply(initialise)
+
+    def attention_options(self, options: StageOptions) -> dict[str, Any]:
+        return dict(
+            qkv_bias=options.qkv_bias,
+            qk_scale=options.qk_scale,
+            attn_drop=options.attn_drop_rate,
+            proj_drop=options.drop_rate,
+        )
+
+    def prm(self, options: StageOptions, in_chans: int) -> PRM:
+        return PRM(
+            in_chans,
+            options.embed_dims,
+            options.kernel_size,
+            options.downsample_ratios,
+            options.dilations,
+            options.RC_op,
+        )
+
+    def reduction(self, options: StageOptions, in_chans: int, img_size: int) -> nn.Module | None:
+        raise NotImplementedError
+
+    def attention(self, options: StageOptions) -> Attention:
+        """That of a normal cell."""
+        raise NotImplementedError
+
+    def convolutions(self, options: StageOptions) -> nn.Sequential:
+        """Beside it."""
+        raise NotImplementedError
+
+
+def strides(ratio: int) -> list[int]:
+    """Of the three convolutions of a reduction cell."""
+    if ratio not in (2, 4, 8):
+        raise ValueError(f"downsample_ratios must be 2, 4 or 8 beside convolutions, got {ratio}")
+    return [2 if ratio >> index > 1 else 1 for index in range(3)]
+
+
+class ViTAE(Stages):
+    """ViTAE for images [B, C, H, H], of which it makes [B, num_classes]. Its own defaults are those of ViTAE-T.
+
+    Args:
+        num_classes: 0: the features that would be classified, [B, C].
+        class_token: a class token through the normal cells, and a norm before the classifier, which reads the mean of
+            the other tokens. It comes from the reduction cell of type "embedding", as in the large models.
+        sinusoid: the paper's form instead, for which there are no weights: class token and fixed positions before
+            the last stage's normal cells, and the class token is what is classified.
+        drop_path_rate: stochastic depth of the last cell.
+        use_checkpoint: recompute normal cells in the backward pass.
+        **options: those of :class:`StageOptions`, one value for all stages or one for each. Types of reduction cells
+            are "performer", "performer_less", "embedding" and "none", of normal cells "transformer" and
+            "transformer_shallow".
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        *,
+        stages: int = 3,
+        class_token: bool = False,
+        sinusoid: bool = False,
+        drop_path_rate: float = 0.0,
+        norm_layer: Layer | None = None,
+        use_checkpoint: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        per_stage = stage_options(stages, {**COMMON, **TINY, **options})
+        norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
+        self.class_token, self.sinusoid, self.last = class_token, sinusoid, per_stage[-1]
+        self.fc_norm = norm_layer(self.last.token_dims) if class_token or sinusoid else None
+        self.build(per_stage, img_size, in_chans, num_classes, drop_path_rate, norm_layer, use_checkpoint)
+
+    def reduction(self, options: StageOptions, in_chans: int, img_size: int) -> nn.Module | None:
+        kinds = ("performer", "performer_less", "embedding", "none")
+        kind = one_of("RC_tokens_type", options.RC_tokens_type, kinds)
+        channels, ratio = options.token_dims, options.downsample_ratios
+        if kind == "none":
+            return None
+        if kind == "embedding":
+            return TokenEmbedding(img_size, ratio, in_chans, channels)
+        prm, sinusoid = self.prm(options, in_chans), self.sinusoid and options is self.last
+        if kind == "performer_less":
+            return ReductionCell(prm, sinusoid=sinusoid)
+        if options.RC_heads != 1:
+            raise ValueError(f"RC_heads must be 1 for a performer, got {options.RC_heads}")
+        widths = (in_chans, options.embed_dims, options.embed_dims, channels)
+        branch = convolutions(
+            widths, options.RC_group, strides=strides(ratio), norms=(False, True), last_act=True
+        )
+        return ReductionCell(prm, TokenPerformer(prm.out_chans, channels), branch, sinusoid)
+
+    def attention(self, options: StageOptions) -> Attention:
+        one_of("NC_tokens_type", options.NC_tokens_type, ("transformer", "transformer_shallow"))
+        channels = options.token_dims
+        return Attention(channels, channels, options.NC_heads, **self.attention_options(options))
+
+    def convolutions(self, options: StageOptions) -> nn.Sequential:
+        channels, hidden = options.token_dims, options.hidden
+        if options.NC_tokens_type == "transformer_shallow":
+            return convolutions((channels, hidden, channels), options.NC_group)
+        return convolutions((channels, hidden, channels, channels), options.NC_group, last_act=True)
+
+    def forward_features(self, image: Tensor) -> Tensor:  # [B, C]
+        height, width = self._checked(image, self.stride).shape[2:]
+        if height != width:
+            raise ValueError(
+                f"ViTAE: images must be square, got {height} x {width}; ViTAEv2 takes those of any shape"
+            )
+        x = image
+        for stage in self.layers:
+            x, height, width = stage(x, height, width)
+        x = x[:, 0] if self.sinusoid else x[:, -height * width :].mean(1)
+        return x if self.fc_norm is None else self.fc_norm(x)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.forward_features(image))
+
+
+class ViTAEv2(Stages, Pyramid):
+    """ViTAEv2 for images [B, C, H, W]. Its own defaults are those of ViTAEv2-S.
+
+    It makes [B, num_classes], or the maps of some stages, [B, C_s, H / stride, W / stride]. Height and width are
+    multiples of the last stride.
+
+    Args:
+        num_classes: 0: the features that would be classified, [B, C].
+        out_indices: stages whose maps are returned; None: there is a classifier instead.
+        window_size: of normal cells; those of reduction cells are 7 x 7.
+        relative_pos: whether windows have learnable biases of position.
+        drop_path_rate: stochastic depth of the last cell.
+        use_checkpoint: recompute normal cells in the backward pass.
+        pad_input: pads images to multiples of the last stride and crops the maps; they are refused otherwise.
+        **options: those of :class:`StageOptions`, one value for all stages or one for each. Types of reduction cells
+            are "window", "transformer" and "performer_less", of normal cells "window" and "transformer".
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        *,
+        stages: int = 4,
+        out_indices: Sequence[int] | None = None,
+        window_size: int = 7,
+        relative_pos: bool = False,
+        drop_path_rate: float = 0.0,
+        norm_layer: Layer | None = None,
+        use_checkpoint: bool = False,
+        pad_input: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.window_size, self.relative_pos, self.pad_input = window_size, relative_pos, pad_input
+        self.out_indices = None if out_indices is None else tuple(out_indices)
+        self.options = stage_options(stages, {**COMMON, **SMALL_V2, **options})
+        norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
+        self.build(self.options, img_size, in_chans, num_classes, drop_path_rate, norm_layer, use_checkpoint)
+        if out_indices is not None:
+            del self.head
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        if self.out_indices is None:
+            raise AttributeError("a classifier has no feature_info: give out_indices")
+        ratios = [stage.downsample_ratios for stage in self.options]
+        return FeatureInfo(
+            {
+                "num_chs": self.options[level].token_dims,
+                "reduction": math.prod(ratios[: level + 1]),
+                "module": f"layers.{level}",
+            }
+            for level in self.out_indices
+        )
+
+    def windows(self, size: int, index_size: int) -> dict[str, Any]:
+        """Released classifiers have a buffer of positions in each window even where they have no biases of them."""
+        return dict(
+            window_size=size,
+            relative_pos=self.relative_pos,
+            index_size=0 if self.out_indices is not None else index_size,
+        )
+
+    def reduction(self, options: StageOptions, in_chans: int, img_size: int) -> nn.Module | None:
+        kind = one_of("RC_tokens_type", options.RC_tokens_type, ("window", "transformer", "performer_less"))
+        prm, channels, ratio = self.prm(options, in_chans), options.token_dims, options.downsample_ratios
+        if kind == "performer_less":
+            return ReductionCell(prm)
+        attention: Attention
+        if kind == "window":
+            windows = self.windows(RC_WINDOW, min(RC_WINDOW, img_size // ratio))
+            attention = WindowAttention(prm.out_chans, channels, options.RC_heads, **windows)
+        else:
+            attention = Attention(prm.out_chans, channels, options.RC_heads, qkv_bias=False, value_skip=True)
+        widths = (in_chans, options.embed_dims, options.embed_dims, channels)
+        branch = convolutions(widths, options.RC_group, strides=strides(ratio))
+        return ReductionCell(prm, TokenTransformer(prm.out_chans, attention, channels), branch)
+
+    def attention(self, options: StageOptions) -> Attention:
+        kind = one_of("NC_tokens_type", options.NC_tokens_type, ("window", "transformer"))
+        channels, common = options.token_dims, self.attention_options(options)
+        if kind == "transformer":
+            return Attention(channels, channels, options.NC_heads, **common)
+        windows = self.windows(self.window_size, self.window_size)
+        return WindowAttention(channels, channels, options.NC_heads, **windows, **common)
+
+    def convolutions(self, options: StageOptions) -> nn.Sequential:
+        channels = options.token_dims
+        return convolutions((channels, options.hidden, channels, channels), options.NC_group)
+
+    def stage_outputs(self, image: Tensor) -> list[tuple[Tensor, int, int]]:
+        """Tokens, height and width after each stage."""
+        x = self._checked(image, self.stride)
+        height, width = x.shape[2:]
+        outputs = []
+        for stage in self.layers:
+            x, height, width = stage(x, height, width)
+            outputs.append((x, height, width))
+        return outputs
+
+    def forward_features(self, image: Tensor) -> Tensor:  # [B, C]
+        return self.stage_outputs(image)[-1][0].mean(1)
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        if self.out_indices is None:
+            return self.head(self.forward_features(image))
+        outputs = self.stage_outputs(image)
+        return self._cropped([to_map(*outputs[level]) for level in self.out_indices], image)
