@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the examples share: arguments, devices and processes, a progress bar, checkpoints that survive a kill, a loop.
+
+A script makes a :class:`Run` of its arguments, hands its model to :meth:`Run.parallel` and the rest to :func:`fit`.
+Started by ``python`` it is one process, started by ``torchrun`` it trains with DDP, or with FSDP2 if given ``--fsdp``;
+the batches are the same whatever the number of processes. Started again after a kill it goes on from its last epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def arguments(description: str | None, *, output: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with what every example takes; `defaults` are those of epochs, batch_size and lr."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int, help="of all processes together")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ..."
+    )
+    parser.add_argument("--amp", choices=AMP, default="off", help="train under autocast")
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: shard parameters, not only data")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own number")
+    parser.add_argument(
+        "--output", type=Path, default=Path(output), help="folder for checkpoints and pictures"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start anew where a checkpoint could be resumed")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+class Run:
+    """Where a script runs: its device, its place among the processes, its precision. A context manager."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.device = self._device(options.device)
+        self.amp: torch.dtype | None = AMP[options.amp]
+        if self.amp is torch.float16 and self.device.type == "cpu":
+            raise SystemExit("--amp fp16 needs a GPU: use --amp bf16 on a CPU")
+        if options.fsdp and self.world_size == 1:
+            raise SystemExit("--fsdp shards over processes: start the script with torchrun")
+        self.fsdp, self.seed = options.fsdp, options.seed
+        self.output: Path = options.output
+        self.fresh = options.fresh
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        torch.manual_seed(self.seed)
+
+    def _device(self, wanted: str) -> torch.device:
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(wanted)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return device
+
+    def __enter__(self) -> Run:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.output.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    def say(self, *text: object) -> None:
+        if self.main:
+            print(*text, flush=True)
+
+    def parallel(self, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> nn.Module:
+        """The model on its device, its gradients shared between the processes; FSDP2 shards each block apart."""
+        model = model.to(self.device)
+        if self.world_size == 1:
+            return model
+        if not self.fsdp:
+            return nn.parallel.DistributedDataParallel(model)
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.amp) if self.amp else nullcontext()
+
+    def batches(self, samples: int, batch_size: int, epoch: int | None = None) -> Iterator[Tensor]:
+        """This process's share of each batch of sample numbers: shuffled and whole in an epoch, else in order."""
+        if batch_size % self.world_size:
+            raise SystemExit(f"--batch-size {batch_size} cannot be shared by {self.world_size} processes")
+        order = torch.arange(samples)
+        if epoch is not None:
+            shuffle = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(samples, generator=shuffle)[: samples // batch_size * batch_size]
+        for batch in order.split(batch_size):
+            yield batch.tensor_split(self.world_size)[self.rank]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all processes."""
+        if dist.is_initialized():
+            dist.all_reduce(values)
+        return values
+
+
+class Progress:
+    """A bar with the time left; where the output is no terminal, a line each time that a note is given."""
+
+    WIDTH = 24
+
+    def __init__(self, label: str, total: int, done: int = 0, *, show: bool = True) -> None:
+        self.label, self.total, self.done, self.first = label, total, done, done
+        self.show, self.live = show, show and sys.stderr.isatty()
+        self.start = time.monotonic()
+
+    def step(self, note: str = "") -> None:
+        self.done += 1
+        if self.live:
+            print(f"\r\033[K{self}", end="", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        if self.show:
+            print(f"\r\033[K{self}  {text}" if self.live else f"{self}  {text}", file=sys.stderr, flush=True)
+
+    def __str__(self) -> str:
+        filled = self.WIDTH * self.done // max(self.total, 1)
+        elapsed = time.monotonic() - self.start
+        left = elapsed / max(self.done - self.first, 1) * (self.total - self.done)
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        return f"{self.label} [{bar}] {self.done}/{self.total}, {left:.0f} s left"
+
+
+def write(state: Any, path: Path) -> None:
+    """As torch.save, but the file is the old one or the new one, whenever the process is killed."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def cosine(lr: float, step: int, steps: int, warmup: int) -> float:
+    """The learning rate of a step: a straight rise, then half a cosine down to zero."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def fit(
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    label: str,
+    samples: int,
+    batch_size: int,
+    epochs: int,
+    lr: float,
+    evaluate: Callable[[], str] | None = None,
+    warmup_epochs: float = 1.0,
+) -> None:
+    """Trains, and writes `label`.pt after each epoch, from which the next start goes on.
+
+    Args:
+        model: as :meth:`Run.parallel` returned it. Only what is trained of it is written.
+        optimizer: of one group; its rate follows a cosine from `lr`.
+        loss: of the samples with these numbers, a mean. Called in training mode, under autocast if asked for.
+        samples: how many there are.
+        evaluate: what to say after an epoch. Called in evaluation mode, in all processes.
+    """
+    path = run.output / f"{label}.pt"
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
+    first = 0
+    if path.exists() and not run.fresh:
+        first = _resume(path, model, optimizer, scaler)
+        run.say(f"{label}: {first} of {epochs} epochs are done in {path}")
+    steps = samples // batch_size
+    progress = Progress(label, epochs * steps, first * steps, show=run.main)
+    for epoch in range(first, epochs):
+        torch.manual_seed((run.seed * 1000 + epoch) * run.world_size + run.rank)
+        model.train()
+        for batch in run.batches(samples, batch_size, epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(lr, progress.done, epochs * steps, int(warmup_epochs * steps))
+            with run.autocast():
+                value = loss(batch)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            progress.step()
+        model.eval()
+        with torch.no_grad():
+            said = evaluate() if evaluate else ""
+        progress.note(f"epoch {epoch + 1}: loss {value.item():.3f} {said}")
+        _save(path, model, optimizer, scaler, epoch + 1, run.main)
+    model.eval()
+
+
+OPTIONS = dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+def _save(path: Path, model: nn.Module, optimizer: Any, scaler: Any, epochs: int, main: bool) -> None:
+    state = {
+        "epochs": epochs,
+        "model": get_model_state_dict(model, options=StateDictOptions(**OPTIONS)),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**OPTIONS)),
+        "scaler": scaler.state_dict(),
+    }
+    if main:
+        write(state, path)
+
+
+def _resume(path: Path, model: nn.Module, optimizer: Any, scaler: Any) -> int:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    options = StateDictOptions(**OPTIONS, strict=False)
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    scaler.load_state_dict(state["scaler"])
+    return int(state["epochs"])
