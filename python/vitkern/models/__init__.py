@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the ViT-Adapter family, with the parameter names of the projects they come from."""
 
+from vitkern.models import visual_transformer_configs as visual_transformer_configs
 from vitkern.models import vit_adapter_configs as vit_adapter_configs
 from vitkern.models import vitae_configs as vitae_configs
 from vitkern.models.checkpoints import load_checkpoint, save_checkpoint
 from vitkern.models.layer_decay import layer_decay_groups
 from vitkern.models.registry import create_model, list_models
+from vitkern.models.visual_transformer import VTFPN, VTResNet
 from vitkern.models.vit_adapter import BEiTAdapter, UniPerceiverAdapter, ViTAdapter
 from vitkern.models.vit_baseline import ViTBaseline
 from vitkern.models.vitae import ViTAE, ViTAEv2
 
 __all__ = [
+    "VTFPN",
     "BEiTAdapter",
     "UniPerceiverAdapter",
+    "VTResNet",
     "ViTAE",
     "ViTAEv2",
     "ViTAdapter",

@@ -3,12 +3,21 @@
 
 from vitkern.nn.adapter_bottleneck import AdapterBottleneck
 from vitkern.nn.ms_deform_attn import MSDeformAttn
-from vitkern.nn.tokens import FilterTokenizer, RecurrentTokenizer, TokenProjector, TokenTransformer
+from vitkern.nn.tokens import (
+    ClusteringTokenizer,
+    FilterTokenizer,
+    PoolingTokenizer,
+    RecurrentTokenizer,
+    TokenProjector,
+    TokenTransformer,
+)
 
 __all__ = [
     "AdapterBottleneck",
+    "ClusteringTokenizer",
     "FilterTokenizer",
     "MSDeformAttn",
+    "PoolingTokenizer",
     "RecurrentTokenizer",
     "TokenProjector",
     "TokenTransformer",
