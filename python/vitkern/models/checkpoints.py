@@ -150,8 +150,8 @@ def load_checkpoint(
         raise ValueError(
             f"{source} has no tensor for {type(model).__name__}; its keys begin with {list(tensors)[:3]}"
         )
-    for key in tensors.keys() & own.keys():
-        if tensors[key].shape != own[key].shape:
+    for key in own:
+        if key in tensors and tensors[key].shape != own[key].shape:
             raise ValueError(
                 f"{key} is {list(tensors[key].shape)} in {source} and {list(own[key].shape)} in {type(model).__name__}"
             )

@@ -224,6 +224,16 @@ class Stages(Backbone):
         raise NotImplementedError
 
 
+def checked(prm: PRM, options: StageOptions) -> PRM:
+    """The dilated convolutions of a cell that has no attention to change their channels."""
+    if prm.out_chans != options.token_dims:
+        raise ValueError(
+            f"token_dims of a performer_less cell must be {prm.out_chans}, what its convolutions make together, "
+            f"got {options.token_dims}"
+        )
+    return prm
+
+
 def strides(ratio: int) -> list[int]:
     """Of the three convolutions of a reduction cell."""
     if ratio not in (2, 4, 8):
@@ -267,6 +277,8 @@ class ViTAE(Stages):
         self.class_token, self.sinusoid, self.last = class_token, sinusoid, per_stage[-1]
         self.fc_norm = norm_layer(self.last.token_dims) if class_token or sinusoid else None
         self.build(per_stage, img_size, in_chans, num_classes, drop_path_rate, norm_layer, use_checkpoint)
+        if sinusoid and not isinstance(self.layers[-1].RC, ReductionCell):
+            raise ValueError("sinusoid=True needs a reduction cell without a class token in the last stage")
 
     def reduction(self, options: StageOptions, in_chans: int, img_size: int) -> nn.Module | None:
         kinds = ("performer", "performer_less", "embedding", "none")
@@ -278,7 +290,7 @@ class ViTAE(Stages):
             return TokenEmbedding(img_size, ratio, in_chans, channels)
         prm, sinusoid = self.prm(options, in_chans), self.sinusoid and options is self.last
         if kind == "performer_less":
-            return ReductionCell(prm, sinusoid=sinusoid)
+            return ReductionCell(checked(prm, options), sinusoid=sinusoid)
         if options.RC_heads != 1:
             raise ValueError(f"RC_heads must be 1 for a performer, got {options.RC_heads}")
         widths = (in_chans, options.embed_dims, options.embed_dims, channels)
@@ -383,7 +395,7 @@ class ViTAEv2(Stages, Pyramid):
         kind = one_of("RC_tokens_type", options.RC_tokens_type, ("window", "transformer", "performer_less"))
         prm, channels, ratio = self.prm(options, in_chans), options.token_dims, options.downsample_ratios
         if kind == "performer_less":
-            return ReductionCell(prm)
+            return ReductionCell(checked(prm, options))
         attention: Attention
         if kind == "window":
             windows = self.windows(RC_WINDOW, min(RC_WINDOW, img_size // ratio))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models look at: attention distances, the pixels of tokens, Grad-CAM. Tensors only: drawing is left to others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitkern.models.blocks import to_map
+from vitkern.models.vitae_cells import WindowAttention
+
+
+def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens that an image of that size makes, perhaps with a class token before them."""
+    for stride in (4, 8, 16, 32):
+        rows, columns = -(-height // stride), -(-width // stride)
+        if tokens - rows * columns in (0, 1):
+            return rows, columns
+    raise ValueError(f"{tokens} tokens are those of no map of an image of {height} x {width}")
+
+
+@contextmanager
+def _observed(
+    model: nn.Module, method: str, observe: Callable[[str, nn.Module, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    """Inside, each call of a module that has the method is shown: the module's name, itself, its arguments."""
+
+    def watch(name: str, module: nn.Module) -> Any:
+        return module.register_forward_pre_hook(lambda module, inputs: observe(name, module, inputs))
+
+    handles = [watch(name, module) for name, module in model.named_modules() if hasattr(module, method)]
+    if not handles:
+        raise ValueError(f"no module of {type(model).__name__} has the method {method}")
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mean_distance(weights: Tensor, rows: int, columns: int, real: Tensor) -> Tensor:
+    """[B, M, N, N] on a grid to [M], in steps of the grid, of the tokens that are real [B, N]."""
+    grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    places = torch.stack(grid, -1).flatten(0, 1).to(weights)
+    weights = weights * real[:, None, None]
+    distances = (weights * torch.cdist(places, places)).sum(-1) / weights.sum(-1)  # [B, M, N]
+    return (distances * real[:, None]).sum((0, 2)) / real.sum()
+
+
+@torch.no_grad()
+def mean_attention_distances(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """How far the tokens of a ViTAE look, in pixels: for each attention, the mean of each head, [M].
+
+    The mean over images and tokens of the sum over all others of attention times distance. Class tokens, and the
+    padding of windows, neither look nor are looked at.
+    """
+    found = {}
+
+    def observe(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x, height, width = inputs[0], *inputs[-2:]
+        weights = module.attention_weights(*inputs).float()  # type: ignore[operator]
+        if isinstance(module, WindowAttention):
+            rows = columns = module.window_size
+            real = module.windows(torch.ones_like(x[:, :, :1]), height, width)[0].squeeze(-1).float()
+        else:
+            first = weights.shape[-1] - height * width
+            rows, columns, weights = height, width, weights[:, :, first:, first:]
+            real = weights.new_ones(weights.shape[0], height * width)
+        found[name] = _mean_distance(weights, rows, columns, real) * (image.shape[2] / height)
+
+    with _observed(model, "attention_weights", observe):
+        model(image)
+    return found
+
+
+@torch.no_grad()
+def token_attention(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Where the tokens of a Visual Transformer come from: for each tokenizer, weights of the pixels [B, T, h, w].
+
+    Those of a token add up to 1. Pooling tokenizers have none.
+    """
+    found = {}
+
+    def observe(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        weights = module.attention_map(*inputs)  # type: ignore[operator]  # [B, N, T]
+        rows, columns = grid_of(weights.shape[1], *image.shape[2:])
+        found[name] = to_map(weights, rows, columns)
+
+    with _observed(model, "attention_map", observe):
+        model(image)
+    return found
+
+
+def grad_cam(
+    model: nn.Module, image: Tensor, classes: Tensor | None = None, layer: nn.Module | None = None
+) -> Tensor:
+    """Grad-CAM (arXiv 1610.02391): which pixels speak for a class.
+
+    Args:
+        model: a classifier, in evaluation mode.
+        image: ``[B, C, H, W]``.
+        classes: a class for each image, ``[B]``; None: what the model takes it for.
+        layer: whose output is looked at, a map or tokens; None: the last stage of a ViTAE. Where a class token is
+            classified it has to be an earlier one, and in a VTResNet it can be ``model.layer3[-1]``.
+
+    Returns:
+        ``[B, H, W]``, from 0 to 1.
+    """
+    if layer is None:
+        layer = model.layers[-1]  # type: ignore[index, assignment]
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(  # type: ignore[union-attr]
+        lambda module, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        with torch.enable_grad():
+            logits = model(image.detach().requires_grad_())
+    finally:
+        handle.remove()
+    classes = logits.argmax(-1) if classes is None else classes
+    if not seen:
+        raise ValueError("the layer is not called itself, only modules inside it: give one of them")
+    features = seen[0]
+    (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), features)
+    if features.dim() == 3:
+        rows, columns = grid_of(features.shape[1], *image.shape[2:])
+        features = to_map(features[:, -rows * columns :], rows, columns)
+        gradient = to_map(gradient[:, -rows * columns :], rows, columns)
+    if not gradient.any():
+        raise ValueError(
+            "the class does not depend on what this layer makes of the image: give an earlier layer"
+        )
+    cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu().detach()
+    cam = F.interpolate(cam, image.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return cam / cam.amax((1, 2), keepdim=True).clamp_min(torch.finfo(cam.dtype).tiny)
