@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage of ViTAE is made of, and how lists of one value for each stage become that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOptions:
+    """A reduction cell (RC) and normal cells (NC), under the names of the released code.
+
+    Args:
+        embed_dims: channels of each of the reduction cell's dilated convolutions.
+        token_dims: channels of the tokens; one number for all stages is doubled from each to the next.
+        downsample_ratios: how much shorter each side of the map becomes; 1: there is no reduction cell.
+        kernel_size, dilations, RC_op: of the dilated convolutions, which are concatenated ("cat") or added ("sum").
+        RC_tokens_type, RC_heads: the reduction cell's attention.
+        RC_group, NC_group: groups of the convolutions beside attention.
+        NC_tokens_type, NC_heads, NC_depth: the normal cells' attention, and how many they are.
+        mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate: of the normal cells.
+    """
+
+    embed_dims: int
+    token_dims: int
+    downsample_ratios: int
+    RC_tokens_type: str
+    NC_tokens_type: str
+    NC_depth: int
+    NC_heads: int
+    NC_group: int
+    mlp_ratio: float
+    kernel_size: int
+    dilations: Sequence[int]
+    RC_op: str
+    RC_heads: int
+    RC_group: int
+    qkv_bias: bool
+    qk_scale: float | None
+    drop_rate: float
+    attn_drop_rate: float
+
+    @property
+    def hidden(self) -> int:
+        return int(self.token_dims * self.mlp_ratio)
+
+
+TINY = dict(
+    embed_dims=[64, 64, 128],
+    token_dims=[64, 64, 256],
+    downsample_ratios=[4, 2, 2],
+    RC_tokens_type=["performer", "performer", "performer_less"],
+    NC_tokens_type="transformer",
+    NC_depth=[0, 0, 7],
+    NC_heads=[1, 1, 4],
+    NC_group=[1, 1, 64],
+    mlp_ratio=2.0,
+)
+SMALL_V2 = dict(
+    embed_dims=[64, 64, 128, 256],
+    token_dims=[64, 128, 256, 512],
+    downsample_ratios=[4, 2, 2, 2],
+    RC_tokens_type=["window", "window", "transformer", "transformer"],
+    RC_heads=[1, 1, 2, 4],
+    RC_group=[1, 16, 32, 64],
+    NC_tokens_type=["window", "window", "transformer", "transformer"],
+    NC_depth=[2, 2, 8, 2],
+    NC_heads=[1, 2, 4, 8],
+    NC_group=[1, 32, 64, 128],
+    mlp_ratio=4.0,
+)
+COMMON = dict(
+    kernel_size=[7, 3, 3, 3],
+    dilations=[[1, 2, 3, 4], [1, 2, 3], [1, 2], [1, 2]],
+    RC_op="cat",
+    RC_heads=1,
+    RC_group=1,
+    qkv_bias=True,
+    qk_scale=None,
+    drop_rate=0.0,
+    attn_drop_rate=0.0,
+)
+
+
+def stage_options(stages: int, options: dict[str, Any]) -> list[StageOptions]:
+    """The options of each stage, of which one value may stand for all."""
+    if isinstance(options["token_dims"], int):
+        options["token_dims"] = [options["token_dims"] << stage for stage in range(stages)]
+    for name, option in options.items():
+        if not isinstance(option, (list, tuple)):
+            options[name] = [option] * stages
+        elif len(option) < stages:
+            raise ValueError(
+                f"{name} must be one value or one for each of the {stages} stages, got {len(option)}"
+            )
+    return [
+        StageOptions(**{name: option[stage] for name, option in options.items()}) for stage in range(stages)
+    ]
+
+
+def one_of(name: str, option: str, kinds: Sequence[str]) -> str:
+    if option not in kinds:
+        raise ValueError(f"{name} must be one of {tuple(kinds)}, got {option!r}")
+    return option
