@@ -155,8 +155,8 @@ class ViTAE(Stages):
         drop_path_rate: stochastic depth of the last cell.
         use_checkpoint: recompute normal cells in the backward pass.
         **options: those of :class:`StageOptions`, one value for all stages or one for each. Types of reduction cells
-            are "performer", "performer_less", "embedding" and "none", of normal cells "transformer" and
-            "transformer_shallow".
+            are "performer", "performer_less", of which "transformer" is another name, "embedding" and "none", of
+            normal cells "transformer" and "transformer_shallow".
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class ViTAE(Stages):
             raise ValueError("sinusoid=True needs a reduction cell without a class token in the last stage")
 
     def reduction(self, options: StageOptions, in_chans: int, img_size: int) -> nn.Module | None:
-        kinds = ("performer", "performer_less", "embedding", "none")
+        kinds = ("performer", "performer_less", "transformer", "embedding", "none")
         kind = one_of("RC_tokens_type", options.RC_tokens_type, kinds)
         channels, ratio = options.token_dims, options.downsample_ratios
         if kind == "none":
@@ -191,7 +191,7 @@ class ViTAE(Stages):
         if kind == "embedding":
             return TokenEmbedding(img_size, ratio, in_chans, channels)
         prm, sinusoid = self.prm(options, in_chans), self.sinusoid and options is self.last
-        if kind == "performer_less":
+        if kind != "performer":  # the released code has no attention in its "transformer" cells either
             return ReductionCell(checked(prm, options), sinusoid=sinusoid)
         if options.RC_heads != 1:
             raise ValueError(f"RC_heads must be 1 for a performer, got {options.RC_heads}")
