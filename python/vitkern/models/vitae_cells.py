@@ -186,15 +186,17 @@ class TokenTransformer(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, channels)
 
-    def forward(
-        self, x: Tensor, convolved: Tensor, height: int, width: int
-    ) -> Tensor:  # [B, N, C] -> [B, N, C']
+    def forward(self, x: Tensor, convolved: Tensor, height: int, width: int) -> Tensor:
+        """Tokens [B, N, C] and what convolutions made of the same map, [B, N, C'], to [B, N, C']."""
         x = self.attn(self.norm1(x), height, width) + convolved
         return x + self.mlp(self.norm2(x))
 
 
 class TokenPerformer(nn.Module):
-    """The same with attention in linear time: softmax(q k) is the product of positive random features of q and k."""
+    """The same with attention in linear time: random features phi have phi(q) . phi(k) near exp(q . k).
+
+    Keys come first in `kqv`. Dropout is that of the released code, which has no way to change it.
+    """
 
     def __init__(self, in_channels: int, channels: int, drop: float = 0.1) -> None:
         super().__init__()
@@ -216,9 +218,8 @@ class TokenPerformer(nn.Module):
         exponent = F.linear(x, self.w.to(x.dtype)) - x.square().sum(-1, keepdim=True) / 2
         return exponent.exp() / math.sqrt(self.num_features)
 
-    def forward(
-        self, x: Tensor, convolved: Tensor, height: int, width: int
-    ) -> Tensor:  # [B, N, C] -> [B, N, C']
+    def forward(self, x: Tensor, convolved: Tensor, height: int, width: int) -> Tensor:
+        """Tokens [B, N, C] and what convolutions made of the same map, [B, N, C'], to [B, N, C']."""
         key, query, value = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         with full_precision(x):
             key, query = self.features(key), self.features(query)
@@ -258,11 +259,8 @@ class TokenEmbedding(nn.Module):
                 f"{x.shape[2]} x {x.shape[3]}"
             )
         x, height, width = self.PRM(x)
-        return (
-            torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed,
-            height,
-            width,
-        )
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return x + self.pos_embed, height, width
 
 
 class ReductionCell(nn.Module):
