@@ -80,7 +80,7 @@ def train(run: Run, model: nn.Module, data: Digits, held_out: Digits, options: a
 def draw(run: Run, model: nn.Module, data: Digits, label: str) -> None:
     """Two pictures in the output folder. All processes compute, for a sharded model needs all of them."""
     images = torch.stack([data.images[data.labels == digit][0] for digit in range(10)])
-    cams = grad_cam(model, images).cpu()
+    cams = grad_cam(model, images).cpu().numpy()
     distances = {name: d.cpu() for name, d in mean_attention_distances(model, data.images[:64]).items()}
     if not run.main:
         return
@@ -93,7 +93,7 @@ def draw(run: Run, model: nn.Module, data: Digits, label: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 10, figsize=(12, 2.6))
-    for column, (image, cam) in enumerate(zip(images[:, 0].cpu(), cams)):
+    for column, (image, cam) in enumerate(zip(images[:, 0].cpu().numpy(), cams)):
         for row in range(2):
             axes[row, column].imshow(image, cmap="gray")
             axes[row, column].axis("off")
@@ -102,8 +102,8 @@ def draw(run: Run, model: nn.Module, data: Digits, label: str) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 4))
     for layer, heads in enumerate(distances.values()):
-        axis.scatter([layer] * len(heads), heads, color="tab:blue")
-    axis.plot([heads.mean() for heads in distances.values()], color="tab:blue", alpha=0.5)
+        axis.scatter([layer] * len(heads), heads.tolist(), color="tab:blue")
+    axis.plot([heads.mean().item() for heads in distances.values()], color="tab:blue", alpha=0.5)
     axis.set_xticks(range(len(distances)), list(distances), rotation=45, ha="right")
     axis.set_ylabel("mean attention distance of each head (pixels)")
     figure.savefig(run.output / f"{label}_attention_distance.png", dpi=120, bbox_inches="tight")
