@@ -10,7 +10,7 @@ from vitkern.models import VTFPN, VTResNet, load_checkpoint
 from vitkern.models.attention_maps import grad_cam, token_attention
 from vitkern.models.resnet import ResNet
 from vitkern.models.table import count_macs, count_parameters
-from vitkern.nn import ClusteringTokenizer, PoolingTokenizer
+from vitkern.nn import ClusteringTokenizer, PoolingTokenizer, TokenProjector, TokenTransformer
 
 SMALL = dict(token_channels=32, key_channels=16, map_channels=48)
 SMALL_FPN = dict(token_channels=32, key_channels=16, out_channels=16, projector_channels=8, head_channels=16)
@@ -223,6 +223,17 @@ def test_centroids_find_the_clusters():
 def test_clusters_without_members_keep_their_centroid():
     tokens = ClusteringTokenizer(4, 4)(torch.ones(1, 16, 4), 4, 4)
     close(tokens, torch.ones(1, 4, 4))
+
+
+def test_scaled_attention_and_mapped_values():
+    tokens, x = seeded("tokens", (2, 5, 8)), seeded("x", (2, 12, 6))
+    transformer = fill(TokenTransformer(8, 4, scaled=True, value_proj=True))
+    weights = (transformer.key(tokens) @ transformer.query(tokens).mT / 2).softmax(-1)
+    looked = tokens + weights @ transformer.value(tokens)
+    close(transformer(tokens), looked + transformer.fc2(transformer.fc1(looked).relu()))
+    projector = fill(TokenProjector(6, 8, key_channels=16, scaled=True))
+    weights = (projector.query(x) @ projector.key(tokens).mT / 4).softmax(-1)
+    close(projector(x, tokens), x + weights @ projector.value(tokens))
 
 
 def test_where_tokens_come_from():
