@@ -261,6 +261,7 @@ def test_grad_cam_needs_a_layer_that_is_called():
             r"VTResNet: image must be \[B, 3, H, W\], got \[1, 4, 64, 64\]",
             lambda: classifier()(torch.zeros(1, 4, 64, 64)),
         ),
+        ("some of the maps 0 to 3, got", lambda: segmentor(num_classes=0, out_indices=())),
         ("tokenizer must be one of", lambda: classifier(tokenizer="fourier")),
         ("projector=False needs recurrent=True", lambda: classifier(projector=False, recurrent=False)),
         ("no module of PoolingTokenizer", lambda: token_attention(PoolingTokenizer(4, 4), image())),

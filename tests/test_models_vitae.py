@@ -298,6 +298,7 @@ def test_grad_cam_of_a_class_token():
         ("NC_tokens_type must be one of", lambda: small_v2(NC_tokens_type="performer")),
         ("RC_op must be 'cat' or 'sum'", lambda: small(RC_op="mean")),
         ("RC_heads must be 1", lambda: small(RC_heads=2)),
+        ("some of the maps 0 to 3, got", lambda: small_v2(out_indices=(0, 4))),
         ("divisible by num_heads", lambda: small_v2(NC_heads=3)),
         (
             r"head.weight is \[5, 32\] in the checkpoint",

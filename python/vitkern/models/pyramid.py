@@ -23,6 +23,13 @@ class FeatureInfo(list[dict[str, Any]]):
         return [info["module"] for info in self]
 
 
+def some_of(maps: int, out_indices: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of the maps to return, if there are such maps."""
+    if not out_indices or any(not 0 <= index < maps for index in out_indices):
+        raise ValueError(f"out_indices must be some of the maps 0 to {maps - 1}, got {tuple(out_indices)}")
+    return tuple(out_indices)
+
+
 class Backbone(nn.Module):
     """A model of images with `in_chans` channels."""
 

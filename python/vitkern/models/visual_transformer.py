@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkern.models.blocks import run, to_map
-from vitkern.models.pyramid import FeatureInfo
+from vitkern.models.pyramid import FeatureInfo, some_of
 from vitkern.models.resnet import DEPTHS, ResNet
 from vitkern.nn import (
     ClusteringTokenizer,
@@ -223,7 +223,11 @@ class VTFPN(ResNet):
         backend: str | None = None,
     ) -> None:
         super().__init__(depth, in_chans, with_cp=with_cp)
-        self.num_classes, self.out_channels, self.out_levels = num_classes, out_channels, tuple(out_indices)
+        self.num_classes, self.out_channels, self.out_levels = (
+            num_classes,
+            out_channels,
+            some_of(4, out_indices),
+        )
         self.tokenizers = nn.ModuleList(
             tokenizer_of(tokenizer, channels, tokens, token_channels, backend) for channels in self.channels
         )

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitkern.models.blocks import Layer, drop_path_rates, run, to_map
-from vitkern.models.pyramid import Backbone, FeatureInfo, Pyramid
+from vitkern.models.pyramid import Backbone, FeatureInfo, Pyramid, some_of
 from vitkern.models.vitae_cells import (
     PRM,
     RC_WINDOW,
@@ -264,7 +264,7 @@ class ViTAEv2(Stages, Pyramid):
     ) -> None:
         super().__init__()
         self.window_size, self.relative_pos, self.pad_input = window_size, relative_pos, pad_input
-        self.out_indices = None if out_indices is None else tuple(out_indices)
+        self.out_indices = None if out_indices is None else some_of(stages, out_indices)
         self.options = stage_options(stages, {**COMMON, **SMALL_V2, **options})
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
         self.build(self.options, img_size, in_chans, num_classes, drop_path_rate, norm_layer, use_checkpoint)
