@@ -75,7 +75,7 @@ class VTResNet(ResNet):
         img_size: without effect: images of all sizes run.
         num_classes: 0: the mean of the tokens, [B, CT].
         tokens, token_channels: how many tokens there are, and how long one is.
-        map_channels: of the maps that projectors make.
+        map_channels: of the maps that projectors make; None: 512, or those of the ResNet's map if it has more.
         key_channels, hidden_channels: inside the transformers, those of the keys and of the network; None: as many as
             a token has, as the paper's equations have it.
         projector_channels: of the projectors' queries and keys; None: map_channels.
@@ -223,11 +223,8 @@ class VTFPN(ResNet):
         backend: str | None = None,
     ) -> None:
         super().__init__(depth, in_chans, with_cp=with_cp)
-        self.num_classes, self.out_channels, self.out_levels = (
-            num_classes,
-            out_channels,
-            some_of(4, out_indices),
-        )
+        self.num_classes, self.out_channels = num_classes, out_channels
+        self.out_levels = some_of(4, out_indices)
         self.tokenizers = nn.ModuleList(
             tokenizer_of(tokenizer, channels, tokens, token_channels, backend) for channels in self.channels
         )
