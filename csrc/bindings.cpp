@@ -3,12 +3,10 @@
 // are compiled here, since pybind11 costs more than they do.
 #include "adapter_bottleneck/bindings.h"
 #include "common/cpu_isa.h"
+#include "host/short_way.h"
 #include "ms_deform_attn/bindings.h"
 #include "token_pool/bindings.h"
 #include "token_project/bindings.h"
-#ifndef VITKERN_EMULATED
-#include "describe.h"
-#endif
 
 namespace py = pybind11;
 
@@ -34,8 +32,15 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.def("set_cpu_isa", &set_cpu_isa);
 
   py::class_<Describer>(m, "Describer", py::module_local())
-      .def(py::init<py::capsule, py::type, py::type>())
+      .def(py::init<py::object, py::type, py::type>())
       .def("__call__", &Describer::operator());
+  m.def("short_way", [](const Describer& describer, py::tuple watchers, py::dict forward_ad,
+                        py::object asks_gradients, Py_ssize_t tensors, py::tuple defaults,
+                        std::vector<Py_ssize_t> recorded, py::dict plans, bool whole) {
+    return make_function(ShortWay(describer, std::move(watchers), std::move(forward_ad),
+                                  std::move(asks_gradients), tensors, std::move(defaults),
+                                  std::move(recorded), std::move(plans), whole));
+  });
 #endif
 
   bindings::ms_deform_attn::bind(m);

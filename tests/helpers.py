@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vitkern.ops.ms_deform_attn import MsDeformAttnCall
+from vitkern.ops.op import kernel
+
 
 def max_error(actual: Tensor, oracle: Tensor) -> float:
     finite = oracle.isfinite()
@@ -116,3 +119,17 @@ def guarded_memory() -> Iterator[None]:
         for part in margins:
             intact = part.isnan() if part.dtype.is_floating_point else part == torch.iinfo(part.dtype).max
             assert intact.all(), "a kernel wrote outside its output"
+
+
+def launch_forward(backend: str, *call) -> Tensor:
+    """ms_deform_attn's kernel on the fields of MsDeformAttnCall, with levels that may lie anywhere."""
+    described = MsDeformAttnCall(*call)
+    launch = kernel("ms_deform_attn", "forward", backend)(described, lambda *_: None)
+    return launch(*described.tensors)
+
+
+def launch_backward(
+    backend: str, grad_output: Tensor, needed: tuple[bool, ...], *call, deterministic: bool = False
+) -> list[Tensor | None]:
+    launch = kernel("ms_deform_attn", "backward", backend)
+    return launch(MsDeformAttnCall(*call), grad_output, needed, deterministic)

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from tests import wide
+from tests.helpers import launch_backward, launch_forward
 from tests.runners import RUNNERS
 from vitkern import _C, reference
 from vitkern.ops import native
+from vitkern.ops.ms_deform_attn import MsDeformAttnCall
 
 LEVELS = ((12, 17), (6, 9), (3, 4), (1, 1))
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
@@ -57,8 +59,8 @@ def oracle(inputs, method, grad_output):
 
 
 def kernel(inputs, method, grad_output, needed=(True, True, True)):
-    output = native.ms_deform_attn_forward_cpu(*inputs, method)
-    return output, *native.ms_deform_attn_backward_cpu(grad_output, needed, *inputs, method)
+    output = launch_forward("cpu", *inputs, method)
+    return output, *launch_backward("cpu", grad_output, needed, *inputs, method)
 
 
 def assert_matches_oracle(inputs, method="bilinear"):
@@ -119,7 +121,7 @@ def test_levels_anywhere_in_value(isa, start):
 def test_levels_outside_of_value_are_refused(isa, start):
     value, shapes, _, *rest = make()
     with pytest.raises(ValueError, match="reaches outside of value"):
-        native.ms_deform_attn_forward_cpu(value, shapes, torch.tensor(start), *rest, "bilinear")
+        launch_forward("cpu", value, shapes, torch.tensor(start), *rest, "bilinear")
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
@@ -132,7 +134,7 @@ def test_nearest_on_the_edges_of_pixels(isa, width, dtype):
     x = torch.cat([x, x.nextafter(x.new_tensor(2.0)), x.nextafter(x.new_tensor(-2.0))])
     locations = torch.stack([x, torch.full_like(x, 0.5)], -1).view(1, -1, 1, 1, 2)
     inputs = (value, shapes, start, locations, torch.ones_like(locations[..., 0]), (1,), "nearest")
-    assert torch.equal(native.ms_deform_attn_forward_cpu(*inputs), reference.ms_deform_attn(*inputs))
+    assert torch.equal(launch_forward("cpu", *inputs), reference.ms_deform_attn(*inputs))
 
 
 SPLITS = {
@@ -184,7 +186,7 @@ def make_fused(numbers=2, image=True, level=True, dtype=FP32, coord_dtype=None, 
     offsets = (locations - of_point[..., :2]) / step
     logits = scale * torch.randn_like(logits)
     coord_dtype = coord_dtype or dtype
-    return native.MsDeformAttnCall(
+    return MsDeformAttnCall(
         value.to(dtype),
         shapes,
         start,
@@ -232,8 +234,8 @@ def fused_oracle(call, grad_output):
 
 
 def fused_kernel(call, grad_output, needed=(True,) * 4):
-    output = native.ms_deform_attn_forward_cpu(*call)
-    return output, *native.ms_deform_attn_backward_cpu(grad_output, needed, *call)
+    output = launch_forward("cpu", *call)
+    return output, *launch_backward("cpu", grad_output, needed, *call)
 
 
 def random_grad_output(call):
@@ -335,9 +337,9 @@ def test_fused_sizes_of_boxes_that_are_no_sizes(isa, size, method):
 def test_fused_levels_outside_of_value_are_refused(isa, start):
     call = make_fused()._replace(level_start_index=torch.tensor(start))
     with pytest.raises(ValueError, match="reaches outside of value"):
-        native.ms_deform_attn_forward_cpu(*call)
+        launch_forward("cpu", *call)
     with pytest.raises(ValueError, match="reaches outside of value"):
-        native.ms_deform_attn_backward_cpu(random_grad_output(call), (True,) * 4, *call)
+        launch_backward("cpu", random_grad_output(call), (True,) * 4, *call)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -374,7 +376,7 @@ def test_16_bit_numbers_are_widened_exactly_and_rounded_to_nearest_even(isa, dty
     locations = torch.stack([x, torch.zeros_like(x)], -1).view(1, pixels, 1, 1, 2)
     for weight in (1.0, 0.5, 1.5, 1.0 + 2.0**-10, 2.0**-9, 1.25 * 2.0**100):
         weights = torch.full((1, pixels, 1, 1), weight)
-        got = native.ms_deform_attn_forward_cpu(patterns, shapes, start, locations, weights, (1,), "nearest")
+        got = launch_forward("cpu", patterns, shapes, start, locations, weights, (1,), "nearest")
         expected = (patterns.float() * weight).to(dtype).flatten()
         assert torch.equal(got.flatten().isnan(), expected.isnan())
         assert torch.equal(got.flatten().nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from tests import emulated
-from tests.helpers import guarded_memory, max_error
+from tests.helpers import guarded_memory, launch_backward, launch_forward, max_error
 from vitkern import reference
 from vitkern.ops import native
+from vitkern.ops.ms_deform_attn import MsDeformAttnCall
+from vitkern.ops.native_ms_deform_attn import sorted_by_cell
 
 pytestmark = pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
 
@@ -48,10 +50,10 @@ def make(channels, dtype=torch.float32, *, points=(3, 3, 3), queries=9, numbers=
 
 
 def ours(args, grad_output, *, needed=(True,) * 3, deterministic=False):
-    output = native.ms_deform_attn_forward_cuda(*args)
+    output = launch_forward("cuda", *args)
     return [
         output,
-        *native.ms_deform_attn_backward_cuda(grad_output, needed, *args, deterministic=deterministic),
+        *launch_backward("cuda", grad_output, needed, *args, deterministic=deterministic),
     ]
 
 
@@ -208,15 +210,15 @@ def test_sizes_beyond_the_kernels_are_refused():
     args = make(4, points=(1,) * 1025, queries=1)
     args[1], args[2] = torch.zeros(1025, 2, dtype=torch.int64), torch.zeros(1025, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="ms_deform_attn on CUDA: more than 1024 levels"):
-        native.ms_deform_attn_forward_cuda(*args)
+        launch_forward("cuda", *args)
 
 
 def test_filing_takes_images_of_more_than_32_bits_of_elements():
     args = make(4)
-    small = native._sorted_by_cell(native.MsDeformAttnCall(*args), (0, 0))
+    small = sorted_by_cell(MsDeformAttnCall(*args))
     args[0] = args[0][..., :1].expand(-1, -1, -1, 2**28)  # its pixels are not looked at
     assert args[0][0].numel() > 2**32
-    large = native._sorted_by_cell(native.MsDeformAttnCall(*args), (0, 0))
+    large = sorted_by_cell(MsDeformAttnCall(*args))
     assert all(torch.equal(a, b) for a, b in zip(small[:2], large[:2]))
 
 

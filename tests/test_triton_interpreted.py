@@ -11,9 +11,9 @@ import importlib.util
 import pytest
 import torch
 
-from tests.helpers import gradients
+from tests.helpers import gradients, launch_backward, launch_forward
 from vitkern import reference
-from vitkern.ops import triton_launch
+from vitkern.ops import triton_ms_deform_attn
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
@@ -41,15 +41,16 @@ class Interpreted(torch.autograd.Function):
     def forward(ctx, value, locations, weights, shapes, level_start, points_per_level, method, deterministic):
         ctx.save_for_backward(value, shapes, level_start, locations, weights)
         ctx.options = points_per_level, method, deterministic
-        return triton_launch.ms_deform_attn_forward_triton(
-            value, shapes, level_start, locations, weights, points_per_level, method
+        return launch_forward(
+            "triton", value, shapes, level_start, locations, weights, points_per_level, method
         )
 
     @staticmethod
     def backward(ctx, grad_output):
         points_per_level, method, deterministic = ctx.options
         needed = tuple(ctx.needs_input_grad[:3])
-        grads = triton_launch.ms_deform_attn_backward_triton(
+        grads = launch_backward(
+            "triton",
             grad_output.contiguous(),
             needed,
             *ctx.saved_tensors,
@@ -91,7 +92,7 @@ def test_runs_of_points(points_per_level, deterministic, method):
 
 
 def test_runs_are_the_greatest_common_divisor():
-    groups = triton_launch._groups
+    groups = triton_ms_deform_attn._groups
     cpu = torch.device("cpu")
     assert groups((4, 4, 4), cpu) == (3, 4, None)
     assert groups((2, 4, 0), cpu)[:2] == (3, 2)
@@ -99,7 +100,7 @@ def test_runs_are_the_greatest_common_divisor():
 
 
 def test_64_bit_offsets(monkeypatch):
-    monkeypatch.setattr(triton_launch, "_INT32_OFFSETS", 0)
+    monkeypatch.setattr(triton_ms_deform_attn, "_INT32_OFFSETS", 0)
     compare(make((2, 1), 16))
 
 
@@ -119,14 +120,12 @@ def test_a_bad_weight_spoils_nothing_outside_the_map(bad):
     value, shapes, level_start, locations, weights, points = make((1,), 4, queries=2)
     locations[:] = 5.0
     weights[:] = bad
-    output = triton_launch.ms_deform_attn_forward_triton(
-        value, shapes, level_start, locations, weights, points, "bilinear"
-    )
+    output = launch_forward("triton", value, shapes, level_start, locations, weights, points, "bilinear")
     assert (output == 0).all()
     arguments = value, shapes, level_start, locations, weights, points, "bilinear"
     for deterministic in (False, True):
-        grads = triton_launch.ms_deform_attn_backward_triton(
-            torch.ones_like(output), (True, True, True), *arguments, deterministic=deterministic
+        grads = launch_backward(
+            "triton", torch.ones_like(output), (True, True, True), *arguments, deterministic=deterministic
         )
         assert all((grad == 0).all() for grad in grads)
 
@@ -165,11 +164,9 @@ def compare_fused(arguments, method="bilinear", deterministic=False, dtype=torch
     value, offsets, logits = (t.to(dtype) for t in (value, offsets, logits))
     anchors = anchors.to(torch.promote_types(dtype, torch.float32))
     call = (value, shapes, level_start, offsets, logits, points, method, anchors)
-    output = triton_launch.ms_deform_attn_forward_triton(*call)
+    output = launch_forward("triton", *call)
     grad_output = torch.randn_like(output)
-    actual = triton_launch.ms_deform_attn_backward_triton(
-        grad_output, (True,) * 4, *call, deterministic=deterministic
-    )
+    actual = launch_backward("triton", grad_output, (True,) * 4, *call, deterministic=deterministic)
     assert [t.dtype for t in actual] == [dtype, dtype, dtype, anchors.dtype]
     # A reference point for each point of each head: its gradient is that of the place.
     own = anchors.double().expand(len(value), -1, len(shapes), -1)
@@ -243,16 +240,16 @@ def test_fused_offset_that_is_no_number_adds_nothing(bad):
     anchors[:] = 0.5
     arguments = (value, shapes, level_start, offsets.nan_to_num(1e9, 1e9, -1e9), logits, points, anchors)
     call = (value, shapes, level_start, offsets, logits, points, "bilinear", anchors)
-    output = triton_launch.ms_deform_attn_forward_triton(*call)
-    far = triton_launch.ms_deform_attn_forward_triton(*arguments[:6], "bilinear", anchors)
+    output = launch_forward("triton", *call)
+    far = launch_forward("triton", *arguments[:6], "bilinear", anchors)
     assert torch.equal(output, far)
     compare_fused(arguments)
-    grads = triton_launch.ms_deform_attn_backward_triton(torch.ones_like(output), (True,) * 4, *call)
-    expected = triton_launch.ms_deform_attn_backward_triton(
-        torch.ones_like(output), (True,) * 4, *arguments[:6], "bilinear", anchors
+    grads = launch_backward("triton", torch.ones_like(output), (True,) * 4, *call)
+    expected = launch_backward(
+        "triton", torch.ones_like(output), (True,) * 4, *arguments[:6], "bilinear", anchors
     )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected))
-    nearest = triton_launch.ms_deform_attn_forward_triton(*call[:6], "nearest", anchors)
+    nearest = launch_forward("triton", *call[:6], "nearest", anchors)
     assert nearest.isfinite().all()
 
 
@@ -262,12 +259,12 @@ def test_fused_bad_logit_spoils_its_row_and_no_other(bad):
     offsets[:], anchors[:] = 0.25, 0.5
     logits[:, 1, 0, 2] = bad
     call = (value, shapes, level_start, offsets, logits, points, "bilinear", anchors)
-    output = triton_launch.ms_deform_attn_forward_triton(*call)
+    output = launch_forward("triton", *call)
     spoilt = torch.zeros(output.shape, dtype=torch.bool)
     spoilt[:, 1, :4] = True
     assert torch.equal(output.isnan(), spoilt)
-    _, _, grad_logits, _ = triton_launch.ms_deform_attn_backward_triton(
-        torch.ones_like(output), (False, False, True, False), *call
+    _, _, grad_logits, _ = launch_backward(
+        "triton", torch.ones_like(output), (False, False, True, False), *call
     )
     assert grad_logits[:, 1, 0].isnan().all()
     assert grad_logits.isnan().sum() == grad_logits[:, 1, 0].numel()
@@ -276,10 +273,10 @@ def test_fused_bad_logit_spoils_its_row_and_no_other(bad):
 def test_fused_gradients_that_nobody_wants():
     *call, anchors = make_fused((2, 1), 4, queries=2, heads=1)
     call = (*call, "bilinear", anchors)
-    output = triton_launch.ms_deform_attn_forward_triton(*call)
-    everything = triton_launch.ms_deform_attn_backward_triton(torch.ones_like(output), (True,) * 4, *call)
+    output = launch_forward("triton", *call)
+    everything = launch_backward("triton", torch.ones_like(output), (True,) * 4, *call)
     for only in range(4):
         needed = tuple(i == only for i in range(4))
-        grads = triton_launch.ms_deform_attn_backward_triton(torch.ones_like(output), needed, *call)
+        grads = launch_backward("triton", torch.ones_like(output), needed, *call)
         assert tuple(grad is not None for grad in grads) == needed
         assert torch.equal(grads[only], everything[only])

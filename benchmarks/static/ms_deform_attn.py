@@ -83,7 +83,7 @@ def _triton(dtype: str, channels: int) -> Iterator[Case]:
 
 
 def _specialise(name: str, dtype: str, channels: int, numbers: int):
-    """As the launcher of vitkern.ops.triton_launch does it, for eight heads."""
+    """As the launcher of vitkern.ops.triton_ms_deform_attn does it, for eight heads."""
     import triton.language as tl
 
     from vitkern.triton_kernels import ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_deterministic

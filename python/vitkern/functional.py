@@ -68,6 +68,12 @@ def ms_deform_attn(
         >>> vitkern.ms_deform_attn(value, shapes, None, locations, weights).shape
         torch.Size([1, 5, 32])
     """
+    if not (_is_compiling() or _any_autocast()):
+        inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        output = _ms_deform_attn(*inputs, points_per_level, method, backend)
+        if output is not None:
+            return output
+
     spatial_shapes, level_start_index = _as_levels("ms_deform_attn", spatial_shapes, level_start_index, value)
     lowered = _autocast_dtype(value, sampling_locations, attention_weights)
     if lowered is not None:
@@ -120,6 +126,19 @@ def ms_deform_attn_fused(
         >>> vitkern.ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits).shape
         torch.Size([1, 5, 32])
     """
+    if not (_is_compiling() or _any_autocast()):
+        inputs = (
+            value,
+            spatial_shapes,
+            level_start_index,
+            reference_points,
+            sampling_offsets,
+            attention_logits,
+        )
+        output = _ms_deform_attn_fused(*inputs, points_per_level, method, backend)
+        if output is not None:
+            return output
+
     spatial_shapes, level_start_index = _as_levels(
         "ms_deform_attn_fused", spatial_shapes, level_start_index, value
     )
@@ -285,6 +304,10 @@ def _as_levels(
     value: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and first pixels of the levels as int64 tensors, without reading any element on the host."""
+    if isinstance(spatial_shapes, Tensor) and isinstance(level_start_index, Tensor):
+        return _as_int64(spatial_shapes), _as_int64(level_start_index)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: value must be a tensor, got {type(value).__name__}")
     if level_start_index is not None and not isinstance(level_start_index, Tensor):
         level_start_index = _as_starts(op, level_start_index, value.device)
     if not isinstance(spatial_shapes, Tensor):
@@ -338,6 +361,10 @@ def _make_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> t
 
 # Whether autocast is on for any device.
 _any_autocast = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+# To the results of calls whose like there has been; None for others.
+_ms_deform_attn = ops.ms_deform_attn.short_way
+_ms_deform_attn_fused = ops.ms_deform_attn_fused.short_way
 
 _cached_levels = functools.lru_cache(maxsize=256)(_make_levels)
 

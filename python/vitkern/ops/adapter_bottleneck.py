@@ -116,12 +116,17 @@ def _call(
     )
 
 
-def _forward(plan, x, *others):
-    call = _call(plan, x, *others)
-    output, kept = kernel("adapter_bottleneck", "forward", plan.backend)(call, plan.keep)
-    if kept is None:
-        kept = x.new_empty((0, call.down_weight.shape[0]), dtype=native.accumulator(x.dtype))
-    return output.view(x.shape), kept
+def _forward(plan):
+    launch = kernel("adapter_bottleneck", "forward", plan.backend)
+
+    def forward(x, *others):
+        call = _call(plan, x, *others)
+        output, kept = launch(call, plan.keep)
+        if kept is None:
+            kept = x.new_empty((0, call.down_weight.shape[0]), dtype=native.accumulator(x.dtype))
+        return output.view(x.shape), kept
+
+    return forward
 
 
 def _backward(plan, grad_output, needed, *tensors_and_kept):

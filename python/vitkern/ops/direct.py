@@ -9,7 +9,6 @@ share the implementation and the formula of the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -19,64 +18,66 @@ from torch.nn import Parameter
 from vitkern import _C
 
 # A small call has but microseconds: names are looked up once, here.
-_is_compiling = torch.compiler.is_compiling
+is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
-_included = torch._C._dispatch_tls_is_dispatch_key_included
 _profiling = torch.autograd._profiler_enabled
-# On while autograd takes a batch of gradients at once: its tensors are of a plain type, but not plain.
-_BATCHES: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
-def _forward_ad() -> int:
-    """The level of forward-mode differentiation, -1 outside of any."""
-    return getattr(torch.autograd.forward_ad, "_current_level", -1)
+# Functions without arguments; where any has a true answer, the dispatcher has to see a call.
+watchers = (_dispatch_modes, _function_modes, _profiling, _tracing, _transform)
+# Where forward-mode differentiation keeps its level, -1 outside of any, under this name.
+forward_ad, _LEVEL = vars(torch.autograd.forward_ad), "_current_level"
+
+
+def _forward_ad() -> bool:
+    return forward_ad.get(_LEVEL, -1) >= 0
 
 
 def nothing_traces() -> bool:
     """Whether tensors made now are plain ones, in no world of a compiler, a tracer or a transform."""
-    return not (_is_compiling() or _dispatch_modes() or _tracing()) and _transform() is None
+    return not (is_compiling() or _dispatch_modes() or _tracing()) and _transform() is None
 
 
 def nothing_watches() -> bool:
     """Whether an op on plain tensors would go through the dispatcher unseen."""
-    if _is_compiling() or _dispatch_modes() or _function_modes() or _profiling() or _included(_BATCHES):
-        return False
-    return not _tracing() and _transform() is None and _forward_ad() < 0
+    return not (is_compiling() or _forward_ad() or any(watches() for watches in watchers))
 
 
-def _describe(tensors: tuple[Tensor | None, ...]) -> Hashable | None:
-    """What Describer says of tensors (csrc/describe.h), asked attribute by attribute."""
-    key: list[object] = []
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-            continue
-        kind = type(tensor)
-        if (kind is not Tensor and kind is not Parameter) or tensor.layout != torch.strided or tensor.is_meta:
-            return None
-        if tensor.is_neg() or tensor._is_zerotensor():
-            return None
-        key.append((tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()))
-    return tuple(key)
+# Device types, and type codes and bits, as DLPack counts them: of the tensors that a short way may lead.
+_DEVICES = {"cpu": 1, "cuda": 2}
+_TYPES = {
+    torch.int64: (0, 64),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.bfloat16: (4, 16),
+}
 
+
+def _tell(tensor: Tensor) -> tuple[Any, ...] | None:
+    """What DLPack's C exchange API tells of a tensor (csrc/host/lend.h), asked attribute by attribute."""
+    device, code = _DEVICES.get(tensor.device.type), _TYPES.get(tensor.dtype)
+    if device is None or code is None or tensor.layout != torch.strided or tensor._is_zerotensor():
+        return None
+    return tensor.data_ptr(), device, max(tensor.get_device(), 0), *code, tensor.shape, tensor.stride()
+
+
+# What compiled code asks about a tensor's memory.
+lends = getattr(Tensor, "__dlpack_c_exchange_api__", _tell)
 
 # Types, devices, shapes of tensors and whether they are contiguous, as a key; None if one is not what memory holds: of
 # another type, lazily negated or zero, sparse, or without elements to read.
-describe: Callable[[tuple[Tensor | None, ...]], Hashable | None] = (
-    _C.Describer(Tensor.__dlpack_c_exchange_api__, Tensor, Parameter)
-    if hasattr(Tensor, "__dlpack_c_exchange_api__")
-    else _describe
-)
+describe = _C.Describer(lends, Tensor, Parameter)
 
 
 def refuse_transforms(op: str) -> None:
     """Derivatives that the kernels do not have would come back as zeros or None in some releases: say so instead."""
-    if _forward_ad() >= 0:
+    if _forward_ad():
         raise NotImplementedError(f"vitkern.{op} has no forward-mode derivative; backend='reference' has one")
-    if _is_compiling():
+    if is_compiling():
         return
     interpreter = _transform()
     if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Grad:

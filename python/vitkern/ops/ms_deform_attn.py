@@ -23,6 +23,34 @@ _OPTIONS = f"int[]? points_per_level=None, str method='bilinear', {BACKEND}"
 _DEFAULTS = (None, "bilinear", None)
 _VALIDATE_ON_DEVICE = "VITKERN_VALIDATE"
 
+# Mirrors csrc/ms_deform_attn/params.h.
+SAMPLING_CODES = {"bilinear": 0, "nearest": 1}
+
+
+class MsDeformAttnCall(NamedTuple):
+    """What the kernels are launched on: contiguous, checked, coordinates in one dtype."""
+
+    value: Tensor  # [B, S, M, D]
+    spatial_shapes: Tensor  # [L, 2]
+    level_start_index: Tensor  # [L]
+    locations: Tensor  # [B, Q, M, K, 2] or [B, Q, M, L, P, 2]; in the fused form, offsets
+    weights: Tensor  # [B, Q, M, K] or [B, Q, M, L, P]; in the fused form, logits
+    points_per_level: tuple[int, ...]
+    method: str = "bilinear"
+    reference_points: Tensor | None = None  # [B | 1, Q, L | 1, 2 | 4], accumulator's dtype: the fused form
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """B, S, M, D, Q, L, K."""
+        points = self.points_per_level
+        return (*self.value.shape, self.weights.shape[1], len(points), sum(points))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the ops' arguments."""
+        anchors = () if self.reference_points is None else (self.reference_points,)
+        return *self[:3], *anchors, self.locations, self.weights
+
 
 class _Contract(Contract):
     """The checks of one of the two ops, whose messages name it and its arguments."""
@@ -35,7 +63,7 @@ class _Contract(Contract):
         self.check_kernel_dtype("value", value)
         if value.dim() != 4:
             self.fail("value", "[B, S, M, D]", list(value.shape))
-        if method not in native.SAMPLING_CODES:
+        if method not in SAMPLING_CODES:
             self.fail("method", "'bilinear' or 'nearest'", repr(method))
         self.check_whole("spatial_shapes", spatial_shapes, value)
         self.check_whole("level_start_index", level_start_index, value)
@@ -64,7 +92,7 @@ class _Contract(Contract):
 
     def check_levels(self, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
         """That the levels tile the S pixels. Reads elements: on a GPU, where that waits, only if VITKERN_VALIDATE=1."""
-        if value.is_cpu and native.levels_tile(spatial_shapes, level_start_index, value.shape[1]):
+        if value.is_cpu and _levels_tile(spatial_shapes.contiguous(), level_start_index.contiguous(), value):
             return
         if not value.is_cpu and os.environ.get(_VALIDATE_ON_DEVICE) != "1":
             return
@@ -82,6 +110,11 @@ class _Contract(Contract):
         if covered != pixels:
             expected = f"the sizes of levels with S={pixels} pixels in all, as value"
             self.fail("spatial_shapes", expected, f"{shapes}: {covered}")
+
+
+def _levels_tile(shapes: Tensor, starts: Tensor, value: Tensor) -> bool:
+    """Whether the levels, in tables on the host, cover the pixels without gap or overlap."""
+    return native._C.levels_tile(shapes.data_ptr(), starts.data_ptr(), starts.numel(), value.shape[1])
 
 
 _PLAIN = _Contract("ms_deform_attn", "sampling_locations", "attention_weights")
@@ -116,21 +149,25 @@ class _Plan(NamedTuple):
     """What follows from shapes, dtypes, device and options: see Op."""
 
     contract: _Contract
-    forward: Callable[..., Tensor]  # of the backend
-    backward: Callable[..., list[Tensor | None]]
+    launch_backward: Callable[..., list[Tensor | None]]
     coordinates: torch.dtype  # that locations and weights are read in: value's or fp32 / fp64
     accumulator: torch.dtype
-    options: tuple[tuple[int, ...], str]
-    layout: native.MsDeformAttnLayout | None = None
+    points_per_level: tuple[int, ...]
+    method: str
+    forward: Callable[..., Tensor] | None = None  # of the op's tensors
 
-    def call(self, value, shapes, starts, reference_points, locations, weights) -> tuple:
-        """The fields of MsDeformAttnCall."""
-        self.contract.check_levels(value, shapes, starts)
-        locations, weights = _as(self.coordinates, locations), _as(self.coordinates, weights)
-        if reference_points is not None:
-            reference_points = _as(self.accumulator, reference_points)
-        tables = shapes.contiguous(), starts.contiguous()
-        return value.contiguous(), *tables, locations, weights, *self.options, reference_points, self.layout
+    def call(self, value: Tensor, shapes: Tensor, starts: Tensor, *others: Tensor) -> MsDeformAttnCall:
+        *reference_points, locations, weights = others
+        return MsDeformAttnCall(
+            value.contiguous(),
+            shapes.contiguous(),
+            starts.contiguous(),
+            _as(self.coordinates, locations),
+            _as(self.coordinates, weights),
+            self.points_per_level,
+            self.method,
+            *(_as(self.accumulator, points) for points in reference_points),
+        )
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
@@ -155,56 +192,59 @@ def _flat(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Te
     return locations.to(dtype).flatten(3, -2), weights.to(dtype).flatten(3)
 
 
-def _plan(contract, backend, value, shapes, starts, reference_points, locations, weights, points, method):
+def _plan(contract, backend, value, *tensors, points_per_level, method) -> _Plan:
+    locations, weights = tensors[-2:]
     plan = _Plan(
         contract,
-        kernel("ms_deform_attn", "forward", backend),
         kernel("ms_deform_attn", "backward", backend),
         _coordinate_dtype(value, locations, weights),
         native.accumulator(value.dtype),
-        (_points_per_level(locations, points), method),
+        _points_per_level(locations, points_per_level),
+        method,
     )
-    call = native.MsDeformAttnCall(*plan.call(value, shapes, starts, reference_points, locations, weights))
-    return plan._replace(layout=native.describe(call))
+    call = plan.call(value, *tensors)
+    launch = kernel("ms_deform_attn", "forward", backend)(call, contract.check_levels)
+    if all(ours is theirs for ours, theirs in zip(call.tensors, (value, *tensors))):
+        return plan._replace(forward=launch)
+    return plan._replace(forward=lambda *tensors: launch(*plan.call(*tensors).tensors))
 
 
-def _plan_plain(backend, value, shapes, starts, locations, weights, points_per_level, method, _):
-    return _plan(_PLAIN, backend, value, shapes, starts, None, locations, weights, points_per_level, method)
+def _plan_plain(backend, *inputs):
+    *tensors, points_per_level, method, _ = inputs
+    return _plan(_PLAIN, backend, *tensors, points_per_level=points_per_level, method=method)
 
 
 def _plan_fused(backend, *inputs):
-    return _plan(_FUSED, backend, *inputs[:-1])
+    *tensors, points_per_level, method, _ = inputs
+    return _plan(_FUSED, backend, *tensors, points_per_level=points_per_level, method=method)
 
 
-def _forward_plain(plan, value, shapes, starts, locations, weights):
-    return _forward_fused(plan, value, shapes, starts, None, locations, weights)
+def _forward(plan):
+    return plan.forward
 
 
-def _forward_fused(plan, *tensors):
-    return plan.forward(*plan.call(*tensors))
-
-
-def _backward(plan, grad_output, needed, call):
+def _launch_backward(plan, grad_output, needed, call):
+    plan.contract.check_levels(call.value, call.spatial_shapes, call.level_start_index)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return plan.backward(grad_output, needed, *call, deterministic=deterministic)
+    return plan.launch_backward(call, grad_output, needed, deterministic)
 
 
-def _backward_plain(plan, grad_output, needed, value, shapes, starts, locations, weights):
-    return _backward(plan, grad_output, needed, plan.call(value, shapes, starts, None, locations, weights))
+def _backward_plain(plan, grad_output, needed, *tensors):
+    return _launch_backward(plan, grad_output, needed, plan.call(*tensors))
 
 
 def _backward_fused(plan, grad_output, needed, *tensors):
     call = plan.call(*tensors)
     needs_value, needs_reference, needs_offsets, needs_logits = needed
     launched = (needs_value, needs_offsets, needs_logits, needs_reference)
-    grad_value, grad_offsets, grad_logits, grad_places = _backward(plan, grad_output, launched, call)
+    grad_value, grad_offsets, grad_logits, grad_places = _launch_backward(plan, grad_output, launched, call)
     grad_reference = None
     if needs_reference:
-        grad_reference = _gradient_of_reference(grad_places, native.MsDeformAttnCall(*call), tensors[3].shape)
+        grad_reference = _gradient_of_reference(grad_places, call, tensors[3].shape)
     return grad_value, grad_reference, grad_offsets, grad_logits
 
 
-def _gradient_of_reference(grad_places: Tensor, call: native.MsDeformAttnCall, shape: torch.Size) -> Tensor:
+def _gradient_of_reference(grad_places: Tensor, call: MsDeformAttnCall, shape: torch.Size) -> Tensor:
     """Eq. (12): the gradients of all places that came of a reference point, [B, Q, M, K, 2], summed to its shape."""
     points = call.points_per_level
     if not points:
@@ -246,7 +286,7 @@ ms_deform_attn = Op(
     differentiable=(0, 3, 4),
     check=_check_plain,
     plan=_plan_plain,
-    forward=_forward_plain,
+    forward=_forward,
     backward=_backward_plain,
     reference=_reference_plain,
 )
@@ -259,7 +299,7 @@ ms_deform_attn_fused = Op(
     differentiable=(0, 3, 4, 5),
     check=_check_fused,
     plan=_plan_fused,
-    forward=_forward_fused,
+    forward=_forward,
     backward=_backward_fused,
     reference=_reference_fused,
 )

@@ -11,24 +11,33 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library import autograd as dispatched
 
-from vitkern import backends
+from vitkern import _C, backends
 from vitkern.ops import direct
 
 _library = torch.library.Library("vitkern", "FRAGMENT")
-_any_requires_grad = torch._C._any_requires_grad
 
 # The last argument of every schema: which backend is to run, None for the best.
 BACKEND = "str? backend=None"
 
-_UNKNOWN = object()
 _MOST_PLANS = 4096  # of an op; then it starts afresh
 
 Spec = tuple[Sequence[int], torch.dtype]  # of an output
+
+
+class Planned(NamedTuple):
+    """What csrc/host/short_way.h finds for a call."""
+
+    run: Callable[..., Any]  # of the tensors
+    record: Callable[..., Any]  # of those that may want a gradient, and all in a tuple: gives the result
+    record_all: Callable[..., Any]  # the same, gives all outputs
+    plan: Any
+    options: tuple
 
 
 class Op:
@@ -46,7 +55,8 @@ class Op:
             dtype of each output. The first output is the result; others are what the backward wants kept.
         plan: of the backend and all arguments: what follows from shapes, dtypes, device and options, worked out once
             for each set of these. Strides and elements may be others the next time.
-        forward: of the plan and the tensors as they came; returns the output, or a tuple of outputs.
+        forward: of the plan; returns a function of the tensors as they come, which returns the output, or a tuple of
+            outputs.
         backward: of the plan, a contiguous grad_output, `needed`, the tensors and the outputs that were kept; returns a
             gradient or None for each differentiable tensor.
         reference: of all arguments but the backend: the result by differentiable torch code.
@@ -77,7 +87,9 @@ class Op:
         self._passed_on = passed_on
         self._check, self._plan, self._reference = check, plan, reference
         self._forward, self._backward = forward, backward
-        self._plans: dict[tuple, Any] = {}
+        # By key of the tensors and options; None: the reference is to run.
+        self._plans: dict[tuple, Planned | None] = {}
+        self._recorded = tuple(sorted((*differentiable, *passed_on)))  # positions that may want a gradient
         arguments = schema.split(", ")
         self._tensors = len(arguments) - len(defaults)
         tensors, options = arguments[: self._tensors], arguments[self._tensors :]
@@ -90,10 +102,18 @@ class Op:
         self._define(
             f"{name}_backward", arguments, len(differentiable), self._run_backward, self._fake_backward
         )
-        register_autograd = functools.partial(torch.library.register_autograd, lib=_library)
-        register_autograd(f"vitkern::{name}", self._derive, setup_context=self._set_up)
-        register_autograd(f"vitkern::{name}_backward", self._refuse)
-        self._apply = self._autograd_function()
+        torch.library.register_autograd(f"vitkern::{name}_backward", self._refuse, lib=_library)
+        # To the result, None where the call has to go another way; and to all outputs.
+        self.short_way, short_way = (self._shorten(everything) for everything in (False, True))
+        # What torch.library.register_autograd would register, for all but the short way.
+        overload = getattr(torch.ops.vitkern, name).default
+        long_way = dispatched.make_autograd_impl(overload, dispatched.Info(self._derive, self._set_up))
+
+        def run_autograd(keyset, *inputs):
+            output = short_way(*inputs)
+            return long_way(keyset, *inputs) if output is None else output
+
+        _library.impl(name, run_autograd, "Autograd", with_keyset=True)
         _ops.append(self)
 
     @staticmethod
@@ -104,19 +124,31 @@ class Op:
         torch.library.register_fake(f"vitkern::{name}", fake, lib=_library)
 
     def __call__(self, *inputs: Any) -> Tensor:
-        tensors, options = inputs[: self._tensors], inputs[self._tensors :]
-        described = direct.describe(tensors) if direct.nothing_watches() else None
-        if described is None:
+        if direct.is_compiling():
             return self._through_the_dispatcher(inputs)
-        plan = self._plans.get((described, options), _UNKNOWN)
-        if plan is _UNKNOWN:
-            plan = self._planned(inputs)
-        if plan is None:
-            return self._reference(*inputs[:-1])
-        if _any_requires_grad(*tensors) and torch.is_grad_enabled():
-            return self._apply(*tensors, plan, options)
-        output = self._forward(plan, *tensors)
-        return output[0] if self._kept else output
+        output = self.short_way(*inputs)
+        return self._long_way(inputs) if output is None else output
+
+    def _shorten(self, everything: bool) -> Callable[..., Any]:
+        return _C.short_way(
+            direct.describe,
+            direct.watchers,
+            direct.forward_ad,
+            torch.is_grad_enabled,
+            self._tensors,
+            self._defaults,
+            self._recorded,
+            self._plans,
+            everything,
+        )
+
+    def _long_way(self, inputs: tuple) -> Tensor:
+        """For what is watched, and for the first call of its kind."""
+        if direct.nothing_watches() and direct.describe(inputs[: self._tensors]) is not None:
+            if self._planned(inputs) is None:
+                return self._reference(*inputs[:-1])
+            return self.short_way(*inputs)
+        return self._through_the_dispatcher(inputs)
 
     def _through_the_dispatcher(self, inputs: tuple) -> Tensor:
         for argument, tensor in zip(self._arguments, inputs):
@@ -130,28 +162,34 @@ class Op:
         output = getattr(torch.ops.vitkern, self.name)(*inputs)
         return output[0] if self._kept else output
 
-    def _planned(self, inputs: tuple) -> Any:
-        """The plan for inputs like these, None where the reference is to run."""
-        described = direct.describe(inputs[: self._tensors])
-        key = (described, inputs[self._tensors :])
+    def _planned(self, inputs: tuple) -> Planned | None:
+        """What runs inputs like these, None where it is the reference."""
+        described, options = direct.describe(inputs[: self._tensors]), inputs[self._tensors :]
+        key = (described, *options)
         if key in self._plans:
             return self._plans[key]
         self._check(*inputs)
         backend = backends.choose(inputs[0].device, inputs[0].dtype, inputs[-1])
-        plan = None if backend == "reference" else self._plan(backend, *inputs)
+        planned = None
+        if backend != "reference":
+            plan = self._plan(backend, *inputs)
+            run = self._forward(plan)
+            record = self._recorder(run, plan, options, everything=False)
+            record_all = self._recorder(run, plan, options, everything=True) if self._kept else record
+            planned = Planned(run, record, record_all, plan, options)
         if len(self._plans) == _MOST_PLANS:
             self._plans.clear()
         if described is not None:
-            self._plans[key] = plan
-        return plan
+            self._plans[key] = planned
+        return planned
 
-    def _launchable(self, inputs: tuple) -> Any:
-        plan = self._planned(inputs)
-        if plan is None:
+    def _launchable(self, inputs: tuple) -> Planned:
+        planned = self._planned(inputs)
+        if planned is None:
             raise RuntimeError(
                 "the plain torch reference is no kernel: call vitkern's function with backend='reference'"
             )
-        return plan
+        return planned
 
     def _complete(self, inputs: tuple, tensors: int) -> tuple:
         """All arguments, where the dispatcher leaves defaults out and has lists of numbers for tuples."""
@@ -161,7 +199,7 @@ class Op:
 
     def _run_forward(self, *inputs):
         inputs = self._complete(inputs, self._tensors)
-        return self._forward(self._launchable(inputs), *inputs[: self._tensors])
+        return self._launchable(inputs).run(*inputs[: self._tensors])
 
     def _fake_forward(self, *inputs):
         specs = self._check(*self._complete(inputs, self._tensors))
@@ -177,7 +215,7 @@ class Op:
     def _run_backward(self, grad_output, needed, *inputs):
         inputs, tensors = self._split(inputs)
         self._check_grad_output(grad_output, inputs)
-        plan = self._launchable(inputs)
+        plan = self._launchable(inputs).plan
         gradients = self._gradients(plan, grad_output, needed, tensors)
         return tuple(inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -210,53 +248,63 @@ class Op:
         outputs = output if self._kept else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_backward(*inputs[: self._tensors], *outputs[self._saved])
-        ctx.plan, ctx.options = None, inputs[self._tensors :]
+        ctx.options = inputs[self._tensors :]
 
     def _derive(self, ctx, grad_output, *_):
         """Gradients of all arguments, for the dispatcher."""
-        return *self._differentiate(ctx, grad_output), *(None for _ in ctx.options)
+        gradients = self._differentiate(ctx, grad_output, range(self._tensors), None, ctx.options)
+        return *gradients, *(None for _ in ctx.options)
 
-    def _differentiate(self, ctx, grad_output) -> list[Tensor | None]:
-        """Gradients of the tensors."""
-        needed = [ctx.needs_input_grad[position] for position in self.differentiable]
+    def _differentiate(self, ctx, grad_output, positions, plan, options) -> list[Tensor | None]:
+        """Gradients of the tensors at these positions, which are what ctx tells of."""
+        needs = dict(zip(positions, ctx.needs_input_grad))
+        needed = [needs[position] for position in self.differentiable]
         saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
         # With grad mode on somebody wants a second derivative: only the op knows how to refuse one.
         if (
-            ctx.plan is None
+            plan is None
             or torch.is_grad_enabled()
             or not direct.nothing_watches()
             or direct.describe((grad_output, *saved)) is None
         ):
             backward = getattr(torch.ops.vitkern, f"{self.name}_backward")
-            gradients = backward(grad_output, needed, *saved, *ctx.options)
+            gradients = backward(grad_output, needed, *saved, *options)
         else:
-            gradients = self._gradients(ctx.plan, grad_output, needed, saved)
-        of_tensors: list[Tensor | None] = [None] * self._tensors
-        for position, need, gradient in zip(self.differentiable, needed, gradients):
-            of_tensors[position] = gradient if need else None
-        for position in self._passed_on:
-            of_tensors[position] = grad_output if ctx.needs_input_grad[position] else None
-        return of_tensors
+            gradients = self._gradients(plan, grad_output, needed, saved)
+        of = {
+            position: gradient
+            for position, need, gradient in zip(self.differentiable, needed, gradients)
+            if need
+        }
+        of |= {position: grad_output for position in self._passed_on if needs[position]}
+        return [of.get(position) for position in positions]
 
     def _refuse(self, ctx, *grads):
         raise NotImplementedError(
             f"vitkern.{self.name} has no second derivative in its kernels; backend='reference' has those of any order"
         )
 
-    def _autograd_function(self) -> Callable[..., Tensor]:
-        """The implementation and its gradient without the dispatcher between them, of the tensors, plan and options."""
+    def _recorder(self, run, plan, options, everything: bool) -> Callable[..., Any]:
+        """Forward and gradient without the dispatcher between them, for one plan.
+
+        Its arguments are the tensors that may want a gradient, and all tensors in a tuple: each tensor costs.
+        """
         op = self
 
         def forward(ctx, *inputs):
-            *tensors, ctx.plan, ctx.options = inputs
-            outputs = op._forward(ctx.plan, *tensors)
+            tensors = inputs[-1]
+            outputs = run(*tensors)
             if not op._kept:
-                outputs = (outputs,)
+                ctx.save_for_backward(*tensors)
+                return outputs
             ctx.save_for_backward(*tensors, *outputs[op._saved])
-            return outputs[0]
+            if not everything:
+                return outputs[0]
+            ctx.mark_non_differentiable(*outputs[1:])
+            return outputs
 
-        def backward(ctx, grad_output):
-            return *op._differentiate(ctx, grad_output), None, None
+        def backward(ctx, grad_output, *_):
+            return *op._differentiate(ctx, grad_output, op._recorded, plan, options), None
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(self.name, (torch.autograd.Function,), methods)
@@ -286,10 +334,5 @@ def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str 
 def kernel(op: str, direction: str, backend: str) -> Callable[..., Any]:
     """The launch function of an op for a backend, imported when first needed."""
     family = "triton" if backend == "triton" else "native"
-    if op == "ms_deform_attn":
-        module = importlib.import_module(
-            f"vitkern.ops.{'triton_launch' if backend == 'triton' else 'native'}"
-        )
-    else:
-        module = importlib.import_module(f"vitkern.ops.{family}_{op}")
+    module = importlib.import_module(f"vitkern.ops.{family}_{op}")
     return getattr(module, f"{op}_{direction}_{backend}")

@@ -50,8 +50,9 @@ def _call(x, weight) -> TokenPoolCall:
     return TokenPoolCall(x.contiguous(), weight.to(x.dtype).contiguous())
 
 
-def _forward(backend, x, weight):
-    return kernel("token_pool", "forward", backend)(_call(x, weight))
+def _forward(backend):
+    launch = kernel("token_pool", "forward", backend)
+    return lambda *tensors: launch(_call(*tensors))
 
 
 def _backward(backend, grad_output, needed, x, weight, tokens, logsumexp):

@@ -56,8 +56,9 @@ def _call(*tensors) -> TokenProjectCall:
     return TokenProjectCall(*(tensor.contiguous() for tensor in tensors))
 
 
-def _forward(backend, *tensors):
-    return kernel("token_project", "forward", backend)(_call(*tensors))
+def _forward(backend):
+    launch = kernel("token_project", "forward", backend)
+    return lambda *tensors: launch(_call(*tensors))
 
 
 def _backward(backend, grad_output, needed, *tensors):

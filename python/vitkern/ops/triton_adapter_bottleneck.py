@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitkern import reference
 from vitkern.ops.adapter_bottleneck import AdapterBottleneckCall
-from vitkern.ops.triton_launch import _cdiv, _on
+from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import product_constants, sum_of_products
 
 
@@ -53,8 +53,8 @@ def adapter_bottleneck_forward_triton(
     kept = x.new_empty((rows, hidden), dtype=torch.float32) if keep else None
     if output.numel() == 0:
         return output, kept
-    with _on(x):
-        kernels.adapter_bottleneck_forward[(_cdiv(rows, blocks["BLOCK_N"]),)](
+    with on(x):
+        kernels.adapter_bottleneck_forward[(cdiv(rows, blocks["BLOCK_N"]),)](
             output,
             kept,
             x,
@@ -107,13 +107,13 @@ def _rows(
     need_x, need_down, need_down_bias, need_up, _, need_scale = needed
     x, (rows, hidden) = call.x, (call.x.shape[0], call.down_weight.shape[0])
     blocks = _blocks(call, backward=True)
-    programs = _cdiv(rows, blocks["BLOCK_N"])
+    programs = cdiv(rows, blocks["BLOCK_N"])
     grad_x = torch.empty_like(x) if need_x else None
     a = x.new_empty((rows, hidden)) if need_up else None
     f = x.new_empty((rows, hidden)) if need_down else None
     bias_parts = x.new_empty((programs, hidden), dtype=torch.float32) if need_down_bias else None
     scale_parts = x.new_empty((programs, 1), dtype=torch.float32) if need_scale else None
-    with _on(x):
+    with on(x):
         kernels.adapter_bottleneck_backward[(programs,)](
             grad_x,
             a,

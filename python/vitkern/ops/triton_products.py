@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops.triton_launch import _cdiv, _on
+from vitkern.ops.triton_common import cdiv, on
 
 # Programs to split sums over rows or pixels into: some rounds for any card. A constant, so that results do not depend
 # on the card's size.
@@ -34,11 +34,9 @@ def product_constants(tensor: Tensor) -> dict[str, Any]:
 def parts_of(rows: int, block: int, others: int) -> int:
     """Into how many parts to split the rows, given that `others` programs work on each part."""
     most = max(1, _PROGRAMS // max(others, 1))
-    parts = min(most, _cdiv(rows, max(_LEAST_ROWS, block)))
-    blocks = _cdiv(
-        _cdiv(rows, block), max(parts, 1)
-    )  # of one part; the last part may have fewer, but not none
-    return max(1, _cdiv(_cdiv(rows, block), max(blocks, 1)))
+    parts = min(most, cdiv(rows, max(_LEAST_ROWS, block)))
+    blocks = cdiv(cdiv(rows, block), max(parts, 1))  # of one part; the last part may have fewer, but not none
+    return max(1, cdiv(cdiv(rows, block), max(blocks, 1)))
 
 
 def sum_of_products(
@@ -56,11 +54,11 @@ def sum_of_products(
     q = 1 if right is None else right.shape[-1]
     batch = math.prod(items)
     blocks = kernels.products_table(p, q, left.element_size())
-    tiles = _cdiv(p, blocks["BLOCK_P"]) * _cdiv(q, blocks["BLOCK_Q"])
+    tiles = cdiv(p, blocks["BLOCK_P"]) * cdiv(q, blocks["BLOCK_Q"])
     parts = parts_of(rows, blocks["BLOCK_N"], batch * tiles)
     products = None if right is None else left.new_empty((*items, parts, p, q), dtype=torch.float32)
     totals = left.new_empty((*items, parts, p), dtype=torch.float32) if sums else None
-    with _on(left):
+    with on(left):
         kernels.row_products[(batch * parts * tiles,)](
             products,
             totals,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitkern.ops.token_pool import TokenPoolCall
-from vitkern.ops.triton_launch import _cdiv, _on
+from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import parts_of, product_constants
 
 
@@ -32,7 +32,7 @@ def _weight_stride(call: TokenPoolCall) -> int:
 def _parts(call: TokenPoolCall, blocks: dict[str, Any]) -> tuple[int, int]:
     """Parts that the pixels of an image are split into, and tiles of channels."""
     batch, pixels, channels = call.x.shape
-    tiles = _cdiv(channels, blocks["BLOCK_C"])
+    tiles = cdiv(channels, blocks["BLOCK_C"])
     return parts_of(pixels, blocks["BLOCK_N"], batch * tiles), tiles
 
 
@@ -51,7 +51,7 @@ def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
     largest = x.new_empty((batch, parts, tokens), dtype=torch.float32)
     total = x.new_empty((batch, parts, tokens), dtype=torch.float32)
     pooled = x.new_empty((batch, parts, tokens, channels), dtype=torch.float32)
-    with _on(x):
+    with on(x):
         kernels.token_pool_forward[(batch * parts * tiles,)](
             largest,
             total,
@@ -67,7 +67,7 @@ def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
             **blocks,
         )
         merged = kernels.merge_table(channels)
-        kernels.token_pool_merge[(batch * tokens, _cdiv(channels, merged["BLOCK_C"]))](
+        kernels.token_pool_merge[(batch * tokens, cdiv(channels, merged["BLOCK_C"]))](
             output,
             logsumexp,
             largest,
@@ -100,7 +100,7 @@ def token_pool_backward_triton(
     if need_weight:
         shape = (batch, parts, weight.shape[-2], channels)
         grad_weight = x.new_empty(shape, dtype=torch.float32)
-    with _on(x):
+    with on(x):
         kernels.token_pool_backward[(batch * parts * tiles,)](
             grad_x,
             grad_weight,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitkern.ops.token_project import TokenProjectCall
-from vitkern.ops.triton_launch import _cdiv, _on
+from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import product_constants, sum_of_products
 
 
@@ -25,7 +25,7 @@ def _arguments(call: TokenProjectCall) -> tuple[int, dict[str, Any]]:
         )
     blocks = kernels.launch_table(tokens, call.x.element_size())
     sizes = {"N": pixels, "C": channels, "T": tokens, "K": keys}
-    return batch * _cdiv(pixels, blocks["BLOCK_N"]), sizes | product_constants(call.x) | blocks
+    return batch * cdiv(pixels, blocks["BLOCK_N"]), sizes | product_constants(call.x) | blocks
 
 
 def token_project_forward_triton(call: TokenProjectCall) -> Tensor:
@@ -35,7 +35,7 @@ def token_project_forward_triton(call: TokenProjectCall) -> Tensor:
     if call.x.numel() == 0 or call.key.shape[1] == 0:
         return call.x.clone()
     output = torch.empty_like(call.x)
-    with _on(call.x):
+    with on(call.x):
         kernels.token_project_forward[(programs,)](
             output, call.x, call.query, call.key, call.tokens, **constants
         )
@@ -61,7 +61,7 @@ def token_project_backward_triton(
     grad_query = torch.empty_like(query) if need_query else None
     attention = query.new_empty(shape) if need_tokens else None
     f = query.new_empty(shape) if need_key else None
-    with _on(query):
+    with on(query):
         kernels.token_project_backward[(programs,)](
             grad_query, attention, f, grad_output, query, key, tokens, **constants
         )

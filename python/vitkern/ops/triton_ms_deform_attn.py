@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocates for the Triton kernels and launches them. Callers have checked and made everything contiguous.
+"""Allocates for the Triton kernels of ms_deform_attn and launches them, on what is contiguous and checked.
 
 Triton is imported at the first launch, so that the package imports without it. No device tensor is read on the host:
 every launch can be captured in a CUDA graph after a first call has compiled it.
@@ -7,15 +7,18 @@ every launch can be captured in a CUDA graph after a first call has compiled it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkern.ops.native import MsDeformAttnCall, _new_gradients, _new_output, accumulator, sort_by_cell
+from vitkern.ops.ms_deform_attn import MsDeformAttnCall
+from vitkern.ops.native import accumulator
+from vitkern.ops.native_ms_deform_attn import new_gradients, sort_by_cell
+from vitkern.ops.triton_common import cdiv, on
 
 # Queries, or pixels, of one program while interpreting: there the price is per operation, whatever the block size.
 _INTERPRETED_BLOCK = 64
@@ -80,23 +83,31 @@ def _blocks(call: MsDeformAttnCall, backward: bool = False) -> dict[str, int]:
     return blocks if value.is_cuda else blocks | {"BLOCK_Q": _INTERPRETED_BLOCK}
 
 
-def _on(tensor: Tensor):
-    """Launches go to the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def ms_deform_attn_forward_triton(*arguments) -> Tensor:
-    """Takes the fields of MsDeformAttnCall."""
-    call = MsDeformAttnCall(*arguments)
-    output = _new_output(call)
+def ms_deform_attn_forward_triton(
+    call: MsDeformAttnCall, complain: Callable[..., None]
+) -> Callable[..., Tensor]:
+    """A function of tensors like those of the call, after `complain` has looked at the levels."""
+    points_per_level, method = call.points_per_level, call.method
+
+    def forward(value, shapes, starts, *others):
+        complain(value, shapes, starts)
+        *reference_points, locations, weights = others
+        return _forward(
+            MsDeformAttnCall(
+                value, shapes, starts, locations, weights, points_per_level, method, *reference_points
+            )
+        )
+
+    return forward
+
+
+def _forward(call: MsDeformAttnCall) -> Tensor:
+    batch, pixels, heads, channels, queries, *_ = call.sizes
+    output = call.value.new_empty(batch, queries, heads * channels)
     if output.numel() == 0:
         return output
     if call.value.numel() == 0 or call.weights.numel() == 0:
@@ -104,10 +115,9 @@ def ms_deform_attn_forward_triton(*arguments) -> Tensor:
 
     from vitkern.triton_kernels import ms_deform_attn as kernels
 
-    batch, pixels, heads, channels, queries, *_ = call.layout.sizes
     blocks = _blocks(call)
-    grid = (batch * heads * _cdiv(queries, blocks["BLOCK_Q"]), _cdiv(channels, blocks["BLOCK_D"]))
-    with _on(call.value):
+    grid = (batch * heads * cdiv(queries, blocks["BLOCK_Q"]), cdiv(channels, blocks["BLOCK_D"]))
+    with on(call.value):
         kernels.ms_deform_attn_forward[grid](
             output,
             call.value,
@@ -124,16 +134,15 @@ def ms_deform_attn_forward_triton(*arguments) -> Tensor:
 
 
 def ms_deform_attn_backward_triton(
-    grad_output: Tensor, needed: tuple[bool, ...], *arguments, deterministic: bool = False
+    call: MsDeformAttnCall, grad_output: Tensor, needed: Sequence[bool], deterministic: bool = False
 ) -> list[Tensor | None]:
     """Gradients of value, locations and weights, and, in the fused form, of the places sampled."""
-    call = MsDeformAttnCall(*arguments)
     if call.value.numel() == 0 or call.weights.numel() == 0:
-        gradients = _new_gradients(call, needed)
+        gradients = new_gradients(call, needed)
         return [None if gradient is None else gradient.zero_() for gradient in gradients[: len(needed)]]
 
     # Atomics need zeros to add to; the deterministic pass writes every element.
-    gradients = _new_gradients(call, (False, *needed[1:]))
+    gradients = new_gradients(call, (False, *needed[1:]))
     if needed[0] and not deterministic:
         gradients[0] = torch.zeros_like(call.value, dtype=accumulator(call.value.dtype))
     if any(gradient is not None for gradient in gradients):
@@ -149,10 +158,10 @@ def _backward(call: MsDeformAttnCall, grad_output: Tensor, gradients: list[Tenso
     """Adds to the gradient of value, writes the others; those that are None are not wanted."""
     from vitkern.triton_kernels import ms_deform_attn_backward as kernels
 
-    batch, pixels, heads, channels, queries, _, points = call.layout.sizes
+    batch, pixels, heads, channels, queries, _, points = call.sizes
     blocks, constants = _blocks(call, backward=True), _constants(call)
-    with _on(call.value):
-        kernels.ms_deform_attn_backward[(batch * heads * _cdiv(queries, blocks["BLOCK_Q"]),)](
+    with on(call.value):
+        kernels.ms_deform_attn_backward[(batch * heads * cdiv(queries, blocks["BLOCK_Q"]),)](
             *gradients,
             grad_output,
             call.value,
@@ -173,7 +182,7 @@ def _gather_grad_value(call: MsDeformAttnCall, grad_output: Tensor) -> Tensor:
     """The bitwise reproducible gradient of value: points sorted by pixel, then summed pixel by pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 
-    batch, pixels, heads, channels, queries, *_ = call.layout.sizes
+    batch, pixels, heads, channels, queries, *_ = call.sizes
     blocks, constants, inputs = _blocks(call), _constants(call), _inputs(call)
     num_warps, block_s, block_d = blocks["num_warps"], blocks["BLOCK_Q"], blocks["BLOCK_D"]
     block_q = 32 * num_warps
@@ -182,8 +191,8 @@ def _gather_grad_value(call: MsDeformAttnCall, grad_output: Tensor) -> Tensor:
     softmax = None
     if call.reference_points is not None:
         softmax = grad_value.new_empty(batch, queries, heads, 2)
-    with _on(call.value):
-        kernels.ms_deform_attn_cells[(batch * heads * _cdiv(queries, block_q),)](
+    with on(call.value):
+        kernels.ms_deform_attn_cells[(batch * heads * cdiv(queries, block_q),)](
             cells,
             softmax,
             *inputs,
@@ -196,7 +205,7 @@ def _gather_grad_value(call: MsDeformAttnCall, grad_output: Tensor) -> Tensor:
             num_warps=num_warps,
         )
         order, first = sort_by_cell(cells, batch * heads * pixels)
-        grid = (batch * heads * _cdiv(pixels, block_s), _cdiv(channels, block_d))
+        grid = (batch * heads * cdiv(pixels, block_s), cdiv(channels, block_d))
         kernels.ms_deform_attn_gather_grad_value[grid](
             grad_value,
             grad_output,

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// What has to be known of a call's tensors before it is known what to launch, in one bytes object: a key.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "host/lend.h"
+
+namespace vitkern {
+
+class Describer {
+ public:
+  // The two exact types are those whose tensors are what memory holds.
+  Describer(const pybind11::object& source, pybind11::type tensor, pybind11::type parameter)
+      : lender_(source),
+        tensor_(std::move(tensor)),
+        parameter_(std::move(parameter)),
+        is_neg_(pybind11::getattr(tensor_, "is_neg")) {}
+
+  // Types, devices, shapes and whether contiguous, of tensors and Nones; None if one is not what memory holds: of
+  // another type, lazily negated or zero, sparse, or without elements to read.
+  pybind11::object operator()(const pybind11::tuple& tensors) const {
+    std::string key;
+    for (const pybind11::handle tensor : tensors) {
+      Lent lent{};
+      if (!append(key, tensor, lent)) return pybind11::none();
+    }
+    return pybind11::bytes(key);
+  }
+
+  bool append(std::string& key, pybind11::handle tensor, Lent& lent) const {
+    struct {
+      int32_t dims = -1, device_type = 0, device_index = 0, contiguous = 0, type = 0;
+    } head;
+    if (!tensor.is_none()) {
+      const auto type = pybind11::type::handle_of(tensor);
+      if (!type.is(tensor_) && !type.is(parameter_)) return false;
+      if (!lender_(tensor, lent)) return false;
+      int64_t count = 1;
+      head.contiguous = 1;
+      for (int32_t axis = lent.dims - 1; axis >= 0; --axis) {
+        head.contiguous &= lent.shape[axis] == 1 || lent.strides[axis] == count;
+        count *= lent.shape[axis];
+      }
+      // Lazily zero tensors have no memory; those that may be lazily negated are to be asked.
+      if (count != 0 && lent.data == nullptr) return false;
+      if (lent.type_code != kInteger && is_negated(tensor)) return false;
+      if (count == 0) head.contiguous = 1;
+      head.dims = lent.dims;
+      head.device_type = lent.device_type;
+      head.device_index = lent.device_index;
+      head.type = lent.type_code << 16 | lent.type_bits;
+    }
+    key.append(reinterpret_cast<const char*>(&head), sizeof(head));
+    if (head.dims > 0) key.append(reinterpret_cast<const char*>(lent.shape), head.dims * sizeof(int64_t));
+    return true;
+  }
+
+ private:
+  bool is_negated(pybind11::handle tensor) const {
+    PyObject* const arguments[] = {tensor.ptr()};
+    const auto answer = pybind11::reinterpret_steal<pybind11::object>(
+        PyObject_Vectorcall(is_neg_.ptr(), arguments, 1, nullptr));
+    if (!answer) throw pybind11::error_already_set();
+    return answer.ptr() == Py_True;
+  }
+
+  Lender lender_;
+  pybind11::type tensor_, parameter_;
+  pybind11::object is_neg_;
+};
+
+}  // namespace vitkern

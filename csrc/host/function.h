@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// A C++ function as a Python one of positional arguments, at the price of a builtin: pybind11's own call costs several
+// times that, which a small kernel would feel.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <exception>
+#include <functional>
+#include <stdexcept>
+#include <utility>
+
+namespace vitkern {
+
+using Arguments = PyObject* const*;
+using Positional = std::function<pybind11::object(Arguments, Py_ssize_t)>;
+
+inline PyObject* call_positional(PyObject* self, Arguments arguments, Py_ssize_t count) {
+  try {
+    return (*static_cast<Positional*>(PyCapsule_GetPointer(self, nullptr)))(arguments, count).release().ptr();
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+inline pybind11::object make_function(Positional function) {
+  static PyMethodDef definition = {"call", reinterpret_cast<PyCFunction>(&call_positional), METH_FASTCALL,
+                                   nullptr};
+  const pybind11::capsule self(new Positional(std::move(function)),
+                               [](void* address) { delete static_cast<Positional*>(address); });
+  return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&definition, self.ptr()));
+}
+
+// What a Python call returned, or the exception that it raised.
+inline pybind11::object checked(PyObject* result) {
+  if (result == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(result);
+}
+
+inline bool is_true(pybind11::handle object) {
+  if (object.is_none() || object.ptr() == Py_False) return false;
+  const int truth = PyObject_IsTrue(object.ptr());
+  if (truth < 0) throw pybind11::error_already_set();
+  return truth != 0;
+}
+
+}  // namespace vitkern
