@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.bench_ms_deform_attn: vitkern's CPU kernels against the grid_sample formulation.
+"""python -m benchmarks.bench_ms_deform_attn: vitkern's CPU kernels against every peer that is installed.
 
-A ratio is printed only if outputs and gradients of the two agreed in this run. Times are minima over interleaved
-rounds; look at ratios, not at milliseconds.
+A time is printed only of what has been right in this run: on a small case against the float64 oracle, and on the row's
+own inputs against grid_sample in float32, output and all gradients. Times are minima over interleaved rounds; look at
+ratios, not at milliseconds.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-import vitkern
 from benchmarks.cases import CASES, MsDeformAttnInputs, make_inputs
 from benchmarks.harness import arguments, forward_backward, interleaved, machine
-from vitkern.reference import ms_deform_attn_by_grid_sample
+from benchmarks.peers import OURS, PEERS, Peer, yardstick_of
 
 # (case, locations, dtype, pass): one row each. Batch 1 throughout.
 ROWS = [
@@ -32,70 +34,66 @@ ROWS = [
     ("injector-B512", "near", torch.bfloat16, "forward"),
     ("extractor-B512", "near", torch.bfloat16, "forward"),
 ]
+COMPILED = "grid_sample compiled"  # takes a minute a row before it runs at all
 
 
-def ours(inputs: MsDeformAttnInputs):
-    return lambda value, locations, weights: vitkern.ms_deform_attn(
-        value, inputs.spatial_shapes, inputs.level_start_index, locations, weights
-    )
+def present() -> list[Peer]:
+    """The peers that run here at all; of the others it is said why not."""
+    small = make_inputs(CASES["hub-small"].with_batch(1), locations="uniform")
+    peers = []
+    for peer in PEERS.values():
+        verdict = "not asked for" if peer.name == COMPILED else peer.verdict(small)
+        if verdict == "right":
+            peers.append(peer)
+        else:
+            print(f"{peer.name}: {verdict}")
+    return peers
 
 
-def yardstick(inputs: MsDeformAttnInputs):
-    sizes = [tuple(size) for size in inputs.spatial_shapes.tolist()]
-    return lambda value, locations, weights: ms_deform_attn_by_grid_sample(value, sizes, locations, weights)
+def inputs_of(name: str, locations: str, dtype: torch.dtype) -> MsDeformAttnInputs:
+    return make_inputs(CASES[name].with_batch(1), locations=locations, dtype=dtype)
 
 
-def agree(inputs: MsDeformAttnInputs) -> bool:
-    """Whether output and gradients are those of the yardstick in float32, as far as the dtype can tell."""
-    tolerance = 1e-4 if inputs.value.dtype == torch.float32 else 1e-2
-    exact = inputs.to(torch.float32).requires_grad_()
-    rounded = inputs.to(inputs.value.dtype).requires_grad_()
-    results = []
-    for function, tensors in (
-        (ours(rounded), rounded.differentiable()),
-        (yardstick(exact), exact.differentiable()),
-    ):
-        output = function(*tensors)
-        # Not of the locations: their gradient jumps at the edge of a pixel, where the two may round apart.
-        results.append([output, *torch.autograd.grad(output.sum(), tensors[::2])])
-    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(*results))
+@functools.lru_cache(maxsize=1)  # rows that differ in the pass alone share it
+def expected(*case) -> list[Tensor]:
+    return yardstick_of(inputs_of(*case))
 
 
-def measure(name: str, locations: str, dtype: torch.dtype, what: str, seconds: float):
-    inputs = make_inputs(CASES[name].with_batch(1), locations=locations, dtype=dtype)
-    if not agree(inputs):
-        return None
-    if what == "both":
-        inputs.requires_grad_()
-        wrap = functools.partial(forward_backward, inputs=inputs.differentiable())
-    else:
+def measure(case: tuple, what: str, peers: list[Peer], seconds: float) -> dict[str, str | float]:
+    """Milliseconds of each implementation, or its verdict if that is not "right"."""
+    inputs, yardstick = inputs_of(*case), expected(*case)
+    results: dict[str, str | float] = {peer.name: peer.verdict(inputs, yardstick) for peer in (OURS, *peers)}
+    tensors = inputs.requires_grad_().differentiable() if what == "both" else inputs.differentiable()
 
-        def wrap(function):
-            return lambda: function(*inputs.differentiable())
+    def call(peer: Peer) -> Callable[[], object]:
+        attention = peer.attention(inputs)
+        return forward_backward(attention, tensors) if what == "both" else lambda: attention(*tensors)
 
+    calls = {peer.name: call(peer) for peer in (OURS, *peers) if results[peer.name] == "right"}
     with torch.set_grad_enabled(what == "both"):
-        samples = interleaved(
-            {"vitkern": wrap(ours(inputs)), "grid_sample": wrap(yardstick(inputs))}, seconds=seconds
-        )
-    return {name: min(times) for name, times in samples.items()}
+        samples = interleaved(calls, seconds=seconds)
+    return results | {name: min(times) for name, times in samples.items()}
 
 
 def main() -> None:
     given = arguments(__doc__.splitlines()[0], seconds=15.0)
     print(machine())
-    print(
-        f"{'case':<17}{'locations':<11}{'dtype':<10}{'pass':<9}{'grid_sample ms':>15}{'vitkern ms':>12}{'ratio':>8}"
-    )
+    peers = present()
+    columns = "".join(f"{peer.name + ' ms':>26}{'ratio':>8}" for peer in peers)
+    print(f"{'case':<17}{'locations':<11}{'dtype':<10}{'pass':<9}{'vitkern ms':>12}{columns}")
     for name, locations, dtype, what in ROWS:
         label = f"{name:<17}{locations:<11}{str(dtype)[6:]:<10}{what:<9}"
         if given.match not in label:
             continue
-        best = measure(name, locations, dtype, what, given.seconds)
-        if best is None:
-            print(f"{label}  results differ: not timed")
+        ours, *theirs = measure((name, locations, dtype), what, peers, given.seconds).values()
+        if isinstance(ours, str):
+            print(f"{label}  {ours}: not timed")
             continue
-        ratio = best["grid_sample"] / best["vitkern"]
-        print(f"{label}{best['grid_sample']:>15.2f}{best['vitkern']:>12.2f}{ratio:>7.1f}x", flush=True)
+        cells = [
+            f"{time[:33]:>34}" if isinstance(time, str) else f"{time:>26.2f}{time / ours:>7.1f}x"
+            for time in theirs
+        ]
+        print(f"{label}{ours:>12.2f}{''.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.peers: which other implementations of ms_deform_attn are installed here, and whether right.
 
-Each is called as its documentation says, on the same inputs, and compared with the float64 oracle, output and
+Each is called as its documentation says, on the same inputs, and compared with the float64 oracle, output and all
 gradients, before anybody times it. What is absent, wrong, or does not take a case is said to be so.
-requirements/peers.txt lists what can be installed beside vitkern.
+requirements/peers.txt lists what can be installed beside vitkern, in the versions that this knows.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import vitkern
 from benchmarks.cases import CASES, MsDeformAttnInputs, make_inputs
 from vitkern import reference
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of value, locations, weights: [B, Q, M * D]
 IM2COL_STEP = 64
+RESULTS = ("output", "gradient of value", "gradient of locations", "gradient of weights")
+# From the edge of a cell, in pixels, the gradient of locations is compared: it jumps there, and two may round apart.
+EDGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Peer:
     """How to get at a peer, and the call that takes `inputs`' levels and then value, locations and weights."""
 
     name: str
-    module: str
+    package: str  # as the index of packages has it
+    version: str  # the one that this has been written for, if any
     load: Callable[[], Callable]
     bind: Callable[[Callable, MsDeformAttnInputs], Attention]
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -37,9 +43,13 @@ class Peer:
     def attention(self, inputs: MsDeformAttnInputs) -> Attention:
         return self.bind(_loaded(self), inputs)
 
-    def verdict(self, inputs: MsDeformAttnInputs) -> str:
-        """ "right", or why its time is not to be had: absent, unsupported or wrong, with the error."""
+    def verdict(self, inputs: MsDeformAttnInputs, oracle: list[Tensor] | None = None) -> str:
+        """ "right", or why its time is not to be had: absent, unsupported or wrong, with the error.
+
+        `oracle`: what oracle_of(inputs) gives, or what takes its place.
+        """
         try:
+            self._check_version()
             attention = self.attention(inputs)
         except Exception as error:  # a peer may fail to load in any way; which one it was is the verdict
             return f"absent: {_first_line(error)}"
@@ -49,9 +59,17 @@ class Peer:
             results = _results(attention, inputs)
         except Exception as error:
             return f"unsupported: {_first_line(error)}"
-        worst = max(_relative_error(got, want) for got, want in zip(results, _oracle(inputs)))
+        errors = map(_relative_error, results, oracle_of(inputs) if oracle is None else oracle)
+        worst, what = max(zip(errors, RESULTS))
         limit = 1e-4 if inputs.value.dtype == torch.float32 else 2e-2
-        return "right" if worst <= limit else f"wrong: off by {worst:.1e} of the greatest value"
+        return "right" if worst <= limit else f"wrong: {what} off by {worst:.1e} of its greatest value"
+
+    def _check_version(self) -> None:
+        if not self.version:
+            return
+        installed = importlib.metadata.version(self.package)
+        if installed != self.version:
+            raise ImportError(f"{self.package} {installed} is installed, {self.version} is known here")
 
 
 @functools.cache
@@ -64,14 +82,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _results(attention: Attention, inputs: MsDeformAttnInputs) -> list[Tensor]:
-    """The output and the gradients of value and weights."""
+    """What RESULTS names; the gradient of locations is zero near the edges of cells."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.differentiable()]
     output = attention(*leaves)
-    # Not of the locations: their gradient jumps at the edge of a pixel, where two may round apart.
-    return [output, *torch.autograd.grad(output.float().sum(), leaves[::2])]
+    grad_value, grad_locations, grad_weights = torch.autograd.grad(output.float().sum(), leaves)
+    sizes = inputs.spatial_shapes.flip(1)[:, None]  # (x, y), as locations are
+    pixel = inputs.sampling_locations.double() * sizes - 0.5
+    inside_a_cell = ((pixel - pixel.round()).abs() > EDGE).all(-1, keepdim=True)
+    return [output, grad_value, torch.where(inside_a_cell, grad_locations, 0), grad_weights]
 
 
-def _oracle(inputs: MsDeformAttnInputs) -> list[Tensor]:
+def oracle_of(inputs: MsDeformAttnInputs) -> list[Tensor]:
     points = (inputs.sampling_locations.shape[4],) * len(inputs.spatial_shapes)
 
     def attention(value, locations, weights):
@@ -79,6 +100,12 @@ def _oracle(inputs: MsDeformAttnInputs) -> list[Tensor]:
         return reference.ms_deform_attn(value, *tables, locations.flatten(3, 4), weights.flatten(3), points)
 
     return _results(attention, inputs.to(torch.float64))
+
+
+def yardstick_of(inputs: MsDeformAttnInputs) -> list[Tensor]:
+    """The oracle's place taken by grid_sample in float32, for cases on which float64 would take minutes."""
+    exact = inputs.to(torch.float32)
+    return _results(PEERS["grid_sample"].attention(exact), exact)
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:
@@ -116,6 +143,12 @@ def _like_msda_triton(function: Callable, inputs: MsDeformAttnInputs) -> Attenti
     ).flatten(2)
 
 
+def _like_ours(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
+    return lambda value, locations, weights: function(
+        value, inputs.spatial_shapes, inputs.level_start_index, locations, weights
+    )
+
+
 def _by_grid_sample(function: Callable, inputs: MsDeformAttnInputs) -> Attention:
     sizes = [tuple(size) for size in inputs.spatial_shapes.tolist()]
     return lambda value, locations, weights: function(value, sizes, locations, weights)
@@ -123,29 +156,36 @@ def _by_grid_sample(function: Callable, inputs: MsDeformAttnInputs) -> Attention
 
 def _hub_kernel() -> Callable:
     """What transformers loads from the hub for use_kernels=True: from its local cache, or over a network."""
-    layers = importlib.import_module("kernels").get_kernel("kernels-community/deformable-detr").layers
+    layers = (
+        importlib.import_module("kernels").get_kernel("kernels-community/deformable-detr", version=1).layers
+    )
     return layers.MultiScaleDeformableAttentionFunction.apply
 
+
+OURS = Peer("vitkern", "vitkern", "", lambda: vitkern.ms_deform_attn, _like_ours)
 
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("grid_sample", "torch", lambda: reference.ms_deform_attn_by_grid_sample, _by_grid_sample),
+        Peer("grid_sample", "torch", "", lambda: reference.ms_deform_attn_by_grid_sample, _by_grid_sample),
         Peer(
             "grid_sample compiled",
             "torch",
+            "",
             lambda: torch.compile(reference.ms_deform_attn_by_grid_sample),
             _by_grid_sample,
         ),
         Peer(
             "torch-ms-deform-attn",
-            "torch_ms_deform_attn",
+            "torch-ms-deform-attn",
+            "0.1.1",
             _attribute("torch_ms_deform_attn", "ms_deform_attn"),
             _like_deformable_detr,
         ),
         Peer(
             "deformops",
             "deformops",
+            "3.0.1",
             _attribute("deformops.registry.msda", "msda"),
             _like_deformops,
             devices=("cuda",),
@@ -153,17 +193,19 @@ PEERS = {
         Peer(
             "mmcv",
             "mmcv",
+            "2.2.0",
             _attribute("mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction.apply"),
             _like_mmcv,
             devices=("cuda",),
         ),
         Peer(
             "msda-triton",
-            "msda_triton",
+            "msda-triton",
+            "0.1.1",
             _attribute("msda_triton", "multiscale_deformable_attention"),
             _like_msda_triton,
         ),
-        Peer("hub kernel", "kernels", _hub_kernel, _like_deformable_detr, devices=("cuda",)),
+        Peer("hub kernel", "kernels", "0.17.2", _hub_kernel, _like_deformable_detr, devices=("cuda",)),
     )
 }
 

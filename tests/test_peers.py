@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No implementation is timed that is wrong in anything: benchmarks/peers.py tells each mistake by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
+from benchmarks.peers import OURS, PEERS, Peer
+
+INPUTS = make_inputs(
+    MsDeformAttnCase("small", "", 1, ((6, 5), (3, 2)), 40, 2, 8, 3), locations="uniform", dtype=torch.float32
+)
+
+
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.01 * gradient
+
+
+def spoilt(position: int) -> Peer:
+    """Ours, with the gradient of one argument a hundredth too large."""
+
+    def bind(_, inputs):
+        attention = OURS.attention(inputs)
+
+        def run(*tensors):
+            tensors = list(tensors)
+            tensors[position] = ScaledGradient.apply(tensors[position])
+            return attention(*tensors)
+
+        return run
+
+    return Peer("spoilt", "vitkern", "", lambda: None, bind)
+
+
+@pytest.mark.parametrize("position, name", enumerate(("value", "locations", "weights")))
+def test_a_wrong_gradient_is_named(position, name):
+    assert spoilt(position).verdict(INPUTS).startswith(f"wrong: gradient of {name} off by 1.0e-02")
+
+
+def test_vitkern_and_its_yardstick_are_right():
+    for locations in ("uniform", "near"):
+        inputs = make_inputs(CASES["bev-tiny"].with_batch(1).shrunk(), locations=locations)
+        assert OURS.verdict(inputs) == PEERS["grid_sample"].verdict(inputs) == "right"
+
+
+def test_another_version_than_the_known_one_is_absent():
+    other = Peer("other", "torch", "0.0.1", lambda: None, lambda *_: None)
+    assert other.verdict(INPUTS) == (
+        f"absent: ImportError: torch {torch.__version__} is installed, 0.0.1 is known here"
+    )
