@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.bench_host_cost: what a call costs on the host, from Python to the launch, in calls of torch.mm.
 
-The compiled entries are replaced by functions that do nothing. "cpu" is the way to the native kernels; "cuda" that to
-the CUDA kernels, which the same CPU tensors take as they do in the tests' emulator, so without asking for a stream.
-The unit is one torch.mm of two 4x4 matrices, without gradients, in the same rounds. Forward and backward together have
-no target.
+The compiled kernels are replaced by ones that do nothing. "cpu" is the way to the native kernels; "cuda" that to the
+CUDA kernels, which the same CPU tensors take as they do in the tests' emulator, so without asking for a stream.
+The unit is one torch.mm of two 4x4 matrices, without gradients, in the same rounds. "floor" is what nobody can go below
+who writes an op in Python: the same tensors through a torch.library op, or an autograd.Function that keeps them, which
+allocate the output and do nothing else. Forward and backward together have no target.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ CASE = MsDeformAttnCase("tiny", "", 1, ((4, 4), (2, 2)), 3, 2, 4, 2)
 CALLS = 20  # of a sample
 # Units allowed without and with gradients recorded, through the functions and through torch.ops.
 TARGETS = {"function": (4, 6), "torch.ops": (10, 15)}
+
+_floor = torch.library.Library("vitkern_floor", "DEF")
+_floor.define(
+    "op(Tensor value, Tensor shapes, Tensor starts, Tensor locations, Tensor weights, int[]? points_per_level=None, "
+    "str method='bilinear', str? backend=None) -> Tensor"
+)
 
 
 def without_kernels(compiled) -> SimpleNamespace:
@@ -58,6 +65,28 @@ def calls(backend: str) -> dict[tuple[str, str, str], Callable[[], object]]:
     return made
 
 
+def floors() -> dict[tuple[str, str, str], Callable[[], object]]:
+    """What torch takes for the same tensors where nothing is checked, found or launched: {(op, way, pass): call}."""
+    inputs = make_inputs(CASE)
+    tensors, recorded = tuple(inputs), tuple(inputs.to(torch.float32).requires_grad_())
+    shape = (1, CASE.queries, CASE.heads * CASE.channels)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            return tensors[0].new_empty(*shape)
+
+    _floor.impl("op", lambda value, *_: value.new_empty(*shape), "CompositeExplicitAutograd")
+    _floor.impl("op", lambda *tensors: Function.apply(*tensors[:5]), "Autograd")
+    apply = super(torch.autograd.Function, Function).apply
+    return {
+        ("floor", "function", "forward"): lambda: tensors[0].new_empty(*shape),
+        ("floor", "function", "recorded"): lambda: apply(*recorded),
+        ("floor", "torch.ops", "recorded"): lambda: torch.ops.vitkern_floor.op(*recorded, backend="cpu"),
+    }
+
+
 def shortest(runs: dict[object, Callable[[], object]], seconds: float) -> dict[object, float]:
     """Microseconds of each call: the least of many short samples, taken in turn, so that a neighbour misses some."""
     best = dict.fromkeys(runs, float("inf"))
@@ -76,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit for each backend")
     arguments = parser.parse_args()
-    matrix = torch.ones(4, 4)
+    matrix, empty = torch.ones(4, 4), floors()
     recorded = matrix.clone().requires_grad_()
     native._C = native.cuda_module = without_kernels(native._C)
     print(f"{cpu_model()}, torch {torch.__version__}")
@@ -90,13 +119,13 @@ def main() -> None:
             "unit": lambda: torch.mm(matrix, matrix),
             "unit, recorded": lambda: torch.mm(recorded, matrix),
         }
-        runs |= calls(backend)
+        runs |= empty | calls(backend)
         best = shortest(runs, arguments.seconds)
         unit = best["unit"]
         print(f"{backend}: torch.mm {unit:.2f} us, with gradients recorded {best['unit, recorded']:.2f} us")
         for name in list(runs)[2:]:
             op, way, what = name
-            target = "" if what == "both" else f" of {TARGETS[way][what == 'recorded']}"
+            target = "" if "both" in name or "floor" in name else f" of {TARGETS[way][what == 'recorded']}"
             print(
                 f"  {op:<22}{way:<11}{what:<10}{best[name]:>8.1f} us {best[name] / unit:>7.1f} units{target}"
             )

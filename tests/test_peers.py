@@ -40,7 +40,7 @@ def spoilt(position: int) -> Peer:
     return Peer("spoilt", "vitkern", "", lambda: None, bind)
 
 
-@pytest.mark.parametrize("position, name", enumerate(("value", "locations", "weights")))
+@pytest.mark.parametrize("position, name", list(enumerate(("value", "locations", "weights"))))
 def test_a_wrong_gradient_is_named(position, name):
     assert spoilt(position).verdict(INPUTS).startswith(f"wrong: gradient of {name} off by 1.0e-02")
 

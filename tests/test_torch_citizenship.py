@@ -420,6 +420,10 @@ TYPES = {
         "level_start_index": [0.0, 30]
     },
     "points_per_level must be whole numbers, got 6": lambda i: {"points_per_level": 6},
+    "value must be a tensor, got list": lambda i: {
+        "value": i.value.tolist(),
+        "spatial_shapes": [(6, 5), (3, 2)],
+    },
     "value must be a dense tensor, got torch.sparse_coo": lambda i: {"value": i.value.to_sparse()},
     "attention_weights must be a dense tensor, got torch.sparse_coo": lambda i: {
         "attention_weights": i.attention_weights.to_sparse()

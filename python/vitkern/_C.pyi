@@ -30,7 +30,6 @@ def short_way(
     plans: dict[Any, Any],
     everything: bool,
 ) -> Callable[..., Any]: ...
-
 def levels_tile(spatial_shapes: int, level_start: int, levels: int, pixels: int) -> bool: ...
 
 # The kernels: their arguments are those of csrc/*/bindings.cpp, and pybind11 checks them.
