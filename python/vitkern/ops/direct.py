@@ -9,7 +9,8 @@ share the implementation and the formula of the gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +72,51 @@ lends = getattr(Tensor, "__dlpack_c_exchange_api__", _tell)
 # Types, devices, shapes of tensors and whether they are contiguous, as a key; None if one is not what memory holds: of
 # another type, lazily negated or zero, sparse, or without elements to read.
 describe = _C.Describer(lends, Tensor, Parameter)
+
+
+class Planned(NamedTuple):
+    """What csrc/host/short_way.h finds for a call."""
+
+    run: Callable[..., Any]  # of the tensors
+    record: Callable[..., Any]  # of those that may want a gradient, and all in a tuple: gives the result
+    record_all: Callable[..., Any]  # the same, gives all outputs
+    plan: Any
+    options: tuple
+
+
+def recorder(
+    name: str,
+    run: Callable[..., Any],
+    differentiate: Callable[..., Any],
+    kept: slice | None,
+    everything: bool,
+) -> Callable[..., Any]:
+    """Forward and gradient of one plan without the dispatcher between them: see Planned.
+
+    differentiate: of ctx and grad_output; returns gradients of the tensors that may want one.
+    kept: which of the outputs the backward pass wants; None: there is but one output, which it does not want.
+    """
+
+    # Each tensor among its arguments costs, and so does each attribute of ctx: all tensors come in a tuple.
+    def forward(ctx, *inputs):
+        tensors = inputs[-1]
+        outputs = run(*tensors)
+        if kept is None:
+            ctx.save_for_backward(*tensors)
+            return outputs
+        ctx.save_for_backward(*tensors, *outputs[kept])
+        if not everything:
+            return outputs[0]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    def backward(ctx, grad_output, *_):
+        return *differentiate(ctx, grad_output), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), methods)
+    # Function.apply itself first looks for torch.func's wrappers, of which there are none on this way.
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def refuse_transforms(op: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vitkern.ops import direct, native
-from vitkern.ops.ms_deform_attn import SAMPLING_CODES, MsDeformAttnCall
+from vitkern.ops.ms_deform_attn import MsDeformAttnCall
+from vitkern.ops.ms_deform_attn_checks import SAMPLING_CODES
 
 
 class Layout(NamedTuple):

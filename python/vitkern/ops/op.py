@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +28,6 @@ BACKEND = "str? backend=None"
 _MOST_PLANS = 4096  # of an op; then it starts afresh
 
 Spec = tuple[Sequence[int], torch.dtype]  # of an output
-
-
-class Planned(NamedTuple):
-    """What csrc/host/short_way.h finds for a call."""
-
-    run: Callable[..., Any]  # of the tensors
-    record: Callable[..., Any]  # of those that may want a gradient, and all in a tuple: gives the result
-    record_all: Callable[..., Any]  # the same, gives all outputs
-    plan: Any
-    options: tuple
 
 
 class Op:
@@ -88,7 +78,7 @@ class Op:
         self._check, self._plan, self._reference = check, plan, reference
         self._forward, self._backward = forward, backward
         # By key of the tensors and options; None: the reference is to run.
-        self._plans: dict[tuple, Planned | None] = {}
+        self._plans: dict[tuple, direct.Planned | None] = {}
         self._recorded = tuple(sorted((*differentiable, *passed_on)))  # positions that may want a gradient
         arguments = schema.split(", ")
         self._tensors = len(arguments) - len(defaults)
@@ -162,7 +152,7 @@ class Op:
         output = getattr(torch.ops.vitkern, self.name)(*inputs)
         return output[0] if self._kept else output
 
-    def _planned(self, inputs: tuple) -> Planned | None:
+    def _planned(self, inputs: tuple) -> direct.Planned | None:
         """What runs inputs like these, None where it is the reference."""
         described, options = direct.describe(inputs[: self._tensors]), inputs[self._tensors :]
         key = (described, *options)
@@ -174,16 +164,22 @@ class Op:
         if backend != "reference":
             plan = self._plan(backend, *inputs)
             run = self._forward(plan)
-            record = self._recorder(run, plan, options, everything=False)
-            record_all = self._recorder(run, plan, options, everything=True) if self._kept else record
-            planned = Planned(run, record, record_all, plan, options)
+            differentiate = functools.partial(
+                self._differentiate, positions=self._recorded, plan=plan, options=options
+            )
+            recorder = functools.partial(direct.recorder, self.name, run, differentiate)
+            if self._kept:
+                record, record_all = (recorder(self._saved, everything) for everything in (False, True))
+            else:
+                record = record_all = recorder(None, True)
+            planned = direct.Planned(run, record, record_all, plan, options)
         if len(self._plans) == _MOST_PLANS:
             self._plans.clear()
         if described is not None:
             self._plans[key] = planned
         return planned
 
-    def _launchable(self, inputs: tuple) -> Planned:
+    def _launchable(self, inputs: tuple) -> direct.Planned:
         planned = self._planned(inputs)
         if planned is None:
             raise RuntimeError(
@@ -283,33 +279,6 @@ class Op:
         raise NotImplementedError(
             f"vitkern.{self.name} has no second derivative in its kernels; backend='reference' has those of any order"
         )
-
-    def _recorder(self, run, plan, options, everything: bool) -> Callable[..., Any]:
-        """Forward and gradient without the dispatcher between them, for one plan.
-
-        Its arguments are the tensors that may want a gradient, and all tensors in a tuple: each tensor costs.
-        """
-        op = self
-
-        def forward(ctx, *inputs):
-            tensors = inputs[-1]
-            outputs = run(*tensors)
-            if not op._kept:
-                ctx.save_for_backward(*tensors)
-                return outputs
-            ctx.save_for_backward(*tensors, *outputs[op._saved])
-            if not everything:
-                return outputs[0]
-            ctx.mark_non_differentiable(*outputs[1:])
-            return outputs
-
-        def backward(ctx, grad_output, *_):
-            return *op._differentiate(ctx, grad_output, op._recorded, plan, options), None
-
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function = type(self.name, (torch.autograd.Function,), methods)
-        # Function.apply itself first looks for torch.func's wrappers, of which there are none on this way.
-        return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 _ops: list[Op] = []
