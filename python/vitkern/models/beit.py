@@ -45,7 +45,7 @@ def relative_position_index(height: int, width: int, with_cls: bool) -> Tensor:
     return index
 
 
-class _Positions(nn.Module):
+class RelativePositions(nn.Module):
     """A learnable bias for each head and each distance of two tokens of a window."""
 
     relative_position_index: Tensor
@@ -60,7 +60,7 @@ class _Positions(nn.Module):
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
-class RelativePositionBias(_Positions):
+class RelativePositionBias(RelativePositions):
     """One table for all blocks, in checkpoints that share it."""
 
     def __init__(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
@@ -68,7 +68,7 @@ class RelativePositionBias(_Positions):
         self.add_positions(window, num_heads, with_cls)
 
 
-class Attention(_Positions):
+class Attention(RelativePositions):
     """Self-attention with biases of position; queries and values have a bias, keys have none.
 
     Args:

@@ -184,12 +184,28 @@ def attend(
     num_heads: int,
     *,
     scale: float | None = None,  # None: 1 / sqrt(D)
-    bias: Tensor | None = None,  # [M, N, N], added before the softmax
+    bias: Tensor | None = None,  # [M, N, N] or [B, M, N, N], added before the softmax
     dropout_p: float = 0.0,
 ) -> Tensor:  # [B, N, M D]
-    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = qkv.chunk(3, dim=-1)
+    return attend_to(query, key, value, num_heads, scale=scale, bias=bias, dropout_p=dropout_p)
+
+
+def attend_to(
+    query: Tensor,  # [B, N, M D], as key and value
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """As `attend`, of queries, keys and values apart."""
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     if bias is not None:
-        bias = bias.to(query.dtype)[None]  # autocast leaves parameters that it does not know in float32
+        bias = bias.to(query.dtype)  # autocast leaves parameters that it does not know in float32
+        bias = bias if bias.dim() == 4 else bias[None]
     x = F.scaled_dot_product_attention(query, key, value, bias, dropout_p, scale=scale)
     return x.transpose(1, 2).flatten(2)
 

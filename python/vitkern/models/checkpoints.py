@@ -18,6 +18,7 @@ from vitkern.models.relative_positions import resize_table
 
 StateDict = dict[str, Tensor]
 TABLE = "relative_position_bias_table"
+CONSTANTS = ("relative_position_index", "attn_mask")
 
 # Uni-Perceiver's names in its own checkpoints, and in the adapter's.
 UNIPERCEIVER = {
@@ -80,14 +81,16 @@ def convert(tensors: StateDict, model: nn.Module) -> StateDict:
     if any(key.startswith("fused_encoder.") for key in tensors):
         tensors = {_renamed(key, UNIPERCEIVER): value for key, value in tensors.items()}
     tensors = {_renamed(k, {".ls1.gamma": ".gamma1", ".ls2.gamma": ".gamma2"}): v for k, v in tensors.items()}
+    if hasattr(model, "translate"):
+        tensors = model.translate(tensors)  # type: ignore[operator]
     own = model.state_dict()
     shared = tensors.pop(f"rel_pos_bias.{TABLE}", None)
     if shared is not None:
         tensors |= {key: shared for key in own if key.endswith(f"attn.{TABLE}")}
         if f"rel_pos_bias.{TABLE}" in own:
             tensors[f"rel_pos_bias.{TABLE}"] = shared
-    # Constants, which are those of the checkpoint's window, not of the model's.
-    tensors = {k: v for k, v in tensors.items() if not k.endswith("relative_position_index")}
+    # Those of the checkpoint's window and image are not the model's.
+    tensors = {k: v for k, v in tensors.items() if not k.endswith(CONSTANTS)}
     for key in tensors.keys() & own.keys():
         tensors[key] = _fitted(key, tensors[key], own[key])
     return tensors
@@ -155,7 +158,7 @@ def load_checkpoint(
             raise ValueError(
                 f"{key} is {list(tensors[key].shape)} in {source} and {list(own[key].shape)} in {type(model).__name__}"
             )
-    missing = [key for key in own if key not in tensors and not key.endswith("relative_position_index")]
+    missing = [key for key in own if key not in tensors and not key.endswith(CONSTANTS)]
     unexpected = [key for key in tensors if key not in own]
     if strict and (missing or unexpected):
         raise ValueError(f"{source} lacks {missing[:3]} and has besides {unexpected[:3]}")

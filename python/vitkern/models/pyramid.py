@@ -65,6 +65,13 @@ class Backbone(nn.Module):
                 f"{type(self).__name__}: image must be [B, {self.in_chans}, H, W], got {list(image.shape)}"
             )
 
+    def _check_shape(self, x: Tensor, shape: tuple[int, ...]) -> None:
+        """For models of one size of images, or of videos."""
+        if tuple(x.shape[1:]) != shape:
+            kind = "video" if len(shape) == 4 else "image"
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"{type(self).__name__}: {kind} must be [B, {expected}], got {list(x.shape)}")
+
 
 class Pyramid(Backbone):
     """A backbone of four maps at strides 4, 8, 16 and 32, each with embed_dim channels."""

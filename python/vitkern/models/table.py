@@ -32,7 +32,10 @@ def main(pattern: str = "*") -> int:
         size = entry(name).img_size
         with torch.device("meta"):
             model = create_model(name).eval()
-            image = torch.empty(1, 3, size, size)
-        macs = count_macs(model, image) / 1e9
-        print(f"{name:<28}{count_parameters(model):>14,}{macs:>10.2f}   3 x {size} x {size}", flush=True)
+            shape = getattr(model, "input_shape", (3, size, size))  # of a video, where it is none of an image
+            macs = count_macs(model, torch.empty(1, *shape)) / 1e9
+        print(
+            f"{name:<28}{count_parameters(model):>14,}{macs:>10.2f}   {' x '.join(map(str, shape))}",
+            flush=True,
+        )
     return 0

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swin Transformer (arXiv 2103.14030) with Microsoft's parameter names; timm's load into it too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitkern.models.adaptformer_blocks import joined, reset_adapters, without_other_head
+from vitkern.models.beit import RelativePositions
+from vitkern.models.blocks import (
+    DropPath,
+    Layer,
+    Mlp,
+    PatchEmbed,
+    attend,
+    drop_path_rates,
+    head_channels,
+    initialise,
+    merge_windows,
+    run,
+    split_windows,
+)
+from vitkern.models.pyramid import Backbone
+from vitkern.nn import AdapterBottleneck
+
+# The adapter of a block, if it has one, from its channels and number.
+AdapterOf = Callable[[int, int], AdapterBottleneck | None]
+
+FAR = -100.0  # added where two tokens of a window are no neighbours
+
+
+class WindowAttention(RelativePositions):
+    """Self-attention inside windows [B', N, C] with a bias for each distance."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        window: tuple[int, int],
+        qkv_bias: bool,
+        qk_scale: float | None,
+        attn_drop: float,
+        proj_drop: float,
+    ) -> None:
+        super().__init__()
+        self.scale = qk_scale or head_channels(channels, num_heads) ** -0.5
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.add_positions(window, num_heads, with_cls=False)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
+        self.proj = nn.Linear(channels, channels)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+        bias = self.position_bias()
+        if mask is not None:  # [windows of an image, N, N]
+            images = windows.shape[0] // mask.shape[0]
+            bias = (bias + mask[:, None]).repeat(images, 1, 1, 1)
+        dropout_p = self.attn_drop if self.training else 0.0
+        x = attend(self.qkv(windows), self.num_heads, scale=self.scale, bias=bias, dropout_p=dropout_p)
+        return self.proj_drop(self.proj(x))
+
+
+def shifted_mask(height: int, width: int, window: int, shift: int) -> Tensor:
+    """What keeps apart, in a map rolled by `shift`, tokens that came from opposite sides: [windows, N, N]."""
+
+    def side(length: int) -> Tensor:  # 0 for all windows but the last, 1 and 2 for the two parts of that
+        place = torch.arange(length)
+        return (place >= length - window).long() + (place >= length - shift).long()
+
+    region = 3 * side(height)[:, None] + side(width)[None, :]
+    regions = split_windows(region.flatten()[None, :, None], window, height, width)[..., 0]
+    return FAR * (regions[:, :, None] != regions[:, None, :]).float()
+
+
+class SwinBlock(nn.Module):
+    """A block on a map of one size, whose windows are moved by `shift`; maps are padded to whole windows."""
+
+    attn_mask: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        resolution: tuple[int, int],
+        num_heads: int,
+        window: int,
+        shift: int,
+        *,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        drop: float,
+        attn_drop: float,
+        drop_path: float,
+        norm_layer: Layer,
+        adapter: AdapterBottleneck | None,
+        sequential: bool,
+    ) -> None:
+        super().__init__()
+        self.resolution, self.sequential, self.with_cp = resolution, sequential, False
+        if min(resolution) <= window:
+            window, shift = min(resolution), 0
+        self.window, self.shift = window, shift
+        self.padded = resolution[0] + -resolution[0] % window, resolution[1] + -resolution[1] % window
+        self.norm1 = norm_layer(channels)
+        self.attn = WindowAttention(
+            channels, num_heads, (window, window), qkv_bias, qk_scale, attn_drop, drop
+        )
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm_layer(channels)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio), drop=drop)
+        self.register_buffer("attn_mask", shifted_mask(*self.padded, window, shift) if shift else None)
+        self.adaptmlp = adapter
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H W, C]
+        return run(self._body, x, with_cp=self.with_cp)
+
+    def _body(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self._attention(self.norm1(x)))
+        return joined(x, self.drop_path(self.mlp(self.norm2(x))), self.adaptmlp, self.sequential)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        (height, width), padded = self.resolution, self.padded
+        maps = x.unflatten(1, self.resolution)
+        maps = F.pad(maps, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
+        if self.shift:
+            maps = maps.roll((-self.shift, -self.shift), (1, 2))
+        windows = self.attn(split_windows(maps.flatten(1, 2), self.window, *padded), self.attn_mask)
+        maps = merge_windows(windows, self.window, *padded).unflatten(1, padded)
+        if self.shift:
+            maps = maps.roll((self.shift, self.shift), (1, 2))
+        return maps[:, :height, :width].flatten(1, 2)
+
+
+class PatchMerging(nn.Module):
+    """[B, H W, C] to [B, H/2 W/2, 2 C]."""
+
+    def __init__(self, resolution: tuple[int, int], channels: int, norm_layer: Layer) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        self.norm = norm_layer(4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.resolution
+        x = x.unflatten(1, (height // 2, 2, width // 2, 2)).permute(0, 1, 3, 4, 2, 5)  # columns before rows
+        return self.reduction(self.norm(x.flatten(3).flatten(1, 2)))
+
+
+class SwinStage(nn.Module):
+    """Blocks on maps of one size, then a merging of patches in all stages but the last."""
+
+    def __init__(self, blocks: Sequence[SwinBlock], downsample: PatchMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class SwinTransformer(Backbone):
+    """A classifier of images ``[B, C, H, W]`` of `img_size`, a multiple of 8 patches.
+
+    Args:
+        window_size: where a map is no larger, it is one window.
+        ape: position embeddings besides the relative ones.
+        num_classes: 0 gives the features themselves.
+        use_checkpoint: recompute each block in the backward pass.
+        adapter, sequential: what makes the adapter of each block, and where it is.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        norm_layer: Layer = nn.LayerNorm,
+        ape: bool = False,
+        patch_norm: bool = True,
+        use_checkpoint: bool = False,
+        adapter: AdapterOf = lambda channels, block: None,
+        sequential: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.embed_dim, self.num_features = embed_dim, embed_dim << (len(depths) - 1)
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None
+        )
+        multiple = patch_size << (len(depths) - 1)
+        if any(side % multiple for side in self.patch_embed.img_size):
+            raise ValueError(f"img_size must be a multiple of {multiple}, got {img_size}")
+        self.absolute_pos_embed = None
+        if ape:
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = iter(enumerate(drop_path_rates(drop_path_rate, sum(depths))))
+        (height, width), last = self.patch_embed.grid_size, len(depths) - 1
+
+        def stage(level: int) -> SwinStage:
+            channels, resolution = embed_dim << level, (height >> level, width >> level)
+            blocks = []
+            for place in range(depths[level]):
+                number, rate = next(rates)
+                block = SwinBlock(
+                    channels,
+                    resolution,
+                    num_heads[level],
+                    window_size,
+                    place % 2 * (window_size // 2),
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    qk_scale=qk_scale,
+                    drop=drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=rate,
+                    norm_layer=norm_layer,
+                    adapter=adapter(channels, number),
+                    sequential=sequential,
+                )
+                blocks.append(block)
+            return SwinStage(
+                blocks, None if level == last else PatchMerging(resolution, channels, norm_layer)
+            )
+
+        self.layers = nn.ModuleList(stage(level) for level in range(len(depths)))
+        self.norm = norm_layer(self.num_features)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        for part in (self.layers, self.head):
+            part.apply(initialise)
+        reset_adapters(self)
+        self.set_grad_checkpointing(use_checkpoint)
+
+    def no_weight_decay(self) -> set[str]:
+        tables = {
+            name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")
+        }
+        return super().no_weight_decay() | tables
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
+        """A new classifier; `global_pool` is accepted for compatibility, without effect."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """[B, D]: what is classified."""
+        self._check_shape(image, (self.in_chans, *self.patch_embed.img_size))
+        x, _, _ = self.patch_embed(image)
+        if self.absolute_pos_embed is not None:
+            x = x + self.absolute_pos_embed
+        x = self.pos_drop(x)
+        for stage in self.layers:
+            x = stage(x)
+        return self.norm(x).mean(dim=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.forward_features(image))
+
+    def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """timm's names to Microsoft's: it merges patches at the start of a stage. A classifier of others goes."""
+        tensors = {key.replace("head.fc.", "head."): tensor for key, tensor in tensors.items()}
+        merging = re.compile(r"layers\.(\d+)\.downsample\.")
+        if not any(key.startswith("layers.0.downsample.") for key in tensors):
+            tensors = {
+                merging.sub(lambda found: f"layers.{int(found[1]) - 1}.downsample.", key): tensor
+                for key, tensor in tensors.items()
+            }
+        return without_other_head(tensors, self)
