@@ -246,6 +246,8 @@ def _save(path: Path, model: nn.Module, optimizer: Any, scaler: Any, epochs: int
     }
     if main:
         write(state, path)
+    if dist.is_initialized():
+        dist.barrier()  # whoever reads the file next finds it
 
 
 def _resume(path: Path, model: nn.Module, optimizer: Any, scaler: Any) -> int:

@@ -42,9 +42,12 @@ class HookedAdapter(AdapterBottleneck):
 
     def _add(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         stream, self._stream = self._stream, None
-        if isinstance(output, tuple):
-            return (self(stream, residual=output[0]), *output[1:])
-        return self(stream, residual=output)
+        assert stream is not None  # its block's network has run
+        first, *others = output if isinstance(output, tuple) else (output,)
+        adapted = self(
+            stream.reshape(first.shape), residual=first
+        )  # a map, of which some networks see the tokens
+        return (adapted, *others) if isinstance(output, tuple) else adapted
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

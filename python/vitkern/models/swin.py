@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swin Transformer (arXiv 2103.14030) with Microsoft's parameter names; timm's load into it too."""
+"""Swin Transformer (arXiv 2103.14030) with Microsoft's parameter names. Its weights and those of timm load into it."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio), drop=drop)
-        self.register_buffer("attn_mask", shifted_mask(*self.padded, window, shift) if shift else None)
+        mask = shifted_mask(*self.padded, window, shift) if shift else None
+        self.register_buffer("attn_mask", mask, persistent=False)
         self.adaptmlp = adapter
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H W, C]
