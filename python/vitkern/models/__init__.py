@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the ViT-Adapter family, with the parameter names of the projects they come from."""
 
-from vitkern.models import visual_transformer_configs as visual_transformer_configs
 from vitkern.models import adaptformer_configs as adaptformer_configs
+from vitkern.models import visual_transformer_configs as visual_transformer_configs
 from vitkern.models import vit_adapter_configs as vit_adapter_configs
 from vitkern.models import vitae_configs as vitae_configs
 from vitkern.models.adaptformer import AdaptFormer
