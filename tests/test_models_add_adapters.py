@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tests.parity.weights import fill, seeded
 from vitkern.models import (
+    AdaptFormer,
     ViTAdapter,
     adapter_state_dict,
     add_adapters,
@@ -163,6 +164,16 @@ def test_chosen_layers_bottlenecks_and_a_model_of_this_package():
     assert add_adapters(Classifier(NormAfterBlock), None).layers[0].adaptmlp.bottleneck == 2
     own = add_adapters(ViTAdapter(embed_dim=48, depth=4, num_heads=3), 4)
     assert sum(isinstance(module, AdapterBottleneck) for module in own.modules()) == 4
+
+
+@torch.no_grad()
+def test_in_a_plain_adaptformer_they_are_those_of_a_tuned_one():
+    options = dict(img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=5)
+    added = add_adapters(AdaptFormer(**options), 8, scale=0.1)
+    built = AdaptFormer(tuning_config=dict(ffn_num=8, ffn_adapter_scalar=0.1), **options)
+    built.load_state_dict(fill(added).state_dict())
+    image = seeded("image", (1, 3, 32, 32))
+    assert torch.equal(added.eval()(image), built.eval()(image))
 
 
 def test_adapters_have_the_type_and_place_of_their_block():

@@ -102,7 +102,8 @@ def add_adapters(
         norm: Any = _part(block, NORM)
         feed_forward: Any = _part(block, FEED_FORWARD)
         channels = norm.weight.numel()
-        adapter = HookedAdapter(
+        own = hasattr(block, "adaptmlp")  # a block of this package calls its adapter itself
+        adapter = (AdapterBottleneck if own else HookedAdapter)(
             channels,
             channels // 12 if bottleneck is None else bottleneck,
             dropout,
@@ -114,7 +115,8 @@ def add_adapters(
         )
         adapter.to(norm.weight).train(block.training)
         block.adaptmlp = adapter
-        adapter.attach(block, norm, feed_forward)
+        if isinstance(adapter, HookedAdapter):
+            adapter.attach(block, norm, feed_forward)
     return model
 
 
