@@ -26,6 +26,10 @@ test: setup  ## Everything this machine can run; what it cannot is listed with t
 	$(PYTEST) -m "not alone" $(PARALLEL) $(PYTEST_ARGS)
 	$(PYTEST) -m alone $(PYTEST_ARGS)
 
+test-ecosystem:  ## Models of timm, torchvision and transformers with ours, in an environment of its own
+	$(MAKE) VENV=.venv-ecosystem .venv-ecosystem/.ecosystem
+	.venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_models_checkpoints.py $(PYTEST_ARGS)
+
 bench: setup  ## Time each backend against plain torch; a figure is printed only where the result was checked
 	for op in ms_deform_attn ms_deform_attn_fused adapter_bottleneck token_pool; do \
 	  $(BIN)/python -m benchmarks.bench_$$op $(BENCH_ARGS) || exit 1; done
@@ -79,13 +83,13 @@ clean:  ## Remove what was built, keep .venv
 	find $(PYTHON_FILES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## Remove .venv too
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-ecosystem
 
 help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test bench check emulate sanitize lint typecheck ci setup dist format clean distclean help
+.PHONY: demo test test-ecosystem bench check emulate sanitize lint typecheck ci setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is
@@ -117,6 +121,11 @@ $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
 	@rm -f $@
 	@$(PIP) install --no-build-isolation --no-deps --ignore-installed --editable .
 	@echo "$(BUILD_OPTIONS)" > $@
+
+$(VENV)/.ecosystem: $(VENV)/.built $(wildcard requirements/ecosystem*.txt)
+	@$(PIP) install -c requirements/torch.txt -r requirements/ecosystem-common.txt
+	@$(PIP) install --no-deps -r requirements/ecosystem.txt
+	@touch $@
 
 build/sanitize/.done: $(VENV)/.requirements $(SOURCES) $(shell find python triton_kernels -name '*.py')
 	@echo "Building vitkern with sanitizers"
