@@ -239,7 +239,7 @@ template <typename Acc>
 void unfuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
                    int64_t queries, Acc* grad_weight) {
   const auto multiply = [&](const Acc* from, const Acc* x, const Acc* y, Acc* to) {
-    for (int64_t i = 0; i < tile.padded; ++i) {
+    for (int64_t i = 0; i < queries * tile.points; ++i) {
       to[2 * i] = from[2 * i] * x[i];
       to[2 * i + 1] = from[2 * i + 1] * y[i];
     }

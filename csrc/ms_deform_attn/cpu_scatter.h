@@ -179,6 +179,8 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
     for (int64_t query = 0; query < queries; ++query) {
       prefetch_points<C>(p, first_point + (query + tile.queries) * p.heads * p.points, tile.points);
       prefetch_row(grad_output + (query + tile.queries) * p.heads * p.channels, p.channels);
+      if (p.reference.points)
+        prefetch_references<Accumulator<T>>(p.reference, image, first + tile.queries + query);
       if (far && query + kAhead < queries) {
         prefetch_rows<kUsed>(tile, query + kAhead, value, row_bytes);
         if (scatters) prefetch_rows<kUsed>(tile, query + kAhead, grad, grad_bytes);
