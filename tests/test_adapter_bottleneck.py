@@ -183,6 +183,15 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted, residual):
             torch.testing.assert_close(leaf.grad, everything[name], msg=name)
 
 
+@pytest.mark.parametrize("leading", [(), (5,), (2, 5)], ids=str)
+def test_the_result_may_be_changed_in_place(runner, leading):
+    tensors = make(AdapterBottleneckCase("small", "", leading, 12, 4), runner)
+    function = call(tensors, runner.backend)
+    doubled = gradients(lambda *leaves: function(*leaves).mul_(2), tuple(tensors.values()))
+    for ours, once in zip(doubled, gradients(function, tuple(tensors.values()))):
+        torch.testing.assert_close(ours, 2 * once)
+
+
 def test_nothing_as_large_as_x_is_saved_but_x():
     tensors = AdapterBottleneckCase("tall", "", (500,), 64, 4).make()
     del tensors["residual"]

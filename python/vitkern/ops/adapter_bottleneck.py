@@ -124,7 +124,8 @@ def _forward(plan):
         output, kept = launch(call, plan.keep)
         if kept is None:
             kept = x.new_empty((0, call.down_weight.shape[0]), dtype=native.accumulator(x.dtype))
-        return output.view(x.shape), kept
+        # A view could not be changed in place: autograd would lose the gradient.
+        return output.resize_(x.shape), kept
 
     return forward
 
