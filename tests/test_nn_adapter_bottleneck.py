@@ -62,6 +62,13 @@ def test_initial_weights():
         assert not zero.any()
 
 
+def test_a_learnable_scale_is_reset_with_the_weights():
+    module = AdapterBottleneck(8, 2, adapter_scalar="learnable_scalar")
+    torch.nn.init.zeros_(module.scale)
+    module.reset_parameters()
+    assert module.scale.item() == 1
+
+
 def test_keys_of_adaptformer():
     keys = {"down_proj.weight", "down_proj.bias", "up_proj.weight", "up_proj.bias"}
     norm = {"adapter_layer_norm_before.weight", "adapter_layer_norm_before.bias"}

@@ -66,6 +66,8 @@ class AdapterBottleneck(nn.Module):
         nn.init.kaiming_uniform_(self.down_proj.weight, a=5**0.5)
         for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             nn.init.zeros_(zero)
+        if isinstance(self.scale, nn.Parameter):
+            nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor, add_residual: bool = True, residual: Tensor | None = None) -> Tensor:
         """
