@@ -183,6 +183,23 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted, residual):
             torch.testing.assert_close(leaf.grad, everything[name], msg=name)
 
 
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("residual", torch.zeros(1, 5, 12).double(), r"residual must be \[2, 5, 12\], like x, got \[1, 5, 12\]"),
+        ("residual", torch.zeros(2, 5, 12).long(), "residual must be floating point, got torch.int64"),
+        ("residual", 1.0, "residual must be a tensor or None, got float"),
+        ("x", None, "x must be a tensor, got NoneType"),
+        ("up_weight", None, "up_weight must be a tensor, got NoneType"),
+        ("down_bias", 0.0, "down_bias must be a tensor or None, got float"),
+    ],
+)
+def test_no_tensor_or_a_residual_that_does_not_fit_is_named(name, wrong, message):
+    tensors = AdapterBottleneckCase("small", "", (2, 5), 12, 4).make()
+    with pytest.raises((TypeError, ValueError), match=f"adapter_bottleneck: {message}"):
+        call(tensors, "cpu")(*{**tensors, name: wrong}.values())
+
+
 @pytest.mark.parametrize("leading", [(), (5,), (2, 5)], ids=str)
 def test_the_result_may_be_changed_in_place(runner, leading):
     tensors = make(AdapterBottleneckCase("small", "", leading, 12, 4), runner)

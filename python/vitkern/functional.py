@@ -198,6 +198,7 @@ def adapter_bottleneck(
         torch.Size([2, 197, 768])
     """
     parameters = (down_weight, down_bias, up_weight, up_bias)
+    adapter_ops.check_tensors(x, *parameters, residual)
     lowered = _autocast_dtype(x, *(tensor for tensor in parameters if tensor is not None))
     if lowered is not None:
         x = x.to(lowered)

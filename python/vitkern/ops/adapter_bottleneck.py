@@ -40,6 +40,19 @@ class AdapterBottleneckCall(NamedTuple):
     residual_is_x: bool
 
 
+def check_tensors(x, down_weight, down_bias, up_weight, up_bias, residual) -> None:
+    """What has to hold before the public function looks at them; a residual of another dtype never meets the op."""
+    for name, tensor in {"x": x, "down_weight": down_weight, "up_weight": up_weight}.items():
+        if not isinstance(tensor, Tensor):
+            _CONTRACT.refuse(name, "a tensor", type(tensor).__name__)
+    for name, tensor in {"down_bias": down_bias, "up_bias": up_bias, "residual": residual}.items():
+        if not (tensor is None or isinstance(tensor, Tensor)):
+            _CONTRACT.refuse(name, "a tensor or None", type(tensor).__name__)
+    if residual is not None and residual is not x and residual.dtype != x.dtype:
+        _CONTRACT.check_floating("residual", residual, x)
+        _CONTRACT.check_shape("residual", residual, x.shape, f"{list(x.shape)}, like x")
+
+
 def _check(
     x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed,
     factor, dropout_p, activation, residual_is_x, keep, backend,
