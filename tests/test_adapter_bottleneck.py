@@ -186,7 +186,11 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted, residual):
 @pytest.mark.parametrize(
     "name, wrong, message",
     [
-        ("residual", torch.zeros(1, 5, 12).double(), r"residual must be \[2, 5, 12\], like x, got \[1, 5, 12\]"),
+        (
+            "residual",
+            torch.zeros(1, 5, 12).double(),
+            r"residual must be \[2, 5, 12\], like x, got \[1, 5, 12\]",
+        ),
         ("residual", torch.zeros(2, 5, 12).long(), "residual must be floating point, got torch.int64"),
         ("residual", 1.0, "residual must be a tensor or None, got float"),
         ("x", None, "x must be a tensor, got NoneType"),

@@ -191,3 +191,8 @@ def test_attention_is_that_of_the_tokens(runner):
 def test_any_shape_on_the_cpu(batch, pixels, channels, tokens, dtype, recurrent, seed):
     case = TokenCase("drawn", "", batch, pixels, channels, tokens)
     check(make(case, RUNNERS[0], dtype, recurrent=recurrent, seed=seed), RUNNERS[0])
+
+
+def test_no_tensor_is_named():
+    with pytest.raises(TypeError, match="token_pool: weight must be a tensor, got NoneType"):
+        vitkern.token_pool(torch.zeros(2, 9, 12), None, backend="cpu")

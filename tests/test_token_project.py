@@ -152,3 +152,10 @@ def test_gradcheck(runner, tokens):
 def test_any_shape_on_the_cpu(batch, pixels, channels, tokens, keys, dtype, seed):
     case = TokenCase("drawn", "", batch, pixels, channels, tokens)
     check(make(case, RUNNERS[0], dtype, keys=keys, seed=seed), RUNNERS[0])
+
+
+def test_no_tensor_is_named():
+    with pytest.raises(TypeError, match="token_project: key must be a tensor, got NoneType"):
+        vitkern.token_project(
+            torch.zeros(2, 9, 12), torch.zeros(2, 9, 4), None, torch.zeros(2, 3, 12), backend="cpu"
+        )

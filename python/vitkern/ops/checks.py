@@ -27,6 +27,8 @@ class Contract:
 
     def check_dense(self, name: str, tensor: Tensor, like: Tensor) -> None:
         """That it is a tensor in plain memory, on the device of `like`."""
+        if not isinstance(tensor, Tensor):
+            self.refuse(name, "a tensor", type(tensor).__name__)
         if tensor.layout != torch.strided:
             self.refuse(name, "a dense tensor", tensor.layout)
         if tensor.device != like.device:

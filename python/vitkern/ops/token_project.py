@@ -31,6 +31,10 @@ def _check(x, query, key, tokens, backend):
     contract.check_kernel_dtype("x", x)
     if x.dim() != 3:
         contract.fail("x", "[B, N, C]", list(x.shape))
+    for name, tensor in (("query", query), ("key", key), ("tokens", tokens)):
+        contract.check_floating(name, tensor, x)
+        if tensor.dtype != x.dtype:
+            contract.refuse(name, f"of x's dtype {x.dtype}", tensor.dtype)
     batch, pixels, channels = x.shape
     if query.dim() != 3 or query.shape[:2] != (batch, pixels):
         contract.fail("query", f"[B, N, K] with B={batch}, N={pixels}", list(query.shape))
@@ -41,10 +45,6 @@ def _check(x, query, key, tokens, backend):
     contract.check_shape(
         "tokens", tokens, (batch, count, channels), f"[B, T, C] = {[batch, count, channels]}"
     )
-    for name, tensor in (("query", query), ("key", key), ("tokens", tokens)):
-        contract.check_floating(name, tensor, x)
-        if tensor.dtype != x.dtype:
-            contract.refuse(name, f"of x's dtype {x.dtype}", tensor.dtype)
     return ((x.shape, x.dtype),)
 
 
