@@ -213,13 +213,17 @@ def test_the_result_may_be_changed_in_place(runner, leading):
         torch.testing.assert_close(ours, 2 * once)
 
 
-def test_nothing_as_large_as_x_is_saved_but_x():
+@pytest.mark.parametrize("residual", ["x", "another"])
+def test_nothing_as_large_as_x_is_saved_but_x(residual):
     tensors = AdapterBottleneckCase("tall", "", (500,), 64, 4).make()
-    del tensors["residual"]
+    options = dict(dropout_p=0.1, training=True)
+    if residual == "x":
+        del tensors["residual"]
+        options["residual"] = "x"
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):
-        call(tensors, "cpu", residual="x", dropout_p=0.1, training=True)(*leaves)
+        call(tensors, "cpu", **options)(*leaves)
     large = {tensor.data_ptr() for tensor in saved if tensor.numel() >= leaves[0].numel()}
     assert large == {leaves[0].data_ptr()}
 

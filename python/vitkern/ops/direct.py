@@ -84,16 +84,23 @@ class Planned(NamedTuple):
     options: tuple
 
 
+def without(tensors: tuple, positions: tuple[int, ...]) -> tuple:
+    """The tensors with None at these positions."""
+    return tuple(None if at in positions else tensor for at, tensor in enumerate(tensors))
+
+
 def recorder(
     name: str,
     run: Callable[..., Any],
     differentiate: Callable[..., Any],
+    unsaved: tuple[int, ...],
     kept: slice | None,
     everything: bool,
 ) -> Callable[..., Any]:
     """Forward and gradient of one plan without the dispatcher between them: see Planned.
 
     differentiate: of ctx and grad_output; returns gradients of the tensors that may want one.
+    unsaved: positions of tensors that the backward pass does not want.
     kept: which of the outputs the backward pass wants; None: there is but one output, which it does not want.
     """
 
@@ -101,6 +108,8 @@ def recorder(
     def forward(ctx, *inputs):
         tensors = inputs[-1]
         outputs = run(*tensors)
+        if unsaved:
+            tensors = without(tensors, unsaved)
         if kept is None:
             ctx.save_for_backward(*tensors)
             return outputs

@@ -53,7 +53,7 @@ class Op:
         kept: how many outputs follow the result.
         keeps_result: whether the backward wants the result too, before the others.
         passed_on: positions of the tensors, of the result's shape and dtype, that are added to the result as they are:
-            grad_output itself is their gradient.
+            grad_output itself is their gradient. Those that may be None are None in the backward pass.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Op:
         self._tensors = len(arguments) - len(defaults)
         tensors, options = arguments[: self._tensors], arguments[self._tensors :]
         self._arguments = tensors
+        self._unsaved = tuple(at for at in passed_on if tensors[at].startswith("Tensor?"))
 
         self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
         first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
@@ -167,7 +168,7 @@ class Op:
             differentiate = functools.partial(
                 self._differentiate, positions=self._recorded, plan=plan, options=options
             )
-            recorder = functools.partial(direct.recorder, self.name, run, differentiate)
+            recorder = functools.partial(direct.recorder, self.name, run, differentiate, self._unsaved)
             if self._kept:
                 record, record_all = (recorder(self._saved, everything) for everything in (False, True))
             else:
@@ -243,7 +244,8 @@ class Op:
     def _set_up(self, ctx, inputs, output) -> None:
         outputs = output if self._kept else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(*inputs[: self._tensors], *outputs[self._saved])
+        tensors = direct.without(inputs[: self._tensors], self._unsaved)
+        ctx.save_for_backward(*tensors, *outputs[self._saved])
         ctx.options = inputs[self._tensors :]
 
     def _derive(self, ctx, grad_output, *_):
