@@ -15,6 +15,7 @@ from vitkern.models.add_adapters import (
     load_adapter_state_dict,
 )
 from vitkern.models.checkpoints import load_checkpoint, save_checkpoint
+from vitkern.models.heads import FCNHead, Segmentor, UperNet, mask_rcnn_parameters
 from vitkern.models.layer_decay import layer_decay_groups
 from vitkern.models.registry import create_model, list_models
 from vitkern.models.visual_transformer import VTFPN, VTResNet
@@ -28,7 +29,10 @@ __all__ = [
     "AdaptFormerSwin",
     "AdaptFormerVideo",
     "BEiTAdapter",
+    "FCNHead",
+    "Segmentor",
     "UniPerceiverAdapter",
+    "UperNet",
     "VTResNet",
     "ViTAE",
     "ViTAEv2",
@@ -42,5 +46,6 @@ __all__ = [
     "list_models",
     "load_adapter_state_dict",
     "load_checkpoint",
+    "mask_rcnn_parameters",
     "save_checkpoint",
 ]
