@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains ViT-Adapter-T with a UperNet head, or a small VT-FPN, to find shapes by their colour and texture.
+
+    python examples/train_segmentation.py                       # a few minutes on two cores
+    python examples/train_segmentation.py --model vt_fpn
+    torchrun --nproc-per-node 2 examples/train_segmentation.py  # the same batches, shared by two processes
+
+The images are made from a fixed seed: red, blue and striped shapes on grey, of all outlines alike. Killed and started
+again it goes on from the last epoch. A picture of predicted masks needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import Run, arguments, fit
+from vitkern.models import VTFPN, FCNHead, Segmentor, UperNet, create_model
+
+SIZE, TRAIN, HELD_OUT = 64, 512, 128
+CLASSES = ("background", "red", "blue", "striped")
+COLOURS = torch.tensor([[0.5, 0.5, 0.5], [0.75, 0.35, 0.35], [0.35, 0.35, 0.75], [0.5, 0.5, 0.5]])
+STRIPES = torch.tensor([0.0, 0.0, 0.0, 0.25])
+OBJECTS, PERIOD, NOISE = 3, 6.0, 0.08
+AUXILIARY = 0.4  # weight of the auxiliary head's loss
+
+
+class Shapes(NamedTuple):
+    images: Tensor  # [N, 3, SIZE, SIZE], about 0
+    labels: Tensor  # [N, SIZE, SIZE]
+
+
+def make_shapes(count: int, seed: int) -> Shapes:
+    """Images of a few shapes 20 to 40 pixels wide, of which later ones hide earlier ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(count, *(shape or (1, 1))).uniform_(low, high, generator=generator)
+
+    grid = torch.arange(SIZE).float()
+    images = COLOURS[0].view(3, 1, 1) + uniform(-0.1, 0.1, 3, 1, 1).expand(-1, -1, SIZE, SIZE)
+    labels = torch.zeros(count, SIZE, SIZE, dtype=torch.long)
+    for _ in range(OBJECTS):
+        label = torch.randint(1, len(CLASSES), (count,), generator=generator)
+        y, x, angle = grid[:, None] - uniform(8, 56), grid - uniform(8, 56), uniform(0, math.pi)
+        u, v = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x
+        # A diamond, a disc or a square, or what lies between them: |u|^p + |v|^p < r^p.
+        radius, power = uniform(10, 20), uniform(1, 5)
+        inside = (u.abs() / radius) ** power + (v.abs() / radius) ** power < 1
+        stripes = STRIPES[label].view(-1, 1, 1) * (2 * math.pi / PERIOD * u).sin().sign()
+        colour = COLOURS[label][:, :, None, None] + uniform(-0.1, 0.1, 3, 1, 1) + stripes[:, None]
+        images = torch.where(inside[:, None], colour, images)
+        labels = torch.where(inside, label[:, None, None], labels)
+    noise = NOISE * torch.randn(images.shape, generator=generator)
+    return Shapes((images + noise - 0.5) / 0.25, labels)
+
+
+def vit_adapter() -> tuple[nn.Module, list[nn.Module]]:
+    """The segmentor, and the parts of it that FSDP shards one by one."""
+    backbone = create_model("vit_adapter_tiny", img_size=SIZE)
+    channels = backbone.feature_info.channels()
+    head = UperNet(channels, len(CLASSES), channels=64)
+    auxiliary = FCNHead(channels[2], len(CLASSES), channels=64)
+    return Segmentor(backbone, head, auxiliary), list(backbone.blocks)
+
+
+def vt_fpn() -> tuple[nn.Module, list[nn.Module]]:
+    widths = dict(token_channels=128, key_channels=64, out_channels=64, projector_channels=32)
+    model = VTFPN(18, num_classes=len(CLASSES), head_channels=64, **widths)
+    return model, [model.layer1, model.layer2, model.layer3, model.layer4]
+
+
+MODELS = {"vit_adapter": vit_adapter, "vt_fpn": vt_fpn}
+
+
+def train(run: Run, model: nn.Module, data: Shapes, held_out: Shapes, options: argparse.Namespace) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+
+    def loss(batch: Tensor) -> Tensor:
+        logits = model(data.images[batch])
+        heads = logits if isinstance(logits, tuple) else (logits,)
+        losses = [F.cross_entropy(head, data.labels[batch]) for head in heads]
+        return losses[0] + AUXILIARY * sum(losses[1:])
+
+    fit(
+        run,
+        model,
+        optimizer,
+        loss,
+        label=options.model,
+        samples=len(data.labels),
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        lr=options.lr,
+        evaluate=lambda: f"held out {class_ious(run, model, held_out, options.batch_size).mean():.3f}",
+    )
+
+
+def class_ious(run: Run, model: nn.Module, data: Shapes, batch_size: int) -> Tensor:
+    """For each class, over all pixels and processes: intersection with the truth, divided by the union."""
+    counts = torch.zeros(len(CLASSES), len(CLASSES), device=run.device, dtype=torch.long)
+    with torch.no_grad(), run.autocast():
+        for batch in run.batches(len(data.labels), batch_size):
+            pairs = data.labels[batch] * len(CLASSES) + model(data.images[batch]).argmax(1)
+            counts += pairs.flatten().bincount(minlength=counts.numel()).view_as(counts)
+    run.sum(counts)
+    both = counts.diagonal()
+    return both / (counts.sum(0) + counts.sum(1) - both).clamp(min=1)
+
+
+def draw(run: Run, model: nn.Module, data: Shapes, label: str) -> None:
+    """Images, their masks and the predicted ones. All processes compute, for a sharded model needs all of them."""
+    images, labels = (part[:8] for part in data)
+    with torch.no_grad():
+        predicted = model(images).argmax(1)
+    if not run.main:
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        run.say("no picture: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    pictures = (images * 0.25 + 0.5).clamp(0, 1).movedim(1, -1)
+    figure, axes = plt.subplots(3, len(images), figsize=(1.5 * len(images), 4.6))
+    for row, (name, shown) in enumerate(dict(image=pictures, truth=labels, predicted=predicted).items()):
+        axes[row, 0].set_ylabel(name)
+        for axis, picture in zip(axes[row], shown.cpu().numpy()):
+            axis.imshow(picture, cmap="viridis", vmin=0, vmax=len(CLASSES) - 1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    path = run.output / f"{label}_masks.png"
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    run.say(f"picture: {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> float:
+    parser = arguments(__doc__, output="runs/train_segmentation", epochs=8, batch_size=16, lr=1e-3)
+    parser.add_argument("--model", choices=MODELS, default="vit_adapter")
+    options = parser.parse_args(argv)
+    with Run(options) as run:
+        data, held_out = (
+            Shapes(*(part.to(run.device) for part in make_shapes(count, seed)))
+            for seed, count in enumerate((TRAIN, HELD_OUT))
+        )
+        net, blocks = MODELS[options.model]()
+        if run.device.type == "cuda" and run.world_size > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        model = run.parallel(net, blocks)
+        train(run, model, data, held_out, options)
+        ious = class_ious(run, model, held_out, options.batch_size)
+        reached = ious.mean().item()
+        each = ", ".join(f"{name} {iou:.3f}" for name, iou in zip(CLASSES, ious.tolist()))
+        run.say(f"held-out mIoU: {reached:.4f} on {len(held_out.labels)} images ({each})")
+        draw(run, net, held_out, options.model)
+    return reached
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 1)
