@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registries of timm, mmseg and mmdet: stand-ins always, the real ones where they are installed."""
+
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+import vitkern
+from vitkern.models import BEiTAdapter, UniPerceiverAdapter, ViTAdapter, ViTBaseline
+
+NAMES = ("ViTAdapter", "BEiTAdapter", "UniPerceiverAdapter", "ViTBaseline")
+SMALL = dict(embed_dim=48, depth=4, num_heads=3, conv_inplane=8)
+
+
+class Registry(dict):
+    """As mmengine's: of classes and functions, by name, each once."""
+
+    def register_module(self, name=None, module=None):
+        assert isinstance(module, (type, type(lambda: None))) and name not in self
+        self[name] = module
+
+    def build(self, config):
+        options = dict(config)
+        return self[options.pop("type")](**options)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Imports a module of vitkern.compat anew, with such modules of other projects in place of theirs."""
+
+    def load(name, **stand_ins):
+        for path, attributes in stand_ins.items():
+            module = ModuleType(path.replace("__", "."))
+            vars(module).update(attributes)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.delitem(sys.modules, f"vitkern.compat.{name}", raising=False)
+        module = importlib.import_module(f"vitkern.compat.{name}")
+        monkeypatch.delitem(sys.modules, module.__name__)  # the stand-in's is not to stay behind
+        return module
+
+    return load
+
+
+@pytest.fixture
+def timm_entrypoints(fresh):
+    entrypoints = {}
+
+    def register_model(function):
+        module = sys.modules[function.__module__]
+        module.__all__.append(function.__name__)
+        entrypoints[function.__name__] = function
+        return function
+
+    module = fresh("timm", timm={}, timm__models=dict(register_model=register_model))
+    assert sorted(module.__all__) == vitkern.list_models()
+    assert all(getattr(module, name) is function for name, function in entrypoints.items())
+    return entrypoints
+
+
+def test_timm_builds_every_model(timm_entrypoints):
+    assert sorted(timm_entrypoints) == vitkern.list_models()
+    timms = dict(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None)
+    with torch.device("meta"):
+        model = timm_entrypoints["vit_adapter_tiny"](**timms, img_size=384, out_indices=(1, 2))
+        assert model.feature_info.reduction() == [8, 16] and model.pos_embed.shape[1] == 1 + 24 * 24
+        assert timm_entrypoints["vitae_tiny"](num_classes=7).head.out_features == 7
+
+
+def test_timm_finds_no_weights(timm_entrypoints):
+    with pytest.raises(ValueError, match="vt_resnet18 has no weights to download: give checkpoint=file"):
+        timm_entrypoints["vt_resnet18"](pretrained=True)
+
+
+@pytest.mark.parametrize("project, variant", [("mmseg", "segmentation"), ("mmdet", "detection")])
+def test_each_registry_has_its_form(project, variant, fresh):
+    registry = Registry()
+    fresh(project, **{project: {}, f"{project}__registry": dict(MODELS=registry)})
+    assert sorted(registry) == sorted(NAMES)
+    with torch.device("meta"):
+        for kind in (ViTAdapter, BEiTAdapter, UniPerceiverAdapter):
+            model = registry.build(dict(type=kind.__name__, **SMALL))
+            assert type(model) is kind and model.variant == variant
+        assert registry.build(dict(type="ViTAdapter", variant="detection", **SMALL)).variant == "detection"
+        baseline = registry.build(dict(type="ViTBaseline", embed_dim=64, depth=4, num_heads=4))
+    assert type(baseline) is ViTBaseline
+
+
+def test_timm_itself():
+    timm = pytest.importorskip("timm")
+    importlib.import_module("vitkern.compat.timm")
+    assert set(vitkern.list_models()) <= set(timm.list_models())
+    with torch.device("meta"):
+        model = timm.create_model("vit_adapter_base", img_size=384)
+        pyramid = timm.create_model("vt_fpn_resnet50", features_only=True)
+    assert sum(p.numel() for p in model.parameters()) == 99_787_232
+    assert pyramid.feature_info.channels() == [256] * 4
+
+
+@pytest.mark.parametrize("project, variant", [("mmseg", "segmentation"), ("mmdet", "detection")])
+def test_mm_projects_themselves(project, variant):
+    models = pytest.importorskip(f"{project}.registry").MODELS
+    importlib.import_module(f"vitkern.compat.{project}")
+    assert all(models.get(name) is not None for name in NAMES)
+    model = models.build(dict(type="ViTAdapter", **SMALL))
+    assert type(model) is ViTAdapter and model.variant == variant
