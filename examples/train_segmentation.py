@@ -80,6 +80,19 @@ def vt_fpn() -> tuple[nn.Module, list[nn.Module]]:
 MODELS = {"vit_adapter": vit_adapter, "vt_fpn": vt_fpn}
 
 
+def share_statistics(net: nn.Module, device: torch.device) -> None:
+    """All normalise batches over all processes on a GPU, and none does on a CPU, where DDP refuses such layers."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.SyncBatchNorm):
+                plain = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
+                plain.load_state_dict(child.state_dict())
+                setattr(parent, name, plain)
+
+
 def train(run: Run, model: nn.Module, data: Shapes, held_out: Shapes, options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
 
@@ -153,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> float:
             for seed, count in enumerate((TRAIN, HELD_OUT))
         )
         net, blocks = MODELS[options.model]()
-        if run.device.type == "cuda" and run.world_size > 1:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if run.world_size > 1:
+            share_statistics(net, run.device)
         model = run.parallel(net, blocks)
         train(run, model, data, held_out, options)
         ious = class_ious(run, model, held_out, options.batch_size)

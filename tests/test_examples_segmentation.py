@@ -67,6 +67,15 @@ def test_shapes_are_always_the_same_and_of_all_classes(example):
     assert (grey[labels == 3].mean() - grey[labels == 0].mean()).abs() < 0.1
 
 
+def test_without_a_gpu_processes_share_no_statistics(example):
+    net, _ = tiny_adapter()
+    state = net.state_dict()
+    example.share_statistics(net, torch.device("cpu"))
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in net.modules())
+    assert net.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
+
+
 def test_intersections_over_unions(example, tmp_path):
     options = example.arguments(None, output=str(tmp_path)).parse_args(["--device", "cpu"])
     labels = torch.tensor([[[0, 0], [1, 2]]])
