@@ -14,12 +14,17 @@ from vitkern import _C
 from vitkern.doctor import cpu_model
 
 
-def arguments(description: str, *, seconds: float) -> argparse.Namespace:
-    """What every benchmark is told; threads are set. `seconds` is the time limit of a row if none is given."""
+def arguments(description: str, *, seconds: float, compiles: bool = False) -> argparse.Namespace:
+    """What every benchmark is told; threads are set. `seconds` is the time limit of a row if none is given.
+
+    compiles: whether torch.compile is among those compared.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=seconds, help="time limit of a row")
     parser.add_argument("--match", default="", help="only rows whose text contains this")
+    if compiles:
+        parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     return parsed
@@ -28,7 +33,7 @@ def arguments(description: str, *, seconds: float) -> argparse.Namespace:
 def machine() -> str:
     """Where the figures come from, the first line of a table."""
     kernels = f"{torch.get_num_threads()} threads, {_C.cpu_isa()} kernels"
-    return f"{cpu_model()}, {kernels}, torch {torch.__version__}, batch 1"
+    return f"{cpu_model()}, {kernels}, torch {torch.__version__}"
 
 
 def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int = 25, seconds: float = 20.0):
