@@ -31,8 +31,8 @@ test-ecosystem:  ## Models of timm, torchvision and transformers with ours, in a
 	.venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_models_checkpoints.py $(PYTEST_ARGS)
 
 bench: setup  ## Time each backend against plain torch; a figure is printed only where the result was checked
-	for op in ms_deform_attn ms_deform_attn_fused adapter_bottleneck token_pool; do \
-	  $(BIN)/python -m benchmarks.bench_$$op $(BENCH_ARGS) || exit 1; done
+	for what in ms_deform_attn ms_deform_attn_fused adapter_bottleneck token_pool vit_adapter; do \
+	  $(BIN)/python -m benchmarks.bench_$$what $(BENCH_ARGS) || exit 1; done
 	$(BIN)/python -m benchmarks.bench_host_cost
 
 ##@ Check
