@@ -204,6 +204,14 @@ def test_no_tensor_or_a_residual_that_does_not_fit_is_named(name, wrong, message
         call(tensors, "cpu")(*{**tensors, name: wrong}.values())
 
 
+@pytest.mark.parametrize("name, wrong", [("scale", "large"), ("scale", None), ("dropout_p", None)])
+def test_what_is_no_number_is_named(name, wrong):
+    tensors = AdapterBottleneckCase("small", "", (5,), 12, 4).make()
+    positional = [tensors[key] for key in ("x", "down_weight", "down_bias", "up_weight", "up_bias")]
+    with pytest.raises(TypeError, match=f"adapter_bottleneck: {name} must be a number, got {wrong!r}"):
+        vitkern.adapter_bottleneck(*positional, training=True, **{name: wrong})
+
+
 @pytest.mark.parametrize("leading", [(), (5,), (2, 5)], ids=str)
 def test_the_result_may_be_changed_in_place(runner, leading):
     tensors = make(AdapterBottleneckCase("small", "", leading, 12, 4), runner)

@@ -179,6 +179,18 @@ def test_attention_is_that_of_the_tokens(runner):
     torch.testing.assert_close(attention.mT @ x, tokens)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_of_logits_beyond_float16(autocast):
+    x, weight = torch.full((1, 3, 64), 60.0), torch.full((2, 64), 60.0)
+    x[0, 1] *= 0.5
+    if not autocast:
+        x, weight = x.half(), weight.half()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        tokens, attention = vitkern.token_pool(x, weight, return_attention=True)
+    assert attention.dtype == tokens.dtype == torch.float16
+    assert attention[0].tolist() == [[0.5, 0.5], [0.0, 0.0], [0.5, 0.5]]
+
+
 @given(
     batch=st.integers(1, 3),
     pixels=st.integers(2, 150),  # of one pixel the gradient of the weight is 0, but for roundings

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from operator import index
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vitkern import reference
 from vitkern.ops import adapter_bottleneck as adapter_ops
-from vitkern.ops import direct
+from vitkern.ops import direct, native
 from vitkern.ops import ms_deform_attn as ops
 from vitkern.ops import token_pool as token_pool_ops
 from vitkern.ops import token_project as token_project_ops
@@ -208,7 +209,8 @@ def adapter_bottleneck(
     elif residual is not None and residual.dtype != x.dtype:
         residual, beside = None, residual
 
-    factor, learnable = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    dropout_p = _number("dropout_p", dropout_p)
+    factor, learnable = (1.0, scale) if isinstance(scale, Tensor) else (_number("scale", scale), None)
     seed = None
     if training and dropout_p > 0:
         seed = torch.randint(_SEEDS, (1,), device=x.device, dtype=torch.int64)
@@ -225,13 +227,21 @@ def adapter_bottleneck(
         learnable,
         seed,
         factor,
-        float(dropout_p),
+        dropout_p,
         activation,
         residual_is_x,
         keep,
         backend,
     )
     return output if beside is None else beside + output
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        message = f"adapter_bottleneck: {name} must be a number, got {value!r}"
+        raise TypeError(message) from None
 
 
 def token_pool(
@@ -261,9 +271,11 @@ def token_pool(
     if lowered is not None:
         x, weight = x.to(lowered), weight.to(lowered)
     tokens = token_pool_ops.token_pool(x, weight, backend)
-    if return_attention:
-        return tokens, reference.token_pool_attention(x, weight.to(x.dtype))
-    return tokens
+    if not return_attention:
+        return tokens
+    wide = native.accumulator(x.dtype)  # logits beyond what 16 bits hold have weights all the same
+    with nullcontext() if lowered is None else torch.autocast(x.device.type, enabled=False):
+        return tokens, reference.token_pool_attention(x.to(wide), weight.to(wide)).to(x.dtype)
 
 
 def token_project(
