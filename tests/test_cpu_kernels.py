@@ -140,6 +140,7 @@ def test_nearest_on_the_edges_of_pixels(isa, width, dtype):
 SPLITS = {
     "direct": {"B": 1, "M": 2, "Q": 9, "levels": ((40, 50), (20, 25)), "points": (4, 4)},
     "packed": {"B": 2, "M": 3, "Q": 301},
+    "packed for backward": {"B": 2, "M": 3, "Q": 100},
     "chunked": {"B": 1, "M": 2, "Q": 2100, "levels": ((8, 9),), "points": (4,)},
 }
 

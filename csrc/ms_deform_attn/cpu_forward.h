@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kAhead = 2;
 constexpr int64_t kTaskQueries = 64;
 constexpr int64_t kTaskPixels = 64;
+constexpr int64_t kWorthPacking = 8;  // points for each pixel, from which on a copy takes less time than it saves
 
 template <typename Acc>
 int64_t padded_channels(int64_t channels) {
@@ -123,7 +124,7 @@ template <int kUsed, typename T, typename C>
 void forward(const MsDeformAttnParams& p, const Level* levels) {
   using Acc = Accumulator<T>;
   const int64_t channels = padded_channels<Acc>(p.channels);
-  const bool packs = channels != p.channels || p.queries * p.points >= p.pixels;
+  const bool packs = channels != p.channels || p.queries * p.points >= kWorthPacking * p.pixels;
   const int64_t stretches = divide_up(p.queries, kTaskQueries);
   const int64_t images_at_once = packs ? 1 : p.batch;
   const int64_t tasks = images_at_once * p.heads * stretches;
