@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 examples/train_segmentation.py  # the same batches, shared by two processes
 
 The images are made from a fixed seed: red, blue and striped shapes on grey, of all outlines alike. Killed and started
-again it goes on from the last epoch. A picture of predicted masks needs matplotlib.
+again it goes on from the last epoch. Pictures, of predicted masks and of what the model looks at, need matplotlib.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from common import Run, arguments, fit
 from vitkern.models import VTFPN, FCNHead, Segmentor, UperNet, create_model
+from vitkern.models.attention_maps import sampling_points, token_attention
 
 SIZE, TRAIN, HELD_OUT = 64, 512, 128
 CLASSES = ("background", "red", "blue", "striped")
@@ -128,11 +129,31 @@ def class_ious(run: Run, model: nn.Module, data: Shapes, batch_size: int) -> Ten
     return both / (counts.sum(0) + counts.sum(1) - both).clamp(min=1)
 
 
+def looks(net: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """What a model looks at in an image, as maps of its size: sampling points by their weights, or tokens' pixels."""
+    height, width = image.shape[2:]
+    if not isinstance(net, Segmentor):
+        tokens = next(iter(token_attention(net, image).values()))[0, :4]
+        maps = F.interpolate(tokens[None], (height, width), mode="bilinear", align_corners=False)[0]
+        return {f"token {index}": shown for index, shown in enumerate(maps)}
+    maps = {}
+    for name, (locations, weights) in sampling_points(net, image).items():
+        query = (locations[0].mean((1, 2, 3)) - 0.5).square().sum(-1).argmin()  # the one in the middle
+        x, y = (locations[0, query] * locations.new_tensor([width, height])).floor().long().unbind(-1)
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        seen = weights.new_zeros(1, height, width)
+        seen[0].index_put_((y[inside], x[inside]), weights[0, query][inside], accumulate=True)
+        layer = name.removeprefix("backbone.interactions.").removesuffix(".attn")
+        maps[layer] = F.max_pool2d(seen, 3, stride=1, padding=1)[0]  # points large enough to be seen
+    return maps
+
+
 def draw(run: Run, model: nn.Module, data: Shapes, label: str) -> None:
-    """Images, their masks and the predicted ones. All processes compute, for a sharded model needs all of them."""
+    """Masks and what the model looks at. All processes compute, for a sharded model needs all of them."""
     images, labels = (part[:8] for part in data)
     with torch.no_grad():
         predicted = model(images).argmax(1)
+    seen = dict(list(looks(model, images[:1]).items())[:8])
     if not run.main:
         return
     try:
@@ -143,17 +164,25 @@ def draw(run: Run, model: nn.Module, data: Shapes, label: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    def save(rows: dict[str, list[Tensor]], name: str, titles: Sequence[str] = (), **options) -> None:
+        count = len(next(iter(rows.values())))
+        figure, axes = plt.subplots(len(rows), count, figsize=(1.5 * count, 1.5 * len(rows)), squeeze=False)
+        for row, (heading, pictures) in enumerate(rows.items()):
+            axes[row, 0].set_ylabel(heading)
+            for axis, picture in zip(axes[row], pictures):
+                axis.imshow(picture.cpu().numpy(), **options)
+                axis.set_xticks([])
+                axis.set_yticks([])
+        for axis, title in zip(axes[0], titles):
+            axis.set_title(title, fontsize=7)
+        path = run.output / f"{label}_{name}.png"
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+        run.say(f"picture: {path}")
+
     pictures = (images * 0.25 + 0.5).clamp(0, 1).movedim(1, -1)
-    figure, axes = plt.subplots(3, len(images), figsize=(1.5 * len(images), 4.6))
-    for row, (name, shown) in enumerate(dict(image=pictures, truth=labels, predicted=predicted).items()):
-        axes[row, 0].set_ylabel(name)
-        for axis, picture in zip(axes[row], shown.cpu().numpy()):
-            axis.imshow(picture, cmap="viridis", vmin=0, vmax=len(CLASSES) - 1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-    path = run.output / f"{label}_masks.png"
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    run.say(f"picture: {path}")
+    masks = dict(image=list(pictures), truth=list(labels), predicted=list(predicted))
+    save(masks, "masks", cmap="viridis", vmin=0, vmax=len(CLASSES) - 1)
+    save({"": [pictures[0], *seen.values()]}, "looks", titles=["image", *seen], cmap="magma")
 
 
 def main(argv: Sequence[str] | None = None) -> float:

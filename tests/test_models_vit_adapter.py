@@ -16,7 +16,9 @@ from vitkern.models import (
     uniperceiver,
     vit,
 )
+from vitkern.models.attention_maps import sampling_points
 from vitkern.models.blocks import DropPath, SyncBatchNorm, merge_windows, split_windows
+from vitkern.nn import MSDeformAttn
 
 SMALL = dict(embed_dim=48, depth=4, num_heads=3, conv_inplane=8)
 WINDOWS = dict(window_attn=[True, False, True, False], window_size=[3, None, 2, None])
@@ -184,6 +186,15 @@ def test_padding_and_levels_on_demand():
     assert [list(m.shape[2:]) for m in maps] == [[5, 9], [2, 3]]
     whole = model(F.pad(image(40, 70), (0, 26, 0, 24)))
     assert torch.equal(maps[0], whole[1][:, :, :5, :9])
+
+
+def test_sampling_points_of_every_layer():
+    model = build()
+    found = sampling_points(model, image())
+    assert set(found) == {name for name, module in model.named_modules() if isinstance(module, MSDeformAttn)}
+    for locations, weights in found.values():
+        assert locations.shape[:-1] == weights.shape
+        torch.testing.assert_close(weights.sum((3, 4)), torch.ones(weights.shape[:3]))
 
 
 def test_other_than_three_channels():

@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 
+import vitkern
 from vitkern.nn import MSDeformAttn
 
 SHAPES = torch.tensor([[6, 5], [3, 2]])
@@ -63,6 +64,16 @@ def test_reference_points_and_boxes_broadcast_over_batch_and_level(reference_sha
     torch.testing.assert_close(
         actual, by_the_book(layer, query, reference_points, pixels), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("reference_shape", [(2, 5, 2, 2), (1, 5, 1, 4)], ids=str)
+def test_sampling_points_are_those_of_forward(reference_shape):
+    layer, (query, _, pixels), points = module(), inputs(), torch.rand(reference_shape)
+    locations, weights = layer.sampling_points(query, points, pixels, SHAPES, STARTS)
+    assert locations.shape == (2, 5, 4, 2, 3, 2)
+    value = layer.value_proj(pixels).unflatten(-1, (4, -1))
+    output = layer.output_proj(vitkern.ms_deform_attn(value, SHAPES, STARTS, locations, weights))
+    torch.testing.assert_close(output, layer(query, points, pixels, SHAPES, STARTS), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_is_true_and_counts_as_zero():

@@ -63,20 +63,26 @@ def ms_deform_attn_fused(
 ) -> Tensor:  # [B, Q, M * D]
     """Softmax and locations first, eqs. (8) to (10), then ms_deform_attn."""
     weights = attention_logits.softmax(-1)
-    points = torch.tensor(points_per_level, device=value.device)  # [L]
-    reference = reference_points.expand(-1, -1, len(points_per_level), -1)
-    reference = reference.repeat_interleave(points, 2, output_size=sum(points_per_level))[
-        :, :, None
-    ]  # [., Q, 1, K, .]
-    if reference_points.shape[-1] == 2:
-        step = 1 / spatial_shapes.flip(-1).clamp(min=1).to(sampling_offsets.dtype)
-        step = step.repeat_interleave(points, 0, output_size=sum(points_per_level))
-    else:
-        step = reference[..., 2:] / (2 * points.repeat_interleave(points)[:, None])
-    locations = reference[..., :2] + sampling_offsets * step
+    locations = sampling_locations_of(spatial_shapes, reference_points, sampling_offsets, points_per_level)
     return ms_deform_attn(
         value, spatial_shapes, level_start_index, locations, weights, points_per_level, method
     )
+
+
+def sampling_locations_of(
+    spatial_shapes: Tensor, reference_points: Tensor, offsets: Tensor, points_per_level: tuple[int, ...]
+) -> Tensor:  # [B, Q, M, K, 2]
+    """Where reference points and offsets lead to, eqs. (9) and (10)."""
+    count = sum(points_per_level)
+    points = torch.tensor(points_per_level, device=offsets.device)  # [L]
+    reference = reference_points.expand(-1, -1, len(points_per_level), -1)
+    reference = reference.repeat_interleave(points, 2, output_size=count)[:, :, None]  # [., Q, 1, K, .]
+    if reference_points.shape[-1] == 2:
+        step = 1 / spatial_shapes.flip(-1).clamp(min=1).to(offsets.dtype)
+        step = step.repeat_interleave(points, 0, output_size=count)
+    else:
+        step = reference[..., 2:] / (2 * points.repeat_interleave(points)[:, None])
+    return reference[..., :2] + offsets * step
 
 
 def _bilinear_corners(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Iterator[Corner]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models look at: attention distances, the pixels of tokens, Grad-CAM. Tensors only: drawing is left to others."""
+"""What models look at: sampling points, pixels of tokens, attention distances, Grad-CAM. Drawing is left to others."""
 
 from __future__ import annotations
 
@@ -92,6 +92,22 @@ def token_attention(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
         found[name] = to_map(weights, rows, columns)
 
     with _observed(model, "attention_map", observe):
+        model(image)
+    return found
+
+
+@torch.no_grad()
+def sampling_points(model: nn.Module, image: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Where deformable attention looks: for each layer, locations [B, Q, M, L, P, 2] and weights [B, Q, M, L, P].
+
+    Locations are (x, y) from 0 to 1 across the image.
+    """
+    found = {}
+
+    def observe(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found[name] = module.sampling_points(*inputs)  # type: ignore[operator]
+
+    with _observed(model, "sampling_points", observe):
         model(image)
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkern.functional import ms_deform_attn_fused
+from vitkern.reference import sampling_locations_of
 
 
 class MSDeformAttn(nn.Module):
@@ -80,28 +81,48 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Tensor | None = None,  # [L]
         input_padding_mask: Tensor | None = None,  # [B, S], True where the input is padding
     ) -> Tensor:  # [B, Q, C]
-        batch, queries, _ = query.shape
-        heads, levels, points = self.n_heads, self.n_levels, self.n_points
         if not isinstance(input_spatial_shapes, Tensor):
             input_spatial_shapes = torch.as_tensor(input_spatial_shapes, device=query.device).long()
 
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
-        value = value.unflatten(-1, (heads, -1))
+        value = value.unflatten(-1, (self.n_heads, -1))
 
-        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
-        logits = self.attention_weights(query).view(batch, queries, heads, levels * points)
         output = ms_deform_attn_fused(
             value,
             input_spatial_shapes,
             input_level_start_index,
             reference_points,
-            offsets,
-            logits,
+            *self._offsets_and_logits(query),
             backend=self.backend,
         )
         return self.output_proj(output)
+
+    def _offsets_and_logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        batch, queries, _ = query.shape
+        heads, levels, points = self.n_heads, self.n_levels, self.n_points
+        offsets = self.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)
+        return offsets, self.attention_weights(query).view(batch, queries, heads, levels * points)
+
+    def sampling_points(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Tensor,
+        *_: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Where :meth:`forward` would sample, and how much each place weighs: for pictures.
+
+        Returns:
+            Locations ``[B, Q, M, L, P, 2]`` as (x, y), 0 to 1 across a level, and weights ``[B, Q, M, L, P]``.
+        """
+        offsets, logits = self._offsets_and_logits(query)
+        locations = sampling_locations_of(
+            input_spatial_shapes, reference_points, offsets.flatten(3, 4), (self.n_points,) * self.n_levels
+        )
+        return locations.view(offsets.shape), logits.softmax(-1).view(offsets.shape[:-1])
 
     def extra_repr(self) -> str:
         return (
