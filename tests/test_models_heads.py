@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import vitkern
 from tests.parity.weights import fill, seeded
-from vitkern.models import FCNHead, Segmentor, UperNet, ViTAdapter, mask_rcnn_parameters
+from vitkern.models import FCNHead, Segmentor, UperNet, ViTAdapter, load_checkpoint, mask_rcnn_parameters
 from vitkern.models.heads import resize
 from vitkern.models.table import count_parameters
 
@@ -15,8 +15,8 @@ SMALL = dict(embed_dim=48, depth=4, num_heads=3, conv_inplane=8)
 WIDTHS = (6, 8, 10, 12)
 
 
-def segmentor(auxiliary=True):
-    backbone = ViTAdapter(**SMALL)
+def segmentor(auxiliary=True, **options):
+    backbone = ViTAdapter(**SMALL, **options)
     channels = backbone.feature_info.channels()
     head = UperNet(channels, 5, channels=16)
     return fill(Segmentor(backbone, head, FCNHead(channels[2], 5, channels=8) if auxiliary else None))
@@ -129,6 +129,29 @@ def test_logits_have_the_size_of_the_image():
     assert logits.shape == auxiliary.shape == (2, 5, 64, 96)
     assert model.eval()(image()).shape == (2, 5, 64, 96)
     assert segmentor(auxiliary=False).train()(image()).shape == (2, 5, 64, 96)
+
+
+def test_published_segmentors_and_backbones_load():
+    def zeroed():
+        model = segmentor()
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        return model
+
+    def differing(model):
+        return {k for k, value in model.state_dict().items() if not torch.equal(value, published[k])}
+
+    published, model = segmentor(img_size=288, pretrain_size=288).state_dict(), zeroed()
+    assert load_checkpoint(model, {"state_dict": published}) == ([], [])
+    assert differing(model) == {"backbone.pos_embed"}  # resized
+    assert model.backbone.pos_embed.abs().sum() > 0
+
+    published, model = segmentor().state_dict(), zeroed()
+    of_backbone = {k.removeprefix("backbone."): v for k, v in published.items() if k.startswith("backbone.")}
+    loaded = load_checkpoint(model, of_backbone)
+    assert not loaded.unexpected
+    assert {key.split(".")[0] for key in loaded.missing} == {"decode_head", "auxiliary_head"}
+    assert not any(key.startswith("backbone.") for key in differing(model))
 
 
 def test_every_parameter_learns_under_autocast_too():

@@ -60,18 +60,33 @@ def read_checkpoint(path: str | Path) -> Any:
         ) from error
 
 
-def find_state_dict(checkpoint: Any) -> StateDict:
-    """The backbone's tensors, under its own names, of whatever trainers wrap them in."""
+def find_state_dict(checkpoint: Any, prefixes: tuple[str, ...] = ("module.", "backbone.")) -> StateDict:
+    """The backbone's tensors, under its own names, of whatever trainers wrap them in.
+
+    prefixes: of a wrapped model, and of the backbone in a whole detector or segmentor.
+    """
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"a checkpoint is a dict of tensors, got {type(checkpoint).__name__}")
     tensors = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-    for prefix in ("module.", "backbone."):  # a wrapped model; a whole detector or segmentor
+    for prefix in prefixes:
         if any(key.startswith(prefix) for key in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     return tensors
+
+
+def tensors_for(model: nn.Module, checkpoint: Any) -> StateDict:
+    """A checkpoint's tensors as the model has them; a model with a backbone takes those of the whole or of that."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, nn.Module):
+        return convert(find_state_dict(checkpoint), model)
+    tensors = find_state_dict(checkpoint, ("module.",))
+    whole = any(key.startswith("backbone.") for key in tensors)
+    heads = {key: value for key, value in tensors.items() if whole and not key.startswith("backbone.")}
+    converted = convert(find_state_dict(tensors, ("backbone.",)), backbone)
+    return heads | {f"backbone.{key}": value for key, value in converted.items()}
 
 
 def convert(tensors: StateDict, model: nn.Module) -> StateDict:
@@ -134,8 +149,9 @@ def load_checkpoint(
 ) -> Loaded:
     """Loads published weights, of the backbone alone or of a whole detector or segmentor.
 
-    Names are translated; position embeddings, tables of relative positions and patches resized. A tensor whose shape
-    still differs is an error, and so is a checkpoint of which nothing fits.
+    Of a whole one a backbone takes its part, and a :class:`vitkern.models.Segmentor` all. Names are translated;
+    position embeddings, tables of relative positions and patches resized. A tensor whose shape still differs is an
+    error, and so is a checkpoint of which nothing fits.
 
     Args:
         checkpoint: a file or what it holds.
@@ -147,7 +163,7 @@ def load_checkpoint(
     source = "the checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
     if isinstance(checkpoint, (str, Path)):
         checkpoint = read_checkpoint(checkpoint)
-    tensors = convert(find_state_dict(checkpoint), model)
+    tensors = tensors_for(model, checkpoint)
     own = model.state_dict()
     if not tensors.keys() & own.keys():
         raise ValueError(
