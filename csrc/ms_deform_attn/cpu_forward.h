@@ -18,8 +18,8 @@ namespace {
 constexpr int64_t kAhead = 2;
 constexpr int64_t kTaskQueries = 64;
 constexpr int64_t kTaskPixels = 64;
-constexpr int64_t kWorthPacking =
-    8;  // points for each pixel, from which on a copy takes less time than it saves
+// Points for each pixel, from which on a copy takes less time than it saves.
+constexpr int64_t kWorthPacking = 8;
 
 template <typename Acc>
 int64_t padded_channels(int64_t channels) {
