@@ -291,6 +291,28 @@ VITKERN_INLINE Vec<T, 4> sum_each(Vec<T, N> a, Vec<T, N> b, Vec<T, N> c, Vec<T, 
   return load<T, 4>(sums);
 }
 
+// Row i of four numbers becomes number i of each of four columns.
+template <typename T>
+VITKERN_INLINE void split_columns(const T* rows, int64_t count, T* const (&columns)[4]) {
+  int64_t i = 0;
+#if defined(VITKERN_SHUFFLE)
+  for (; i + 4 <= count; i += 4) {
+    const auto a = load<T, 4>(rows + 4 * i).v, b = load<T, 4>(rows + 4 * i + 4).v;
+    const auto c = load<T, 4>(rows + 4 * i + 8).v, d = load<T, 4>(rows + 4 * i + 12).v;
+    const Vec<T, 4> ab_low = {VITKERN_SHUFFLE(a, b, 0, 4, 1, 5)},
+                    ab_high = {VITKERN_SHUFFLE(a, b, 2, 6, 3, 7)};
+    const Vec<T, 4> cd_low = {VITKERN_SHUFFLE(c, d, 0, 4, 1, 5)},
+                    cd_high = {VITKERN_SHUFFLE(c, d, 2, 6, 3, 7)};
+    store(columns[0] + i, Vec<T, 4>{VITKERN_SHUFFLE(ab_low.v, cd_low.v, 0, 1, 4, 5)});
+    store(columns[1] + i, Vec<T, 4>{VITKERN_SHUFFLE(ab_low.v, cd_low.v, 2, 3, 6, 7)});
+    store(columns[2] + i, Vec<T, 4>{VITKERN_SHUFFLE(ab_high.v, cd_high.v, 0, 1, 4, 5)});
+    store(columns[3] + i, Vec<T, 4>{VITKERN_SHUFFLE(ab_high.v, cd_high.v, 2, 3, 6, 7)});
+  }
+#endif
+  for (; i < count; ++i)
+    for (int column = 0; column < 4; ++column) columns[column][i] = rows[4 * i + column];
+}
+
 // The same pointer, of which the compiler no longer knows where it comes from.
 template <typename T>
 VITKERN_INLINE T* opaque(T* pointer) {

@@ -20,12 +20,15 @@ constexpr int64_t kRowsAhead = 8;    // rows lie M * D numbers apart, where no c
 constexpr int64_t kMinChunkQueries = 256;
 constexpr int64_t kMaxSlabBytes = int64_t{64} << 20;  // of all chunks' slabs together
 
-// One head's rows [begin, begin + count) of an image, side by side, widened, channels padded with zeros.
+// One head's rows [begin, begin + count) of an image, side by side behind a row of zeros, widened, channels padded with
+// zeros.
 template <typename T>
 void pack_head(const MsDeformAttnParams& p, int64_t image, int64_t head, int64_t begin, int64_t count,
                int64_t channels, Accumulator<T>* packed) {
   const T* value =
       static_cast<const T*>(p.value) + ((image * p.pixels + begin) * p.heads + head) * p.channels;
+  memset(packed, 0, channels * sizeof(*packed));
+  packed += channels;
   for (int64_t pixel = 0; pixel < count; ++pixel, packed += channels) {
     prefetch_row(value + (pixel + kRowsAhead) * p.heads * p.channels, p.channels);
     widen_array(value + pixel * p.heads * p.channels, p.channels, packed);
@@ -59,7 +62,8 @@ struct BackwardPlan {
   // worker, or nowhere.
   bool in_place, shared_slabs;
   int64_t value_rows, slab_rows;  // of a worker
-  int64_t slab_size;              // of a chunk
+  int64_t head_rows;  // of a chunk's slab: pixels of all groups, with a row for corners outside each
+  int64_t slab_size;  // of a chunk
 };
 
 // Levels that share pixels must be added up by one task.
@@ -81,11 +85,13 @@ BackwardPlan cut_backward(const MsDeformAttnParams& p, const Level* levels, Grou
   const int64_t heads = p.batch * p.heads;
   if (heads >= 2 * p.threads || levels_overlap(levels, p.levels)) {
     plan.group_count = 1;
-    groups[0] = {levels, p.levels, 0, p.pixels};
+    groups[0] = {levels, p.levels, 0, p.pixels, 0};
     plan.widest_group = p.pixels;
   } else {
+    int64_t row = 0;
     for (int64_t i = 0; i < p.levels; ++i) {
-      groups[i] = {levels + i, 1, levels[i].start, levels[i].pixels()};
+      groups[i] = {levels + i, 1, levels[i].start, levels[i].pixels(), row};
+      row += 1 + groups[i].pixels;
       if (groups[i].pixels > plan.widest_group) plan.widest_group = groups[i].pixels;
     }
   }
@@ -107,9 +113,11 @@ BackwardPlan plan_backward(const MsDeformAttnParams& p, const Level* levels, Gro
   // Few points on many pixels: add to grad_value itself, if it can hold sums.
   plan.in_place = sizeof(T) == sizeof(Accumulator<T>) && !plan.packs && plan.chunks == 1;
   plan.shared_slabs = plan.chunks > 1 && p.grad_value;
-  plan.value_rows = plan.packs ? plan.widest_group : 0;
-  plan.slab_rows = plan.in_place || plan.shared_slabs || !p.grad_value ? 0 : plan.widest_group;
-  plan.slab_size = p.batch * p.heads * p.pixels * plan.channels;
+  plan.value_rows = plan.packs ? 1 + plan.widest_group : 0;
+  plan.slab_rows = plan.shared_slabs || !p.grad_value ? 0 : plan.in_place ? 1 : 1 + plan.widest_group;
+  for (const Group* group = groups; group < groups + plan.group_count; ++group)
+    plan.head_rows += 1 + group->pixels;
+  plan.slab_size = p.batch * p.heads * plan.head_rows * plan.channels;
   return plan;
 }
 
@@ -152,7 +160,8 @@ void merge_slabs(const MsDeformAttnParams& p, const BackwardPlan& plan, Accumula
   parallel_for(p.batch * p.heads * plan.group_count, p.threads, [&](int64_t task, int) {
     const Group& group = plan.groups[task % plan.group_count];
     const int64_t head = task / plan.group_count % p.heads, image = task / plan.group_count / p.heads;
-    Acc* const first = slabs + ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
+    const int64_t first_row = (image * p.heads + head) * plan.head_rows + group.first_row + 1;
+    Acc* const first = slabs + first_row * plan.channels;
     for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
       for (int64_t i = 0; i < group.pixels * plan.channels; ++i)
         first[i] += first[chunk * plan.slab_size + i];
@@ -166,7 +175,7 @@ struct BackwardMemory {
   using Acc = Accumulator<T>;
   BackwardWorker<T>* workers;
   Acc* outside;           // [channels] zeros
-  Acc* slabs;             // [chunks, B, M, S, channels]
+  Acc* slabs;             // [chunks, B, M, head_rows, channels]
   Softmax<Acc>* softmax;  // [B, M, Q], where tasks see parts of a softmax only
   Acc* grad_weights;      // [B, Q, M, K], the same, with gradients of 16 bits only
 
@@ -215,27 +224,30 @@ void backward_task(const MsDeformAttnParams& p, const BackwardPlan& plan, const 
   set_levels(mine.tile, group.levels, group.count, group.first_pixel);
   if (p.reference.points) set_fusion(mine.fusion, mine.tile, group.levels, group.count);
 
-  Rows<Acc> grad = {mine.slab, plan.channels, mine.nowhere};
+  Acc* slab = mine.slab;
   if (plan.shared_slabs)
-    grad.base = memory.slabs + chunk * plan.slab_size +
-                ((image * p.heads + head) * p.pixels + group.first_pixel) * plan.channels;
-  if (plan.in_place) {
-    grad.base = static_cast<Acc*>(p.grad_value) + first_row * p.channels;
-    grad.stride = p.heads * p.channels;
-  }
-  if (p.grad_value && !plan.in_place) memset(grad.base, 0, group.pixels * plan.channels * sizeof(Acc));
+    slab = memory.slabs + chunk * plan.slab_size +
+           ((image * p.heads + head) * plan.head_rows + group.first_row) * plan.channels;
+  Acc* const sums = slab + plan.channels;  // of the first pixel, behind what corners outside add up
+  if (p.grad_value && !plan.in_place) memset(slab, 0, (1 + group.pixels) * plan.channels * sizeof(Acc));
   const int64_t begin = p.queries * chunk / plan.chunks, end = p.queries * (chunk + 1) / plan.chunks;
   if (plan.packs) {
     pack_head<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, mine.value);
-    const Rows<const Acc> rows = {mine.value, plan.channels, memory.outside};
-    backward_queries<kUsed, T, C>(p, mine, rows, grad, group, image, head, begin, end);
+    const PackedRows<const Acc> values = {mine.value + plan.channels, plan.channels};
+    const PackedRows<Acc> gradients = {sums, plan.channels};
+    backward_queries<kUsed, T, C>(p, mine, values, gradients, group, image, head, begin, end);
   } else {
     const T* value = static_cast<const T*>(p.value) + first_row * p.channels;
-    const Rows<const T> rows = {value, p.heads * p.channels, reinterpret_cast<const T*>(memory.outside)};
-    backward_queries<kUsed, T, C>(p, mine, rows, grad, group, image, head, begin, end);
+    const Rows<const T> values = {value, p.heads * p.channels, reinterpret_cast<const T*>(memory.outside)};
+    Rows<Acc> gradients = {sums, plan.channels, slab};
+    if (plan.in_place) {
+      gradients.base = static_cast<Acc*>(p.grad_value) + first_row * p.channels;
+      gradients.stride = p.heads * p.channels;
+    }
+    backward_queries<kUsed, T, C>(p, mine, values, gradients, group, image, head, begin, end);
   }
   if (p.grad_value && !plan.in_place && !plan.shared_slabs)
-    write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, grad.base);
+    write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, sums);
 }
 
 template <typename T, typename C>

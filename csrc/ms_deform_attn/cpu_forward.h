@@ -10,6 +10,8 @@
 // Numerics: sums in the accumulator type, in an order that depends on nothing but the shape.
 #pragma once
 
+#include <type_traits>
+
 #include "ms_deform_attn/cpu_fused.h"
 
 namespace vitkern::VITKERN_ISA {
@@ -28,18 +30,18 @@ int64_t padded_channels(int64_t channels) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Adds the corners of a query, kVectors vectors of channels.
-template <int kVectors, int kUsed, typename T, typename Acc>
-void gather(const Rows<const T>& rows, const Tile<Acc>& tile, int64_t first, int64_t channel, Acc* out) {
+// Adds the corners of a query, kVectors vectors of channels. `rows` and `out` begin at the first of them.
+template <int kVectors, int kUsed, typename AnyRows, typename Acc>
+void gather(const AnyRows rows, const Tile<Acc>& tile, int64_t first, Acc* out) {
   constexpr int N = kLanes<Acc>;
   constexpr int kSums = kVectors >= 8   ? 1
                         : kVectors >= 4 ? 2
                                         : kUsed;  // as many as hide the latency of an addition
   Vec<Acc, N> sums[kSums][kVectors] = {};
-  for (int64_t point = 0; point < tile.points; ++point)
+  for (int64_t point = first; point < first + tile.points; ++point)
     for (int corner = 0; corner < kUsed; ++corner) {
-      const auto coefficient = broadcast<Acc, N>(tile.coefficient[corner][first + point]);
-      const T* row = rows.at(tile.row[corner][first + point]) + channel;
+      const auto coefficient = broadcast<Acc, N>(tile.coefficient[corner][point]);
+      const auto* row = rows.at(tile.row[corner][point]);
       for (int i = 0; i < kVectors; ++i) {
         auto& sum = sums[corner % kSums][i];
         sum = multiply_add(load_wide<N>(row + i * N), coefficient, sum);
@@ -48,18 +50,18 @@ void gather(const Rows<const T>& rows, const Tile<Acc>& tile, int64_t first, int
   for (int i = 0; i < kVectors; ++i) {
     Vec<Acc, N> total = sums[0][i];
     for (int s = 1; s < kSums; ++s) total = total + sums[s][i];
-    store(out + channel + i * N, total);
+    store(out + i * N, total);
   }
 }
 
-template <int kUsed, typename T, typename Acc>
-void gather_all(const Rows<const T>& rows, const Tile<Acc>& tile, int64_t first, int64_t channels, Acc* out) {
+template <int kUsed, typename AnyRows, typename Acc>
+void gather_all(const AnyRows& rows, const Tile<Acc>& tile, int64_t first, int64_t channels, Acc* out) {
   constexpr int N = kLanes<Acc>;
-  int64_t channel = 0;
-  for (; channel + 8 * N <= channels; channel += 8 * N) gather<8, kUsed>(rows, tile, first, channel, out);
-  for (; channel + 4 * N <= channels; channel += 4 * N) gather<4, kUsed>(rows, tile, first, channel, out);
-  for (; channel + 2 * N <= channels; channel += 2 * N) gather<2, kUsed>(rows, tile, first, channel, out);
-  for (; channel < channels; channel += N) gather<1, kUsed>(rows, tile, first, channel, out);
+  int64_t at = 0;
+  for (; at + 8 * N <= channels; at += 8 * N) gather<8, kUsed>(rows.from(at), tile, first, out + at);
+  for (; at + 4 * N <= channels; at += 4 * N) gather<4, kUsed>(rows.from(at), tile, first, out + at);
+  for (; at + 2 * N <= channels; at += 2 * N) gather<2, kUsed>(rows.from(at), tile, first, out + at);
+  for (; at < channels; at += N) gather<1, kUsed>(rows.from(at), tile, first, out + at);
 }
 
 // What a worker needs for itself.
@@ -77,14 +79,13 @@ struct ForwardWorker {
   }
 };
 
-// Queries [begin, end) of one head, rows of type Row. kUsed = corners of a point: 4, or 1 for the nearest
-// pixel.
-template <int kUsed, typename T, typename C, typename Row>
-void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, const Rows<const Row>& rows,
+// Queries [begin, end) of one head. kUsed = corners of a point: 4, or 1 for the nearest pixel.
+template <int kUsed, typename T, typename C, typename AnyRows>
+void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, const AnyRows& rows,
                      int64_t image, int64_t head, int64_t begin, int64_t end) {
   using Acc = Accumulator<T>;
   Tile<Acc>& tile = worker.tile;
-  const int64_t channels = padded_channels<Acc>(p.channels), row_bytes = p.channels * sizeof(Row);
+  const int64_t channels = padded_channels<Acc>(p.channels), row_bytes = p.channels * sizeof(*rows.base);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
@@ -102,20 +103,28 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
       if (p.reference.points) prefetch_references<Acc>(p.reference, image, first + tile.queries + query);
       prefetch_row_write(out + (query + kAhead) * p.heads * p.channels, p.channels);
       if (far && query + kAhead < queries) prefetch_rows<kUsed>(tile, query + kAhead, rows, row_bytes);
+      T* const row_out = out + query * p.heads * p.channels;
+      if constexpr (std::is_same<T, Acc>::value) {
+        if (channels == p.channels) {
+          gather_all<kUsed>(rows, tile, query * tile.points, channels, row_out);
+          continue;
+        }
+      }
       gather_all<kUsed>(rows, tile, query * tile.points, channels, worker.sums);
-      narrow_array(worker.sums, p.channels, out + query * p.heads * p.channels);
+      narrow_array(worker.sums, p.channels, row_out);
     }
   }
 }
 
-// Copies pixels [begin, end) of an image to [M, S, channels], widened, channels padded with zeros.
+// Copies pixels [begin, end) of an image to [M, 1 + S, channels], behind the row of corners outside; widened, channels
+// padded with zeros.
 template <typename T>
 void pack(const MsDeformAttnParams& p, int64_t image, int64_t begin, int64_t end, int64_t channels,
           Accumulator<T>* packed) {
   const T* value = static_cast<const T*>(p.value) + (image * p.pixels + begin) * p.heads * p.channels;
   for (int64_t pixel = begin; pixel < end; ++pixel)
     for (int64_t head = 0; head < p.heads; ++head, value += p.channels) {
-      Accumulator<T>* row = packed + (head * p.pixels + pixel) * channels;
+      Accumulator<T>* row = packed + (head * (p.pixels + 1) + 1 + pixel) * channels;
       widen_array(value, p.channels, row);
       for (int64_t channel = p.channels; channel < channels; ++channel) row[channel] = 0;
     }
@@ -140,14 +149,16 @@ void forward(const MsDeformAttnParams& p, const Level* levels) {
       ForwardWorker<T> measured;
       (cursor.base ? worker[i] : measured).lay_out(cursor, p);
     }
-    packed = cursor.take<Acc>(packs ? p.heads * p.pixels * channels : 0);
+    packed = cursor.take<Acc>(packs ? p.heads * (p.pixels + 1) * channels : 0);
   };
   Cursor measure{nullptr};
   lay_out(measure);
   const Scratch scratch(measure.used);
   Cursor cursor{scratch.data()};
   lay_out(cursor);
-  for (int64_t channel = 0; channel < channels; ++channel) outside[channel] = 0;
+  memset(outside, 0, channels * sizeof(Acc));
+  for (int64_t head = 0; packs && head < p.heads; ++head)
+    memset(packed + head * (p.pixels + 1) * channels, 0, channels * sizeof(Acc));
   for (int i = 0; i < workers; ++i) {
     set_levels(worker[i].tile, levels, p.levels, 0);
     if (p.reference.points) set_fusion(worker[i].fusion, worker[i].tile, levels, p.levels);
@@ -165,7 +176,7 @@ void forward(const MsDeformAttnParams& p, const Level* levels) {
       const int64_t head = task / stretches % p.heads, image = first_image + task / stretches / p.heads;
       const int64_t end = begin + (rest < kTaskQueries ? rest : kTaskQueries);
       if (packs) {
-        const Rows<const Acc> rows = {packed + head * p.pixels * channels, channels, outside};
+        const PackedRows<const Acc> rows = {packed + (head * (p.pixels + 1) + 1) * channels, channels};
         forward_queries<kUsed, T, C>(p, worker[who], rows, image, head, begin, end);
       } else {
         const T* value = static_cast<const T*>(p.value) + (image * p.pixels * p.heads + head) * p.channels;

@@ -188,8 +188,7 @@ void locate_nearest(Tile<Acc>& tile) {
   }
 }
 
-// Where the rows of one head lie: packed side by side, or within [S, M, D]. Corners outside are sent to
-// `outside`.
+// Where the rows of one head lie within [S, M, D]. Corners outside are sent to `outside`.
 template <typename T>
 struct Rows {
   T* base;
@@ -200,11 +199,22 @@ struct Rows {
     T* const inside = base + row * stride;
     return row < 0 ? outside : inside;
   }
+  Rows from(int64_t channel) const { return {base + channel, stride, outside + channel}; }
+};
+
+// Rows side by side, the row of corners outside before the first: kOutside then is a row like any other.
+template <typename T>
+struct PackedRows {
+  T* base;
+  int64_t stride;
+
+  VITKERN_INLINE T* at(int64_t row) const { return base + row * stride; }
+  PackedRows from(int64_t channel) const { return {base + channel, stride}; }
 };
 
 // Brings the rows of a query into the cache.
-template <int kUsed, typename T, typename Acc>
-VITKERN_INLINE void prefetch_rows(const Tile<Acc>& tile, int64_t query, const Rows<T>& rows, int64_t bytes) {
+template <int kUsed, typename AnyRows, typename Acc>
+VITKERN_INLINE void prefetch_rows(const Tile<Acc>& tile, int64_t query, const AnyRows& rows, int64_t bytes) {
   for (int corner = 0; corner < kUsed; ++corner) {
     const Integer<Acc>* row = tile.row[corner] + query * tile.points;
     for (int64_t point = 0; point < tile.points; ++point)

@@ -18,6 +18,7 @@ struct Group {
   const Level* levels;
   int64_t count;
   int64_t first_pixel, pixels;
+  int64_t first_row;  // of a slab that holds a row for corners outside and then the pixels of each group
 };
 
 // Whether anything but the gradient of value is wanted.
@@ -34,9 +35,8 @@ struct BackwardWorker {
   Acc* grad_output;  // [tile queries, channels]
   Acc* dots;         // [tile points, corners]: grad_output times the row of the corner
   Acc* grad_weight;  // [tile points]
-  Acc* value;        // [pixels of a group, channels]
-  Acc* slab;         // [pixels of a group, channels]
-  Acc* nowhere;      // [channels] takes what corners outside would add
+  Acc* value;        // [1 + pixels of a group, channels], the first for corners outside
+  Acc* slab;         // the same
 
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p, int64_t padded, int64_t value_rows,
                int64_t slab_rows) {
@@ -47,21 +47,20 @@ struct BackwardWorker {
     grad_output = cursor.take<Acc>(kTileQueries * channels);
     dots = cursor.take<Acc>((points + kLanes<Acc>)*kCorners);
     grad_weight = cursor.take<Acc>(points + kLanes<Acc>);
-    nowhere = cursor.take<Acc>(channels);
     value = cursor.take<Acc>(value_rows * channels);
     cursor.take<char>(kHalfPage);
     slab = cursor.take<Acc>(slab_rows * channels);
   }
 };
 
-// One query, kVectors vectors of channels: dots with the rows, and shares of grad_output into the slab.
-template <int kVectors, int kUsed, bool kScatter, bool kDots, typename T, typename Row, typename Acc>
-void scatter(const BackwardWorker<T>& worker, const Rows<const Row>& value, const Rows<Acc>& grad,
-             int64_t query, int64_t channel) {
+// One query, kVectors vectors of channels from `channel` on: dots with the rows, and shares of grad_output into the
+// gradients of the rows. Both kinds of rows begin at this channel.
+template <int kVectors, int kUsed, bool kScatter, bool kDots, typename T, typename Values, typename Gradients>
+void scatter(const BackwardWorker<T>& worker, const Values values, const Gradients gradients, int64_t query,
+             int64_t channel) {
+  using Acc = Accumulator<T>;
   constexpr int N = kLanes<Acc>;
   const Tile<Acc> tile = worker.tile;  // a copy, which the stores below cannot change
-  const Rows<const Row> value_rows = value;
-  const Rows<Acc> grad_rows = grad;
   Acc* dots = worker.dots + query * tile.points * kCorners;
   Vec<Acc, N> grad_output[kVectors];
   VITKERN_UNROLL
@@ -73,13 +72,13 @@ void scatter(const BackwardWorker<T>& worker, const Rows<const Row>& value, cons
     for (int corner = 0; corner < kUsed; ++corner) {
       const int64_t row = tile.row[corner][point];
       if constexpr (kDots) {
-        const Row* from = value_rows.at(row) + channel;
+        const auto* from = values.at(row);
         for (int i = 0; i < kVectors; ++i)
           products[corner] = multiply_add(load_wide<N>(from + i * N), grad_output[i], products[corner]);
       }
       if constexpr (kScatter) {
         const auto share = broadcast<Acc, N>(tile.coefficient[corner][point]);
-        Acc* to = grad_rows.at(row) + channel;
+        Acc* to = gradients.at(row);
         for (int i = 0; i < kVectors; ++i)
           store(to + i * N, multiply_add(share, grad_output[i], load<Acc, N>(to + i * N)));
       }
@@ -91,44 +90,58 @@ void scatter(const BackwardWorker<T>& worker, const Rows<const Row>& value, cons
   }
 }
 
-template <int kUsed, bool kScatter, bool kDots, typename T, typename Row, typename Acc>
-void scatter_all(const BackwardWorker<T>& worker, const Rows<const Row>& value, const Rows<Acc>& grad,
+template <int kUsed, bool kScatter, bool kDots, typename T, typename Values, typename Gradients>
+void scatter_all(const BackwardWorker<T>& worker, const Values& values, const Gradients& gradients,
                  int64_t query) {
-  constexpr int N = kLanes<Acc>;
+  constexpr int N = kLanes<Accumulator<T>>;
   const int64_t channels = worker.channels;
-  int64_t channel = 0;
-  for (; channel + 4 * N <= channels; channel += 4 * N)
-    scatter<4, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
-  for (; channel + 2 * N <= channels; channel += 2 * N)
-    scatter<2, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
-  for (; channel < channels; channel += N)
-    scatter<1, kUsed, kScatter, kDots>(worker, value, grad, query, channel);
+  int64_t at = 0;
+  for (; at + 4 * N <= channels; at += 4 * N)
+    scatter<4, kUsed, kScatter, kDots>(worker, values.from(at), gradients.from(at), query, at);
+  for (; at + 2 * N <= channels; at += 2 * N)
+    scatter<2, kUsed, kScatter, kDots>(worker, values.from(at), gradients.from(at), query, at);
+  for (; at < channels; at += N)
+    scatter<1, kUsed, kScatter, kDots>(worker, values.from(at), gradients.from(at), query, at);
 }
 
 // From the dots of each corner to the gradients of weight, eq. (6), and location (into tile.xy), eq. (7).
 template <int kUsed, typename Acc>
 void finish_points(Tile<Acc>& tile, const Acc* dots, Acc* grad_weight) {
   using Index = Integer<Acc>;
-  for (int64_t i = 0; i < tile.padded; ++i) {
-    Acc dot[kCorners] = {};
-    bool touched = false;
+  constexpr int N = kLanes<Acc>;
+  using Numbers = Vec<Acc, N>;
+  Acc* const(&by_corner)[kCorners] = tile.coefficient;  // which have been used up
+  split_columns(dots, tile.padded, by_corner);
+  const Numbers zero = broadcast<Acc, N>(0), one = broadcast<Acc, N>(1);
+  for (int64_t i = 0; i < tile.padded; i += N) {
+    Numbers dot[kCorners];
+    Vec<Index, N> touched = broadcast<Index, N>(0);
     for (int corner = 0; corner < kUsed; ++corner) {
-      const bool inside = tile.row[corner][i] >= Index{0};
-      dot[corner] = inside ? dots[i * kCorners + corner] : Acc{0};
-      touched |= inside;
+      const auto inside = load<Index, N>(tile.row[corner] + i) >= broadcast<Index, N>(0);
+      dot[corner] = select(inside, load<Acc, N>(by_corner[corner] + i), zero);
+      touched = touched | inside;
     }
     if constexpr (kUsed == 1) {
-      grad_weight[i] = dot[0];
-      tile.xy[2 * i] = tile.xy[2 * i + 1] = 0;
+      store(grad_weight + i, dot[0]);
+      store(tile.x + i, zero);
+      store(tile.y + i, zero);
     } else {
-      const Acc right = tile.x[i], bottom = tile.y[i], left = 1 - right, top = 1 - bottom;
-      const Acc slope_x = top * (dot[1] - dot[0]) + bottom * (dot[3] - dot[2]);
-      const Acc slope_y = left * (dot[2] - dot[0]) + right * (dot[3] - dot[1]);
-      const Acc weight = tile.weight[i];
-      tile.xy[2 * i] = touched ? weight * tile.unit_x[i] * slope_x : Acc{0};
-      tile.xy[2 * i + 1] = touched ? weight * tile.unit_y[i] * slope_y : Acc{0};
-      grad_weight[i] = top * (left * dot[0] + right * dot[1]) + bottom * (left * dot[2] + right * dot[3]);
+      const Numbers right = load<Acc, N>(tile.x + i), bottom = load<Acc, N>(tile.y + i);
+      const Numbers left = one - right, top = one - bottom, weight = load<Acc, N>(tile.weight + i);
+      const Numbers slope_x = top * (dot[1] - dot[0]) + bottom * (dot[3] - dot[2]);
+      const Numbers slope_y = left * (dot[2] - dot[0]) + right * (dot[3] - dot[1]);
+      store(tile.x + i, select(touched, weight * load<Acc, N>(tile.unit_x + i) * slope_x, zero));
+      store(tile.y + i, select(touched, weight * load<Acc, N>(tile.unit_y + i) * slope_y, zero));
+      store(grad_weight + i,
+            top * (left * dot[0] + right * dot[1]) + bottom * (left * dot[2] + right * dot[3]));
     }
+  }
+  const Acc* __restrict x = tile.x;
+  const Acc* __restrict y = tile.y;
+  Acc* __restrict xy = tile.xy;
+  for (int64_t i = 0; i < tile.padded; ++i) {
+    xy[2 * i] = x[i];
+    xy[2 * i + 1] = y[i];
   }
 }
 
@@ -152,14 +165,22 @@ void write_points(const BackwardWorker<T>& worker, const MsDeformAttnParams& p, 
   }
 }
 
+// The same places, brought into the cache.
+template <typename C>
+VITKERN_INLINE void prefetch_gradients(const MsDeformAttnParams& p, int64_t row, int64_t points) {
+  if (p.grad_locations) prefetch_row_write(static_cast<C*>(p.grad_locations) + 2 * row, 2 * points);
+  if (p.grad_weights) prefetch_row_write(static_cast<C*>(p.grad_weights) + row, points);
+}
+
 // Queries [begin, end) of one head, points of one group.
-template <int kUsed, typename T, typename C, typename Row>
-void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, const Rows<const Row>& value,
-                      const Rows<Accumulator<T>>& grad, const Group& group, int64_t image, int64_t head,
+template <int kUsed, typename T, typename C, typename Values, typename Gradients>
+void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, const Values& values,
+                      const Gradients& gradients, const Group& group, int64_t image, int64_t head,
                       int64_t begin, int64_t end) {
   Tile<Accumulator<T>>& tile = worker.tile;
   const bool scatters = p.grad_value, dots = wants_points(p);
-  const int64_t row_bytes = p.channels * sizeof(Row), grad_bytes = p.channels * sizeof(Accumulator<T>);
+  const int64_t row_bytes = p.channels * sizeof(*values.base);
+  const int64_t grad_bytes = p.channels * sizeof(Accumulator<T>);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
@@ -179,18 +200,19 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
     for (int64_t query = 0; query < queries; ++query) {
       prefetch_points<C>(p, first_point + (query + tile.queries) * p.heads * p.points, tile.points);
       prefetch_row(grad_output + (query + tile.queries) * p.heads * p.channels, p.channels);
+      if (dots) prefetch_gradients<C>(p, first_point + query * p.heads * p.points, tile.points);
       if (p.reference.points)
         prefetch_references<Accumulator<T>>(p.reference, image, first + tile.queries + query);
       if (far && query + kAhead < queries) {
-        prefetch_rows<kUsed>(tile, query + kAhead, value, row_bytes);
-        if (scatters) prefetch_rows<kUsed>(tile, query + kAhead, grad, grad_bytes);
+        prefetch_rows<kUsed>(tile, query + kAhead, values, row_bytes);
+        if (scatters) prefetch_rows<kUsed>(tile, query + kAhead, gradients, grad_bytes);
       }
       if (scatters && dots)
-        scatter_all<kUsed, true, true>(worker, value, grad, query);
+        scatter_all<kUsed, true, true>(worker, values, gradients, query);
       else if (scatters)
-        scatter_all<kUsed, true, false>(worker, value, grad, query);
+        scatter_all<kUsed, true, false>(worker, values, gradients, query);
       else
-        scatter_all<kUsed, false, true>(worker, value, grad, query);
+        scatter_all<kUsed, false, true>(worker, values, gradients, query);
     }
     if (!dots) continue;
     finish_points<kUsed>(tile, worker.dots, worker.grad_weight);
