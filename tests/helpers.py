@@ -9,8 +9,34 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from tests.parity.weights import seeded
 from vitkern.ops.ms_deform_attn import MsDeformAttnCall
 from vitkern.ops.op import kernel
+
+
+def image(height: int = 64, width: int = 64, batch: int = 2) -> Tensor:
+    return seeded("image", (batch, 3, height, width))
+
+
+def close(actual: object, expected: object, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def loss_of(output: Tensor | list[Tensor]) -> Tensor:
+    """A sum on which every output of a model has its say, each number in its own way."""
+    outputs = output if isinstance(output, list) else [output]
+    return sum((m.float() * seeded(str(i), m.shape)).mean() for i, m in enumerate(outputs))
+
+
+def trained(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def gradients_of(model: torch.nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Of every parameter that is trained."""
+    model.zero_grad()
+    loss_of(model(*inputs)).backward()
+    return {key: parameter.grad.clone() for key, parameter in trained(model).items()}
 
 
 def max_error(actual: Tensor, oracle: Tensor) -> float:

@@ -78,12 +78,15 @@ def test_timm_finds_no_weights(timm_entrypoints):
 def test_each_registry_has_its_form(project, variant, fresh):
     registry = Registry()
     fresh(project, **{project: {}, f"{project}__registry": dict(MODELS=registry)})
-    assert sorted(registry) == sorted(NAMES)
+    assert set(registry) == {*NAMES, *vitkern.list_models(maps=True)}
     with torch.device("meta"):
         for kind in (ViTAdapter, BEiTAdapter, UniPerceiverAdapter):
             model = registry.build(dict(type=kind.__name__, **SMALL))
             assert type(model) is kind and model.variant == variant
         assert registry.build(dict(type="ViTAdapter", variant="detection", **SMALL)).variant == "detection"
+        named = registry.build(dict(type="vit_adapter_tiny", out_indices=(0, 2)))
+        assert named.variant == variant and named.feature_info.reduction() == [4, 16]
+        assert registry.build(dict(type="vitaev2_s")).feature_info.channels() == [64, 128, 256, 512]
         baseline = registry.build(dict(type="ViTBaseline", embed_dim=64, depth=4, num_heads=4))
     assert type(baseline) is ViTBaseline
 

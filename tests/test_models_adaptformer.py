@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vitkern
+from tests.helpers import close, gradients_of
 from tests.parity.weights import fill, seeded, weight
 from vitkern.models import (
     AdaptFormer,
@@ -123,15 +124,9 @@ def test_tuned_weights_alone_make_another_copy_of_the_backbone_the_same_model(ki
 @ALL_MODELS
 def test_every_parameter_learns_and_checkpointing_changes_nothing(name):
     model = fill(MODELS[name]()).eval()
-
-    def gradients(enable):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        (model(inputs(model)) * seeded("g", (2, 5))).sum().backward()
-        return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
-
-    plain, again = gradients(False), gradients(True)
-    torch.testing.assert_close(again, plain)
+    plain = gradients_of(model, inputs(model))
+    model.set_grad_checkpointing()
+    close(gradients_of(model, inputs(model)), plain)
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
 
 
@@ -350,6 +345,8 @@ def test_compiles_whole(name):
         (r"image must be \[B, 3, 64, 64\]", lambda: swin_model()(torch.zeros(1, 1, 64, 64))),
         ("img_size must be a multiple of 8, got 60", lambda: swin_model(img_size=60)),
         ("d_model must be None or the model's embed_dim=48, got 768", lambda: image_model(dict(d_model=768))),
+        ("tuning_config must be a dict, a Namespace or .*, got '64'", lambda: image_model("64")),
+        ("bottleneck must be at least 1, got -1", lambda: image_model(dict(ffn_num=-1))),
         ("tuning_config has 'ffn_nun'", lambda: image_model(dict(ffn_nun=8))),
         ("ffn_option must be one of", lambda: image_model(dict(ffn_option="beside"))),
         ("vpt_num must be at least 1", lambda: image_model(dict(vpt_on=True, vpt_num=0))),

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import vitkern
+from tests.helpers import close, gradients_of, image, loss_of
 from tests.parity.weights import fill, seeded
 from vitkern.models import VTFPN, VTResNet, load_checkpoint
 from vitkern.models.attention_maps import grad_cam, token_attention
@@ -37,31 +38,12 @@ MODELS = {
 ALL_MODELS = pytest.mark.parametrize("name", MODELS)
 
 
-def image(height=64, width=96, batch=2):
-    return seeded("image", (batch, 3, height, width))
-
-
-def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-
-
-def loss_of(output):
-    outputs = output if isinstance(output, list) else [output]
-    return sum((m.float() * seeded(str(i), m.shape)).mean() for i, m in enumerate(outputs))
-
-
 @ALL_MODELS
 def test_every_parameter_learns_and_checkpointing_changes_nothing(name):
     model = MODELS[name]()
-
-    def gradients(enable):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        loss_of(model(image())).backward()
-        return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
-
-    plain, again = gradients(False), gradients(True)
-    close(again, plain)
+    plain = gradients_of(model, image(64, 96))
+    model.set_grad_checkpointing()
+    close(gradients_of(model, image(64, 96)), plain)
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
 
 
@@ -69,7 +51,7 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing(name):
 def test_bfloat16_autocast_trains(name):
     model = MODELS[name]().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = loss_of(model(image()))
+        loss = loss_of(model(image(64, 96)))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -77,8 +59,8 @@ def test_bfloat16_autocast_trains(name):
 @ALL_MODELS
 def test_export(name):
     model = MODELS[name]()
-    exported = torch.export.export(model, (image(),)).module()
-    close(exported(image()), model(image()))
+    exported = torch.export.export(model, (image(64, 96),)).module()
+    close(exported(image(64, 96)), model(image(64, 96)))
 
 
 @pytest.mark.slow
@@ -87,7 +69,7 @@ def test_compiles_whole(name):
     """Without inductor, which takes minutes: one graph, forward and backward."""
     model = MODELS[name]().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss_of(compiled(image())).backward()
+    loss_of(compiled(image(64, 96))).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -129,11 +111,11 @@ def test_pixels_have_no_order():
     """Neither tokens nor classes change when the pixels of the last map change places."""
     model = fill(classifier()).eval()
     order = torch.randperm(24)
-    maps = model.maps(image())[-1]
+    maps = model.maps(image(64, 96))[-1]
     model.maps = lambda _: [maps]
-    expected = model(image())
+    expected = model(image(64, 96))
     model.maps = lambda _: [maps.flatten(2)[:, :, order].view_as(maps)]
-    close(model(image()), expected)
+    close(model(image(64, 96)), expected)
 
 
 TORCHVISION = {  # a few keys of the state dict of each published ResNet, with their shapes
@@ -183,13 +165,22 @@ def test_weights_of_a_published_resnet():
 
 
 def test_no_classes_gives_the_features():
-    assert classifier(num_classes=0)(image()).shape == (2, 32)
+    assert classifier(num_classes=0)(image(64, 96)).shape == (2, 32)
     with torch.device("meta"):
-        model = vitkern.create_model("vt_fpn_resnet50", features_only=True, out_indices=(1, 3))
+        model = vitkern.create_model(
+            "vt_fpn_resnet50", features_only=True, num_classes=5, out_indices=(1, -1)
+        )
         maps = model(torch.empty(1, 3, 70, 90))
     assert [list(m.shape) for m in maps] == [[1, 256, 9, 12], [1, 256, 3, 3]]
     assert model.feature_info.channels() == [256, 256] and model.feature_info.reduction() == [8, 32]
     assert not hasattr(segmentor(), "feature_info")
+
+
+def test_a_classifier_of_other_classes():
+    model = classifier()
+    model.reset_classifier(7)
+    assert model(image(64, 96)).shape == (2, 7) and model.get_classifier().out_features == 7
+    assert set(load_checkpoint(model, classifier().state_dict()).missing) == {"head.weight", "head.bias"}
 
 
 def test_images_of_any_size_and_number_of_channels():
@@ -237,20 +228,20 @@ def test_scaled_attention_and_mapped_values():
 
 
 def test_where_tokens_come_from():
-    attention = token_attention(classifier(), image())
+    attention = token_attention(classifier(), image(64, 96))
     assert [*attention] == ["vt.0.tokenizer", "vt.1.tokenizer"]
     for weights in attention.values():
         assert weights.shape == (2, 16, 4, 6)
         close(weights.sum((2, 3)), torch.ones(2, 16))
-    shapes = [tuple(weights.shape[2:]) for weights in token_attention(segmentor(), image()).values()]
+    shapes = [tuple(weights.shape[2:]) for weights in token_attention(segmentor(), image(64, 96)).values()]
     assert shapes == [(16, 24), (8, 12), (4, 6), (2, 3)]
 
 
 def test_grad_cam_needs_a_layer_that_is_called():
     model = classifier()
-    assert grad_cam(model, image(), layer=model.layer3[-1]).shape == (2, 64, 96)
+    assert grad_cam(model, image(64, 96), layer=model.layer3[-1]).shape == (2, 64, 96)
     with pytest.raises(ValueError, match="give one of them"):
-        grad_cam(model, image(), layer=model.layer3)
+        grad_cam(model, image(64, 96), layer=model.layer3)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +255,7 @@ def test_grad_cam_needs_a_layer_that_is_called():
         ("some of the maps 0 to 3, got", lambda: segmentor(num_classes=0, out_indices=())),
         ("tokenizer must be one of", lambda: classifier(tokenizer="fourier")),
         ("projector=False needs recurrent=True", lambda: classifier(projector=False, recurrent=False)),
-        ("no module of PoolingTokenizer", lambda: token_attention(PoolingTokenizer(4, 4), image())),
+        ("no module of PoolingTokenizer", lambda: token_attention(PoolingTokenizer(4, 4), image(64, 96))),
     ],
 )
 def test_what_it_refuses(message, make):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import vitkern
+from tests.helpers import close, gradients_of, image, loss_of, trained
 from tests.parity.weights import fill, seeded
 from vitkern.models import ViTAE, ViTAEv2, load_checkpoint
 from vitkern.models.attention_maps import grad_cam, mean_attention_distances
@@ -53,35 +54,12 @@ MODELS = {
 ALL_MODELS = pytest.mark.parametrize("name", MODELS)
 
 
-def image(height=64, width=64, batch=2):
-    return seeded("image", (batch, 3, height, width))
-
-
-def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-
-
-def loss_of(output):
-    outputs = output if isinstance(output, list) else [output]
-    return sum((m.float() * seeded(str(i), m.shape)).mean() for i, m in enumerate(outputs))
-
-
-def trained(model):
-    return {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 @ALL_MODELS
 def test_every_parameter_learns_and_checkpointing_changes_nothing(name):
     model = MODELS[name]()
-
-    def gradients(enable):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        loss_of(model(image())).backward()
-        return {key: parameter.grad.clone() for key, parameter in trained(model).items()}
-
-    plain, again = gradients(False), gradients(True)
-    close(again, plain)
+    plain = gradients_of(model, image())
+    model.set_grad_checkpointing()
+    close(gradients_of(model, image()), plain)
     still = {key for key, gradient in plain.items() if gradient.abs().sum() == 0}
     # The last convolutions change the tokens beside the class token, which nothing reads any more.
     assert all(key.startswith("layers.2.NC.1.PCM") for key in still) and (name == "sinusoid" or not still)
@@ -199,8 +177,8 @@ def test_features_only_turns_a_classifier_into_a_pyramid():
     with torch.device("meta"):
         model = vitkern.create_model("vitaev2_s", features_only=True)
         assert [m.shape[1] for m in model(torch.empty(1, 3, 64, 96))] == model.feature_info.channels()
-        with pytest.raises(ValueError, match="vitae_tiny returns no feature maps"):
-            vitkern.create_model("vitae_tiny", features_only=True)
+        with pytest.raises(ValueError, match="vitae_tiny returns no feature maps; beit_adapter_base, .* do"):
+            vitkern.create_model("vitae_tiny", features_only=True, out_indices=(1,))
 
 
 def test_weights_of_a_classifier_in_a_pyramid():
@@ -221,6 +199,23 @@ def test_no_classes_gives_the_features():
     for kind, options in ((ViTAE, SMALL), (ViTAEv2, V2)):
         model = kind(num_classes=0, **options).eval()
         assert model(image()).shape == (2, 32) and "head.weight" not in model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["performer", "embedding", "sinusoid", "v2"])
+def test_a_classifier_of_other_classes(name):
+    model = MODELS[name]().bfloat16()
+    model.reset_classifier(7)
+    assert model.get_classifier().weight.dtype == torch.bfloat16
+    assert model(image().bfloat16()).shape == (2, 7)
+    published = MODELS[name]().state_dict()
+    assert set(load_checkpoint(model, published).missing) == {"head.weight", "head.bias"}
+    model.reset_classifier(0)
+    assert model(image().bfloat16()).shape == (2, model.num_features)
+
+
+def test_image_sizes_may_be_pairs():
+    assert small(**{**LARGE, "img_size": (64, 64)})(image()).shape == (2, 5)
+    assert small_v2(img_size=(64, 96))(image(64, 96)).shape == (2, 5)
 
 
 def test_other_than_three_channels():
@@ -301,9 +296,11 @@ def test_grad_cam_of_a_class_token():
         ("some of the maps 0 to 3, got", lambda: small_v2(out_indices=(0, 4))),
         ("divisible by num_heads", lambda: small_v2(NC_heads=3)),
         (
-            r"head.weight is \[5, 32\] in the checkpoint",
-            lambda: load_checkpoint(ViTAE(**SMALL), small().state_dict()),
+            r"layers.2.NC.0.norm1.weight is \[7\] in the checkpoint",
+            lambda: load_checkpoint(small(), {"layers.2.NC.0.norm1.weight": torch.ones(7)}),
         ),
+        (r"img_size must be square, got \(64, 96\)", lambda: small(img_size=(64, 96))),
+        ("no classifier to reset", lambda: small_v2(out_indices=(1,)).reset_classifier(3)),
         ("token_dims of a performer_less cell must be 32", lambda: small(token_dims=[16, 16, 48])),
         ("sinusoid=True needs a reduction cell without a class token", lambda: small(**LARGE, sinusoid=True)),
     ],

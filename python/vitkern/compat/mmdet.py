@@ -1,27 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbones of ViT-Adapter in mmdet's registry, in the form for detection, under their official names.
+"""This package's backbones in mmdet's registry, those of ViT-Adapter in the form for detection.
 
-A config has ``custom_imports = dict(imports=["vitkern.compat.mmdet"])`` and ``backbone=dict(type="ViTAdapter", ...)``.
+A config has ``custom_imports = dict(imports=["vitkern.compat.mmdet"])`` and ``backbone=dict(type="ViTAdapter", ...)``
+with the official arguments, or ``backbone=dict(type="vitaev2_s")`` with a name of :func:`vitkern.list_models`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 from mmdet.registry import MODELS
-from torch import nn
 
-from vitkern.models import BEiTAdapter, UniPerceiverAdapter, ViTAdapter, ViTBaseline
+from vitkern.compat.openmmlab import register_backbones
 
-
-def _detection_form(kind: type[nn.Module]) -> Callable[..., nn.Module]:
-    def build(**options: Any) -> nn.Module:
-        return kind(**{"variant": "detection", **options})
-
-    return build
-
-
-for _kind in (ViTAdapter, BEiTAdapter, UniPerceiverAdapter):
-    MODELS.register_module(name=_kind.__name__, module=_detection_form(_kind))
-MODELS.register_module(name=ViTBaseline.__name__, module=ViTBaseline)
+register_backbones(MODELS, "detection")

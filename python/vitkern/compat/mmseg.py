@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbones of ViT-Adapter in mmseg's registry, in the form for segmentation, under their official names.
+"""This package's backbones in mmseg's registry, those of ViT-Adapter in the form for segmentation.
 
-A config has ``custom_imports = dict(imports=["vitkern.compat.mmseg"])`` and ``backbone=dict(type="ViTAdapter", ...)``.
+A config has ``custom_imports = dict(imports=["vitkern.compat.mmseg"])`` and ``backbone=dict(type="ViTAdapter", ...)``
+with the official arguments, or ``backbone=dict(type="vitaev2_s")`` with a name of :func:`vitkern.list_models`.
 """
-
-from __future__ import annotations
 
 from mmseg.registry import MODELS
 
-from vitkern.models import BEiTAdapter, UniPerceiverAdapter, ViTAdapter, ViTBaseline
+from vitkern.compat.openmmlab import register_backbones
 
-for _kind in (ViTAdapter, BEiTAdapter, UniPerceiverAdapter, ViTBaseline):
-    MODELS.register_module(name=_kind.__name__, module=_kind)
+register_backbones(MODELS, "segmentation")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkern.models.adaptformer_blocks import TunedTransformer, Tuning, classifier
+from vitkern.models.adaptformer_blocks import TunedTransformer, Tuning
 from vitkern.models.blocks import Layer, PatchEmbed, attend_to, head_channels
 
 
@@ -116,7 +116,7 @@ class AdaptFormer(TunedTransformer):
         if representation_size:
             self.pre_logits = nn.Sequential()
             self.pre_logits.add_module("fc", nn.Linear(embed_dim, embed_dim))
-        self.head = classifier(embed_dim, num_classes, head_norm)
+        self.head = self.make_head(num_classes)
         if global_pool:
             self.fc_norm = self.norm_layer(embed_dim)
         self._add_prompts()

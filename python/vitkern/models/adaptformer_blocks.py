@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkern.models.blocks import DropPath, Layer, drop_path_rates, run
-from vitkern.models.pyramid import Backbone
+from vitkern.models.pyramid import Classifier
 from vitkern.nn import AdapterBottleneck
 
 OPTIONS = ("parallel", "sequential")
@@ -50,6 +50,11 @@ class Tuning:
         if config is None:
             return cls(ffn_adapt=False)
         names = [field.name for field in fields(cls)]
+        if not isinstance(config, Mapping) and not any(hasattr(config, name) for name in names):
+            raise ValueError(
+                "tuning_config must be a dict, a Namespace or an object with some of the attributes "
+                f"{', '.join(names)}, got {config!r}"
+            )
         if isinstance(config, Mapping):
             unknown = [key for key in config if key.startswith(("ffn_", "vpt_")) and key not in names]
             if unknown:
@@ -154,17 +159,7 @@ class Block(nn.Module):
         return joined(x, branch, self.adaptmlp, self.sequential)
 
 
-def classifier(channels: int, num_classes: int, head_norm: bool) -> nn.Module:
-    """`head_norm`: after the normalisation without parameters that the official runs put before it."""
-    if num_classes == 0:
-        return nn.Identity()
-    head = nn.Linear(channels, num_classes)
-    if not head_norm:
-        return head
-    return nn.Sequential(nn.BatchNorm1d(channels, affine=False, eps=1e-6), head)
-
-
-class TunedTransformer(Backbone):
+class TunedTransformer(Classifier):
     """The blocks, prompts and classifier of the image and the video model."""
 
     embeddings: nn.ParameterList | None
@@ -224,13 +219,12 @@ class TunedTransformer(Backbone):
             x = block(x)[:, prompts.shape[1] :]
         return x
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
-        """A new classifier; `global_pool` is accepted for compatibility, without effect."""
-        self.num_classes = num_classes
-        self.head = classifier(self.embed_dim, num_classes, self.head_norm)
+    def make_head(self, num_classes: int) -> nn.Module:
+        """With `head_norm`, after the normalisation without parameters that the official runs put before it."""
+        head = super().make_head(num_classes)
+        if num_classes == 0 or not self.head_norm:
+            return head
+        return nn.Sequential(nn.BatchNorm1d(self.num_features, affine=False, eps=1e-6), head)
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Published weights (MAE, VideoMAE, timm) under this model's names, without a classifier of other classes."""
@@ -246,14 +240,7 @@ class TunedTransformer(Backbone):
             raise ValueError("the checkpoint's head.0 is a BatchNorm: build the model with head_norm=True")
         if "head.1.weight" in own:
             translated = {_under_norm(key): tensor for key, tensor in translated.items()}
-        return without_other_head(translated, self)
-
-
-def without_other_head(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Without the classifier, if it is one of other classes."""
-    own = model.state_dict()
-    others = {key for key in tensors.keys() & own.keys() if tensors[key].shape != own[key].shape}
-    return {key: tensor for key, tensor in tensors.items() if not (key in others and key.startswith("head."))}
+        return super().translate(translated)
 
 
 def reset_adapters(model: nn.Module) -> None:

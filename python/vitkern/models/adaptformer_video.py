@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkern.models.adaptformer_blocks import TunedTransformer, Tuning, classifier, reset_adapters
+from vitkern.models.adaptformer_blocks import TunedTransformer, Tuning, reset_adapters
 from vitkern.models.blocks import Layer, attend_to, head_channels, initialise, pair, sinusoid_positions
 
 
@@ -149,7 +149,7 @@ class AdaptFormerVideo(TunedTransformer):
             backend=backend,
         )
         self.fc_norm = self.norm_layer(embed_dim)
-        self.head = classifier(embed_dim, num_classes, head_norm)
+        self.head = self.make_head(num_classes)
         self._initialise(init_scale, official_init)
         self._add_prompts()
 

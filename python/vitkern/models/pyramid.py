@@ -24,10 +24,11 @@ class FeatureInfo(list[dict[str, Any]]):
 
 
 def some_of(maps: int, out_indices: Sequence[int]) -> tuple[int, ...]:
-    """The numbers of the maps to return, if there are such maps."""
-    if not out_indices or any(not 0 <= index < maps for index in out_indices):
-        raise ValueError(f"out_indices must be some of the maps 0 to {maps - 1}, got {tuple(out_indices)}")
-    return tuple(out_indices)
+    """The numbers of the maps to return, if there are such maps; negative ones count from the last."""
+    known = isinstance(out_indices, Sequence) and all(-maps <= index < maps for index in out_indices)
+    if not known or not out_indices:
+        raise ValueError(f"out_indices must be some of the maps 0 to {maps - 1}, got {out_indices}")
+    return tuple(index % maps for index in out_indices)
 
 
 class Backbone(nn.Module):
@@ -60,7 +61,7 @@ class Backbone(nn.Module):
         return image
 
     def _check_channels(self, image: Tensor) -> None:
-        if image.dim() != 4 or image.shape[1] != self.in_chans:
+        if image.dim() != 4 or image.shape[1] != self.in_chans or 0 in image.shape[2:]:
             raise ValueError(
                 f"{type(self).__name__}: image must be [B, {self.in_chans}, H, W], got {list(image.shape)}"
             )
@@ -71,6 +72,33 @@ class Backbone(nn.Module):
             kind = "video" if len(shape) == 4 else "image"
             expected = ", ".join(map(str, shape))
             raise ValueError(f"{type(self).__name__}: {kind} must be [B, {expected}], got {list(x.shape)}")
+
+
+class Classifier(Backbone):
+    """A model of `num_features` features, which its `head` classifies."""
+
+    num_classes: int
+    num_features: int
+    head: nn.Module
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
+        """A new classifier; 0 classes: the features themselves. `global_pool` is accepted for compatibility."""
+        if not hasattr(self, "head"):
+            raise ValueError(f"{type(self).__name__} returns feature maps: it has no classifier to reset")
+        self.num_classes = num_classes
+        self.head = self.make_head(num_classes).to(next(self.parameters()))
+
+    def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Published weights without a classifier of other classes."""
+        own = self.state_dict()
+        others = {k for k in tensors.keys() & own.keys() if tensors[k].shape != own[k].shape}
+        return {k: tensor for k, tensor in tensors.items() if not (k in others and k.startswith("head."))}
 
 
 class Pyramid(Backbone):

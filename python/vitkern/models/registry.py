@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,12 +15,12 @@ from torch import nn
 @dataclass(frozen=True)
 class Entry:
     """A name, what builds its model, the height and width for which that is made when nothing else is asked for, and
-    the arguments with which it returns feature maps."""
+    the arguments with which it returns feature maps, if there are such."""
 
     name: str
     build: Callable[..., nn.Module]
     img_size: int
-    features: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Any] | None = None
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -33,10 +33,10 @@ def register(
     img_size: int = 224,
     features: dict[str, Any] | None = None,
 ) -> None:
-    """`build` takes `img_size` and whatever else its model takes; `features` makes a classifier return maps."""
+    """`build` takes `img_size` and whatever else its model takes; with `features` it returns maps."""
     if name in _ENTRIES:
         raise ValueError(f"there is a model named {name!r} already")
-    _ENTRIES[name] = Entry(name, build, img_size, features or {})
+    _ENTRIES[name] = Entry(name, build, img_size, features)
 
 
 def entry(name: str) -> Entry:
@@ -47,9 +47,14 @@ def entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of models, those that match a pattern of the shell's kind."""
-    return sorted(fnmatch.filter(_ENTRIES, pattern))
+def list_models(pattern: str = "*", *, maps: bool = False) -> list[str]:
+    """Names of models, those that match a pattern of the shell's kind.
+
+    Args:
+        maps: only those that can return feature maps, for :func:`create_model` with `features_only`.
+    """
+    names = sorted(fnmatch.filter(_ENTRIES, pattern))
+    return [name for name in names if not maps or _ENTRIES[name].features is not None]
 
 
 def create_model(
@@ -60,17 +65,16 @@ def create_model(
     Args:
         name: one of :func:`list_models`.
         checkpoint: a file of published weights to load.
-        features_only: demands a model that returns feature maps, as pyramids always do.
+        features_only: demands a model that returns feature maps, as pyramids always do; it then has no classes.
         **overrides: arguments of the model's class in place of the named configuration's; all models take `img_size`.
     """
     chosen = entry(name)
     if features_only:
+        if chosen.features is None:
+            raise ValueError(f"{name} returns no feature maps; {', '.join(list_models(maps=True))} do")
+        overrides.pop("num_classes", None)
         overrides = {**chosen.features, **overrides}
     model = chosen.build(**{"img_size": chosen.img_size, **overrides})
-    if features_only and not hasattr(model, "feature_info"):
-        raise ValueError(
-            f"{name} returns no feature maps: features_only is for models that have feature_info"
-        )
     if checkpoint is not None:
         from vitkern.models.checkpoints import load_checkpoint
 

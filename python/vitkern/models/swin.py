@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkern.models.adaptformer_blocks import joined, reset_adapters, without_other_head
+from vitkern.models.adaptformer_blocks import joined, reset_adapters
 from vitkern.models.beit import RelativePositions
 from vitkern.models.blocks import (
     DropPath,
@@ -25,7 +25,7 @@ from vitkern.models.blocks import (
     run,
     split_windows,
 )
-from vitkern.models.pyramid import Backbone
+from vitkern.models.pyramid import Classifier
 from vitkern.nn import AdapterBottleneck
 
 # The adapter of a block, if it has one, from its channels and number.
@@ -167,7 +167,7 @@ class SwinStage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
 
-class SwinTransformer(Backbone):
+class SwinTransformer(Classifier):
     """A classifier of images ``[B, C, H, W]`` of `img_size`, a multiple of 8 patches.
 
     Args:
@@ -246,7 +246,7 @@ class SwinTransformer(Backbone):
 
         self.layers = nn.ModuleList(stage(level) for level in range(len(depths)))
         self.norm = norm_layer(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = self.make_head(num_classes)
         for part in (self.layers, self.head):
             part.apply(initialise)
         reset_adapters(self)
@@ -257,14 +257,6 @@ class SwinTransformer(Backbone):
             name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")
         }
         return super().no_weight_decay() | tables
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
-        """A new classifier; `global_pool` is accepted for compatibility, without effect."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, image: Tensor) -> Tensor:
         """[B, D]: what is classified."""
@@ -289,4 +281,4 @@ class SwinTransformer(Backbone):
                 merging.sub(lambda found: f"layers.{int(found[1]) - 1}.downsample.", key): tensor
                 for key, tensor in tensors.items()
             }
-        return without_other_head(tensors, self)
+        return super().translate(tensors)

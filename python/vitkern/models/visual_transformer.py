@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkern.models.blocks import run, to_map
-from vitkern.models.pyramid import FeatureInfo, some_of
+from vitkern.models.pyramid import Classifier, FeatureInfo, some_of
 from vitkern.models.resnet import DEPTHS, ResNet
 from vitkern.nn import (
     ClusteringTokenizer,
@@ -67,7 +67,7 @@ class VisualTransformer(nn.Module):
         return (x if self.projector is None else self.projector(x, tokens)), tokens
 
 
-class VTResNet(ResNet):
+class VTResNet(Classifier, ResNet):
     """A ResNet whose last stage is Visual Transformers: images [B, C, H, W] to [B, num_classes].
 
     Args:
@@ -136,7 +136,7 @@ class VTResNet(ResNet):
                 widths = (before, token_channels, after, projector_channels or after)
                 project, before = TokenProjector(*widths, scaled=scaled, backend=backend), after
             self.vt.append(VisualTransformer(made, transformer, project))
-        self.head = nn.Linear(token_channels, num_classes) if num_classes else nn.Identity()
+        self.head = self.make_head(num_classes)
 
     def forward_features(self, image: Tensor) -> Tensor:  # [B, CT]
         x = self.maps(image)[-1]

@@ -22,7 +22,7 @@ from vitkern.models.adapter_modules import (
 from vitkern.models.beit import BEiT
 from vitkern.models.blocks import Layer, SyncBatchNorm, initialise, to_map
 from vitkern.models.checkpoints import load_pretrained
-from vitkern.models.pyramid import Pyramid
+from vitkern.models.pyramid import Pyramid, some_of
 from vitkern.models.uniperceiver import UnifiedBertEncoder
 from vitkern.models.vit import VisionTransformer
 from vitkern.nn import MSDeformAttn
@@ -44,7 +44,7 @@ class Adapter(Pyramid):
         add_vit_feature: whether the transformer's features are added to the pyramid.
         use_extra_extractor: whether the last interaction has two extractors more.
         features_of_each: whether the features are those after each interaction; None: as variant says.
-        out_indices: which of the four maps are returned.
+        out_indices: which of the four maps are returned; negative numbers count from the last.
         pad_input: pads images to multiples of 32 and crops the maps; they are refused otherwise.
         pretrained, init_cfg: a file to load, or ``dict(type="Pretrained", checkpoint=file)``.
         backend: passed on to :func:`vitkern.ms_deform_attn_fused`.
@@ -88,7 +88,7 @@ class Adapter(Pyramid):
         super().__init__(with_cp=with_cp, **transformer)
         self.variant, self.add_vit_feature, self.pad_input = variant, add_vit_feature, pad_input
         self.features_of_each = variant == "segmentation" if features_of_each is None else features_of_each
-        self.out_levels = tuple(out_indices)
+        self.out_levels = some_of(4, out_indices)
         self.interaction_indexes = _interactions(interaction_indexes, len(self.trunk))
         if add_vit_feature:
             self._check_interactions()

@@ -45,10 +45,10 @@ for _size, _config, _rate in (
     ("base", BASE, 0.3),
     ("large", LARGE, 0.4),
 ):
-    register(f"vit_adapter_{_size}", _builder(ViTAdapter, drop_path_rate=_rate, **_config))
+    register(f"vit_adapter_{_size}", _builder(ViTAdapter, drop_path_rate=_rate, **_config), features={})
 for _size, _config, _rate in (("base", BASE, 0.2), ("large", LARGE, 0.3)):
-    register(
-        f"beit_adapter_{_size}", _builder(BEiTAdapter, drop_path_rate=_rate, **BEIT, **_config), img_size=512
-    )
+    _build = _builder(BEiTAdapter, drop_path_rate=_rate, **BEIT, **_config)
+    register(f"beit_adapter_{_size}", _build, img_size=512, features={})
 for _size, _config, _rate in (("base", BASE, 0.2), ("large", LARGE, 0.4)):
-    register(f"uniperceiver_adapter_{_size}", _builder(UniPerceiverAdapter, drop_path_rate=_rate, **_config))
+    _build = _builder(UniPerceiverAdapter, drop_path_rate=_rate, **_config)
+    register(f"uniperceiver_adapter_{_size}", _build, features={})

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkern.models.blocks import Layer, drop_path_rates, run, to_map
-from vitkern.models.pyramid import Backbone, FeatureInfo, Pyramid, some_of
+from vitkern.models.blocks import Layer, drop_path_rates, pair, run, to_map
+from vitkern.models.pyramid import Classifier, FeatureInfo, Pyramid, some_of
 from vitkern.models.vitae_cells import (
     PRM,
     RC_WINDOW,
@@ -54,7 +54,7 @@ class Stage(nn.Module):
         return x, height, width
 
 
-class Stages(Backbone):
+class Stages(Classifier):
     """What the versions have in common: all but what their cells are made of."""
 
     layers: nn.ModuleList
@@ -62,7 +62,7 @@ class Stages(Backbone):
     def build(
         self,
         options: Sequence[StageOptions],
-        img_size: int,
+        img_size: int | Sequence[int],
         in_chans: int,
         num_classes: int,
         drop_path_rate: float,
@@ -70,14 +70,15 @@ class Stages(Backbone):
         use_checkpoint: bool,
     ) -> None:
         """The stages and the classifier."""
-        self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
+        self.img_size, self.in_chans, self.num_classes = pair(img_size), in_chans, num_classes
         self.num_features = options[-1].token_dims
         self.stride = math.prod(stage.downsample_ratios for stage in options)
         rates = drop_path_rates(drop_path_rate, sum(stage.NC_depth for stage in options))
         self.layers = nn.ModuleList()
         before = 0  # the released code counts the cells of the previous stage only
+        side = min(self.img_size)
         for stage in options:
-            reduction = self.reduction(stage, in_chans, img_size) if stage.downsample_ratios > 1 else None
+            reduction = self.reduction(stage, in_chans, side) if stage.downsample_ratios > 1 else None
             cells = [
                 NormalCell(
                     stage.token_dims,
@@ -92,8 +93,8 @@ class Stages(Backbone):
             ]
             self.layers.append(Stage(reduction, cells, use_checkpoint))
             before, in_chans = stage.NC_depth, stage.token_dims
-            img_size //= stage.downsample_ratios
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+            side //= stage.downsample_ratios
+        self.head = self.make_head(num_classes)
         self.apply(initialise_linear)
 
     def attention_options(self, options: StageOptions) -> dict[str, Any]:
@@ -114,7 +115,8 @@ class Stages(Backbone):
             options.RC_op,
         )
 
-    def reduction(self, options: StageOptions, in_chans: int, img_size: int) -> nn.Module | None:
+    def reduction(self, options: StageOptions, in_chans: int, side: int) -> nn.Module | None:
+        """What makes smaller maps out of an image or maps whose shorter side that is."""
         raise NotImplementedError
 
     def attention(self, options: StageOptions) -> Attention:
@@ -161,7 +163,7 @@ class ViTAE(Stages):
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         *,
@@ -179,17 +181,19 @@ class ViTAE(Stages):
         self.class_token, self.sinusoid, self.last = class_token, sinusoid, per_stage[-1]
         self.fc_norm = norm_layer(self.last.token_dims) if class_token or sinusoid else None
         self.build(per_stage, img_size, in_chans, num_classes, drop_path_rate, norm_layer, use_checkpoint)
+        if self.img_size[0] != self.img_size[1]:
+            raise ValueError(f"img_size must be square, got {img_size}; ViTAEv2 takes images of any shape")
         if sinusoid and not isinstance(self.layers[-1].RC, ReductionCell):
             raise ValueError("sinusoid=True needs a reduction cell without a class token in the last stage")
 
-    def reduction(self, options: StageOptions, in_chans: int, img_size: int) -> nn.Module | None:
+    def reduction(self, options: StageOptions, in_chans: int, side: int) -> nn.Module | None:
         kinds = ("performer", "performer_less", "transformer", "embedding", "none")
         kind = one_of("RC_tokens_type", options.RC_tokens_type, kinds)
         channels, ratio = options.token_dims, options.downsample_ratios
         if kind == "none":
             return None
         if kind == "embedding":
-            return TokenEmbedding(img_size, ratio, in_chans, channels)
+            return TokenEmbedding(side, ratio, in_chans, channels)
         prm, sinusoid = self.prm(options, in_chans), self.sinusoid and options is self.last
         if kind != "performer":  # the released code has no attention in its "transformer" cells either
             return ReductionCell(checked(prm, options), sinusoid=sinusoid)
@@ -248,7 +252,7 @@ class ViTAEv2(Stages, Pyramid):
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         *,
@@ -293,14 +297,14 @@ class ViTAEv2(Stages, Pyramid):
             index_size=0 if self.out_indices is not None else index_size,
         )
 
-    def reduction(self, options: StageOptions, in_chans: int, img_size: int) -> nn.Module | None:
+    def reduction(self, options: StageOptions, in_chans: int, side: int) -> nn.Module | None:
         kind = one_of("RC_tokens_type", options.RC_tokens_type, ("window", "transformer", "performer_less"))
         prm, channels, ratio = self.prm(options, in_chans), options.token_dims, options.downsample_ratios
         if kind == "performer_less":
             return ReductionCell(checked(prm, options))
         attention: Attention
         if kind == "window":
-            windows = self.windows(RC_WINDOW, min(RC_WINDOW, img_size // ratio))
+            windows = self.windows(RC_WINDOW, min(RC_WINDOW, side // ratio))
             attention = WindowAttention(prm.out_chans, channels, options.RC_heads, **windows)
         else:
             attention = Attention(prm.out_chans, channels, options.RC_heads, qkv_bias=False, value_skip=True)

@@ -49,6 +49,8 @@ class AdapterBottleneck(nn.Module):
             )
         if init_option != "lora":
             raise ValueError(f"AdapterBottleneck: init_option must be 'lora', got {init_option!r}")
+        if bottleneck < 1:
+            raise ValueError(f"AdapterBottleneck: bottleneck must be at least 1, got {bottleneck}")
         self.d_model, self.bottleneck, self.dropout = d_model, bottleneck, dropout
         self.adapter_layernorm_option, self.activation, self.backend = layer_norm, activation, backend
         self.adapter_layer_norm_before = None if layer_norm == "none" else nn.LayerNorm(d_model)
