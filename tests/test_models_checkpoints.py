@@ -60,6 +60,32 @@ def test_position_embeddings_of_another_size_and_with_other_tokens_before_them(t
     assert torch.equal(model.pos_embed[:, 0], first)
 
 
+def test_position_embeddings_of_a_grid_that_is_not_square():
+    model, published = ViTAdapter(img_size=(64, 96), pretrain_size=(64, 96), **SMALL), vit_dict()
+    load_checkpoint(model, published)
+    grid = published["pos_embed"][:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(4, 6), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model.pos_embed[:, 1:].detach(), expected.flatten(2).transpose(1, 2))
+
+
+def test_positions_of_uniperceiver_for_another_image():
+    published, model = UniPerceiverAdapter(**SMALL).state_dict(), UniPerceiverAdapter(img_size=64, **SMALL)
+    assert load_checkpoint(model, published, strict=True) == ([], [])
+    key = "visual_embed.patch_embed.spatial_pos_embed.weight"
+    grid = published[key].T.unflatten(1, (14, 14))[None]
+    expected = F.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model.state_dict()[key], expected[0].flatten(1).T)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.backbone."]
+)
+def test_names_that_trainers_and_compilers_put_before_keys(prefix):
+    published = ViTAdapter(**SMALL).state_dict()
+    named = {prefix + key: tensor for key, tensor in published.items()}
+    assert load_checkpoint(ViTAdapter(**SMALL), named, strict=True) == ([], [])
+
+
 def test_dinov2_patches_of_14_become_16_and_its_layer_scale_gamma():
     model = ViTAdapter(img_size=592, pretrain_size=592, **SMALL)
     published = vit_dict(grid=37, patch=14)
@@ -209,6 +235,18 @@ def test_files_that_are_missing_or_hold_more_than_tensors(tmp_path):
     torch.save({"model": nn.Linear(2, 2)}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="weights_only=False"):
         load_checkpoint(ViTAdapter(**SMALL), tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="init_cfg must be"):
+        ViTAdapter(init_cfg=dict(type="Pretrained"), **SMALL)
+
+
+def test_files_that_are_no_checkpoints_or_cut_off(tmp_path):
+    torch.save(vit_dict(), tmp_path / "whole.pth")
+    half = (tmp_path / "whole.pth").read_bytes()[:4000]
+    broken = {"half.pth": half, "empty.pth": b"", "page.pth": b"<html>404</html>", "broken.npz": b"1234"}
+    for name, contents in broken.items():
+        (tmp_path / name).write_bytes(contents)
+        with pytest.raises(ValueError, match=f"{name} is no checkpoint, or only the beginning of one"):
+            load_checkpoint(ViTAdapter(**SMALL), tmp_path / name)
 
 
 COUNTS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from vitkern.models.relative_positions import resize_table
 StateDict = dict[str, Tensor]
 TABLE = "relative_position_bias_table"
 CONSTANTS = ("relative_position_index", "attn_mask")
+WRAPPED = re.compile(r"^(?:module\.|_orig_mod\.)+")  # by DistributedDataParallel and torch.compile
 
 # Uni-Perceiver's names in its own checkpoints, and in the adapter's.
 UNIPERCEIVER = {
@@ -39,9 +41,31 @@ class Loaded(NamedTuple):
 
 def read_checkpoint(path: str | Path) -> Any:
     """What a file holds: .npz (AugReg), .safetensors, or anything of torch that is tensors and plain values."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}: download it, then give its path")
+    try:
+        return _read(Path(path))
+    except ImportError:
+        raise
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and _is_of_torch(Path(path)):
+            raise ValueError(
+                f"{path} holds more than tensors and plain values: if you trust whoever made it, read it with "
+                "torch.load(path, weights_only=False) and give load_checkpoint its state dict"
+            ) from error
+        kind = type(error).__name__
+        raise ValueError(
+            f"{path} is no checkpoint, or only the beginning of one ({kind}): {error}"
+        ) from error
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether it begins as a zip archive or, from before them, as a pickle."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
+
+
+def _read(path: Path) -> Any:
     if path.suffix == ".npz":
         import numpy as np
 
@@ -51,41 +75,34 @@ def read_checkpoint(path: str | Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values: if you trust whoever made it, read it with "
-            "torch.load(path, weights_only=False) and give load_checkpoint its state dict"
-        ) from error
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def find_state_dict(checkpoint: Any, prefixes: tuple[str, ...] = ("module.", "backbone.")) -> StateDict:
-    """The backbone's tensors, under its own names, of whatever trainers wrap them in.
-
-    prefixes: of a wrapped model, and of the backbone in a whole detector or segmentor.
-    """
+def find_state_dict(checkpoint: Any) -> StateDict:
+    """The tensors of whatever trainers wrap them in."""
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"a checkpoint is a dict of tensors, got {type(checkpoint).__name__}")
-    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-    for prefix in prefixes:
-        if any(key.startswith(prefix) for key in tensors):
-            tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return tensors
+    return {WRAPPED.sub("", key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+
+
+def of_backbone(tensors: StateDict) -> StateDict:
+    """Those of the backbone in a whole detector or segmentor, under its own names."""
+    if not any(key.startswith("backbone.") for key in tensors):
+        return tensors
+    return {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
 
 
 def tensors_for(model: nn.Module, checkpoint: Any) -> StateDict:
     """A checkpoint's tensors as the model has them; a model with a backbone takes those of the whole or of that."""
-    backbone = getattr(model, "backbone", None)
+    tensors, backbone = find_state_dict(checkpoint), getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module):
-        return convert(find_state_dict(checkpoint), model)
-    tensors = find_state_dict(checkpoint, ("module.",))
+        return convert(of_backbone(tensors), model)
     whole = any(key.startswith("backbone.") for key in tensors)
     heads = {key: value for key, value in tensors.items() if whole and not key.startswith("backbone.")}
-    converted = convert(find_state_dict(tensors, ("backbone.",)), backbone)
+    converted = convert(of_backbone(tensors), backbone)
     return heads | {f"backbone.{key}": value for key, value in converted.items()}
 
 
@@ -106,8 +123,9 @@ def convert(tensors: StateDict, model: nn.Module) -> StateDict:
             tensors[f"rel_pos_bias.{TABLE}"] = shared
     # Those of the checkpoint's window and image are not the model's.
     tensors = {k: v for k, v in tensors.items() if not k.endswith(CONSTANTS)}
+    grid = next((module.grid_size for module in model.modules() if hasattr(module, "grid_size")), None)
     for key in tensors.keys() & own.keys():
-        tensors[key] = _fitted(key, tensors[key], own[key])
+        tensors[key] = _fitted(key, tensors[key], own[key], grid)
     return tensors
 
 
@@ -117,31 +135,37 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
     return key
 
 
-def _fitted(key: str, tensor: Tensor, own: Tensor) -> Tensor:
+def _fitted(key: str, tensor: Tensor, own: Tensor, grid: Any) -> Tensor:
     """Resized where the size of the image, of the window or of the patches may differ."""
     if tensor.shape == own.shape:
         return tensor
     if key == "patch_embed.proj.weight" and tensor.shape[:2] == own.shape[:2]:
         return F.interpolate(tensor.float(), size=own.shape[2:], mode="bilinear", align_corners=False)
     if key.rpartition(".")[2] == "pos_embed" and tensor.shape[-1] == own.shape[-1]:
-        return resize_pos_embed(tensor, own.shape[1])
+        return resize_pos_embed(tensor, own.shape[1], grid)
+    if key.endswith("spatial_pos_embed.weight") and tensor.shape[-1] == own.shape[-1]:
+        return resize_pos_embed(tensor[None], own.shape[0], grid)[0]
     if key.endswith(TABLE) and tensor.shape[-1] == own.shape[-1]:
         return resize_table(tensor, own.shape[0])
     return tensor
 
 
-def resize_pos_embed(positions: Tensor, tokens: int) -> Tensor:
+def resize_pos_embed(positions: Tensor, tokens: int, size: tuple[int, int] | None = None) -> Tensor:
     """Position embeddings [1, N, D] for another number of tokens, of which one may be the class token's.
 
-    The square grid comes last in them. Of several tokens before it (distillation, registers) the first is kept.
+    A square grid comes last in them. Of several tokens before it (distillation, registers) the first is kept.
+
+    Args:
+        size: the new grid; None: it is square too.
     """
-    old, new = math.isqrt(positions.shape[1]), math.isqrt(tokens)
+    old = math.isqrt(positions.shape[1])
+    new = size or (math.isqrt(tokens), math.isqrt(tokens))
     first = positions[:, :1] if positions.shape[1] > old * old else torch.zeros_like(positions[:, :1])
     grid = positions[:, -old * old :].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    if old != new:
-        grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    if (old, old) != new:
+        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     grid = grid.flatten(2).transpose(1, 2)
-    return torch.cat([first, grid], dim=1) if tokens > new * new else grid
+    return torch.cat([first, grid], dim=1) if tokens > new[0] * new[1] else grid
 
 
 def load_checkpoint(
@@ -195,7 +219,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 def load_pretrained(model: nn.Module, pretrained: str | None, init_cfg: Mapping[str, Any] | None) -> None:
     """The two ways of mm configurations to name a file."""
     if init_cfg is not None:
-        if init_cfg.get("type") != "Pretrained":
+        if init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg:
             raise ValueError(
                 f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {dict(init_cfg)}"
             )
