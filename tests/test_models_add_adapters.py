@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.helpers import close, gradients_of
 from tests.parity.weights import fill, seeded
 from vitkern.models import (
     AdaptFormer,
@@ -100,8 +101,9 @@ def perturbed(model):
 
 @KINDS
 @torch.no_grad()
-def test_a_new_adapter_changes_no_bit_and_no_key(kind):
-    plain, model = fill(Classifier(kind)).eval(), adapted(kind)
+@pytest.mark.parametrize("option", ["parallel", "sequential"])
+def test_a_new_adapter_changes_no_bit_and_no_key(kind, option):
+    plain, model = fill(Classifier(kind)).eval(), adapted(kind, option=option)
     assert torch.equal(model(X), plain(X))
     assert set(plain.state_dict()) == {key for key in model.state_dict() if ".adaptmlp." not in key}
     assert not torch.equal(perturbed(model)(X), plain(X))
@@ -118,6 +120,30 @@ def test_the_adapter_reads_what_is_between_attention_and_network():
     middle = x + block.norm1(block.attn(x))
     expected = middle + block.norm2(block.mlp(middle)) + block.adaptmlp(middle, add_residual=False)
     torch.testing.assert_close(block(x), expected)
+
+
+@torch.no_grad()
+def test_a_sequential_adapter_reads_what_the_network_adds():
+    model = perturbed(adapted(TorchvisionBlock, option="sequential", scale=2.0))
+    block, x = model.layers[0], seeded("y", (2, 5, 24))
+    middle = x + block.self_attention(block.ln_1(x))
+    close(block(x), middle + block.adaptmlp(block.mlp(block.ln_2(middle))))
+    block = perturbed(adapted(NormAfterBlock, option="sequential")).layers[0]
+    middle = x + block.norm1(block.attn(x))
+    close(block(x), middle + block.adaptmlp(block.norm2(block.mlp(middle))))
+
+
+def test_a_recomputed_block_leaves_nothing_behind():
+    """Blocks of this package recompute inside themselves, after their adapter's hooks have run."""
+    model = add_adapters(ViTAdapter(embed_dim=48, depth=4, num_heads=3), 4)
+    x = seeded("image", (2, 3, 32, 32))
+
+    def gradients(enable):
+        model.set_grad_checkpointing(enable)
+        return gradients_of(model.eval(), x)
+
+    close(gradients(True), gradients(False))
+    assert copy.deepcopy(model)(x)[0].shape == (2, 48, 8, 8)
 
 
 @KINDS
@@ -149,15 +175,16 @@ def test_training_changes_adapters_and_classifier_and_nothing_else(kind):
 
 
 @KINDS
-def test_it_compiles_and_exports_with_its_hooks(kind):
-    model = perturbed(adapted(kind))
+@pytest.mark.parametrize("option", ["parallel", "sequential"])
+def test_it_compiles_and_exports_with_its_hooks(kind, option):
+    model = perturbed(adapted(kind, option=option))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), model(X))
     torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), model(X))
 
 
 def test_chosen_layers_bottlenecks_and_a_model_of_this_package():
-    model = adapted(TorchvisionBlock, layers=[1])
+    model = adapted(TorchvisionBlock, layers=[1, 1])
     assert [name for name, m in model.named_modules() if isinstance(m, AdapterBottleneck)] == [
         "layers.1.adaptmlp"
     ]
@@ -167,10 +194,11 @@ def test_chosen_layers_bottlenecks_and_a_model_of_this_package():
 
 
 @torch.no_grad()
-def test_in_a_plain_adaptformer_they_are_those_of_a_tuned_one():
+@pytest.mark.parametrize("option", ["parallel", "sequential"])
+def test_in_a_plain_adaptformer_they_are_those_of_a_tuned_one(option):
     options = dict(img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=5)
-    added = add_adapters(AdaptFormer(**options), 8, scale=0.1)
-    built = AdaptFormer(tuning_config=dict(ffn_num=8, ffn_adapter_scalar=0.1), **options)
+    added = add_adapters(AdaptFormer(**options), 8, option=option, scale=0.1)
+    built = AdaptFormer(tuning_config=dict(ffn_num=8, ffn_option=option, ffn_adapter_scalar=0.1), **options)
     built.load_state_dict(fill(added).state_dict())
     image = seeded("image", (1, 3, 32, 32))
     assert torch.equal(added.eval()(image), built.eval()(image))
@@ -188,6 +216,8 @@ def test_adapters_have_the_type_and_place_of_their_block():
         ("Linear has no transformer blocks", lambda: add_adapters(nn.Linear(2, 2))),
         ("has adapters already", lambda: add_adapters(adapted(TorchvisionBlock))),
         ("some of the blocks 0 to 1", lambda: adapted(TorchvisionBlock, layers=[2])),
+        ("option must be one of", lambda: adapted(TorchvisionBlock, option="beside")),
+        ("no adapters, prompts or classifier to train", lambda: freeze_backbone(nn.Linear(2, 2))),
     ],
 )
 def test_what_it_refuses(message, make):

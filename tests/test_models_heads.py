@@ -6,8 +6,18 @@ import torch
 from torch.nn import functional as F
 
 import vitkern
+from tests.helpers import close, image
 from tests.parity.weights import fill, seeded
-from vitkern.models import FCNHead, Segmentor, UperNet, ViTAdapter, load_checkpoint, mask_rcnn_parameters
+from vitkern.models import (
+    FCNHead,
+    Segmentor,
+    UperNet,
+    ViTAdapter,
+    add_adapters,
+    freeze_backbone,
+    load_checkpoint,
+    mask_rcnn_parameters,
+)
 from vitkern.models.heads import resize
 from vitkern.models.table import count_parameters
 
@@ -22,16 +32,8 @@ def segmentor(auxiliary=True, **options):
     return fill(Segmentor(backbone, head, FCNHead(channels[2], 5, channels=8) if auxiliary else None))
 
 
-def image(height=64, width=96, batch=2):
-    return seeded("image", (batch, 3, height, width))
-
-
 def pyramid(batch=2, size=32):
     return [seeded(str(c), (batch, c, size >> level, size >> level)) for level, c in enumerate(WIDTHS)]
-
-
-def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +127,10 @@ def test_upernet_computes_what_the_paper_draws():
 
 def test_logits_have_the_size_of_the_image():
     model = segmentor()
-    logits, auxiliary = model.train()(image())
+    logits, auxiliary = model.train()(image(64, 96))
     assert logits.shape == auxiliary.shape == (2, 5, 64, 96)
-    assert model.eval()(image()).shape == (2, 5, 64, 96)
-    assert segmentor(auxiliary=False).train()(image()).shape == (2, 5, 64, 96)
+    assert model.eval()(image(64, 96)).shape == (2, 5, 64, 96)
+    assert segmentor(auxiliary=False).train()(image(64, 96)).shape == (2, 5, 64, 96)
 
 
 def test_published_segmentors_and_backbones_load():
@@ -154,10 +156,17 @@ def test_published_segmentors_and_backbones_load():
     assert not any(key.startswith("backbone.") for key in differing(model))
 
 
+def test_freezing_leaves_adapters_and_heads():
+    model = segmentor()
+    add_adapters(model.backbone, 4)
+    trained = {name for name, p in freeze_backbone(model).named_parameters() if p.requires_grad}
+    assert {name for name, _ in model.named_parameters() if "adaptmlp" in name or "_head." in name} == trained
+
+
 def test_every_parameter_learns_under_autocast_too():
     model = segmentor().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, auxiliary = model(image(batch=4))
+        logits, auxiliary = model(image(64, 96, batch=4))
     labels = seeded("labels", (4, 64, 96)).abs().mul(2).long().clamp(max=4)
     (F.cross_entropy(logits.float(), labels) + 0.4 * F.cross_entropy(auxiliary.float(), labels)).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

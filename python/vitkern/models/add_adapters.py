@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitkern.models.adaptformer_blocks import OPTIONS
 from vitkern.models.checkpoints import Loaded
 from vitkern.nn import AdapterBottleneck
 
@@ -15,18 +16,24 @@ from vitkern.nn import AdapterBottleneck
 ATTENTION = ("attn", "attention", "self_attention", "self_attn")
 NORM = ("norm2", "ln_2", "layernorm_after", "layer_norm2")
 FEED_FORWARD = ("mlp", "intermediate", "fc1")
-HEADS = ("head", "heads", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "fc")
+HEADS = (
+    *("head", "heads", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "fc"),
+    *("decode_head", "auxiliary_head"),  # of segmentors
+)
 
 
 class HookedAdapter(AdapterBottleneck):
-    """An adapter beside the feed-forward network of a block that knows nothing of it.
+    """An adapter beside, or after, the feed-forward network of a block that knows nothing of it.
 
     Its hooks are methods, so that they stay with the adapter when the model is copied or pickled.
     """
 
+    sequential = False
+    _runs = False  # whether its block does; in a backward pass parts of that may run again
     _stream: Tensor | None = None  # while its block runs: the residual stream between attention and network
 
-    def attach(self, block: nn.Module, norm: nn.Module, feed_forward: nn.Module) -> None:
+    def attach(self, block: nn.Module, norm: nn.Module, feed_forward: nn.Module, sequential: bool) -> None:
+        self.sequential = sequential
         block.register_forward_pre_hook(self._begin)
         # Whichever comes first: some blocks normalise what goes into the network, some what comes out.
         norm.register_forward_pre_hook(self._remember)
@@ -34,19 +41,19 @@ class HookedAdapter(AdapterBottleneck):
         block.register_forward_hook(self._add)
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._stream = None
+        self._runs, self._stream = True, None
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
-        if self._stream is None:
+        if self._runs and self._stream is None:
             self._stream = inputs[0]
 
     def _add(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        stream, self._stream = self._stream, None
+        stream, self._runs, self._stream = self._stream, False, None
         assert stream is not None  # its block's network has run
         first, *others = output if isinstance(output, tuple) else (output,)
-        adapted = self(
-            stream.reshape(first.shape), residual=first
-        )  # a map, of which some networks see the tokens
+        stream = stream.reshape(first.shape)  # a map, of which some networks see the tokens
+        # What the network has added, with all that scales, normalises or drops it, is the difference of the streams.
+        adapted = self(first - stream if self.sequential else stream, residual=first)
         return (adapted, *others) if isinstance(output, tuple) else adapted
 
 
@@ -64,6 +71,7 @@ def add_adapters(
     model: nn.Module,
     bottleneck: int | None = 64,
     *,
+    option: str = "parallel",
     scale: float | str = 0.1,
     dropout: float = 0.0,
     layer_norm: str = "none",
@@ -71,7 +79,7 @@ def add_adapters(
     layers: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> nn.Module:
-    """Puts an adapter of AdaptFormer beside the feed-forward network of each block of a ViT or Swin.
+    """Puts an adapter of AdaptFormer beside, or after, the feed-forward network of each block of a ViT or Swin.
 
     Blocks of timm, torchvision and transformers are known by their structure. Keys of the model stay as they are;
     each block has ``adaptmlp.`` besides. At first adapters add zero: the model computes what it did, to the bit.
@@ -79,6 +87,7 @@ def add_adapters(
     Args:
         model: is changed.
         bottleneck: hidden units; None: a twelfth of the block's channels, as for a Swin.
+        option: ``"parallel"`` to the feed-forward network, or ``"sequential"``, after it.
         scale, dropout, layer_norm, activation: of :class:`~vitkern.nn.AdapterBottleneck`.
         layers: numbers of the blocks that get one; None: all.
         backend: passed on to :func:`vitkern.adapter_bottleneck`.
@@ -95,9 +104,12 @@ def add_adapters(
         raise ValueError(f"{type(model).__name__} has no transformer blocks that add_adapters knows")
     if any(getattr(block, "adaptmlp", None) is not None for block in blocks):
         raise ValueError(f"{type(model).__name__} has adapters already")
-    if layers is not None and not set(layers) <= set(range(len(blocks))):
-        raise ValueError(f"layers must be some of the blocks 0 to {len(blocks) - 1}, got {list(layers)}")
-    for number in range(len(blocks)) if layers is None else layers:
+    if option not in OPTIONS:
+        raise ValueError(f"option must be one of {OPTIONS}, got {option!r}")
+    chosen = set(range(len(blocks)) if layers is None else layers)
+    if not chosen <= set(range(len(blocks))):
+        raise ValueError(f"layers must be some of the blocks 0 to {len(blocks) - 1}, got {layers}")
+    for number in sorted(chosen):
         block = blocks[number]
         norm: Any = _part(block, NORM)
         feed_forward: Any = _part(block, FEED_FORWARD)
@@ -116,7 +128,9 @@ def add_adapters(
         adapter.to(norm.weight).train(block.training)
         block.adaptmlp = adapter
         if isinstance(adapter, HookedAdapter):
-            adapter.attach(block, norm, feed_forward)
+            adapter.attach(block, norm, feed_forward, option == "sequential")
+        else:
+            block.sequential = option == "sequential"  # type: ignore[assignment]
     return model
 
 
@@ -142,8 +156,13 @@ def freeze_backbone(model: nn.Module, loaded: Loaded | None = None) -> nn.Module
     if loaded is not None:
         parts = getattr(model, "always_trained", HEADS)
     prefixes = _trained(model, parts)
+    trained = {name for name, _ in model.named_parameters() if name.startswith(prefixes) or name in missing}
+    if not trained:
+        raise ValueError(
+            f"{type(model).__name__} has no adapters, prompts or classifier to train: add_adapters comes first"
+        )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(prefixes) or name in missing)
+        parameter.requires_grad_(name in trained)
     return model
 
 
