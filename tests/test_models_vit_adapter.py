@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.helpers import close, gradients_of, image
 from tests.parity.weights import fill, seeded
 from vitkern.models import (
     BEiTAdapter,
@@ -52,20 +53,12 @@ MODELS = {
 ALL_MODELS = pytest.mark.parametrize("name", MODELS)
 
 
-def image(height=64, width=64, batch=1):
-    return seeded("image", (batch, 3, height, width))
-
-
-def close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-
-
 @ALL_MODELS
 def test_four_maps_and_what_feature_info_says_of_them(name):
     model = MODELS[name]()
     maps, info = model(image()), model.feature_info
     assert [list(m.shape) for m in maps] == [
-        [1, c, 64 // r, 64 // r] for c, r in zip(info.channels(), info.reduction())
+        [2, c, 64 // r, 64 // r] for c, r in zip(info.channels(), info.reduction())
     ]
     assert info.reduction() == [4, 8, 16, 32]
 
@@ -73,15 +66,9 @@ def test_four_maps_and_what_feature_info_says_of_them(name):
 @ALL_MODELS
 def test_every_parameter_learns_and_checkpointing_changes_nothing(name):
     model = MODELS[name]()
-
-    def gradients(enable):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        sum((m * seeded(str(i), m.shape)).sum() for i, m in enumerate(model(image(batch=2)))).backward()
-        return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
-
-    plain, again = gradients(False), gradients(True)
-    close(again, plain)
+    plain = gradients_of(model, image())
+    model.set_grad_checkpointing()
+    close(gradients_of(model, image()), plain)
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
 
 
@@ -176,12 +163,14 @@ def test_images_of_the_pretraining_size_take_the_position_embeddings_as_they_are
     model = build(img_size=64, pretrain_size=64)
     x, height, width = model.patch_embed(image())
     assert torch.equal(model.embed(image())[0], x + model.pos_embed[:, 1:])
-    assert model.embed(image(96, 32))[0].shape == (1, 12, 48)
+    assert model.embed(image(96, 32))[0].shape == (2, 12, 48)
 
 
 def test_padding_and_levels_on_demand():
     model, padded = build(), build(pad_input=True, out_indices=(1, 3))
     assert torch.equal(padded(image())[1], model(image())[3])
+    assert torch.equal(build(out_indices=(-1,))(image())[0], model(image())[3])
+    assert build(out_indices=(0, -1)).feature_info.reduction() == [4, 32]
     maps = padded(image(40, 70))
     assert [list(m.shape[2:]) for m in maps] == [[5, 9], [2, 3]]
     whole = model(F.pad(image(40, 70), (0, 26, 0, 24)))
@@ -212,7 +201,7 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
 def test_norms_are_synchronised_ones_that_run_on_a_cpu():
     model = build().train()
     assert isinstance(model.norm1, SyncBatchNorm) and isinstance(model.norm1, torch.nn.SyncBatchNorm)
-    assert model(image(batch=2))[3].isfinite().all()
+    assert model(image())[3].isfinite().all()
 
 
 def test_initial_weights():
@@ -245,11 +234,40 @@ def test_learning_rates_fall_towards_the_first_block():
     torch.optim.AdamW(groups)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        lambda model: torch.nn.ModuleDict({"module": model}),  # DistributedDataParallel's name for it
+    ],
+    ids=["compiled", "distributed"],
+)
+def test_learning_rates_of_a_wrapped_model_are_its_own(wrap):
+    def scales(model, strip=""):
+        groups = layer_decay_groups(model, 1.0, 0.05, 0.5, 4, {"level_embed"})
+        of = {name.removeprefix(strip): group for group in groups for name in group["param_names"]}
+        return {name: (group["lr"], group["weight_decay"]) for name, group in of.items()}
+
+    model = build()
+    wrapped = wrap(model)
+    prefix = next(iter(dict(wrapped.named_parameters()))).partition(".")[0] + "."
+    assert scales(wrapped, prefix) == scales(model)
+
+
+@ALL_MODELS
+def test_every_parameter_is_in_one_group(name):
+    model = MODELS[name]()
+    groups = layer_decay_groups(model, 1.0, 0.05, 0.5, 4, model.no_weight_decay())
+    names = [name for group in groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert {group["lr_scale"] for group in groups} == {0.5**layer for layer in range(6)}
+
+
 @ALL_MODELS
 def test_bfloat16_autocast_trains(name):
     model = MODELS[name]().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        maps = model(image(batch=2))
+        maps = model(image())
         loss = sum(m.float().square().mean() for m in maps)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -274,7 +292,7 @@ def test_compiles_whole(name):
     """Without inductor, which takes minutes: one graph, forward and backward."""
     model = MODELS[name]().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(image(batch=2))[0].sum().backward()
+    compiled(image())[0].sum().backward()
     assert model.up1[0].weight.grad is not None if hasattr(model, "up1") else model.up.weight.grad is not None
 
 
@@ -283,6 +301,10 @@ def test_compiles_whole(name):
     [
         ("multiples of 32, got 48 x 64", lambda: build()(image(48, 64))),
         (r"\[B, 3, H, W\], got \[1, 4, 64, 64\]", lambda: build()(torch.zeros(1, 4, 64, 64))),
+        (r"\[B, 3, H, W\], got \[1, 3, 0, 64\]", lambda: build()(torch.zeros(1, 3, 0, 64))),
+        (r"some of the maps 0 to 3, got \(1, 4\)", lambda: build(out_indices=(1, 4))),
+        ("some of the maps 0 to 3, got 2", lambda: build(out_indices=2)),
+        ("depth must be .* got 3 and there is blocks.3", lambda: layer_decay_groups(build(), 1, 0, 0.5, 3)),
         ("variant must be", lambda: build(variant="panoptic")),
         ("img_size=384", lambda: build(img_size=384)),
         ("four interactions", lambda: build(interaction_indexes=[[0, 1], [2, 3]])),

@@ -13,16 +13,23 @@ EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "patch_embed", "visual_emb
 # Mask2Former's queries, which the segmentation form trains as slowly as the embeddings.
 MASK_QUERIES = ("mask_embed", "cls_embed", "level_embed", "query_embed", "query_feat")
 BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
+# What torch.compile, DistributedDataParallel and activation checkpointing put into names.
+WRAPPERS = re.compile(r"\b(?:_orig_mod|module|_checkpoint_wrapped_module)\.")
 
 
 def layer_of(name: str, depth: int) -> int:
     """0 for embeddings, 1 to depth for blocks, depth + 1 for all else: adapter and heads."""
+    name = WRAPPERS.sub("", name)
     if name.startswith(tuple(f"decode_head.{part}" for part in MASK_QUERIES)):
         return 0
     name = name.removeprefix("backbone.")
     if name.startswith(EMBEDDINGS):
         return 0
     block = BLOCK.match(name)
+    if block is not None and int(block[1]) >= depth:
+        raise ValueError(
+            f"depth must be the number of the transformer's blocks, got {depth} and there is {name}"
+        )
     return depth + 1 if block is None else int(block[1]) + 1
 
 
@@ -39,7 +46,7 @@ def layer_decay_groups(
     Args:
         model: a backbone, or a detector or segmentor that has one under that name.
         weight_decay: of weights; vectors, such as biases and factors, have none.
-        depth: blocks of the transformer.
+        depth: blocks of the transformer, or stages where the model has those.
         no_weight_decay: names of more parameters that have none.
     """
     exempt = set(no_weight_decay)
@@ -47,7 +54,7 @@ def layer_decay_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.dim() > 1 and name.removeprefix("backbone.") not in exempt
+        decays = parameter.dim() > 1 and WRAPPERS.sub("", name).removeprefix("backbone.") not in exempt
         layer = layer_of(name, depth)
         if (layer, decays) not in groups:
             scale = layer_decay ** (depth + 1 - layer)
