@@ -74,13 +74,14 @@ def logits(model):
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
+@pytest.mark.parametrize("option", ["parallel", "sequential"])
 @pytest.mark.parametrize("name", MODELS)
-def test_adapters(name):
+def test_adapters(name, option):
     model = fill(MODELS[name]()).eval()
     keys = set(model.state_dict())
     with torch.no_grad():
         plain = logits(model)
-        freeze_backbone(add_adapters(model, 8))
+        freeze_backbone(add_adapters(model, 8, option=option))
         assert torch.equal(logits(model), plain)
         twin = copy.deepcopy(model)
         for key, parameter in model.named_parameters():
@@ -98,6 +99,18 @@ def test_adapters(name):
     trained = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
     assert keys - trained == {key for key in keys if not key.startswith(("head", "classifier"))}
     assert {key for key in model.state_dict() if ".adaptmlp." in key} <= trained
+
+
+@torch.no_grad()
+def test_a_sequential_adapter_is_that_of_adaptformer():
+    """A ViT of timm with adapters after its networks, and its weights and adapters in ours."""
+    theirs = fill(add_adapters(timm("vit_tiny_patch16_224", depth=2)(), 8, option="sequential")).eval()
+    tuning = dict(ffn_num=8, ffn_option="sequential", ffn_adapter_scalar=0.1)
+    ours = AdaptFormer(
+        img_size=64, embed_dim=192, depth=2, num_heads=3, num_classes=5, tuning_config=tuning
+    ).eval()
+    assert load_checkpoint(ours, theirs.state_dict(), strict=True) == ([], [])
+    torch.testing.assert_close(ours(IMAGE), theirs(IMAGE), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size, window", [(64, 4), (224, 7)])
