@@ -47,6 +47,8 @@ KINDS = {"image": image_model, "video": video_model, "swin": swin_model}
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 MODELS = {
     **KINDS,
+    "swin-sequential": lambda: swin_model(dict(ffn_option="sequential"), ape=True, use_checkpoint=True),
+    "dropped": lambda: image_model(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2),
     "sequential": lambda: image_model(dict(ffn_num=8, ffn_option="sequential")),
     "norm-in": lambda: image_model(dict(ffn_num=8, ffn_adapter_layernorm_option="in")),
     "norm-out": lambda: image_model(dict(ffn_num=8, ffn_adapter_layernorm_option="out")),

@@ -31,8 +31,9 @@ MODELS = {
     "pooling": lambda: classifier(tokenizer="pooling"),
     "clustering": lambda: classifier(tokenizer="clustering", recurrent=False),
     "no projector": lambda: classifier(projector=False),
-    "as elsewhere": lambda: classifier(scaled=True, value_proj=True, key_channels=None),
+    "as elsewhere": lambda: classifier(scaled=True, value_proj=True, key_channels=None, with_cp=True),
     "fpn": segmentor,
+    "fpn clustering": lambda: segmentor(tokenizer="clustering", scaled=True, value_proj=True, with_cp=True),
     "fpn maps": lambda: segmentor(num_classes=0, tokenizer="pooling"),
 }
 ALL_MODELS = pytest.mark.parametrize("name", MODELS)

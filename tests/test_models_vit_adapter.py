@@ -24,6 +24,7 @@ from vitkern.nn import MSDeformAttn
 SMALL = dict(embed_dim=48, depth=4, num_heads=3, conv_inplane=8)
 WINDOWS = dict(window_attn=[True, False, True, False], window_size=[3, None, 2, None])
 LIGHT = dict(interaction_indexes=[[0, 3]], with_cffn=False, use_extra_extractor=False, add_vit_feature=False)
+POSITIONS = dict(use_abs_pos_emb=True, pretrain_size=64)
 FORMS = pytest.mark.parametrize("variant", ["segmentation", "detection"])
 
 
@@ -44,9 +45,15 @@ MODELS = {
     "segmentation": build,
     "detection": lambda: build(variant="detection", **WINDOWS),
     "light": lambda: build(**LIGHT),
+    "bare": lambda: build(layer_scale=False, qkv_bias=False, deform_ratio=0.5, n_points=2, **WINDOWS),
+    "dropped": lambda: build(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2, with_cp=True),
+    "padded": lambda: build(pad_input=True),
     "beit-segmentation": lambda: beit_adapter("segmentation"),
+    "beit-positions": lambda: beit_adapter("segmentation", use_rel_pos_bias=False, **POSITIONS),
     "beit-detection": beit_adapter,
+    "beit-old": lambda: beit_adapter(version="old", img_size=64, with_cp=True, **POSITIONS),
     "uniperceiver": lambda: build(UniPerceiverAdapter, **WINDOWS),
+    "uniperceiver-detection": lambda: build(UniPerceiverAdapter, variant="detection", with_cp=True),
     "baseline": baseline,
     "vitdet": lambda: baseline(out_indices=[3], residual_indices=[1, 3], **WINDOWS),
 }
@@ -307,6 +314,7 @@ def test_compiles_whole(name):
         ("depth must be .* got 3 and there is blocks.3", lambda: layer_decay_groups(build(), 1, 0, 0.5, 3)),
         ("variant must be", lambda: build(variant="panoptic")),
         ("img_size=384", lambda: build(img_size=384)),
+        ("img_size=64 makes 16", lambda: beit_adapter("segmentation", use_abs_pos_emb=True)),
         ("four interactions", lambda: build(interaction_indexes=[[0, 1], [2, 3]])),
         ("blocks 0 to 3", lambda: build(interaction_indexes=[[0, 4]], add_vit_feature=False)),
         ("interaction_indexes must be given", lambda: build(depth=3)),

@@ -45,11 +45,17 @@ def small_v2(**options):
 MODELS = {
     "performer": small,
     "performer in all stages": lambda: small(RC_tokens_type="performer"),
+    "sum": lambda: small(RC_op="sum", token_dims=[16, 16, 16]),
+    "dropped": lambda: small(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2, use_checkpoint=True),
     "embedding": lambda: small(**LARGE),
     "sinusoid": lambda: small(sinusoid=True),
     "v2": small_v2,
+    "v2 all tokens": lambda: small_v2(RC_tokens_type="transformer", NC_tokens_type="transformer"),
+    "v2 convolutions": lambda: small_v2(
+        RC_tokens_type="performer_less", token_dims=[32, 24, 16, 16], use_checkpoint=True
+    ),
     "v2 positions": lambda: small_v2(relative_pos=True, window_size=5),
-    "v2 maps": lambda: small_v2(out_indices=(0, 1, 2, 3)),
+    "v2 maps": lambda: small_v2(out_indices=(0, 1, 2, 3), pad_input=True),
 }
 ALL_MODELS = pytest.mark.parametrize("name", MODELS)
 

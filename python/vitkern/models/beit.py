@@ -23,6 +23,7 @@ from vitkern.models.blocks import (
     merge_windows,
     pair,
     per_block,
+    position_grid,
     resize_positions,
     run,
     split_windows,
@@ -212,14 +213,15 @@ class BEiT(nn.Module):
         self.in_chans, self.drop_path_rate, self.with_cp = in_chans, drop_path_rate, with_cp
         self.norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
         self.pretrain_size = pair(pretrain_size)
-        self.pretrain_grid = self.pretrain_size[0] // 16, self.pretrain_size[1] // 16
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         grid = self.patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if with_cls else None
         self.pos_embed = None
         if use_abs_pos_emb:
-            self.pos_embed = nn.Parameter(torch.zeros(1, with_cls + self.patch_embed.num_patches, embed_dim))
+            patches = self.patch_embed.num_patches
+            self.pretrain_grid = position_grid(patches, img_size, pretrain_size)
+            self.pos_embed = nn.Parameter(torch.zeros(1, with_cls + patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
 
         sizes = per_block(window_size, depth, "window_size")

@@ -225,6 +225,18 @@ def merge_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor
     return x[:, :height, :width].flatten(1, 2)
 
 
+def position_grid(patches: int, img_size: Any, pretrain_size: Any) -> tuple[int, int]:
+    """Of position embeddings for patches of 16 x 16, which `img_size` counts and `pretrain_size` lays out."""
+    height, width = pair(pretrain_size)
+    grid = height // 16, width // 16
+    if patches != grid[0] * grid[1]:
+        raise ValueError(
+            f"img_size={img_size} makes {patches} position embeddings and pretrain_size={pretrain_size} "
+            f"another number: give both"
+        )
+    return grid
+
+
 def resize_positions(positions: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
     """Position embeddings [1, N, D] of one grid on another, bicubic."""
     maps = positions.unflatten(1, grid).permute(0, 3, 1, 2)

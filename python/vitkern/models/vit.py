@@ -21,6 +21,7 @@ from vitkern.models.blocks import (
     head_channels,
     merge_windows,
     pair,
+    position_grid,
     resize_positions,
     run,
     split_windows,
@@ -148,17 +149,12 @@ class VisionTransformer(nn.Module):
         self.in_chans, self.drop_path_rate, self.with_cp = in_chans, drop_path_rate, with_cp
         self.norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
         self.pretrain_size = pair(pretrain_size)
-        self.pretrain_grid = self.pretrain_size[0] // 16, self.pretrain_size[1] // 16
 
         self.patch_embed = embed_layer(
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim
         )
         patches: Any = self.patch_embed.num_patches
-        if patches != self.pretrain_grid[0] * self.pretrain_grid[1]:
-            raise ValueError(
-                f"img_size={img_size} makes {patches} position embeddings and pretrain_size={pretrain_size} "
-                f"another number: give both"
-            )
+        self.pretrain_grid = position_grid(patches, img_size, pretrain_size)
         self.cls_token: nn.Parameter | None = None
         # The first is the class token's: checkpoints have it, nothing uses it.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
