@@ -11,7 +11,7 @@ import torch
 import vitkern
 from vitkern.models import BEiTAdapter, UniPerceiverAdapter, ViTAdapter, ViTBaseline
 
-NAMES = ("ViTAdapter", "BEiTAdapter", "UniPerceiverAdapter", "ViTBaseline")
+NAMES = ("ViTAdapter", "BEiTAdapter", "UniPerceiverAdapter", "ViTBaseline", "ViTAEv2")
 SMALL = dict(embed_dim=48, depth=4, num_heads=3, conv_inplane=8)
 
 
@@ -89,3 +89,19 @@ def test_each_registry_has_its_form(project, variant, fresh):
         assert registry.build(dict(type="vitaev2_s")).feature_info.channels() == [64, 128, 256, 512]
         baseline = registry.build(dict(type="ViTBaseline", embed_dim=64, depth=4, num_heads=4))
     assert type(baseline) is ViTBaseline
+
+
+def test_the_official_vitaev2(fresh, tmp_path):
+    registry, small = Registry(), dict(embed_dims=8, token_dims=[8, 16, 16, 32], NC_depth=1, NC_heads=2)
+    small |= dict(type="ViTAEv2", RC_heads=1, NC_group=4, RC_group=1)
+    fresh("mmseg", mmseg={}, mmseg__registry=dict(MODELS=registry))
+    model = registry.build(small)
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    weights = {key: torch.full_like(tensor, 2) for key, tensor in model.state_dict().items()}
+    averages = {key: torch.full_like(tensor, 3) for key, tensor in model.state_dict().items()}
+    torch.save({"state_dict": weights, "state_dict_ema": averages}, tmp_path / "vitaev2.pth")
+    for load_ema, value in ((True, 3), (False, 2)):
+        built = registry.build(dict(small, pretrained=str(tmp_path / "vitaev2.pth"), load_ema=load_ema))
+        assert all((parameter == value).all() for parameter in built.parameters())
+    with pytest.raises(ValueError, match="frozen_stages must be -1, got 2"):
+        registry.build(dict(small, frozen_stages=2))

@@ -58,6 +58,16 @@ OFFICIAL = [
         f"out_indices=[2, 5, 8, 11], {WINDOWS}",
         5_973_312,
     ),
+    (
+        "mmdet",
+        "type='ViTAEv2', RC_tokens_type=['window', 'window', 'transformer', 'transformer'], stages=4, "
+        "NC_tokens_type=['window', 'window', 'transformer', 'transformer'], embed_dims=[64, 64, 128, 256], "
+        "token_dims=[64, 128, 256, 512], downsample_ratios=[4, 2, 2, 2], NC_depth=[2, 2, 8, 2], "
+        "NC_heads=[1, 2, 4, 8], RC_heads=[1, 1, 2, 4], mlp_ratio=4., NC_group=[1, 32, 64, 128], "
+        "RC_group=[1, 16, 32, 64], out_indices=[0, 1, 2, 3], drop_rate=0., attn_drop_rate=0., drop_path_rate=0.2, "
+        "window_size=7, use_checkpoint=False, load_ema=True",
+        19_355_688 - 512 * 1000 - 1000,
+    ),
     ("mmseg", "type='vitaev2_s'", 19_355_688 - 512 * 1000 - 1000),
     ("mmdet", "type='vit_adapter_small', out_indices=(1, -1)", 27_503_888),
 ]

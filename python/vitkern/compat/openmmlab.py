@@ -12,10 +12,12 @@ from vitkern.models import (
     BEiTAdapter,
     UniPerceiverAdapter,
     ViTAdapter,
+    ViTAEv2,
     ViTBaseline,
     create_model,
     list_models,
 )
+from vitkern.models.checkpoints import load_pretrained
 
 
 def _with(build: Callable[..., nn.Module], **defaults: Any) -> Callable[..., nn.Module]:
@@ -27,15 +29,34 @@ def _with(build: Callable[..., nn.Module], **defaults: Any) -> Callable[..., nn.
     return built
 
 
+def _vitaev2(
+    *,
+    pretrained: str | None = None,
+    init_cfg: dict[str, Any] | None = None,
+    load_ema: bool = True,
+    frozen_stages: int = -1,
+    **options: Any,
+) -> nn.Module:
+    """The official backbone: all maps where a config says nothing, and of published weights the moving averages."""
+    if frozen_stages > 0:
+        raise ValueError(
+            f"frozen_stages must be -1, got {frozen_stages}: requires_grad_(False) freezes stages"
+        )
+    model = ViTAEv2(**{"out_indices": (0, 1, 2, 3), **options})
+    load_pretrained(model, pretrained, init_cfg, ema=load_ema)
+    return model
+
+
 def register_backbones(registry: Any, variant: str) -> None:
-    """The backbones of ViT-Adapter under their official names, and all that return feature maps under this package's.
+    """Backbones under their official names, and all models that return feature maps under this package's.
 
     Args:
         variant: the form of ViT-Adapter where a config names none.
     """
     for kind in (ViTAdapter, BEiTAdapter, UniPerceiverAdapter):
         registry.register_module(name=kind.__name__, module=_with(kind, variant=variant))
-    registry.register_module(name=ViTBaseline.__name__, module=ViTBaseline)
+    registry.register_module(name="ViTBaseline", module=ViTBaseline)
+    registry.register_module(name="ViTAEv2", module=_vitaev2)
     for name in list_models(maps=True):
         form = {"variant": variant} if "_adapter_" in name else {}
         build = _with(create_model, name=name, features_only=True, **form)

@@ -216,8 +216,10 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         torch.save(model.state_dict(), path)
 
 
-def load_pretrained(model: nn.Module, pretrained: str | None, init_cfg: Mapping[str, Any] | None) -> None:
-    """The two ways of mm configurations to name a file."""
+def load_pretrained(
+    model: nn.Module, pretrained: str | None, init_cfg: Mapping[str, Any] | None, *, ema: bool = False
+) -> None:
+    """The two ways of mm configurations to name a file. `ema`: its moving averages, if it has any."""
     if init_cfg is not None:
         if init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg:
             raise ValueError(
@@ -225,4 +227,6 @@ def load_pretrained(model: nn.Module, pretrained: str | None, init_cfg: Mapping[
             )
         pretrained = pretrained or init_cfg["checkpoint"]
     if pretrained is not None:
-        load_checkpoint(model, pretrained)
+        checkpoint = read_checkpoint(pretrained)
+        averaged = checkpoint.get("state_dict_ema") if ema else None
+        load_checkpoint(model, averaged or checkpoint)
