@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import Run, arguments, fit
-from digits import Digits, augment, load_digits
+from digits import Digits, accuracy, augment, load_digits
 from vitkern.models import ViTAE, ViTAEv2
 from vitkern.models.attention_maps import grad_cam, mean_attention_distances
 
@@ -45,15 +45,6 @@ MODELS = {
         **COMMON,
     ),
 }
-
-
-def accuracy(run: Run, model: nn.Module, data: Digits, batch_size: int) -> float:
-    """Of all processes together."""
-    right = torch.zeros((), device=run.device)
-    with torch.no_grad(), run.autocast():
-        for batch in run.batches(len(data.labels), batch_size):
-            right += (model(data.images[batch]).argmax(-1) == data.labels[batch]).sum()
-    return run.sum(right).item() / len(data.labels)
 
 
 def train(run: Run, model: nn.Module, data: Digits, held_out: Digits, options: argparse.Namespace) -> None:

@@ -7,8 +7,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from common import Run
 
 HELD_OUT = 0.3
 
@@ -43,3 +45,12 @@ def augment(images: Tensor) -> Tensor:
     theta = rows.T.unflatten(1, (2, 3)).to(images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside is the background, -1
+
+
+def accuracy(run: Run, model: nn.Module, data: Digits, batch_size: int) -> float:
+    """Of all processes together."""
+    right = torch.zeros((), device=run.device)
+    with torch.no_grad(), run.autocast():
+        for batch in run.batches(len(data.labels), batch_size):
+            right += (model(data.images[batch]).argmax(-1) == data.labels[batch]).sum()
+    return run.sum(right).item() / len(data.labels)

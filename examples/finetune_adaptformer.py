@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import Run, arguments, fit
-from digits import Digits, augment, load_digits
+from digits import Digits, accuracy, augment, load_digits
 from vitkern.models import AdaptFormer, freeze_backbone, load_checkpoint
 
 SIZE = 16
@@ -33,15 +33,6 @@ def five(data: Digits, first: int, device: torch.device) -> Digits:
     """Of the digits, `first` and the four after it, as classes 0 to 4."""
     chosen = (data.labels >= first) & (data.labels < first + 5)
     return Digits(data.images[chosen].to(device), data.labels[chosen].to(device) - first)
-
-
-def accuracy(run: Run, model: nn.Module, data: Digits, batch_size: int) -> float:
-    """Of all processes together."""
-    right = torch.zeros((), device=run.device)
-    with torch.no_grad(), run.autocast():
-        for batch in run.batches(len(data.labels), batch_size):
-            right += (model(data.images[batch]).argmax(-1) == data.labels[batch]).sum()
-    return run.sum(right).item() / len(data.labels)
 
 
 def train(run: Run, network: AdaptFormer, label: str, first: int, epochs: int, lr: float, size: int) -> float:

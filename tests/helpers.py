@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,6 +41,21 @@ def gradients_of(model: torch.nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss_of(model(*inputs)).backward()
     return {key: parameter.grad.clone() for key, parameter in trained(model).items()}
+
+
+def run_in_two_processes(example: str, *arguments: object) -> str:
+    """Starts an example of this package by torchrun; what it printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, example, "--device", "cpu", "--threads", "1", *map(str, arguments)],
+        cwd=Path(__file__).parent.parent / "examples",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def max_error(actual: Tensor, oracle: Tensor) -> float:

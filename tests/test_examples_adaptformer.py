@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import run_in_two_processes
+
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = ["--pretrain-epochs", "1", "--epochs", "1", "--device", "cpu"]
@@ -65,17 +67,8 @@ def test_a_kill_loses_no_more_than_an_epoch(example, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--fsdp"], ["--amp", "bf16"]], ids=["ddp", "fsdp", "bf16"])
 def test_two_processes(options, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "finetune_adaptformer.py", *QUICK, "--output", str(tmp_path), *options],
-        cwd=EXAMPLES,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held-out accuracy") == 2
+    said = run_in_two_processes("finetune_adaptformer.py", *QUICK, "--output", tmp_path, *options)
+    assert said.count("held-out accuracy") == 2
     assert (tmp_path / "adapted.pt").exists()
 
 

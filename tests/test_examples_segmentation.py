@@ -2,14 +2,12 @@
 """examples/train_segmentation.py: trains, resumes, draws, and reaches what it should."""
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import run_in_two_processes
 from vitkern.models import FCNHead, Segmentor, UperNet, ViTAdapter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -89,18 +87,8 @@ def test_intersections_over_unions(example, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_two_processes(options, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_segmentation.py"]
-    arguments = ["--model", "vit_adapter", "--epochs", "1", "--batch-size", "64", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments, "--threads", "1", "--output", str(tmp_path), *options],
-        cwd=EXAMPLES,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held-out mIoU") == 1
+    quick = ["--model", "vit_adapter", "--epochs", "1", "--batch-size", "64", "--output", tmp_path]
+    assert run_in_two_processes("train_segmentation.py", *quick, *options).count("held-out mIoU") == 1
     assert (tmp_path / "vit_adapter.pt").exists()
 
 

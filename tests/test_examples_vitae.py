@@ -2,13 +2,13 @@
 """examples/classify_vitae.py: trains, resumes, draws, and reaches what it should."""
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.helpers import run_in_two_processes
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -59,19 +59,8 @@ def test_digits_are_split_always_the_same_way_and_changed_a_little(example):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_two_processes(options, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "classify_vitae.py"]
-    arguments = ["--epochs", "1", "--device", "cpu", "--threads", "1", "--output", str(tmp_path), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command, *arguments],
-        cwd=EXAMPLES,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held-out accuracy") == 1
+    said = run_in_two_processes("classify_vitae.py", "--epochs", "1", "--output", tmp_path, *options)
+    assert said.count("held-out accuracy") == 1
     assert (tmp_path / "vitae.pt").exists()
 
 
