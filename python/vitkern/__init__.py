@@ -9,6 +9,7 @@ __all__ = [
     "__version__",
     "adapter_bottleneck",
     "create_model",
+    "install",
     "list_models",
     "models",
     "ms_deform_attn",
@@ -16,11 +17,13 @@ __all__ = [
     "nn",
     "token_pool",
     "token_project",
+    "uninstall",
 ]
 
 try:
     from vitkern import models, nn
     from vitkern._C import version as __version__
+    from vitkern.compat.install import install, uninstall
     from vitkern.functional import (
         adapter_bottleneck,
         ms_deform_attn,

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an import finds: modules that this package supplies, and changes to modules of others once they are there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+Act = Callable[[ModuleType], None]
+
+
+class _Supplier(Loader):
+    """Makes a module of ours."""
+
+    def __init__(self, fill: Act) -> None:
+        self._fill = fill
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._fill(module)
+
+
+class _Follower(Loader):
+    """Lets another loader make the module, and acts on it then. What asks the module for its loader finds the other."""
+
+    def __init__(self, loader: Loader, act: Act) -> None:
+        self._loader, self._act = loader, act
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._act(module)
+
+    def __getattr__(self, name: str) -> Any:  # runpy and pkgutil ask a loader for the code
+        return getattr(self._loader, name)
+
+
+class _Finder(MetaPathFinder):
+    """First in sys.meta_path, so that it hears of every import; yet what others find comes before what it supplies."""
+
+    def __init__(self) -> None:
+        self.supplied: dict[str, tuple[Act, bool]] = {}  # and whether ours comes first
+        self.followed: dict[str, Act] = {}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in self.supplied and name not in self.followed:
+            return None
+        theirs = _ask_others(name, path, target)
+        if name in self.supplied:
+            fill, first = self.supplied[name]
+            if first or theirs is None:
+                return ModuleSpec(name, _Supplier(fill), origin=__name__)
+        if theirs is not None and theirs.loader is not None and name in self.followed:
+            theirs.loader = _Follower(theirs.loader, self.followed[name])
+        return theirs
+
+
+_finder = _Finder()
+
+
+def find_spec(name: str) -> ModuleSpec | None:
+    """How a module of no package is imported, with what this file does about it."""
+    return _finder.find_spec(name, None)
+
+
+def _ask_others(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    for finder in sys.meta_path:
+        if finder is not _finder and hasattr(finder, "find_spec"):
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+    return None
+
+
+def find_elsewhere(name: str) -> ModuleSpec | None:
+    """How a module would be imported without this file, if at all. Its packages are found but not imported."""
+    spec, path, parts = None, None, name.split(".")
+    for end in range(1, len(parts) + 1):
+        spec = _ask_others(".".join(parts[:end]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+        if path is None and end < len(parts):
+            return None
+    return spec
+
+
+def is_ours(module: ModuleType | None) -> bool:
+    spec = getattr(module, "__spec__", None)
+    return spec is not None and (isinstance(spec.loader, _Supplier) or spec.origin == __name__)
+
+
+def comes_first(name: str) -> bool:
+    return _finder.supplied.get(name, (None, False))[1]
+
+
+def supply(name: str, fill: Act, *, first: bool) -> None:
+    """An import of this name gets a module that `fill` has filled, unless others have one and ours is not `first`."""
+    _finder.supplied[name] = (fill, first)
+    _listen()
+
+
+def stand_in(name: str) -> None:
+    """An empty package where there is none, for a supplied module to lie in."""
+    module = ModuleType(
+        name, "Stands in for a package that is not installed, for the sake of one module of it."
+    )
+    module.__spec__ = ModuleSpec(name, None, origin=__name__, is_package=True)
+    module.__path__ = []
+    sys.modules[name] = module
+
+
+def follow(name: str, act: Act) -> None:
+    """`act` on this module: now if it is imported, and after any later import or reload of it."""
+    _finder.followed[name] = act
+    _listen()
+    if name in sys.modules:
+        act(sys.modules[name])
+
+
+def withdraw(name: str) -> bool:
+    """Undoes what `supply`, `stand_in` and `follow` did about a name; those who hold the module keep it.
+
+    Returns whether there was anything to undo.
+    """
+    known = [table.pop(name, None) for table in (_finder.supplied, _finder.followed)]
+    if not (_finder.supplied or _finder.followed) and _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+    module = sys.modules.get(name)
+    if not is_ours(module):
+        return any(known)
+    del sys.modules[name]
+    parent, _, attribute = name.rpartition(".")
+    if vars(sys.modules.get(parent, object)).get(attribute) is module:
+        delattr(sys.modules[parent], attribute)
+    return True
+
+
+def _listen() -> None:
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)

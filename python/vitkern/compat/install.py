@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vitkern.install``: who imports a compiled deformable attention of their own gets this package's kernels instead."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vitkern.compat import deformable_detr, groundingdino, imports, mmcv
+
+_LAYER = "MultiScaleDeformableAttention"  # the class, wherever there is one
+LEFT = "left as it is: "
+_POSITIONAL = (deformable_detr.ms_deform_attn_forward, deformable_detr.ms_deform_attn_backward)
+
+
+class Ecosystem(NamedTuple):
+    """What a project imports, and what of it becomes ours."""
+
+    serves: str
+    extension: str  # the compiled module
+    functions: tuple[Callable[..., Any], ...] = _POSITIONAL  # that it gets from us
+    layers: str = ""  # the module that defines the class _LAYER
+    forward: Callable[..., Any] | None = None  # that the class gets from us
+    importers: tuple[str, ...] = ()  # modules that do without the class if its import fails
+    relatives: tuple[str, ...] = ()  # other ecosystems with the same functions
+
+
+ECOSYSTEMS = {
+    "deformable_detr": Ecosystem(
+        "Deformable-DETR, ViT-Adapter, Mask2Former, DINO and whoever compiles the same module",
+        "MultiScaleDeformableAttention",
+        relatives=("groundingdino", "detrex"),
+    ),
+    "groundingdino": Ecosystem(
+        "GroundingDINO",
+        "groundingdino._C",
+        layers="groundingdino.models.GroundingDINO.ms_deform_attn",
+        forward=groundingdino.forward,
+    ),
+    "detrex": Ecosystem(
+        "detrex",
+        "detrex._C",
+        layers="detrex.layers.multi_scale_deform_attn",
+        forward=mmcv.MultiScaleDeformableAttention.forward,
+    ),
+    "mmcv": Ecosystem(
+        "mmcv 1.x and 2.x, mmcv-lite, and with them mmdet and mmseg",
+        "mmcv._ext",
+        mmcv.EXTENSION,
+        layers="mmcv.ops.multi_scale_deform_attn",
+        forward=mmcv.MultiScaleDeformableAttention.forward,
+        importers=("mmcv.cnn.bricks.transformer",),
+    ),
+}
+
+_their_forward: dict[Any, Callable[..., Any]] = {}  # of classes that have ours
+
+
+def install(name: str, *, override: bool = False) -> dict[str, str]:
+    """Code that imports its own compiled deformable attention finds this package's from then on.
+
+    Args:
+        name: ``"deformable_detr"``: the module ``MultiScaleDeformableAttention``, which Deformable-DETR, ViT-Adapter,
+            Mask2Former, DINO and others compile, and the next two; ``"groundingdino"``: ``groundingdino._C``;
+            ``"detrex"``: ``detrex._C``; ``"mmcv"``: ``mmcv._ext``, which mmcv-lite is without. In the last three, the
+            class MultiScaleDeformableAttention also gets a ``forward`` of ours, for every device.
+        override: ours too where such a module is installed; what else that one holds stays in reach.
+
+    Returns:
+        What was done about each module and class.
+
+    Raises:
+        RuntimeError: the module is installed and there is no class to change instead, or it is imported already.
+
+    To be called before the project is imported. A second call changes nothing; :func:`uninstall` undoes it.
+    """
+    ecosystem = _ecosystem("install", name)
+    override |= imports.comes_first(ecosystem.extension)
+    installed = _installed(ecosystem.extension)
+    if installed and not (override or ecosystem.layers):
+        raise RuntimeError(
+            f"install: {installed}. Uninstall that, or call install({name!r}, override=True) to have vitkern's"
+        )
+    if installed and override and ecosystem.extension in sys.modules:
+        raise RuntimeError(f"install: {installed} and imported: call install({name!r}) earlier")
+    parts = [ecosystem, *map(ECOSYSTEMS.__getitem__, ecosystem.relatives)]
+    for part in parts:
+        _check_not_too_late(part)
+    table: dict[str, str] = {}
+    for part in parts:
+        table |= switch(part, override and part is ecosystem)
+        package = part.extension.rpartition(".")[0]
+        if package and package not in sys.modules and imports.find_elsewhere(package) is None:
+            imports.stand_in(package)
+    return table
+
+
+def uninstall(name: str | None = None) -> list[str]:
+    """Undoes :func:`install`, of one name or of all. Modules that hold what they imported in between keep it.
+
+    Returns:
+        The modules and classes that were changed back: none where there was nothing to undo.
+    """
+    names = list(ECOSYSTEMS) if name is None else [name, *_ecosystem("uninstall", name).relatives]
+    undone = []
+    for part in map(ECOSYSTEMS.__getitem__, names):
+        modules = (part.extension, part.extension.rpartition(".")[0], part.layers)
+        undone += [module for module in modules if imports.withdraw(module)]
+        for layer in [layer for layer in _their_forward if layer.__module__ == part.layers]:
+            layer.forward = _their_forward.pop(layer)
+    return undone
+
+
+def switch(part: Ecosystem, override: bool) -> dict[str, str]:
+    """One ecosystem, as its modules come to be imported."""
+    installed = "" if override else _installed(part.extension)
+    if not installed:
+        imports.supply(part.extension, lambda module: _fill(module, part), first=override)
+    table = {part.extension: f"{LEFT}{installed}" if installed else "vitkern's"}
+    if part.layers:
+        imports.follow(part.layers, lambda module: _give_forward(module, part))
+        table[f"{part.layers}.{_LAYER}.forward"] = "vitkern's"
+    return table
+
+
+def _ecosystem(caller: str, name: str) -> Ecosystem:
+    if name not in ECOSYSTEMS:
+        known = "; ".join(f"{key!r}: {ecosystem.serves}" for key, ecosystem in ECOSYSTEMS.items())
+        raise ValueError(f"{caller}: nothing goes by the name {name!r}. There are {known}")
+    return ECOSYSTEMS[name]
+
+
+def _installed(extension: str) -> str:
+    """A sentence about a compiled module that is not ours, or nothing."""
+    module = sys.modules.get(extension)
+    if module is not None:
+        origin = getattr(module, "__file__", "an unknown place")
+        return "" if imports.is_ours(module) else f"{extension} is installed, from {origin}"
+    spec = imports.find_elsewhere(extension)
+    return "" if spec is None else f"{extension} is installed, from {spec.origin}"
+
+
+def _check_not_too_late(part: Ecosystem) -> None:
+    """Some projects replace the class by a dummy, or go without, where their compiled module does not import."""
+    for name in (part.layers, *part.importers):
+        if name in sys.modules and not _is_layer(getattr(sys.modules[name], _LAYER, None)):
+            raise RuntimeError(
+                f"install: {name} was imported without {part.extension}, and without {_LAYER}: call install earlier"
+            )
+
+
+def _is_layer(layer: object) -> bool:
+    return isinstance(layer, type) and issubclass(layer, nn.Module)
+
+
+def _give_forward(module: ModuleType, part: Ecosystem) -> None:
+    layer: Any = getattr(module, _LAYER, None)
+    if not _is_layer(layer):
+        raise ImportError(
+            f"vitkern.install expects the class {_LAYER} in {part.layers}, which has none in this version; "
+            "vitkern.uninstall() leaves it as it is"
+        )
+    if layer.forward is not part.forward:
+        _their_forward[layer] = layer.forward
+        layer.forward = part.forward
+
+
+def _fill(module: ModuleType, part: Ecosystem) -> None:
+    """Makes a module the compiled one: our functions, and for other names the installed one's, or a refusal."""
+    theirs = imports.find_elsewhere(part.extension)
+    others: list[ModuleType] = []
+
+    def __getattr__(name: str) -> Any:  # noqa: N807  # what Python asks a module for names that it lacks
+        if name.startswith("_"):
+            raise AttributeError(f"module {part.extension!r} has no attribute {name!r}")
+        if theirs is None:
+            return _missing(part, name)
+        if not others:
+            others.append(_load(theirs))
+        return getattr(others[0], name)
+
+    module.__doc__ = f"{part.extension}, in place of which vitkern.install puts kernels of its own."
+    vars(module).update({function.__name__: function for function in part.functions}, __getattr__=__getattr__)
+
+
+def _load(spec: ModuleSpec) -> ModuleType:
+    module = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module
+
+
+def _missing(part: Ecosystem, name: str) -> Callable[..., Any]:
+    """Found, since mmcv asks for all functions when it is imported; not to be called."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        supplied = ", ".join(function.__name__ for function in part.functions)
+        raise NotImplementedError(
+            f"{part.extension}.{name} is not there: vitkern stands in for that module with {supplied} alone"
+        )
+
+    return refuse

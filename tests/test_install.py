@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vitkern.install and uninstall: what imports find before, meanwhile and after; the packages of others are made up."""
+
+import importlib
+import pickle
+import sys
+from textwrap import dedent
+
+import pytest
+import torch
+
+import vitkern
+from tests.test_compat_deformable_detr import make
+from vitkern.compat import deformable_detr, groundingdino, mmcv
+from vitkern.compat.install import ECOSYSTEMS
+
+EXTENSIONS = {name: ecosystem.extension for name, ecosystem in ECOSYSTEMS.items()}
+LAYER = (
+    "class MultiScaleDeformableAttention(torch.nn.Module):\n    def forward(self):\n        return 'theirs'\n"
+)
+REAL = "def ms_deform_attn_forward(*_):\n    return 'theirs'\n\ndef another():\n    return 'theirs'\n"
+GROUNDINGDINO = {
+    "groundingdino/__init__.py": "",
+    "groundingdino/models/__init__.py": "from .GroundingDINO import ms_deform_attn",
+    "groundingdino/models/GroundingDINO/__init__.py": "",
+    "groundingdino/models/GroundingDINO/ms_deform_attn.py": (
+        "import torch\ntry:\n    from groundingdino import _C\nexcept ImportError:\n    _C = None\n" + LAYER
+    ),
+}
+MMCV_LITE = {
+    "mmcv/__init__.py": "",
+    "mmcv/ops/__init__.py": "from . import nms\nfrom .multi_scale_deform_attn import *",
+    "mmcv/ops/nms.py": "from mmcv import _ext\nassert hasattr(_ext, 'nms')",
+    "mmcv/ops/multi_scale_deform_attn.py": "import torch\nfrom mmcv import _ext\n" + LAYER,
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch):
+    before, finders, path = dict(sys.modules), list(sys.meta_path), list(sys.path)
+    yield
+    vitkern.uninstall()
+    assert sys.meta_path == finders
+    for name in set(sys.modules) - set(before):
+        if name.partition(".")[0] in {extension.partition(".")[0] for extension in EXTENSIONS.values()}:
+            del sys.modules[name]
+    sys.path[:] = path
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Puts packages of others where they are imported from."""
+
+    def build(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(dedent(text), encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return build
+
+
+def load(name):
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "groundingdino", "detrex"])
+def test_compiled_module_is_there_and_works_and_goes(name):
+    extension = EXTENSIONS[name]
+    table = vitkern.install(name)
+    assert table[extension] == "vitkern's"
+    module = load(extension)
+    output = module.ms_deform_attn_forward(*make(), 64)
+    gradients = module.ms_deform_attn_backward(*make(), torch.ones_like(output), 64)
+    assert [gradient.shape for gradient in gradients] == [make()[at].shape for at in (0, 3, 4)]
+    assert extension in vitkern.uninstall(name)
+    assert extension not in sys.modules
+    with pytest.raises(ModuleNotFoundError):
+        load(extension)
+
+
+def test_deformable_detr_serves_its_relatives():
+    vitkern.install("deformable_detr")
+    import detrex._C
+    import groundingdino._C
+
+    assert detrex._C.ms_deform_attn_forward is groundingdino._C.ms_deform_attn_forward
+    vitkern.uninstall("deformable_detr")
+    assert not {"detrex", "groundingdino", "detrex._C"} & set(sys.modules)
+
+
+def test_twice_is_once():
+    assert vitkern.install("deformable_detr") == vitkern.install("deformable_detr")
+    module = load("MultiScaleDeformableAttention")
+    vitkern.install("deformable_detr")
+    assert load("MultiScaleDeformableAttention") is module
+    assert vitkern.uninstall() and vitkern.uninstall() == []
+
+
+def test_unknown_name():
+    for function in (vitkern.install, vitkern.uninstall):
+        with pytest.raises(ValueError, match="by the name 'dino'. There are 'deformable_detr': .* DINO"):
+            function("dino")
+
+
+def test_what_is_not_installed_is_not_undone():
+    vitkern.install("mmcv")
+    assert vitkern.uninstall("groundingdino") == []
+    assert vitkern.uninstall("mmcv") == ["mmcv._ext", "mmcv", "mmcv.ops.multi_scale_deform_attn"]
+
+
+def test_reload_and_pickle():
+    vitkern.install("deformable_detr")
+    module = load("MultiScaleDeformableAttention")
+    forward = module.ms_deform_attn_forward
+    del module.ms_deform_attn_forward
+    assert importlib.reload(module) is module and module.ms_deform_attn_forward is forward
+    assert pickle.loads(pickle.dumps(forward)) is deformable_detr.ms_deform_attn_forward
+    assert importlib.util.find_spec("MultiScaleDeformableAttention").name == module.__name__
+
+
+def test_an_installed_extension_is_not_shadowed(tree):
+    tree({"MultiScaleDeformableAttention.py": REAL})
+    with pytest.raises(
+        RuntimeError, match="is installed, from .*py. Uninstall that, or call .*override=True"
+    ):
+        vitkern.install("deformable_detr")
+    assert load("MultiScaleDeformableAttention").ms_deform_attn_forward() == "theirs"
+    assert vitkern.uninstall() == []
+
+
+def test_override_and_back(tree):
+    tree({"MultiScaleDeformableAttention.py": REAL})
+    vitkern.install("deformable_detr", override=True)
+    assert vitkern.install("deformable_detr")["MultiScaleDeformableAttention"] == "vitkern's"
+    module = load("MultiScaleDeformableAttention")
+    assert module.ms_deform_attn_forward is deformable_detr.ms_deform_attn_forward
+    assert module.another() == "theirs"
+    vitkern.uninstall()
+    assert load("MultiScaleDeformableAttention").ms_deform_attn_forward() == "theirs"
+
+
+def test_too_late_for_override(tree):
+    tree({"MultiScaleDeformableAttention.py": REAL})
+    load("MultiScaleDeformableAttention")
+    with pytest.raises(RuntimeError, match="and imported: call install\\('deformable_detr'\\) earlier"):
+        vitkern.install("deformable_detr", override=True)
+
+
+def test_an_extension_that_comes_later_is_found(tree):
+    vitkern.install("deformable_detr")
+    tree({"MultiScaleDeformableAttention.py": REAL})
+    assert load("MultiScaleDeformableAttention").ms_deform_attn_forward() == "theirs"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_groundingdino_without_its_extension(tree, late):
+    tree(GROUNDINGDINO)
+    if late:
+        load("groundingdino.models")
+    vitkern.install("groundingdino")
+    module = load("groundingdino.models").ms_deform_attn
+    layer = module.MultiScaleDeformableAttention
+    assert layer.forward is groundingdino.forward
+    assert (module._C is None) == late
+    vitkern.uninstall("groundingdino")
+    assert layer().forward() == "theirs"
+    assert not hasattr(sys.modules["groundingdino"], "_C")
+
+
+def test_a_layer_whose_extension_is_installed_is_ours_all_the_same(tree):
+    tree({**GROUNDINGDINO, "groundingdino/_C.py": REAL})
+    table = vitkern.install("groundingdino")
+    assert table["groundingdino._C"].startswith("left as it is: groundingdino._C is installed, from ")
+    module = load("groundingdino.models").ms_deform_attn
+    assert module._C.ms_deform_attn_forward() == "theirs"
+    assert module.MultiScaleDeformableAttention.forward is groundingdino.forward
+
+
+def test_mmcv_lite(tree):
+    tree(MMCV_LITE)
+    vitkern.install("mmcv")
+    ops = load("mmcv.ops")
+    assert ops.MultiScaleDeformableAttention.forward is mmcv.MultiScaleDeformableAttention.forward
+    extension = sys.modules["mmcv._ext"]
+    assert extension.ms_deform_attn_backward is mmcv.ms_deform_attn_backward
+    with pytest.raises(NotImplementedError, match="mmcv._ext.nms is not there: vitkern stands in"):
+        extension.nms(torch.zeros(1, 4), iou_threshold=0.5)
+    with pytest.raises(AttributeError, match="'mmcv._ext' has no attribute '__path__'"):
+        extension.__path__  # noqa: B018
+
+
+def test_full_mmcv_keeps_its_other_functions(tree):
+    tree({**MMCV_LITE, "mmcv/_ext.py": REAL + "nms = another"})
+    vitkern.install("mmcv", override=True)
+    load("mmcv.ops")
+    extension = sys.modules["mmcv._ext"]
+    assert extension.ms_deform_attn_forward is mmcv.ms_deform_attn_forward
+    assert extension.nms() == "theirs"
+
+
+def test_what_did_without_the_layer_is_told(tree):
+    """detrex puts a dummy in the place of the class where its compiled module is missing."""
+    without = (
+        "try:\n    from detrex import _C\nexcept ImportError:\n    MultiScaleDeformableAttention = 'dummy'"
+    )
+    files = {"detrex/__init__.py": "", "detrex/layers/__init__.py": ""}
+    tree({**files, "detrex/layers/multi_scale_deform_attn.py": without})
+    load("detrex.layers.multi_scale_deform_attn")
+    for name in ("detrex", "deformable_detr"):
+        with pytest.raises(RuntimeError, match="was imported without detrex._C.*: call install earlier"):
+            vitkern.install(name)
+    assert vitkern.uninstall() == []
+
+
+def test_a_version_without_the_layer_says_so(tree):
+    tree({**MMCV_LITE, "mmcv/ops/multi_scale_deform_attn.py": "class Renamed: pass"})
+    vitkern.install("mmcv")
+    with pytest.raises(ImportError, match="the class MultiScaleDeformableAttention .* none in this version"):
+        load("mmcv.ops")
+    vitkern.uninstall("mmcv")
+    assert load("mmcv.ops.multi_scale_deform_attn").Renamed
+
+
+def test_a_reload_of_the_layers_keeps_ours(tree):
+    tree(MMCV_LITE)
+    vitkern.install("mmcv")
+    module = load("mmcv.ops.multi_scale_deform_attn")
+    earlier = module.MultiScaleDeformableAttention
+    assert "return 'theirs'" in importlib.import_module("inspect").getsource(module)
+    later = importlib.reload(module).MultiScaleDeformableAttention
+    assert later is not earlier and later.forward is mmcv.MultiScaleDeformableAttention.forward
+    vitkern.uninstall("mmcv")
+    assert later().forward() == earlier().forward() == "theirs"
