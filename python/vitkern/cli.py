@@ -26,6 +26,13 @@ def _models(arguments: argparse.Namespace) -> int:
     return main(pattern=arguments.pattern)
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    from vitkern.compat.run import main
+
+    module = ["-m"] if arguments.module else []
+    return main([*module, arguments.program, *arguments.arguments], override=arguments.override)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vitkern", description="Kernels for the ViT-Adapter family of vision models"
@@ -49,6 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = commands.add_parser("models", help="names, parameters, operations and input sizes of the models")
     models.add_argument("pattern", nargs="?", default="*", help="such as 'vit_adapter_*'")
     models.set_defaults(run=_models)
+
+    run = commands.add_parser(
+        "run",
+        help="a script of others as it is, with vitkern's kernels where it imports its own compiled ones",
+        usage="vitkern run [-h] [--override] (SCRIPT | -m MODULE) [ARGUMENTS ...]",
+    )
+    run.add_argument("--override", action="store_true", help="also where compiled ones are installed")
+    run.add_argument("-m", dest="module", action="store_true", help="a module, as python -m")
+    run.add_argument("program", metavar="SCRIPT", help="or the module")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on")
+    run.set_defaults(run=_run)
 
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

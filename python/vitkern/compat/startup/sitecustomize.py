@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Python runs this when it starts, in the processes that `vitkern run` starts and in theirs: see vitkern.compat.run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import module_from_spec
+
+
+class _Wait(MetaPathFinder):
+    """Lets vitkern in when a package is asked for that it has to do with: it brings torch, which few processes need."""
+
+    def __init__(self) -> None:
+        self.packages = {"MultiScaleDeformableAttention", "detrex", "groundingdino", "mmcv"}
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name not in self.packages:
+            return None
+        self.packages.remove(name)
+        from vitkern.compat.run import find_switched
+
+        return find_switched(name, override="override" in options)
+
+
+options = os.environ.get("VITKERN_RUN", "").split(",")
+if "install" in options:
+    sys.meta_path.insert(0, _Wait())
+
+# As if this folder had never been in the way: off the path, and another module of this name has its turn.
+sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(__file__)]
+_other = PathFinder.find_spec("sitecustomize")
+if _other is not None and _other.loader is not None:
+    _other.loader.exec_module(module_from_spec(_other))
