@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checks of Deformable-DETR's own op test, on the CPU: the same sizes, tolerances and widths, own-written.
 
-The formula in plain torch in double and in float, and gradcheck in double for a width of each kind.
+The formula in plain torch in double and in float, and gradcheck in double for a width of each kind. With a checkout of
+https://github.com/fundamentalvision/Deformable-DETR in VITKERN_DEFORMABLE_DETR, its own test runs too.
 """
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +60,28 @@ def test_gradcheck(channels):
 def test_gradcheck_of_a_width_beyond_a_thread_block():
     """The full Jacobian of 1025 channels takes 14 GB; with less free, the fast mode checks random directions of it."""
     assert gradients_are_right(1025, fast_mode=free_gigabytes() < 18)
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "VITKERN_DEFORMABLE_DETR" not in os.environ, reason="VITKERN_DEFORMABLE_DETR names no checkout"
+)
+def test_its_own_test(tmp_path):
+    """But for the device, and the widths whose Jacobians no machine here has the memory for."""
+    ops = Path(os.environ["VITKERN_DEFORMABLE_DETR"]) / "models" / "ops"
+    text, widths = (ops / "test.py").read_text(encoding="utf-8"), "[30, 32, 64, 71, 1025, 2048, 3096]"
+    assert widths in text and ".cuda()" in text
+    smaller = "[30, 32, 64, 71, 1025]" if free_gigabytes() > 18 else "[30, 32, 64, 71]"
+    script = tmp_path / "test.py"
+    script.write_text(text.replace(".cuda()", "").replace(widths, smaller), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "vitkern", "run", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ops), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    verdicts = [line.split()[:2] for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr
+    assert verdicts == [["*", "True"]] * (2 + smaller.count(",") + 1)
