@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lets packages be imported whose compiled parts are not for this torch. Tests need none of those parts."""
+"""What lets packages be imported whose compiled parts are missing or not for this torch. Tests need none of them."""
 
 import importlib.util
-import sys
-from types import ModuleType
 
 import torch
+
+import vitkern
 
 # The index's torchvision is a CUDA build: beside a torch for CPUs its ops are missing, of which it registers fakes.
 if torch.version.cuda is None:
@@ -13,19 +13,6 @@ if torch.version.cuda is None:
     for _name in ("nms", "qnms"):
         _SCHEMAS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-
-class NoOps(ModuleType):
-    """In place of mmcv's compiled ops, which mmcv-lite lacks and which mmseg and mmdet import by name."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def op(*args, **options):
-            raise NotImplementedError(f"mmcv-lite has no {name}")
-
-        return op
-
-
-if importlib.util.find_spec("mmcv") and not importlib.util.find_spec("mmcv._ext"):
-    sys.modules["mmcv._ext"] = NoOps("mmcv._ext")
+# mmcv-lite has no compiled module, which mmcv.ops imports, and with it mmdet and mmseg.
+if importlib.util.find_spec("mmcv"):
+    vitkern.install("mmcv")

@@ -23,13 +23,6 @@ STARTS = torch.tensor([0, 204, 258, 273])
 PIXELS, QUERIES, IMAGES, CHANNELS = 279, 50, 3, 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def installed():
-    vitkern.install("mmcv")
-    yield
-    vitkern.uninstall("mmcv")
-
-
 def build(**options):
     from mmengine.registry import MODELS
 
