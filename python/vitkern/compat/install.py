@@ -95,9 +95,7 @@ def install(name: str, *, override: bool = False) -> dict[str, str]:
     table: dict[str, str] = {}
     for part in parts:
         table |= switch(part, override and part is ecosystem)
-        package = part.extension.rpartition(".")[0]
-        if package and package not in sys.modules and imports.find_elsewhere(package) is None:
-            imports.stand_in(package)
+        _stand_in(part)
     return table
 
 
@@ -127,6 +125,15 @@ def switch(part: Ecosystem, override: bool) -> dict[str, str]:
         imports.follow(part.layers, lambda module: _give_forward(module, part))
         table[f"{part.layers}.{_LAYER}.forward"] = "vitkern's"
     return table
+
+
+def _stand_in(part: Ecosystem) -> None:
+    """A copy of Deformable-DETR's module may be imported where its package is not; mmcv's is of no use alone."""
+    package = part.extension.rpartition(".")[0]
+    if not package or package in sys.modules or part.functions is not _POSITIONAL:
+        return
+    if imports.find_elsewhere(package) is None:
+        imports.stand_in(package)
 
 
 def _ecosystem(caller: str, name: str) -> Ecosystem:
