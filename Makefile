@@ -26,7 +26,7 @@ test: setup  ## Everything this machine can run; what it cannot is listed with t
 	$(PYTEST) -m "not alone" $(PARALLEL) $(PYTEST_ARGS)
 	$(PYTEST) -m alone $(PYTEST_ARGS)
 
-test-ecosystem:  ## Models of timm, torchvision and transformers with ours, in an environment of its own
+test-ecosystem:  ## Models of timm, torchvision, transformers and mmcv with ours, in an environment of its own
 	$(MAKE) VENV=.venv-ecosystem .venv-ecosystem/.ecosystem
 	.venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_models_checkpoints.py $(PYTEST_ARGS)
 
