@@ -8,6 +8,7 @@ keep z, eq. (1), for backward, which works it out again where it is not given.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -90,7 +91,7 @@ def _check(
         contract.fail("activation", "'relu', 'gelu' or 'silu'", repr(activation))
     if not 0 <= dropout_p <= 1:
         contract.fail("dropout_p", "a probability between 0 and 1", dropout_p)
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel() would fix a size that is to be dynamic
     return (x.shape, x.dtype), ((rows, hidden) if keep else (0, hidden), native.accumulator(x.dtype))
 
 
