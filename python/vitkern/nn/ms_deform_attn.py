@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +78,10 @@ class MSDeformAttn(nn.Module):
         query: Tensor,  # [B, Q, C]
         reference_points: Tensor,  # [B | 1, Q, L | 1, 2] as (x, y), or 4 as (x, y, width, height), in [0, 1]
         input_flatten: Tensor,  # [B, S, C]
-        input_spatial_shapes: Tensor,  # [L, 2] as (height, width)
-        input_level_start_index: Tensor | None = None,  # [L]
+        input_spatial_shapes: Tensor | Sequence[tuple[int, int]],  # [L, 2] as (height, width)
+        input_level_start_index: Tensor | Sequence[int] | None = None,  # [L]
         input_padding_mask: Tensor | None = None,  # [B, S], True where the input is padding
     ) -> Tensor:  # [B, Q, C]
-        if not isinstance(input_spatial_shapes, Tensor):
-            input_spatial_shapes = torch.as_tensor(input_spatial_shapes, device=query.device).long()
-
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
