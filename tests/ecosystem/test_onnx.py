@@ -264,7 +264,7 @@ def as_if_trained(model):
     "name, size, most_nodes",
     [
         ("vit_adapter_tiny", 64, 1100),
-        ("adaptformer_vit_base", 224, 420),
+        ("adaptformer_vit_base", 224, 500),
         ("vt_resnet18", 64, 100),
         ("vitae_tiny", 224, 500),
         ("vitaev2_s", 224, 1100),
