@@ -30,6 +30,10 @@ test-ecosystem:  ## Models of timm, torchvision, transformers and mmcv with ours
 	$(MAKE) VENV=.venv-ecosystem .venv-ecosystem/.ecosystem
 	.venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_models_checkpoints.py $(PYTEST_ARGS)
 
+test-kernels:  ## Our layer by way of Hugging Face's kernels, in an environment of its own: it wants an older transformers
+	$(MAKE) VENV=.venv-kernels .venv-kernels/.kernels
+	.venv-kernels/bin/python -m pytest tests/ecosystem/test_kernels.py $(PYTEST_ARGS)
+
 bench: setup  ## Time each backend against plain torch; a figure is printed only where the result was checked
 	for what in ms_deform_attn ms_deform_attn_fused adapter_bottleneck token_pool vit_adapter; do \
 	  $(BIN)/python -m benchmarks.bench_$$what $(BENCH_ARGS) || exit 1; done
@@ -83,13 +87,13 @@ clean:  ## Remove what was built, keep .venv
 	find $(PYTHON_FILES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## Remove .venv too
-	rm -rf $(VENV) .venv-ecosystem
+	rm -rf $(VENV) .venv-ecosystem .venv-kernels
 
 help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem bench check emulate sanitize lint typecheck ci setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench check emulate sanitize lint typecheck ci setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is
@@ -125,6 +129,10 @@ $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
 $(VENV)/.ecosystem: $(VENV)/.built $(wildcard requirements/ecosystem*.txt)
 	@$(PIP) install -c requirements/torch.txt -r requirements/ecosystem-common.txt
 	@$(PIP) install --no-deps -r requirements/ecosystem.txt
+	@touch $@
+
+$(VENV)/.kernels: $(VENV)/.built requirements/kernels.txt
+	@$(PIP) install -c requirements/torch.txt -r requirements/kernels.txt
 	@touch $@
 
 build/sanitize/.done: $(VENV)/.requirements $(SOURCES) $(shell find python triton_kernels -name '*.py')
