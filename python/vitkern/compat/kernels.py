@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package ``kernels`` of Hugging Face: after ``register()``, ``use_kernels=True`` and ``kernelize`` pick this layer.
+"""Hugging Face's ``kernels``: after ``register()``, ``use_kernels=True`` and ``kernelize`` pick the layer that is here.
 
-Nothing is downloaded: the layer is here. Models of transformers whose deformable attention is marked as
+Nothing is downloaded. Models of transformers whose deformable attention is marked as
 "MultiScaleDeformableAttention" (Deformable-DETR, GroundingDINO, RT-DETR and others) run it then, on CPUs and on GPUs.
 """
 
