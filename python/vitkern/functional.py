@@ -219,6 +219,8 @@ def adapter_bottleneck(
         x.is_cpu
         and torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in differentiable)
+        # A trace is for both: torch.jit.trace checks one that was made with grad mode on without it.
+        and (_is_compiling() or not torch.jit.is_tracing())
     )
     output = adapter_ops.adapter_bottleneck(
         x,
