@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CASES, MsDeformAttnInputs, make_inputs
-from benchmarks.harness import arguments, forward_backward, interleaved, machine
+from benchmarks.harness import arguments, machine
 from benchmarks.peers import OURS, PEERS, Peer, yardstick_of
+from vitkern.bench.cases import CASES, MsDeformAttnInputs, make_inputs
+from vitkern.bench.measure import forward_backward, interleaved
 
 # (case, locations, dtype, pass): one row each. Batch 1 throughout.
 ROWS = [

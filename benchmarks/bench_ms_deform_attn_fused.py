@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import vitkern
-from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
-from benchmarks.harness import arguments, forward_backward, interleaved, machine
+from benchmarks.harness import arguments, machine
+from vitkern.bench.cases import CASES, MsDeformAttnCase, make_inputs
+from vitkern.bench.measure import forward_backward, interleaved
 
 NAMES = ("detr-encoder", "detr-decoder", "injector-B512", "extractor-B512", "rtdetr-decoder", "m2f-512")
 

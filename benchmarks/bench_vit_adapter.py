@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
-from benchmarks.harness import arguments, interleaved, machine, peak_megabytes
+from benchmarks.harness import arguments, machine
 from vitkern import reference
+from vitkern.bench.measure import interleaved, peak_megabytes
 
 NAMES = ("vit_adapter_tiny", "vit_adapter_base")
 SIZE = 512  # pixels

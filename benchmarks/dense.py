@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.harness import agree, arguments, forward_backward, interleaved, machine, peak_megabytes
+from benchmarks.harness import arguments, machine
+from vitkern.bench.measure import forward_backward, interleaved, peak_megabytes
+from vitkern.bench.verify import agree
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import vitkern
-from benchmarks.cases import CASES, MsDeformAttnInputs, make_inputs
 from vitkern import reference
+from vitkern.bench.cases import CASES, MsDeformAttnInputs, make_inputs
+from vitkern.bench.verify import LIMITS, relative_error
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of value, locations, weights: [B, Q, M * D]
 IM2COL_STEP = 64
@@ -59,9 +60,9 @@ class Peer:
             results = _results(attention, inputs)
         except Exception as error:
             return f"unsupported: {_first_line(error)}"
-        errors = map(_relative_error, results, oracle_of(inputs) if oracle is None else oracle)
+        errors = map(relative_error, results, oracle_of(inputs) if oracle is None else oracle)
         worst, what = max(zip(errors, RESULTS))
-        limit = 1e-4 if inputs.value.dtype == torch.float32 else 2e-2
+        limit = LIMITS[inputs.value.dtype]
         return "right" if worst <= limit else f"wrong: {what} off by {worst:.1e} of its greatest value"
 
     def _check_version(self) -> None:
@@ -106,12 +107,6 @@ def yardstick_of(inputs: MsDeformAttnInputs) -> list[Tensor]:
     """The oracle's place taken by grid_sample in float32, for cases on which float64 would take minutes."""
     exact = inputs.to(torch.float32)
     return _results(PEERS["grid_sample"].attention(exact), exact)
-
-
-def _relative_error(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape or not got.isfinite().all():
-        return float("inf")
-    return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
 def _attribute(module: str, name: str) -> Callable[[], Callable]:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vitkern
-from benchmarks.cases import ADAPTER_CASES, AdapterBottleneckCase
 from tests.helpers import assert_matches_oracle, gradients, guarded_memory
 from tests.runners import RUNNERS
+from vitkern.bench.cases import ADAPTER_CASES, AdapterBottleneckCase
 
 LOW = (torch.float16, torch.bfloat16)
 ACTIVATIONS = ("relu", "gelu", "silu")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import vitkern
-from benchmarks.cases import TokenCase
 from tests.helpers import assert_matches_oracle, gradients
 from tests.runners import RUNNERS
+from vitkern.bench.cases import TokenCase
 
 OPS = {
     "token_pool": lambda *tensors, backend: vitkern.token_pool(*tensors, backend=backend),

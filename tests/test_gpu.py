@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import vitkern
-from benchmarks.cases import CASES, make_inputs
 from tests.helpers import gradients
 from vitkern import backends
+from vitkern.bench.cases import CASES, make_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 BACKENDS = ["cuda", "triton"]

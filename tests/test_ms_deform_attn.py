@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vitkern
-from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
 from tests.helpers import assert_matches_oracle, gradients, guarded_memory
+from vitkern.bench.cases import CASES, MsDeformAttnCase, make_inputs
 
 NAMES = ("output", "grad_value", "grad_locations", "grad_weights")
 LOW = (torch.float16, torch.bfloat16)

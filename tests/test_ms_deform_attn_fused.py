@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import vitkern
-from benchmarks.cases import CASES
 from tests.helpers import assert_as_exact_as, assert_matches_oracle, gradients, guarded_memory
 from tests.test_ms_deform_attn import SMALL, dispatch, make, skip_dtype, small
+from vitkern.bench.cases import CASES
 
 NAMES = ("output", "grad_value", "grad_reference", "grad_offsets", "grad_logits")
 FORMS = {  # shape of the reference points of B images, Q queries, L levels

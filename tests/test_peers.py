@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
 from benchmarks.peers import OURS, PEERS, Peer
+from vitkern.bench.cases import CASES, MsDeformAttnCase, make_inputs
 
 INPUTS = make_inputs(
     MsDeformAttnCase("small", "", 1, ((6, 5), (3, 2)), 40, 2, 8, 3), locations="uniform", dtype=torch.float32

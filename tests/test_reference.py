@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from benchmarks.cases import CASES, MsDeformAttnCase, make_inputs
 from tests.helpers import gradients
 from vitkern import reference
+from vitkern.bench.cases import CASES, MsDeformAttnCase, make_inputs
 
 CASE = MsDeformAttnCase("small", "", 2, ((5, 7), (3, 2), (1, 4)), 6, 3, 4, 2)
 

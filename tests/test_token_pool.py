@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vitkern
-from benchmarks.cases import TOKEN_CASES, TokenCase
 from tests.helpers import assert_matches_oracle, gradients, guarded_memory
 from tests.runners import RUNNERS
+from vitkern.bench.cases import TOKEN_CASES, TokenCase
 
 LOW = (torch.float16, torch.bfloat16)
 NAMES = ("output", "grad_x", "grad_weight")

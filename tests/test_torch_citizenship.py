@@ -13,8 +13,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import vitkern
-from benchmarks.cases import MsDeformAttnCase, make_inputs
 from vitkern import _C, backends
+from vitkern.bench.cases import MsDeformAttnCase, make_inputs
 from vitkern.nn import MSDeformAttn
 from vitkern.ops import direct
 from vitkern.ops.op import forget_plans

@@ -7,6 +7,7 @@ Sources: the configurations of Deformable-DETR, DINO, Mask2Former, ViT-Adapter, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,7 +132,7 @@ class MsDeformAttnInputs:
     sampling_locations: Tensor
     attention_weights: Tensor
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Tensor]:
         return iter(vars(self).values())
 
     def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +155,12 @@ class MsDeformAttnInputs:
 
 
 def make_inputs(
-    case: MsDeformAttnCase, *, locations: str = "near", dtype=torch.float32, device="cpu", seed: int = 0
+    case: MsDeformAttnCase,
+    *,
+    locations: str = "near",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> MsDeformAttnInputs:
     """Random inputs. "uniform": locations anywhere in [0, 1], worst for a cache. "near": each query's own point of the
     grid plus Deformable-DETR's initial offsets, one direction a head and 1 to P pixels far, as layers start.
@@ -216,7 +222,9 @@ class AdapterBottleneckCase:
         """The same dispatch at a size for exhaustive checks: few rows."""
         return replace(self, shape=(13,))
 
-    def make(self, *, dtype=torch.float32, device="cpu", seed: int = 0) -> dict[str, Tensor]:
+    def make(
+        self, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+    ) -> dict[str, Tensor]:
         """x, weights and biases as large as trained ones are, a residual and a scale."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -267,7 +275,9 @@ class TokenCase:
         """The same dispatch at a size for exhaustive checks: few pixels."""
         return replace(self, batch=min(self.batch, 2), pixels=min(self.pixels, 53))
 
-    def make_pool(self, *, recurrent: bool = False, device="cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+    def make_pool(
+        self, *, recurrent: bool = False, device: str = "cpu", seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """x and weight in float64, with logits of about unit size."""
         generator = torch.Generator().manual_seed(seed)
         images = (self.batch,) if recurrent else ()
@@ -275,7 +285,7 @@ class TokenCase:
         weight = torch.randn(*images, self.tokens, self.channels, generator=generator, dtype=torch.float64)
         return x.to(device), weight.to(device) / max(self.channels, 1) ** 0.5
 
-    def make_project(self, *, keys: int, device="cpu", seed: int = 0) -> tuple[Tensor, ...]:
+    def make_project(self, *, keys: int, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
         """x, query, key and tokens in float64, with logits of about unit size."""
         generator = torch.Generator().manual_seed(seed)
         sizes = ((self.pixels, self.channels), (self.pixels, keys), (self.tokens, keys))

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing on machines that others use too: variants in turn, many rounds, the minimum of each, ratios within one run."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+Run = Callable[[], object]
+SAMPLE_SECONDS = 20e-3
+
+
+class Clock(Protocol):
+    """How long a call takes on a device. A sample is a number of calls, the same in every round."""
+
+    def calls(self, run: Run) -> int: ...
+
+    def milliseconds(self, run: Run, calls: int) -> float: ...
+
+
+class HostClock:
+    """A sample is as many calls as take 20 ms: no variant then pays for the caches that the one before has filled, or
+    for waking the thread pool, any more than it would in a loop of its own.
+    """
+
+    def __init__(self, seconds: float = SAMPLE_SECONDS) -> None:
+        self.seconds = seconds
+
+    def calls(self, run: Run) -> int:
+        run()
+        started = time.perf_counter()
+        run()
+        return max(1, round(self.seconds / max(time.perf_counter() - started, 1e-7)))
+
+    def milliseconds(self, run: Run, calls: int) -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - started) * 1e3 / calls
+
+
+class CudaClock:
+    """Events before and after each call; a sample is the median of some calls.
+
+    Twice the L2 cache is written before each call, so that none finds its inputs there, as in a network none would.
+    While that goes on the host runs ahead, so the events lie round the kernels and not round their launches.
+    """
+
+    CALLS = 5
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.scratch = torch.empty(2 * max(cache, 2**25), dtype=torch.int8, device=device)
+        self.device = device
+
+    def calls(self, run: Run) -> int:
+        run()
+        run()
+        torch.cuda.synchronize(self.device)
+        return self.CALLS
+
+    def milliseconds(self, run: Run, calls: int) -> float:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        with torch.cuda.device(self.device):
+            for start, end in pairs:
+                self.scratch.zero_()
+                start.record()
+                run()
+                end.record()
+            torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) for start, end in pairs)
+
+
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+def interleaved(
+    variants: Mapping[str, Run], *, rounds: int = 25, seconds: float = 20.0, clock: Clock | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met."""
+    clock = clock or HostClock()
+    calls = {name: clock.calls(run) for name, run in variants.items()}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    deadline = time.perf_counter() + seconds
+    for done in range(rounds):
+        for name, run in variants.items():
+            samples[name].append(clock.milliseconds(run, calls[name]))
+        if time.perf_counter() > deadline and done >= 2:
+            break
+    return samples
+
+
+def forward_backward(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> Run:
+    """A call that runs `function(*inputs)` and the backward pass to those that require a gradient.
+
+    The gradient of the output is made once: to fill it takes as long as a pass over the output.
+    """
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    grad_output = torch.ones_like(function(*inputs))
+    return lambda: torch.autograd.grad(function(*inputs), wanted, grad_output)
+
+
+def backward_alone(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> Run:
+    """A call that runs the backward pass of a forward pass that has been made once."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    output = function(*inputs)
+    grad_output = torch.ones_like(output)
+    return lambda: torch.autograd.grad(output, wanted, grad_output, retain_graph=True)
+
+
+def peak_megabytes(run: Run, device: torch.device | None = None) -> float:
+    """By how much a call raises the memory that is taken, at most. NaN where the system has no say.
+
+    On the host that is the memory of this process, whoever allocates it; what a call before left to the allocator is
+    given back first, so that it does not hide what this call takes. On a GPU it is what torch's allocator hands out.
+    """
+    run()  # what is made once stays: threads, plans, scratch
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts again from what is resident now
+    except (OSError, AttributeError):
+        return float("nan")
+    resident = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - resident) / 1024
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in kilobytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
