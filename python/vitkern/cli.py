@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitkern.bench import command as bench
+
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from vitkern.doctor import main
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("program", metavar="SCRIPT", help="or the module")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on")
     run.set_defaults(run=_run)
+    bench.add_to(commands)
 
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

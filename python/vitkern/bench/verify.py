@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from vitkern.bench.workloads import Work
 
 # Of the greatest value of a result. Kernels are held to plain torch's own error by the tests; this is the check that
 # fits into a benchmark, of a right kernel on any input, and wrong maths misses it by an order of magnitude.
@@ -31,6 +33,29 @@ def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], kind: tor
     # Rounded to what the inputs are, so that all kinds start from the same numbers.
     grad_output = grad_output.to(inputs[0].dtype).to(kind)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+
+def exact_results(work: Work) -> list[Tensor]:
+    return results(work.formula, tuple(work.inputs.values()), torch.float64)
+
+
+def errors_of(function: Callable[..., Tensor], work: Work, exact: Sequence[Tensor]) -> dict[str, float]:
+    """Relative error of the output and of the gradient of each input, by name."""
+    inputs = tuple(work.inputs.values())
+    found = {}
+    for name, got, want in zip(("output", *work.inputs), results(function, inputs, inputs[0].dtype), exact):
+        if name in work.comparable:
+            got, want = (torch.where(work.comparable[name], tensor, 0) for tensor in (got, want))
+        found[name if name == "output" else f"gradient of {name}"] = relative_error(got, want)
+    return found
+
+
+def complaint(errors: Mapping[str, float], dtype: torch.dtype) -> str | None:
+    """None where all is right, else what is not."""
+    name, worst = max(errors.items(), key=lambda item: item[1])
+    if worst <= LIMITS[dtype]:
+        return None
+    return f"{name} is off by {worst:.1e} of its greatest value, {LIMITS[dtype]:.0e} is allowed"
 
 
 def agree(

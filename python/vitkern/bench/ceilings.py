@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine can do, measured in the same run: how fast it copies, and how fast it multiplies matrices.
+
+A row's limit is the longer of two times: that of moving what has to be moved, inputs and results once each, at the rate
+of a copy, and that of the op's multiplications and additions at the rate of a matrix product. On a CPU the rate of a
+copy depends on which cache holds it, so it is measured at several sizes, and a row is held to that of its own size.
+Kernels that gather touch each pixel many times and never come near; the share says how much the op is worth, not the
+code.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitkern.bench.measure import Run, clock_of, interleaved
+from vitkern.bench.workloads import Case, Op
+
+Ceilings = dict[str, Any]
+COPIED = {"cpu": [2**20 * 4**n for n in range(5)], "cuda": [2**30]}  # bytes read and written, together
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns, of a product that is fast enough
+
+
+def ceilings(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 2.0) -> Ceilings:
+    """{"copy": {bytes: GB/s}, "product": {dtype: GFLOP/s}} of a device."""
+    clock = clock_of(device)
+    copies = {str(size): _copy(size, device) for size in COPIED[device.type]}
+    names = {str(dtype)[6:]: dtype for dtype in (torch.float32, *dtypes)}
+    sizes = {name: _product_size(dtype, device) for name, dtype in names.items()}
+    products = {name: _product(sizes[name], dtype, device) for name, dtype in names.items()}
+    copied = interleaved(copies, rounds=20, seconds=seconds, clock=clock)
+    multiplied = interleaved(products, rounds=20, seconds=seconds, clock=clock)
+    return {
+        "copy": {size: int(size) / min(times) / 1e6 for size, times in copied.items()},
+        "product": {dtype: 2 * sizes[dtype] ** 3 / min(times) / 1e6 for dtype, times in multiplied.items()},
+    }
+
+
+def _copy(size: int, device: torch.device) -> Run:
+    source, target = torch.zeros(2, size // 2, dtype=torch.uint8, device=device)
+    return functools.partial(target.copy_, source)
+
+
+def _product_size(dtype: torch.dtype, device: torch.device) -> int:
+    """A processor without instructions for a dtype takes a hundred times as long: it is given less to do."""
+    size = PRODUCT[device.type] // 4
+    run = _product(size, dtype, device)
+    clock = clock_of(device)
+    return PRODUCT[device.type] if clock.milliseconds(run, clock.calls(run)) < 2 else size
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> Run:
+    left, right = torch.ones(2, size, size, dtype=dtype, device=device)
+    return functools.partial(torch.mm, left, right, out=torch.empty_like(left))
+
+
+def copy_rate(ceiling: Ceilings, size: int) -> float:
+    """GB/s of a copy of this many bytes: between two measured sizes, the straight line over their logarithms."""
+    known = sorted((int(size), rate) for size, rate in ceiling["copy"].items())
+    if size <= known[0][0]:
+        return float(known[0][1])
+    for (small, first), (large, last) in itertools.pairwise(known):
+        if size <= large:
+            share = math.log(size / small) / math.log(large / small)
+            return float(first + share * (last - first))
+    return float(known[-1][1])
+
+
+def product_rate(ceiling: Ceilings, dtype: str) -> float:
+    """GFLOP/s. 16-bit inputs may be multiplied as float32 where the machine is faster at that."""
+    rates: Mapping[str, float] = ceiling["product"]
+    return rates[dtype] if dtype == "float64" else max(rates[dtype], rates["float32"])
+
+
+def limit(ceiling: Ceilings, dtype: str, moved: int, operations: int) -> tuple[float, str]:
+    """Milliseconds that the machine needs at least, and for what: "memory" or "arithmetic"."""
+    memory = moved / copy_rate(ceiling, moved) / 1e6
+    arithmetic = operations / product_rate(ceiling, dtype) / 1e6
+    return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
+
+
+def cost(op: Op, case: Case, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """For each pass, bytes that have to be moved, inputs and results once each, and operations as torch counts them."""
+    work = op.make(case, dtype, "meta")
+    leaves = [tensor.requires_grad_() for tensor in work.inputs.values()]
+    with FlopCounterMode(display=False) as counter:
+        output = work.vitkern(*leaves, backend="reference")
+        forward = counter.get_total_flops()
+        torch.autograd.grad(output, leaves, torch.empty_like(output))
+    backward = counter.get_total_flops() - forward
+    inputs, result = sum(map(_bytes, leaves)), _bytes(output)
+    return {
+        "forward": (inputs + result, forward),
+        "backward": (2 * inputs + result, backward),
+        "both": (3 * inputs + 2 * result, forward + backward),
+    }
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# Kernels of torch, of fixed size, that are timed in turn with each row, so that runs of different hours can be
+# compared: a neighbour or a warm processor slows both. Of like character: what slows gathers need not slow products.
+ANCHORS = {
+    "gather": "torch.nn.functional.grid_sample, float32, 32 channels",
+    "product": "torch.mm, float32, square",
+}
+_ANCHOR_SIZE = {"gather": {"cpu": 96, "cuda": 1024}, "product": {"cpu": 384, "cuda": 4096}}
+
+
+def anchor(name: str, device: torch.device) -> Run:
+    size = _ANCHOR_SIZE[name][device.type]
+    generator = torch.Generator().manual_seed(0)
+    if name == "product":
+        left, right = torch.randn(2, size, size, generator=generator).to(device)
+        return functools.partial(torch.mm, left, right)
+    image = torch.randn(1, 32, size, size, generator=generator).to(device)
+    grid = (2 * torch.rand(1, size, size, 2, generator=generator) - 1).to(device)
+    return functools.partial(torch.nn.functional.grid_sample, image, grid, align_corners=False)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of `vitkern bench`. What they start is imported when it starts: --help must not wait for torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitkern.bench.plan import Request
+
+
+def add_to(commands: Any) -> None:
+    """`vitkern bench` with its own commands, among those of vitkern."""
+    bench = commands.add_parser("bench", help="how fast the kernels are here, and how far from the limit")
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="command")
+
+    run = kinds.add_parser("run", help="check and time ops, against plain torch and the machine's limit")
+    _add_filters(run)
+    run.add_argument("--seconds", type=float, help="for the backends of a row together (default 4, quick 1)")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write everything, samples included")
+    run.set_defaults(run=_run)
+
+    compare = kinds.add_parser("compare", help="did it become slower? two files, or with --live two builds")
+    compare.add_argument(
+        "a", metavar="A", help="a file of `run --json`; with --live a build, see the documentation"
+    )
+    compare.add_argument("b", metavar="B", help="what is compared with A")
+    compare.add_argument("--live", action="store_true", help="time two builds in turn, now")
+    compare.add_argument(
+        "--smallest", type=float, default=0.05, help="differences below are none (default 0.05)"
+    )
+    compare.add_argument("--fail-on", choices=["slower"], help="exit with 1 if a row is, or fails its check")
+    compare.add_argument("--anyway", action="store_true", help="compare files of different machines")
+    compare.add_argument(
+        "--launches", type=int, default=3, help="with --live: new processes so often (default 3)"
+    )
+    compare.add_argument(
+        "--rounds", type=int, default=8, help="with --live: of a row in a launch (default 8)"
+    )
+    _add_filters(compare, "with --live: ")
+    compare.set_defaults(run=_compare)
+
+    report = kinds.add_parser("report", help="a page with plots, and the same in Markdown")
+    report.add_argument("file", type=Path, help="a file of `run --json`")
+    report.add_argument(
+        "-o", "--output", type=Path, help="report.html or report.md; by default both, named like the file"
+    )
+    report.set_defaults(run=_report)
+
+
+def _add_filters(parser: argparse.ArgumentParser, when: str = "") -> None:
+    several = {"action": "append", "default": []}
+    parser.add_argument("--op", **several, help=f"{when}only this op; may be repeated, as the next ones")  # type: ignore[arg-type]
+    parser.add_argument("--case", **several, help=f"{when}only these shapes, such as 'injector-*'")  # type: ignore[arg-type]
+    parser.add_argument("--backend", **several, help=f"{when}cpu, cuda, triton, reference or torch")  # type: ignore[arg-type]
+    parser.add_argument("--dtype", **several, help=f"{when}fp32, bf16, fp16 or fp64")  # type: ignore[arg-type]
+    parser.add_argument("--pass", dest="passes", **several, help=f"{when}forward, backward or both in one")  # type: ignore[arg-type]
+    parser.add_argument("--device", choices=["cpu", "cuda"], help=f"{when}default: cuda where there is one")
+    parser.add_argument("--batch", type=int, help=f"{when}default: 1 on a CPU, the case's own on a GPU")
+    parser.add_argument("--threads", type=int, help=f"{when}default: torch's own number")
+    parser.add_argument("--quick", action="store_true", help=f"{when}small shapes: minutes")
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    import torch
+
+    from vitkern.bench.plan import Request
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    return Request(
+        ops=arguments.op,
+        cases=arguments.case,
+        backends=arguments.backend,
+        dtypes=arguments.dtype,
+        passes=arguments.passes,
+        device=arguments.device,
+        batch=arguments.batch,
+        quick=arguments.quick,
+    )
+
+
+def _said_in_one_sentence(function: Any) -> Any:
+    def wrapped(arguments: argparse.Namespace) -> int:
+        from vitkern.bench.errors import BenchError
+
+        try:
+            status: int = function(arguments)
+        except BenchError as error:
+            print(f"vitkern bench: {error}", file=sys.stderr)
+            return 2
+        return status
+
+    return wrapped
+
+
+@_said_in_one_sentence
+def _run(arguments: argparse.Namespace) -> int:
+    from vitkern.bench.run import run
+
+    record = run(
+        _request(arguments),
+        path=arguments.json,
+        seconds=arguments.seconds,
+        command=["vitkern", *sys.argv[1:]],
+    )
+    failed = sum(not row["verified"] for row in record["rows"])
+    told = f", written to {arguments.json}" if arguments.json else ""
+    print(
+        f"{record['status']}: {len(record['rows'])} rows in {record['seconds']:.0f} s, {failed} FAILED{told}"
+    )
+    return 130 if record["status"] == "interrupted" else int(failed > 0)
+
+
+@_said_in_one_sentence
+def _compare(arguments: argparse.Namespace) -> int:
+    if arguments.live:
+        from vitkern.bench.live import compare_builds
+
+        rows = compare_builds(
+            arguments.a,
+            arguments.b,
+            _request(arguments),
+            launches=arguments.launches,
+            rounds=arguments.rounds,
+            smallest=arguments.smallest,
+        )
+    else:
+        from vitkern.bench.compare import compare_files
+
+        rows = compare_files(
+            Path(arguments.a), Path(arguments.b), smallest=arguments.smallest, anyway=arguments.anyway
+        )
+    return int(arguments.fail_on is not None and any(row.is_worse for row in rows))
+
+
+@_said_in_one_sentence
+def _report(arguments: argparse.Namespace) -> int:
+    from vitkern.bench.report import write_reports
+
+    for path in write_reports(arguments.file, arguments.output):
+        print(path)
+    return 0

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vitkern bench compare --live`: two builds take turns, each in a process of its own, under the same conditions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vitkern.bench
+from vitkern.bench import store
+from vitkern.bench.compare import HEADING, Compared, summary
+from vitkern.bench.errors import BenchError
+from vitkern.bench.plan import Request, plan
+from vitkern.bench.progress import Progress
+from vitkern.bench.verdicts import factor_of_pairs
+
+HARNESS = str(Path(vitkern.bench.__file__).parent)
+Pairs = list[tuple[float, float]]  # milliseconds of A and B in a round
+
+
+@dataclass(frozen=True)
+class Build:
+    """An interpreter, and the folder where it is to find vitkern if not where it usually does."""
+
+    name: str
+    interpreter: str
+    folder: str | None = None
+
+    @classmethod
+    def at(cls, name: str, path: str) -> Build:
+        """An interpreter, an environment that has one, or a folder that holds the package, for this interpreter."""
+        where = Path(path)
+        if where.is_file():
+            return cls(name, str(where.absolute()))
+        for interpreter in (where / "bin" / "python", where / "Scripts" / "python.exe"):
+            if interpreter.exists():
+                return cls(name, str(interpreter.absolute()))
+        if (where / "vitkern" / "__init__.py").exists():
+            return cls(name, sys.executable, str(where.absolute()))
+        raise BenchError(
+            f"{name}, {path}, is no build: it has to be a Python interpreter, an environment with one, or a folder "
+            "that holds an installed vitkern, such as site-packages"
+        )
+
+
+class Process:
+    """A live_worker, asked by lines of JSON."""
+
+    def __init__(self, build: Build) -> None:
+        self.build = build
+        command = [build.interpreter, str(Path(HARNESS) / "live_worker.py"), HARNESS]
+        command += [build.folder] if build.folder else []
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, do: str, **question: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and so has its output
+            print(json.dumps({"do": do, **question}), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise BenchError(f"the process of {self.build.name} ended; what it said stands above")
+        return dict(json.loads(answer))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def compare_builds(
+    path_a: str, path_b: str, request: Request, *, launches: int, rounds: int, smallest: float
+) -> list[Compared]:
+    """Print and return the verdicts. Interrupted, on what there is."""
+    builds = Build.at("A", path_a), Build.at("B", path_b)
+    keys = _keys(request)
+    taken: dict[tuple[Any, ...], list[Pairs]] = {key: [] for key in keys}
+    reasons: dict[tuple[Any, ...], str] = {}
+    with Progress(launches * len(keys)) as progress:
+        try:
+            for launch in range(launches):
+                _launch(builds, keys, rounds, launch == 0, taken, reasons, progress)
+        except KeyboardInterrupt:
+            progress.line("interrupted: verdicts on what was measured")
+    compared = [_compared(key, reasons.get(key), taken[key], smallest) for key in keys]
+    print(HEADING)
+    for row in compared:
+        print(row.line())
+    print(summary(compared))
+    return compared
+
+
+def _keys(request: Request) -> list[tuple[Any, ...]]:
+    """Rows of vitkern's own backends; plain torch is the same in both."""
+    keys = []
+    for subject in plan(request):
+        for what in subject.passes:
+            for backend in subject.backends:
+                if backend != "torch" or "torch" in request.backends:
+                    keys.append(store.key(subject.key | {"pass": what, "backend": backend}))
+    return keys
+
+
+def _launch(
+    builds: Sequence[Build],
+    keys: Sequence[tuple[Any, ...]],
+    rounds: int,
+    is_first: bool,
+    taken: dict[tuple[Any, ...], list[Pairs]],
+    reasons: dict[tuple[Any, ...], str],
+    progress: Progress,
+) -> None:
+    """Every row once in two new processes."""
+    processes = [Process(build) for build in builds]
+    try:
+        for process in processes:
+            found = process.ask("hello", threads=torch.get_num_threads())
+            if is_first:
+                progress.line(f"{process.build.name}: {found['words']}, from {found['compiled']}")
+        for key in keys:
+            progress.begins(f"{key[0]} {key[1]}: {key[5]}")
+            if key not in reasons:
+                reason = _open(processes, key, check=is_first)
+                if isinstance(reason, str):
+                    reasons[key] = reason
+                else:
+                    taken[key].append(_rounds(processes, rounds, reason))
+            progress.advance()
+    finally:
+        for process in processes:
+            process.close()
+
+
+def _open(processes: Sequence[Process], key: tuple[Any, ...], *, check: bool) -> str | int:
+    """Why one of the two cannot be timed, or how many calls make a sample, the same in both."""
+    answers = [process.ask("open", key=key, check=check) for process in processes]
+    for process, answer in zip(processes, answers):
+        if answer["reason"] is not None:
+            return f"FAILED in {process.build.name}: {answer['reason']}"
+    return max(answer["calls"] for answer in answers)
+
+
+def _rounds(processes: Sequence[Process], rounds: int, calls: int) -> Pairs:
+    """A B B A, then B A A B: whatever grows or shrinks steadily adds the same to both."""
+    pairs = []
+    for count in range(rounds):
+        times: tuple[list[float], list[float]] = ([], [])
+        for which in (0, 1, 1, 0) if count % 2 == 0 else (1, 0, 0, 1):
+            times[which].append(processes[which].ask("sample", calls=calls)["milliseconds"])
+        pairs.append((min(times[0]), min(times[1])))
+    return pairs
+
+
+def _compared(key: tuple[Any, ...], reason: str | None, launches: list[Pairs], smallest: float) -> Compared:
+    if reason is not None or not launches:
+        return Compared(key, reason or "not measured")
+    factor = factor_of_pairs(launches)
+    middles = [statistics.median(pair[which] for pairs in launches for pair in pairs) for which in (0, 1)]
+    return Compared(key, factor.verdict(smallest), (middles[0], middles[1]), factor)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of the two processes of `vitkern bench compare --live`: python live_worker.py HARNESS [FOLDER].
+
+It imports vitkern from FOLDER, or where its interpreter finds it, but vitkern.bench from HARNESS: both builds are
+measured by the same code. It answers each line of JSON with one, and works only between the two.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Before all others: those of editable installs would go to the build that the interpreter has."""
+
+    def __init__(self, harness: str, folder: str | None) -> None:
+        self.harness = harness
+        self.folder = folder
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name == "vitkern.bench":
+            return importlib.machinery.PathFinder.find_spec(name, [str(Path(self.harness).parent)])
+        if name.startswith("vitkern.bench."):
+            return importlib.machinery.PathFinder.find_spec(name, [self.harness])
+        if self.folder is not None and name.partition(".")[0] == "vitkern":
+            return importlib.machinery.PathFinder.find_spec(
+                name, [self.folder] if name == "vitkern" else path
+            )
+        return None
+
+
+class Worker:
+    """What it is told to open it runs as often as it is told to."""
+
+    def __init__(self) -> None:
+        self.run: Any = None
+        self.clock: Any = None
+
+    def hello(self, threads: int) -> dict[str, Any]:
+        import torch
+
+        import vitkern
+        from vitkern import _C
+        from vitkern.bench.environment import environment, in_words
+
+        torch.set_num_threads(threads)
+        return {"package": vitkern.__file__, "compiled": _C.__file__, "words": in_words(environment())}
+
+    def open(self, key: list[Any], check: bool) -> dict[str, Any]:
+        """The reason why it cannot be timed, or how many calls make a sample."""
+        from vitkern.bench import run as bench
+        from vitkern.bench.errors import BenchError
+        from vitkern.bench.measure import clock_of
+        from vitkern.bench.plan import one
+
+        self.run = None
+        try:
+            subject = one(*key)
+        except BenchError as error:
+            return {"reason": str(error)}
+        what, backend = subject.passes[0], subject.backends[0]
+        work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+        if check:
+            row = bench.checked_row(subject, what, backend, bench.check(subject, work)[backend])
+            if not row["verified"]:
+                return {"reason": row["reason"]}
+        self.run, self.clock = bench.call(work, backend, what), clock_of(subject.device)
+        return {"reason": None, "calls": self.clock.calls(self.run)}
+
+    def sample(self, calls: int) -> dict[str, Any]:
+        for _ in range(
+            1 + calls // 4
+        ):  # until the other process's threads are asleep and the caches are ours
+            self.run()
+        return {"milliseconds": self.clock.milliseconds(self.run, calls)}
+
+
+def main() -> None:
+    # Ctrl-C is for the process that asks; this one ends when nothing is left to read.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Python puts the folder of this file first, where `import report` would find ours.
+    del sys.path[0]
+    sys.meta_path.insert(0, Finder(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed must not get between the answers
+    worker = Worker()
+    for line in sys.stdin:
+        question = json.loads(line)
+        print(json.dumps(getattr(worker, question.pop("do"))(**question)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

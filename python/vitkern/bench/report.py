@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vitkern bench report`: a run as a page that needs nothing but itself, and as Markdown with pictures beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from vitkern.bench import plots, store, style
+from vitkern.bench.environment import in_words
+from vitkern.bench.errors import BenchError
+from vitkern.bench.run import speedup
+from vitkern.bench.svg import Canvas, number
+
+COLUMNS = (
+    *("op", "case", "dtype", "pass", "backend", "ms", "over torch"),
+    *("of the limit", "bound by", "GB/s", "GFLOP/s", "peak MB", "error"),
+)
+HOW = (
+    "Times are {figure}; backends and plain torch took turns in one process. Every row was checked against the "
+    "formula in float64 before it was timed. The limit is the longer of two times: inputs and results moved once at "
+    "the rate of a copy of that size, and the op's operations at the rate of a matrix product, both measured in this "
+    "run. Gathers touch each pixel many times, so they stay far below it."
+)
+
+
+def write_reports(path: Path, output: Path | None) -> list[Path]:
+    """The files that were written."""
+    record = store.read(path)
+    outputs = [output] if output else [path.with_suffix(".html"), path.with_suffix(".md")]
+    written = []
+    for target in outputs:
+        if target.suffix not in (".html", ".md"):
+            raise BenchError(f"-o takes a name that ends in .html or .md, got {target}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".html":
+            target.write_text(page(record), encoding="utf-8")
+        else:
+            for name, picture in pictures(record).items():
+                beside = target.with_name(f"{target.stem}-{name}.svg")
+                beside.write_text(picture.markup(style.SVG), encoding="utf-8")
+            target.write_text(markdown(record, target.stem), encoding="utf-8")
+        written.append(target)
+    return written
+
+
+def pictures(record: store.Record) -> dict[str, Canvas]:
+    """All plots by name: speedup-1, speedup-2, ..., time-1, ..., roofline."""
+    rows = record["rows"]
+    named = {
+        f"{kind}-{count}": canvas
+        for kind, found in (("speedup", plots.speedup_bars(rows)), ("time", plots.time_against_size(rows)))
+        for count, canvas in enumerate(found, 1)
+    }
+    roof = plots.roofline(record)
+    return named | ({"roofline": roof} if roof else {})
+
+
+def averages(rows: Sequence[store.Row]) -> dict[tuple[str, str], float]:
+    """The geometric mean of the speed-ups of each op on each backend."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        ratio = speedup(row, rows)
+        if ratio is not None:
+            found.setdefault((row["op"], row["backend"]), []).append(ratio)
+    return {what: math.exp(sum(map(math.log, ratios)) / len(ratios)) for what, ratios in found.items()}
+
+
+def cells(row: store.Row, rows: Sequence[store.Row]) -> list[str]:
+    names = [
+        row["op"],
+        f"{row['case']} x{row['batch']}",
+        store.short(row["dtype"]),
+        row["pass"],
+        row["backend"],
+    ]
+    if not row["verified"]:
+        return [*names, f"FAILED: {row['reason']}"]
+    ratio = speedup(row, rows)
+    peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
+    return [
+        *names,
+        f"{store.milliseconds(row):.3f}",
+        "" if ratio is None else f"{ratio:.2f}x",
+        f"{row['share']:.1%}",
+        row["bound"],
+        f"{row['gb_per_s']:.2f}",
+        f"{row['gflop_per_s']:.2f}",
+        peak,
+        f"{max(row['errors'].values()):.0e}",
+    ]
+
+
+def facts(record: store.Record) -> list[str]:
+    """What stands at the head of a report, a sentence each."""
+    rows = record["rows"]
+    gpu = any(row["device"] == "cuda" for row in rows)
+    told = [in_words(record["environment"]) + "."]
+    if record["ceilings"]:
+        copies = [
+            f"{rate:.3g} GB/s at {number(int(size))}B" for size, rate in record["ceilings"]["copy"].items()
+        ]
+        products = [
+            f"{rate:.3g} GFLOP/s in {store.short(dtype)}"
+            for dtype, rate in record["ceilings"]["product"].items()
+        ]
+        told.append(f"A copy runs at {', '.join(copies)}; a matrix product at {', '.join(products)}.")
+    told.append(
+        HOW.format(figure="medians between events, the L2 cache flushed before each" if gpu else "minima")
+    )
+    return told
+
+
+def alarms(record: store.Record) -> list[str]:
+    failed = sum(not row["verified"] for row in record["rows"])
+    found = [f"{failed} rows FAILED their check and have no figures; the table says why."] if failed else []
+    if record["status"] != "complete":
+        found.append(f"This run was not finished ({record['status']}): it lacks what came later.")
+    return found
+
+
+def page(record: store.Record) -> str:
+    rows = record["rows"]
+    told = "".join(f'<p class="muted">{escape(text)}</p>' for text in facts(record))
+    warned = "".join(f'<p class="alarm">{escape(text)}</p>' for text in alarms(record))
+    tiles = "".join(
+        f'<div class="tile"><b>{ratio:.3g}x</b><span>{escape(op)} on {escape(backend)}</span></div>'
+        for (op, backend), ratio in averages(rows).items()
+    )
+    drawn = pictures(record)
+    shown = {
+        kind: "".join(f"<figure>{canvas.markup()}</figure>" for name, canvas in drawn.items() if kind in name)
+        for kind in ("speedup", "time", "roofline")
+    }
+    sections = [
+        (
+            "How many times as fast as plain torch",
+            "Full colour: forward; pale: backward.",
+            "plots",
+            "speedup",
+        ),
+        (
+            "Time against size",
+            "Filled marks and full lines: fp32; rings and dashes: 16 bits. The line without marks is the limit.",
+            "plots",
+            "time",
+        ),
+        (
+            "Roofline",
+            "Circles: forward; diamonds: backward. Filled: fp32; rings: 16 bits.",
+            "wide",
+            "roofline",
+        ),
+    ]
+    body = "".join(
+        f'<h2>{title}</h2><p class="muted">{note}</p>{_legend(rows) if kind != "roofline" else ""}'
+        f'<div class="{look}">{shown[kind]}</div>'
+        for title, note, look, kind in sections
+        if shown[kind]
+    )
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>vitkern bench</title><style>{style.PAGE}</style></head><body><main>"
+        f"<h1>vitkern bench</h1>{told}{warned}"
+        f'<p>Mean speed-up over plain torch</p><div class="tiles">{tiles}</div>'
+        f"{body}<h2>All rows</h2>{_table(rows)}"
+        f"<footer>{escape(record['started'])}, {record['seconds']:.0f} s: {escape(' '.join(record['command']))}"
+        "</footer></main></body></html>\n"
+    )
+
+
+def _legend(rows: Sequence[store.Row]) -> str:
+    names = {"torch": "plain torch"}
+    entries = "".join(
+        f'<span><i style="background:var(--{plots.BACKEND_COLOURS[backend]})"></i>'
+        f"{escape(names.get(backend, backend))}</span>"
+        for backend in plots.distinct(rows, "backend")
+    )
+    return f'<div class="legend">{entries}</div>'
+
+
+def _table(rows: Sequence[store.Row]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    lines = []
+    for row in rows:
+        texts = [escape(text) for text in cells(row, rows)]
+        *first, last = texts
+        span = len(COLUMNS) - len(first)
+        end = f'<td class="words" colspan="{span}">{last}</td>' if span > 1 else f"<td>{last}</td>"
+        plain = ' class="plain"' if row["backend"] == "torch" else ""
+        lines.append(f"<tr{plain}>{''.join(f'<td>{text}</td>' for text in first)}{end}</tr>")
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def markdown(record: store.Record, stem: str) -> str:
+    rows = record["rows"]
+    lines = ["# vitkern bench", ""]
+    for text in [*facts(record), *(f"**{text}**" for text in alarms(record))]:
+        lines += [text, ""]
+    lines += ["| op | backend | mean speed-up over plain torch |", "|---|---|--:|"]
+    lines += [f"| {op} | {backend} | {ratio:.2f}x |" for (op, backend), ratio in averages(rows).items()]
+    lines.append("")
+    lines += [f"![{canvas.title}]({stem}-{name}.svg)" for name, canvas in pictures(record).items()]
+    lines += ["", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
+    for row in rows:
+        texts = [text.replace("|", "\\|") for text in cells(row, rows)]
+        lines.append(f"| {' | '.join(texts + [''] * (len(COLUMNS) - len(texts)))} |")
+    return "\n".join(lines) + "\n"

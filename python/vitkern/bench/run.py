@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vitkern bench run`: check, time, and write down."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from vitkern.bench import store
+from vitkern.bench.ceilings import ANCHORS, Ceilings, anchor, ceilings, cost, limit
+from vitkern.bench.environment import environment, in_words
+from vitkern.bench.measure import (
+    Run,
+    backward_alone,
+    clock_of,
+    forward_backward,
+    interleaved,
+    peak_megabytes,
+)
+from vitkern.bench.plan import Request, Subject, plan
+from vitkern.bench.progress import Progress
+from vitkern.bench.verify import complaint, errors_of, exact_results
+from vitkern.bench.workloads import Work
+
+ROUNDS = 50
+SECONDS = {True: 1.0, False: 4.0}  # for all backends of a row and the anchor, in a quick run and otherwise
+
+
+def run(
+    request: Request, *, path: Path | None, seconds: float | None, command: Sequence[str]
+) -> store.Record:
+    """All that is asked for. Interrupted, it ends in order with what there is."""
+    subjects = plan(request)
+    device = subjects[0].device
+    started = time.monotonic()
+    record: store.Record = {
+        "schema": store.SCHEMA,
+        "status": "running",
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "command": list(command),
+        "environment": environment(),
+        "ceilings": None,
+        "anchors": ANCHORS,
+        "rows": [],
+    }
+
+    def save(status: str) -> None:
+        record.update(status=status, seconds=round(time.monotonic() - started, 1))
+        if path is not None:
+            store.write(path, record)
+
+    print(in_words(record["environment"]))
+    save("running")
+    with Progress(1 + sum(1 + len(subject.passes) for subject in subjects)) as progress:
+        try:
+            progress.begins("what the machine can do")
+            record["ceilings"] = ceilings(device, {subject.dtype for subject in subjects})
+            progress.advance()
+            progress.line(HEADING)
+            for subject in subjects:
+                for rows in measure(subject, record["ceilings"], seconds or SECONDS[request.quick], progress):
+                    record["rows"] += rows
+                    save("running")
+                    for row in rows:
+                        progress.line(line(row, rows))
+        except KeyboardInterrupt:
+            save("interrupted")
+        else:
+            save("complete")
+    return record
+
+
+@dataclass(frozen=True)
+class Check:
+    """Of one backend: errors by result, or why there are none."""
+
+    errors: dict[str, float]
+    reason: str | None = None
+
+    def of(self, what: str) -> dict[str, float]:
+        """The errors of what a pass computes."""
+        return {
+            name: error
+            for name, error in self.errors.items()
+            if what == "both" or (name == "output") == (what == "forward")
+        }
+
+
+def measure(
+    subject: Subject, ceiling: Ceilings, seconds: float, progress: Progress
+) -> Iterator[list[store.Row]]:
+    """The rows of each pass, of all backends."""
+    where = f"{subject.op.name} {subject.case.name}"
+    progress.begins(f"{where}: check")
+    work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+    checks = check(subject, work)
+    costs = cost(subject.op, subject.case, subject.dtype)
+    progress.advance()
+    for what in subject.passes:
+        progress.begins(f"{where}: {what}")
+        rows = [checked_row(subject, what, backend, checks[backend]) for backend in subject.backends]
+        right = [row for row in rows if row["verified"]]
+        if right:
+            _add_figures(right, subject, work, what, seconds)
+            for row in right:
+                _add_shares(row, ceiling, *costs[what])
+        progress.advance()
+        yield rows
+
+
+def check(subject: Subject, work: Work) -> dict[str, Check]:
+    """Each backend against the formula in float64; whatever one of them raises is its own failure."""
+    try:
+        exact = exact_results(work)
+    except Exception as error:
+        reason = f"the float64 formula raised {_first_line(error)}"
+        return dict.fromkeys(subject.backends, Check({}, reason))
+    checks = {}
+    for backend in subject.backends:
+        try:
+            checks[backend] = Check(errors_of(work.implementation(backend), work, exact))
+        except Exception as error:
+            checks[backend] = Check({}, f"raised {_first_line(error)}")
+    return checks
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def checked_row(subject: Subject, what: str, backend: str, check: Check) -> store.Row:
+    errors = check.of(what)
+    reason = check.reason or complaint(errors, subject.dtype)
+    return {
+        **subject.key,
+        "pass": what,
+        "backend": backend,
+        "verified": reason is None,
+        "errors": errors,
+        "reason": reason,
+    }
+
+
+def call(work: Work, backend: str, what: str) -> Run:
+    """What is timed: a pass without arguments."""
+    function = work.implementation(backend)
+    leaves = tuple(tensor.detach().requires_grad_(what != "forward") for tensor in work.inputs.values())
+    if what == "forward":
+        return lambda: function(*leaves)
+    return (backward_alone if what == "backward" else forward_backward)(function, leaves)
+
+
+def _add_figures(rows: list[store.Row], subject: Subject, work: Work, what: str, seconds: float) -> None:
+    """Times and memory. Backends and anchor take turns, so that each sample has one of the anchor beside it."""
+    runs = {row["backend"]: call(work, row["backend"], what) for row in rows}
+    fixed = {"anchor": anchor(subject.op.anchor, subject.device)}
+    clock = clock_of(subject.device)
+    samples = interleaved(runs | fixed, rounds=ROUNDS, seconds=seconds, clock=clock)
+    for row in rows:
+        times = samples[row["backend"]]
+        row["samples_ms"], row["anchor"], row["anchor_ms"] = times, subject.op.anchor, samples["anchor"]
+        low, *_, high = statistics.quantiles(times, n=5)
+        row["ms"] = {"min": min(times), "p20": low, "p50": statistics.median(times), "p80": high}
+        row["peak_bytes"] = peak_megabytes(runs[row["backend"]], subject.device) * 2**20
+
+
+def _add_shares(row: store.Row, ceiling: Ceilings, moved: int, operations: int) -> None:
+    taken = store.milliseconds(row)
+    least, bound = limit(ceiling, row["dtype"], moved, operations)
+    row["bytes"], row["flops"] = moved, operations
+    row["gb_per_s"], row["gflop_per_s"] = moved / taken / 1e6, operations / taken / 1e6
+    row["limit_ms"], row["share"], row["bound"] = least, least / taken, bound
+
+
+HEADING = (
+    f"{'op':<22}{'case':<22}{'dtype':<6}{'pass':<9}{'backend':<13}"
+    f"{'ms':>9}{'over torch':>12}{'of the limit':>14}{'MB':>9}"
+)
+
+
+def line(row: store.Row, rows: Sequence[store.Row]) -> str:
+    """Of the table; `rows`: those measured together with it."""
+    text = store.in_words(store.key(row))
+    if not row["verified"]:
+        return f"{text}  FAILED: {row['reason']}"
+    ratio = speedup(row, rows)
+    faster = "-" if ratio is None else f"{ratio:.2f}x"
+    share = f"{row['share']:.0%} {row['bound'][:5]}"
+    return f"{text}{store.milliseconds(row):>9.3f}{faster:>12}{share:>14}{(row['peak_bytes'] or 0) / 2**20:>9.1f}"
+
+
+def speedup(row: store.Row, rows: Sequence[store.Row]) -> float | None:
+    """How many times as fast as plain torch in the same rounds; None for plain torch, or where that has no time."""
+    same = [other for other in rows if store.key(other)[:-1] == store.key(row)[:-1]]
+    plain = next((other for other in same if other["backend"] == "torch" and other["verified"]), None)
+    if plain is None or row["backend"] == "torch" or not row["verified"]:
+        return None
+    return store.milliseconds(plain) / store.milliseconds(row)

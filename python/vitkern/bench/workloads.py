@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is run: each op on the inputs of a case, by vitkern, by plain torch, and by the formula that checks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import vitkern
+from vitkern import reference
+from vitkern.bench.cases import (
+    ADAPTER_CASES,
+    CASES,
+    TOKEN_CASES,
+    AdapterBottleneckCase,
+    MsDeformAttnCase,
+    TokenCase,
+    make_inputs,
+)
+
+Case = MsDeformAttnCase | AdapterBottleneckCase | TokenCase
+Function = Callable[..., Tensor]
+KEYS = 64  # numbers of a query of token_project
+# From the edge of a cell, in pixels, gradients of places are compared: they jump there, and two may round apart.
+EDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Work:
+    """Inputs that all take alike, every one of them with a gradient, and who computes the op."""
+
+    inputs: Mapping[str, Tensor]
+    vitkern: Function  # and backend=
+    torch: Function  # what one writes without vitkern
+    formula: Function  # in float64, the oracle
+    comparable: Mapping[str, Tensor]  # of which gradients only a part can be compared, and which
+
+    def implementation(self, backend: str) -> Function:
+        if backend == "torch":
+            return self.torch
+        return lambda *tensors: self.vitkern(*tensors, backend=backend)
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    cases: Mapping[str, Case]
+    usual: tuple[str, ...]  # the cases of a run that asks for none
+    quick: tuple[str, ...]  # and of a quick one: small, and of several sizes
+    anchor: str
+    make: Callable[[Case, torch.dtype, str], Work]
+
+
+def _ms_deform_attn(case: Case, dtype: torch.dtype, device: str) -> Work:
+    assert isinstance(case, MsDeformAttnCase)
+    inputs = make_inputs(case, dtype=dtype, device=device)
+    tables = inputs.spatial_shapes, inputs.level_start_index
+
+    def formula(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        points = (case.points,) * len(case.levels)
+        return _head_by_head(
+            lambda value, locations, weights: reference.ms_deform_attn(
+                value, *tables, locations.flatten(3, 4), weights.flatten(3), points
+            ),
+            value,
+            locations,
+            weights,
+        )
+
+    return Work(
+        dict(zip(("value", "locations", "weights"), inputs.differentiable())),
+        lambda value, *rest, backend: vitkern.ms_deform_attn(value, *tables, *rest, backend=backend),
+        lambda *tensors: _by_grid_sample(list(case.levels), *tensors),
+        formula,
+        {"locations": inside_a_cell(inputs.sampling_locations, tables[0])},
+    )
+
+
+def _by_grid_sample(sizes: list[tuple[int, int]], *tensors: Tensor) -> Tensor:
+    """16 bits cannot address a pixel, so here as under autocast grid_sample works in float32."""
+    dtype = tensors[0].dtype
+    wide = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in tensors)
+    return reference.ms_deform_attn_by_grid_sample(next(wide), sizes, *wide).to(dtype)
+
+
+def _head_by_head(function: Function, *tensors: Tensor) -> Tensor:
+    """Heads do not meet, and one at a time takes a fraction of the memory: [B, ., M, ...] each, [B, Q, M * D]."""
+    heads = range(tensors[0].shape[2])
+    return torch.cat([function(*(tensor[:, :, head, None] for tensor in tensors)) for head in heads], -1)
+
+
+def inside_a_cell(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
+    """Which of [..., L, P, 2] lie so far from a cell's edge that all agree on the cell: [..., L, P, 1]."""
+    pixel = locations.double() * spatial_shapes.flip(1)[:, None] - 0.5  # (x, y), as locations are
+    return ((pixel - pixel.round()).abs() > EDGE).all(-1, keepdim=True)
+
+
+def _ms_deform_attn_fused(case: Case, dtype: torch.dtype, device: str) -> Work:
+    assert isinstance(case, MsDeformAttnCase)
+    (value, points, offsets, logits), tables = fused_inputs(case, dtype, device)
+
+    def formula(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        counts = (case.points,) * len(case.levels)
+        return _head_by_head(
+            lambda value, offsets, logits: reference.ms_deform_attn_fused(
+                value, *tables, points.double(), offsets.flatten(3, 4), logits, counts
+            ),
+            value,
+            offsets,
+            logits,
+        )
+
+    return Work(
+        {"value": value, "offsets": offsets, "logits": logits},
+        lambda value, *rest, backend: vitkern.ms_deform_attn_fused(
+            value, *tables, points, *rest, backend=backend
+        ),
+        lambda value, *rest: fused_by_grid_sample(value, tables[0], list(case.levels), points, *rest),
+        formula,
+        {"offsets": inside_a_cell(places_of(points, offsets.double(), tables[0]), tables[0])},
+    )
+
+
+def fused_inputs(
+    case: MsDeformAttnCase, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """Value, reference points at the middle of each query's near locations, offsets that lead there, logits."""
+    inputs = make_inputs(case, dtype=torch.float64, device=device)
+    places = inputs.sampling_locations  # [B, Q, M, L, P, 2]
+    points = places.mean((2, 4))  # [B, Q, L, 2]
+    sizes = inputs.spatial_shapes.flip(-1)[:, None]
+    offsets = (places - points[:, :, None, :, None]) * sizes
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(inputs.attention_weights.flatten(3).shape, generator=generator).to(device)
+    tensors = (inputs.value.to(dtype), points.float(), offsets.to(dtype), logits.to(dtype))
+    return tensors, (inputs.spatial_shapes, inputs.level_start_index)
+
+
+def places_of(points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
+    """As everybody writes it."""
+    return points[:, :, None, :, None] + offsets / spatial_shapes.flip(-1)[:, None]
+
+
+def fused_by_grid_sample(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    sizes: list[tuple[int, int]],
+    points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    weights = logits.softmax(-1).view(offsets.shape[:-1])
+    return _by_grid_sample(sizes, value, places_of(points, offsets, spatial_shapes), weights)
+
+
+def _adapter_bottleneck(case: Case, dtype: torch.dtype, device: str) -> Work:
+    assert isinstance(case, AdapterBottleneckCase)
+    tensors = case.make(dtype=dtype, device=device)
+    names = ("x", "down_weight", "down_bias", "up_weight", "up_bias")
+
+    def plain(x: Tensor, *parameters: Tensor) -> Tensor:
+        down_weight, down_bias, up_weight, up_bias = parameters
+        return reference.adapter_bottleneck(x, down_weight, down_bias, up_weight, up_bias, x, 0.1)
+
+    return Work(
+        {name: tensors[name] for name in names},
+        lambda *tensors, backend: vitkern.adapter_bottleneck(
+            *tensors, residual=tensors[0], scale=0.1, backend=backend
+        ),
+        plain,
+        plain,
+        {},
+    )
+
+
+def _token_pool(case: Case, dtype: torch.dtype, device: str) -> Work:
+    assert isinstance(case, TokenCase)
+    x, weight = (tensor.to(dtype) for tensor in case.make_pool(device=device))
+    inputs = {"x": x, "weight": weight}
+    return Work(inputs, vitkern.token_pool, reference.token_pool, reference.token_pool, {})  # type: ignore[arg-type]
+
+
+def _token_project(case: Case, dtype: torch.dtype, device: str) -> Work:
+    assert isinstance(case, TokenCase)
+    tensors = (tensor.to(dtype) for tensor in case.make_project(keys=KEYS, device=device))
+    inputs = dict(zip(("x", "query", "key", "tokens"), tensors))
+    return Work(inputs, vitkern.token_project, reference.token_project, reference.token_project, {})
+
+
+_ATTENTION = ("hub-small", "detr-decoder", "detr-encoder", "m2f-512", "rtdetr-decoder", "lwdetr-decoder")
+_ATTENTION_USUAL = (*_ATTENTION, "injector-B512", "extractor-B512")
+_ATTENTION_QUICK = ("hub-small", "injector-T512", "injector-B512")
+_TOKENS_QUICK = ("vt-resnet18", "vt-resnet50", "vt-3136")
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("ms_deform_attn", CASES, _ATTENTION_USUAL, _ATTENTION_QUICK, "gather", _ms_deform_attn),
+        Op(
+            "ms_deform_attn_fused", CASES, _ATTENTION_USUAL, _ATTENTION_QUICK, "gather", _ms_deform_attn_fused
+        ),
+        Op(
+            "adapter_bottleneck",
+            ADAPTER_CASES,
+            tuple(ADAPTER_CASES),
+            ("adaptformer-4", "one-image", "adaptformer-video"),
+            "product",
+            _adapter_bottleneck,
+        ),
+        Op("token_pool", TOKEN_CASES, tuple(TOKEN_CASES), _TOKENS_QUICK, "product", _token_pool),
+        Op("token_project", TOKEN_CASES, tuple(TOKEN_CASES), _TOKENS_QUICK, "product", _token_project),
+    )
+}
+
+
+def batch_of(case: Case) -> int:
+    return case.shape[0] if isinstance(case, AdapterBottleneckCase) else case.batch
+
+
+def with_batch(case: Case, batch: int) -> Case:
+    if isinstance(case, AdapterBottleneckCase):
+        return replace(case, shape=(batch, *case.shape[1:]))
+    return replace(case, batch=batch)
