@@ -28,19 +28,33 @@ COPIED = {"cpu": [2**20 * 4**n for n in range(5)], "cuda": [2**30]}  # bytes rea
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns, of a product that is fast enough
 
 
-def ceilings(device: torch.device, dtypes: Iterable[torch.dtype], seconds: float = 2.0) -> Ceilings:
-    """{"copy": {bytes: GB/s}, "product": {dtype: GFLOP/s}} of a device."""
-    clock = clock_of(device)
-    copies = {str(size): _copy(size, device) for size in COPIED[device.type]}
-    names = {str(dtype)[6:]: dtype for dtype in (torch.float32, *dtypes)}
-    sizes = {name: _product_size(dtype, device) for name, dtype in names.items()}
-    products = {name: _product(sizes[name], dtype, device) for name, dtype in names.items()}
-    copied = interleaved(copies, rounds=20, seconds=seconds, clock=clock)
-    multiplied = interleaved(products, rounds=20, seconds=seconds, clock=clock)
-    return {
-        "copy": {size: int(size) / min(times) / 1e6 for size, times in copied.items()},
-        "product": {dtype: 2 * sizes[dtype] ** 3 / min(times) / 1e6 for dtype, times in multiplied.items()},
-    }
+class Machine:
+    """The best that a device has done in a run so far. It is asked again and again: a neighbour may spoil an answer."""
+
+    def __init__(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
+        self.clock = clock_of(device)
+        names = {str(dtype)[6:]: dtype for dtype in (torch.float32, *dtypes)}
+        self.copies = {str(size): _copy(size, device) for size in COPIED[device.type]}
+        self.sizes = {name: _product_size(dtype, device) for name, dtype in names.items()}
+        self.products = {name: _product(self.sizes[name], dtype, device) for name, dtype in names.items()}
+        # {"copy": {bytes: GB/s}, "product": {dtype: GFLOP/s}}
+        self.ceilings: Ceilings = {
+            "copy": dict.fromkeys(self.copies, 0.0),
+            "product": dict.fromkeys(names, 0.0),
+        }
+
+    def measure(self, rounds: int = 1) -> None:
+        copied = interleaved(self.copies, rounds=rounds, clock=self.clock)
+        multiplied = interleaved(self.products, rounds=rounds, clock=self.clock)
+        rates = {
+            "copy": {size: int(size) / min(times) / 1e6 for size, times in copied.items()},
+            "product": {
+                name: 2 * self.sizes[name] ** 3 / min(times) / 1e6 for name, times in multiplied.items()
+            },
+        }
+        for what, found in rates.items():
+            for name, rate in found.items():
+                self.ceilings[what][name] = max(self.ceilings[what][name], rate)
 
 
 def _copy(size: int, device: torch.device) -> Run:

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from vitkern.bench import store
-from vitkern.bench.ceilings import ANCHORS, Ceilings, anchor, ceilings, cost, limit
+from vitkern.bench.ceilings import ANCHORS, Ceilings, Machine, anchor, cost, limit
 from vitkern.bench.environment import environment, in_words
 from vitkern.bench.measure import (
     Run,
@@ -27,6 +27,7 @@ from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import Work
 
 ROUNDS = 50
+ROUNDS_OF_CEILINGS = 5  # at the start; one more after each case
 SECONDS = {True: 1.0, False: 4.0}  # for all backends of a row and the anchor, in a quick run and otherwise
 
 
@@ -50,6 +51,9 @@ def run(
     }
 
     def save(status: str) -> None:
+        for row in record["rows"]:
+            if row["verified"]:
+                _add_shares(row, record["ceilings"])
         record.update(status=status, seconds=round(time.monotonic() - started, 1))
         if path is not None:
             store.write(path, record)
@@ -59,15 +63,18 @@ def run(
     with Progress(1 + sum(1 + len(subject.passes) for subject in subjects)) as progress:
         try:
             progress.begins("what the machine can do")
-            record["ceilings"] = ceilings(device, {subject.dtype for subject in subjects})
+            machine = Machine(device, {subject.dtype for subject in subjects})
+            machine.measure(ROUNDS_OF_CEILINGS)
+            record["ceilings"] = machine.ceilings
             progress.advance()
             progress.line(HEADING)
             for subject in subjects:
-                for rows in measure(subject, record["ceilings"], seconds or SECONDS[request.quick], progress):
+                for rows in measure(subject, seconds or SECONDS[request.quick], progress):
                     record["rows"] += rows
                     save("running")
                     for row in rows:
                         progress.line(line(row, rows))
+                machine.measure()
         except KeyboardInterrupt:
             save("interrupted")
         else:
@@ -91,9 +98,7 @@ class Check:
         }
 
 
-def measure(
-    subject: Subject, ceiling: Ceilings, seconds: float, progress: Progress
-) -> Iterator[list[store.Row]]:
+def measure(subject: Subject, seconds: float, progress: Progress) -> Iterator[list[store.Row]]:
     """The rows of each pass, of all backends."""
     where = f"{subject.op.name} {subject.case.name}"
     progress.begins(f"{where}: check")
@@ -108,7 +113,7 @@ def measure(
         if right:
             _add_figures(right, subject, work, what, seconds)
             for row in right:
-                _add_shares(row, ceiling, *costs[what])
+                row["bytes"], row["flops"] = costs[what]
         progress.advance()
         yield rows
 
@@ -169,10 +174,10 @@ def _add_figures(rows: list[store.Row], subject: Subject, work: Work, what: str,
         row["peak_bytes"] = peak_megabytes(runs[row["backend"]], subject.device) * 2**20
 
 
-def _add_shares(row: store.Row, ceiling: Ceilings, moved: int, operations: int) -> None:
-    taken = store.milliseconds(row)
+def _add_shares(row: store.Row, ceiling: Ceilings) -> None:
+    """Of what the machine has been seen to do so far, which grows."""
+    taken, moved, operations = store.milliseconds(row), row["bytes"], row["flops"]
     least, bound = limit(ceiling, row["dtype"], moved, operations)
-    row["bytes"], row["flops"] = moved, operations
     row["gb_per_s"], row["gflop_per_s"] = moved / taken / 1e6, operations / taken / 1e6
     row["limit_ms"], row["share"], row["bound"] = least, least / taken, bound
 
