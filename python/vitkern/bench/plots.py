@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from vitkern.bench.run import speedup
@@ -104,7 +105,7 @@ def _time_panel(op: str, what: str, rows: Sequence[Row]) -> Canvas:
                     "circle", x(row["flops"]), y(milliseconds(row)), f"{mark}-{look}", says(row), size=3.5
                 )
         limits = sorted({(row["flops"], row["limit_ms"]) for row in of(rows, dtype=dtype)})
-        canvas.line([(x(flops), y(least)) for flops, least in limits], f"line-limit thin{dashed}")
+        canvas.line([(x(flops), y(least)) for flops, least in limits], "line-limit dotted")
     return canvas
 
 
@@ -148,9 +149,11 @@ def _roofs(
         # From where the slope enters the plot to where it meets the highest roof.
         first, last = max(x.low, y.low / rate), min(x.high, best / rate)
         if first < last:
-            canvas.line([(x(first), y(first * rate)), (x(last), y(last * rate))], "line-limit")
+            left, right = (x(first), y(first * rate)), (x(last), y(last * rate))
+            canvas.line([left, right], "line-limit")
             words = f"copy of {size / 2**20:.0f} MiB, {rate:.3g} GB/s"
-            canvas.text(x(first) + 6, y(first * rate) - 12, words, "tick")
+            slope = math.degrees(math.atan2(right[1] - left[1], right[0] - left[0]))
+            canvas.text(left[0] + 5, left[1] - 8, words, "tick", turned=slope)
     fastest = max(rate for _, rate in copies)
     for dtype, rate in products.items():
         start = max(x.low, rate / fastest)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,7 +12,7 @@ from vitkern.bench import plots, store, style
 from vitkern.bench.environment import in_words
 from vitkern.bench.errors import BenchError
 from vitkern.bench.run import speedup
-from vitkern.bench.svg import Canvas, number
+from vitkern.bench.svg import Canvas
 
 COLUMNS = (
     *("op", "case", "dtype", "pass", "backend", "ms", "over torch"),
@@ -58,14 +58,18 @@ def pictures(record: store.Record) -> dict[str, Canvas]:
     return named | ({"roofline": roof} if roof else {})
 
 
-def averages(rows: Sequence[store.Row]) -> dict[tuple[str, str], float]:
-    """The geometric mean of the speed-ups of each op on each backend."""
-    found: dict[tuple[str, str], list[float]] = {}
+def averages(rows: Sequence[store.Row]) -> dict[tuple[str, str], dict[str, float]]:
+    """The geometric mean of the speed-ups of each op on each backend, by dtype."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         ratio = speedup(row, rows)
         if ratio is not None:
-            found.setdefault((row["op"], row["backend"]), []).append(ratio)
-    return {what: math.exp(sum(map(math.log, ratios)) / len(ratios)) for what, ratios in found.items()}
+            by_dtype = found.setdefault((row["op"], row["backend"]), {})
+            by_dtype.setdefault(store.short(row["dtype"]), []).append(ratio)
+    return {
+        what: {dtype: statistics.geometric_mean(ratios) for dtype, ratios in by_dtype.items()}
+        for what, by_dtype in found.items()
+    }
 
 
 def cells(row: store.Row, rows: Sequence[store.Row]) -> list[str]:
@@ -100,7 +104,8 @@ def facts(record: store.Record) -> list[str]:
     told = [in_words(record["environment"]) + "."]
     if record["ceilings"]:
         copies = [
-            f"{rate:.3g} GB/s at {number(int(size))}B" for size, rate in record["ceilings"]["copy"].items()
+            f"{rate:.3g} GB/s at {int(size) / 2**20:.0f} MiB"
+            for size, rate in record["ceilings"]["copy"].items()
         ]
         products = [
             f"{rate:.3g} GFLOP/s in {store.short(dtype)}"
@@ -126,8 +131,10 @@ def page(record: store.Record) -> str:
     told = "".join(f'<p class="muted">{escape(text)}</p>' for text in facts(record))
     warned = "".join(f'<p class="alarm">{escape(text)}</p>' for text in alarms(record))
     tiles = "".join(
-        f'<div class="tile"><b>{ratio:.3g}x</b><span>{escape(op)} on {escape(backend)}</span></div>'
-        for (op, backend), ratio in averages(rows).items()
+        f'<div class="tile"><span>{escape(op)}, {escape(backend)}</span>'
+        + "".join(f"<b>{ratio:.3g}x <small>{dtype}</small></b>" for dtype, ratio in means.items())
+        + "</div>"
+        for (op, backend), means in averages(rows).items()
     )
     drawn = pictures(record)
     shown = {
@@ -143,7 +150,7 @@ def page(record: store.Record) -> str:
         ),
         (
             "Time against size",
-            "Filled marks and full lines: fp32; rings and dashes: 16 bits. The line without marks is the limit.",
+            "Filled marks and full lines: fp32; rings and dashes: 16 bits. Dotted: the limits.",
             "plots",
             "time",
         ),
@@ -166,7 +173,7 @@ def page(record: store.Record) -> str:
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>vitkern bench</title><style>{style.PAGE}</style></head><body><main>"
         f"<h1>vitkern bench</h1>{told}{warned}"
-        f'<p>Mean speed-up over plain torch</p><div class="tiles">{tiles}</div>'
+        f'<h2>Mean speed-up over plain torch</h2><div class="tiles">{tiles}</div>'
         f"{body}<h2>All rows</h2>{_table(rows)}"
         f"<footer>{escape(record['started'])}, {record['seconds']:.0f} s: {escape(' '.join(record['command']))}"
         "</footer></main></body></html>\n"
@@ -201,8 +208,12 @@ def markdown(record: store.Record, stem: str) -> str:
     lines = ["# vitkern bench", ""]
     for text in [*facts(record), *(f"**{text}**" for text in alarms(record))]:
         lines += [text, ""]
-    lines += ["| op | backend | mean speed-up over plain torch |", "|---|---|--:|"]
-    lines += [f"| {op} | {backend} | {ratio:.2f}x |" for (op, backend), ratio in averages(rows).items()]
+    lines += ["| op | backend | dtype | mean speed-up over plain torch |", "|---|---|---|--:|"]
+    lines += [
+        f"| {op} | {backend} | {dtype} | {ratio:.2f}x |"
+        for (op, backend), means in averages(rows).items()
+        for dtype, ratio in means.items()
+    ]
     lines.append("")
     lines += [f"![{canvas.title}]({stem}-{name}.svg)" for name, canvas in pictures(record).items()]
     lines += ["", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]

@@ -21,6 +21,7 @@ SVG = (
     + "svg text.tick{fill:var(--muted);font-size:11px}svg text.head{font-weight:600;font-size:13px}"
     + ".grid{fill:none;stroke:var(--grid);stroke-width:1}.back{fill:var(--card)}"
     + ".faint{opacity:.5}.dashed{stroke-dasharray:5 4}.thin{stroke-width:1.25}"
+    + ".dotted{stroke-dasharray:1.5 4;stroke-linecap:round}"
     + _FIGURES
 )
 
@@ -36,10 +37,11 @@ p{{margin:0 0 12px;max-width:75ch}}
 .muted,caption,footer{{color:var(--muted);font-size:.9rem}}
 .alarm{{border-left:4px solid var(--bad);padding:10px 14px;background:var(--card);margin:18px 0}}
 .tiles,.plots{{display:grid;gap:12px;margin:16px 0}}
-.tiles{{grid-template-columns:repeat(auto-fit,minmax(165px,1fr))}}
+.tiles{{grid-template-columns:repeat(auto-fit,minmax(180px,1fr))}}
 .plots{{grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}}
 .tile,figure{{background:var(--card);border:1px solid var(--edge);border-radius:10px;margin:0;padding:12px 14px}}
-.tile b{{display:block;font-size:1.65rem;line-height:1.25;font-variant-numeric:tabular-nums}}
+.tile b{{display:block;font-size:1.45rem;line-height:1.25;font-variant-numeric:tabular-nums}}
+.tile b small{{font-size:.8rem;font-weight:400;color:var(--muted)}}
 .tile span{{color:var(--muted);font-size:.85rem;overflow-wrap:anywhere}}
 figure svg{{display:block;width:100%;height:auto}}
 .wide{{overflow-x:auto}}

@@ -55,9 +55,13 @@ class Canvas:
     title: str
     parts: list[str] = field(default_factory=list)
 
-    def text(self, x: float, y: float, words: str, look: str = "", anchor: str = "start") -> None:
+    def text(
+        self, x: float, y: float, words: str, look: str = "", anchor: str = "start", turned: float = 0.0
+    ) -> None:
+        """`turned`: by so many degrees round its start, counted as on a clock."""
+        turn = f' transform="rotate({turned:.1f} {x:.1f} {y:.1f})"' if turned else ""
         self.parts.append(
-            f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+            f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(words)}</text>'
         )
 
     def line(self, points: Sequence[tuple[float, float]], look: str, says: str = "") -> None:
