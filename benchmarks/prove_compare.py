@@ -21,6 +21,10 @@ from vitkern.bench.live import compare_builds
 from vitkern.bench.plan import Request
 from vitkern.bench.workloads import OPS
 
+# 20 rows of each half.
+CASES = ("injector-T512", "adaptformer-video", "vt-3136")
+MORE = ("hub-small", "one-image", "vt-resnet18")
+
 SLOWED = """
 import functools as _functools, time as _time
 
@@ -65,19 +69,18 @@ def judged(name: str, wanted: str, run: Callable[[], list]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--launches", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--launches", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
     parser.add_argument("--part", choices=["same", "slowed"], help="only one half")
     given = parser.parse_args()
-    cases = ("injector-T512", "one-image", "adaptformer-video", "vt-resnet18", "vt-3136")
     options = {"launches": given.launches, "rounds": given.rounds, "smallest": 0.05}
     right = []
     with tempfile.TemporaryDirectory() as scratch:
         a, b, slow = (Path(scratch) / name for name in ("a", "b", "slow"))
         copied(a), copied(b), copied(slow, factor=1.2)
         if given.part != "slowed":
-            both = Request(given.op, cases)
+            both = Request(given.op, CASES)
             right.append(
                 judged(
                     "the same twice",
@@ -86,7 +89,7 @@ def main() -> None:
                 )
             )
         if given.part != "same":
-            forward = Request(given.op, cases, passes=["forward"])
+            forward = Request(given.op, (*CASES, *MORE), passes=["forward"])
             right.append(
                 judged(
                     "slower by a fifth",

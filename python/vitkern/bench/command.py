@@ -35,10 +35,10 @@ def add_to(commands: Any) -> None:
     compare.add_argument("--fail-on", choices=["slower"], help="exit with 1 if a row is, or fails its check")
     compare.add_argument("--anyway", action="store_true", help="compare files of different machines")
     compare.add_argument(
-        "--launches", type=int, default=3, help="with --live: new processes so often (default 3)"
+        "--launches", type=int, default=5, help="with --live: new processes so often (default 5)"
     )
     compare.add_argument(
-        "--rounds", type=int, default=8, help="with --live: of a row in a launch (default 8)"
+        "--rounds", type=int, default=5, help="with --live: of a row in a launch (default 5)"
     )
     _add_filters(compare, "with --live: ")
     compare.set_defaults(run=_compare)

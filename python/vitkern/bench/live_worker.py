@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+STRETCHES = 5  # of a sample
+
 
 class Finder(importlib.abc.MetaPathFinder):
     """Before all others: those of editable installs would go to the build that the interpreter has."""
