@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two sets of times differ: medians of ratios, a bootstrap interval, and a verdict.
+"""Whether two sets of times differ: ratios of what was timed side by side, a bootstrap interval, and a verdict.
 
-Times on a shared machine have a long tail of slow samples and drift with the hour. So what is compared are ratios of
-samples that were taken next to each other, by their median, and the interval comes from drawing the samples again, not
-from an assumption about them.
+Times on a shared machine drift with the hour, so what is compared are ratios: to an anchor that was timed in turn, or
+to the other build. The interval comes from drawing the samples again, not from an assumption about their distribution.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 2000
-# With a few dozen rows in a run, one in twenty would be a false alarm too many.
-CONFIDENCE = 0.99
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,24 @@ def factor_by_anchor(
 
 
 def factor_of_pairs(launches: Sequence[Sequence[tuple[float, float]]]) -> Factor:
-    """Of times (of A, of B) taken in turn, in several launches of both.
+    """Of times (of A, of B) taken in turn, in several launches of both processes.
 
-    Launches differ by more than rounds do: memory lies elsewhere. So launches are drawn first, then rounds of each.
+    In a launch the least of each counts, which neighbours can only add to. Launches differ by more than that, as memory
+    lies elsewhere in each: the middle one counts, and the interval comes from drawing launches, then rounds of each.
     """
     generator = torch.Generator().manual_seed(0)
-    ratios = [_logs([b for _, b in pairs], [a for a, _ in pairs]) for pairs in launches]
-    rounds = min(map(len, ratios))
-    table = torch.stack([launch[:rounds] for launch in ratios])  # [launches, rounds]
-    which = _draw(len(table), len(table), generator)  # [resamples, launches]
-    when = _draw(rounds, len(table) * rounds, generator).view(RESAMPLES, len(table), rounds)
-    drawn = table[which[:, :, None], when].flatten(1).median(1).values
-    return _factor(table.median(), drawn)
+    rounds = min(map(len, launches))
+    times = torch.tensor(
+        [launch[:rounds] for launch in launches], dtype=torch.float64
+    )  # [launches, rounds, 2]
+    which = _draw(len(times), len(times), generator)  # [resamples, launches]
+    when = _draw(rounds, len(times) * rounds, generator).view(RESAMPLES, len(times), rounds)
+    return _factor(_middle_of_launches(times), _middle_of_launches(times[which[:, :, None], when]))
+
+
+def _middle_of_launches(times: Tensor) -> Tensor:  # [..., launches, rounds, 2] -> [...]
+    a, b = times.amin(-2).log().unbind(-1)
+    return (b - a).median(-1).values
 
 
 def _logs(above: Sequence[float], below: Sequence[float]) -> Tensor:
