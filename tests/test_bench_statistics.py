@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tests.bench_records import row
 from vitkern.bench.compare import compare_records
 from vitkern.bench.verdicts import Factor, factor_by_anchor, factor_of_pairs
 
@@ -95,19 +96,6 @@ def test_one_launch_in_which_all_is_different_does_not_make_a_verdict():
 )
 def test_a_verdict_needs_an_interval_without_one_and_an_effect(factor, verdict):
     assert factor.verdict(0.05) == verdict
-
-
-def row(case: str, *, slower: float = 1.0, reason: str | None = None) -> dict:
-    found = dict(
-        zip(
-            ("op", "case", "batch", "device", "dtype", "pass", "backend"),
-            ["o", "c", "1", "cpu", "float32", "forward", "cpu"],
-        )
-    )
-    found |= {"case": case, "verified": reason is None, "reason": reason, "errors": {}}
-    if reason is None:
-        found |= {"samples_ms": [slower] * 9, "anchor_ms": [1.0] * 9, "ms": {"min": slower}}
-    return found
 
 
 def test_rows_are_matched_by_what_was_measured_and_strays_are_listed():

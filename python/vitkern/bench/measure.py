@@ -76,7 +76,7 @@ class CudaClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else HostClock()
+    return CudaClock(device) if device.type == "cuda" else HostClock(SAMPLE_SECONDS)
 
 
 def interleaved(

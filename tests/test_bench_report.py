@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vitkern bench report`: a page that needs nothing from elsewhere, and Markdown with pictures beside it."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.bench_records import record, row
+from vitkern.bench import store
+from vitkern.bench.svg import Log, number
+from vitkern.cli import main
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """A run of two ops with speed-ups, a failed row and a name that has to be escaped."""
+    rows = [
+        row(case, op=op, backend=backend, dtype=dtype, what=what, slower=slower)
+        for op in ("token_pool", "<b>adapter</b>")
+        for case in ("vt-64", "vt-3136", "vt-resnet18")
+        for dtype in ("float32", "bfloat16")
+        for what in ("forward", "backward")
+        for backend, slower in (("cpu", 1.0), ("torch", 4.0))
+    ]
+    rows.append(row("vt-fpn", reason="output is off by 3e-01 & more"))
+    path = tmp_path / "out.json"
+    store.write(path, record(*rows, status="interrupted"))
+    assert main(["bench", "report", str(path)]) == 0
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """What a page would load, and whether its elements close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "xlink:href")]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(written):
+    text = (written / "out.html").read_text()
+    page = Page(text)
+    assert page.loads == ["data:,"]  # no icon, so that a browser does not ask for one
+    assert not re.search(r"https?://|@import|url\(|//cdn", text)
+    assert not {"script", "img", "iframe", "object"} & set(page.tags)
+    assert page.open == []
+    assert "prefers-color-scheme:dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_the_page_has_plots_of_each_kind_and_all_rows(written):
+    text = (written / "out.html").read_text()
+    titles = re.findall(r"<svg[^>]*><title>([^<]*)", text)
+    assert sum("Speed-up" in title for title in titles) == 4  # ops x dtypes
+    assert sum("Time against size" in title for title in titles) == 4  # ops x passes
+    assert "Roofline" in titles
+    assert text.count("<tr") == 1 + len(store.read(written / "out.json")["rows"])
+
+
+def test_failures_and_interruptions_are_told_and_have_no_figures(written):
+    for name in ("out.html", "out.md"):
+        text = (written / name).read_text()
+        assert "1 rows FAILED their check" in text
+        assert "not finished (interrupted)" in text
+        (line,) = [line for line in re.split(r"<tr|\n", text) if "vt-fpn" in line]
+        assert "FAILED: output is off" in line
+        assert not re.search(r"\d\.\d\d\d|%", line.partition("FAILED")[0])
+
+
+def test_names_are_escaped(written):
+    text = (written / "out.html").read_text()
+    assert "<b>adapter" not in text
+    assert "&lt;b&gt;adapter" in text
+
+
+def test_markdown_shows_pictures_that_are_there_and_parse(written):
+    text = (written / "out.md").read_text()
+    names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(names) == 9
+    for name in names:
+        root = ElementTree.fromstring((written / name).read_text())
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    table = [line for line in text.splitlines() if line.startswith("| token_pool | vt")]
+    assert {line.count("|") for line in table} == {14}
+
+
+def test_one_of_the_two_can_be_asked_for(written, tmp_path, capsys):
+    target = tmp_path / "elsewhere" / "page.html"
+    assert main(["bench", "report", str(written / "out.json"), "-o", str(target)]) == 0
+    assert target.exists()
+    assert not target.with_suffix(".md").exists()
+    assert main(["bench", "report", str(written / "out.json"), "-o", "page.pdf"]) == 2
+    assert "ends in .html or .md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [[], [row(reason="wrong")], [row()]])
+def test_runs_with_little_in_them_have_a_page_too(rows, tmp_path):
+    path = tmp_path / "out.json"
+    store.write(path, record(*rows) | ({"ceilings": None} if not rows else {}))
+    assert main(["bench", "report", str(path)]) == 0
+    assert Page(path.with_suffix(".html").read_text()).open == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium")
+def test_a_browser_draws_it_without_complaint(written):
+    picture = written / "page.png"
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--screenshot={picture}", "--window-size=1000,1600", (written / "out.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert picture.stat().st_size > 20_000, done.stderr
+    assert "CONSOLE" not in done.stderr
+
+
+def test_axes_have_round_numbers_and_few():
+    axis = Log.over([0.031, 47.0], 0, 100)
+    assert axis(axis.low) == pytest.approx(0)
+    assert axis(axis.high) == pytest.approx(100)
+    assert axis.ticks(4) == pytest.approx([0.1, 1, 10])
+    assert [number(value) for value in (0.5, 12, 3400, 2e6, 999_999)] == ["0.5", "12", "3.4k", "2M", "1M"]

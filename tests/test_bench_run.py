@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vitkern bench run`: what is written down, what is refused, and what an interruption leaves behind."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitkern.bench import ceilings, measure, run, store
+from vitkern.bench.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase
+from vitkern.bench.plan import Request, plan
+from vitkern.bench.workloads import OPS
+from vitkern.cli import main
+
+TINY = {
+    "ms_deform_attn": MsDeformAttnCase("tiny", "", 1, ((5, 6), (3, 3)), 7, 2, 8, 2),
+    "ms_deform_attn_fused": MsDeformAttnCase("tiny", "", 1, ((5, 6), (3, 3)), 7, 2, 8, 2),
+    "adapter_bottleneck": AdapterBottleneckCase("tiny", "", (1, 9), 16, 4),
+    "token_pool": TokenCase("tiny", "", 1, 11, 8, 3),
+    "token_project": TokenCase("tiny", "", 1, 11, 8, 3),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The real thing on inputs that take no time, and a machine that is asked once."""
+    for name, case in TINY.items():
+        small = replace(OPS[name], cases={"tiny": case}, usual=("tiny",), quick=("tiny",))
+        monkeypatch.setitem(OPS, name, small)
+    monkeypatch.setitem(ceilings.COPIED, "cpu", [2**12, 2**14])
+    monkeypatch.setitem(ceilings.PRODUCT, "cpu", 16)
+    monkeypatch.setattr(ceilings, "_ANCHOR_SIZE", {"gather": {"cpu": 4}, "product": {"cpu": 4}})
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(run, "ROUNDS", 3)
+
+
+def bench(*arguments: object) -> int:
+    return main(["bench", *map(str, arguments)])
+
+
+def test_every_op_pass_and_dtype_has_verified_figures(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert bench("run", "--quick", "--device", "cpu", "--json", path) == 0
+    record = store.read(path)
+    assert record["status"] == "complete"
+    seen = {(row["op"], row["dtype"], row["pass"], row["backend"]) for row in record["rows"]}
+    passes, dtypes = ("forward", "backward"), ("float32", "bfloat16")
+    backends = ("cpu", "torch")
+    assert seen == {(o, d, p, b) for o in OPS for d in dtypes for p in passes for b in backends}
+    for row in record["rows"]:
+        assert row["verified"] is True
+        assert row["reason"] is None
+        assert row["errors"]
+        assert len(row["samples_ms"]) == len(row["anchor_ms"]) == 3
+        assert row["anchor"] in record["anchors"]
+        assert row["share"] > 0
+        assert row["bound"] in ("memory", "arithmetic")
+    assert all(rate > 0 for rate in record["ceilings"]["copy"].values())
+    assert set(record["ceilings"]["product"]) == {"float32", "bfloat16"}
+    assert record["environment"]["cpu"]["model"]
+    assert "id" in (record["environment"]["commit"] or {"id": "not in a checkout"})
+    assert "FAILED" not in capsys.readouterr().out.replace("0 FAILED", "")
+
+
+def test_errors_are_those_of_what_the_pass_computes(tmp_path):
+    path = tmp_path / "out.json"
+    bench(
+        "run",
+        "--op",
+        "token_pool",
+        "--dtype",
+        "fp32",
+        "--pass",
+        "forward",
+        "--pass",
+        "backward",
+        "--json",
+        path,
+    )
+    errors = {row["pass"]: set(row["errors"]) for row in store.read(path)["rows"]}
+    assert errors == {"forward": {"output"}, "backward": {"gradient of x", "gradient of weight"}}
+
+
+def wrong_gradient(x: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.Tensor:
+    """The right output, and for `weight` a gradient of the wrong sign."""
+    right = torch.softmax(x @ weight.mT, 1).transpose(1, 2) @ x
+    flipped = torch.softmax(x.detach() @ (2 * weight.detach() - weight).mT, 1).transpose(1, 2) @ x.detach()
+    return right.detach() + (flipped - flipped.detach()) + 0 * right
+
+
+def test_what_is_wrong_gets_no_figures(tmp_path, capsys, monkeypatch):
+    make = OPS["token_pool"].make
+    broken = lambda *arguments: replace(make(*arguments), vitkern=wrong_gradient)  # noqa: E731
+    monkeypatch.setitem(OPS, "token_pool", replace(OPS["token_pool"], make=broken))
+    path = tmp_path / "out.json"
+    assert bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path) == 1
+    rows = {(row["pass"], row["backend"]): row for row in store.read(path)["rows"]}
+    failed = rows["backward", "cpu"]
+    assert failed["verified"] is False
+    assert "gradient of" in failed["reason"]
+    assert not {"samples_ms", "ms", "share", "gflop_per_s"} & set(failed)
+    assert rows["forward", "cpu"]["verified"]
+    assert rows["backward", "torch"]["verified"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "FAILED:" in line]
+    assert line.endswith(failed["reason"])
+    assert " ms" not in line
+
+
+def test_what_raises_is_a_failure_of_its_own(tmp_path, monkeypatch):
+    def raises(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("no such\nkernel")
+
+    make = OPS["token_pool"].make
+    monkeypatch.setitem(
+        OPS,
+        "token_pool",
+        replace(OPS["token_pool"], make=lambda *arguments: replace(make(*arguments), torch=raises)),
+    )
+    path = tmp_path / "out.json"
+    assert bench("run", "--op", "token_pool", "--pass", "forward", "--dtype", "fp32", "--json", path) == 1
+    by_backend = {row["backend"]: row for row in store.read(path)["rows"]}
+    assert by_backend["torch"]["reason"] == "raised RuntimeError: no such"
+    assert by_backend["cpu"]["verified"]
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    groups = []
+
+    def interrupted(*arguments: object, **options: object):
+        groups.append(arguments)
+        if len(groups) == 3:
+            raise KeyboardInterrupt
+        return measure.interleaved(*arguments, **options)
+
+    monkeypatch.setattr(run, "interleaved", interrupted)
+    path = tmp_path / "out.json"
+    assert bench("run", "--op", "token_pool", "--json", path) == 130
+    record = store.read(path)
+    assert record["status"] == "interrupted"
+    assert len(record["rows"]) == 4  # two groups of two backends
+    assert "interrupted: 4 rows" in capsys.readouterr().out
+
+
+def test_the_file_is_whole_at_any_time(tmp_path, monkeypatch):
+    """After each group there is a file that reads, marked as of a run that goes on."""
+    path, seen = tmp_path / "out.json", []
+    write = store.write
+
+    def watched(*arguments: object) -> None:
+        write(*arguments)
+        record = store.read(path)
+        seen.append((record["status"], len(record["rows"])))
+
+    monkeypatch.setattr(store, "write", watched)
+    bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path)
+    assert seen == [("running", 0), ("running", 2), ("running", 4), ("complete", 4)]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_filters_leave_what_was_asked_for(tmp_path):
+    path = tmp_path / "out.json"
+    command = (
+        "run --op token_project --op token_pool --case t* --dtype bf16 --pass both --backend cpu --batch 2"
+    )
+    assert bench(*command.split(), "--json", path) == 0
+    keys = [store.key(row) for row in store.read(path)["rows"]]
+    assert keys == [
+        (op, "tiny", 2, "cpu", "bfloat16", "both", "cpu") for op in ("token_pool", "token_project")
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--op", "msda"], "no op is called msda; there are ms_deform_attn, "),
+        (["--case", "huge"], "no case is called huge; there are tiny"),
+        (["--dtype", "int8"], "no dtype is called int8; there are fp32, bf16, fp16, fp64"),
+        (["--pass", "up"], "no pass is called up; there are forward, backward, both"),
+        (["--backend", "mps"], "no backend is called mps; there are cpu, cuda, triton, reference, torch"),
+        (["--backend", "cuda"], "backend cuda cannot run float32 on cpu: "),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+    ],
+)
+def test_what_there_is_not_is_refused_in_one_sentence(arguments, sentence, capsys):
+    assert bench("run", "--device", "cpu", *arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert said.startswith(f"vitkern bench: {sentence}")
+
+
+@pytest.mark.parametrize(
+    "text, objection",
+    [
+        ("{", "Expecting property name"),
+        ("[]", "it does not say its schema"),
+        ('{"schema": 99}', "its schema is 99, this vitkern knows 1"),
+        ('{"schema": 1}', "it lacks anchors, ceilings"),
+    ],
+)
+def test_files_that_are_none_of_ours_are_refused(text, objection, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    path.write_text(text)
+    assert bench("report", path) == 2
+    assert objection in capsys.readouterr().err
+
+
+def test_figures_without_verification_break_the_schema(tmp_path):
+    path = tmp_path / "out.json"
+    bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path)
+    record = json.loads(path.read_text())
+    record["rows"][0]["verified"] = False
+    assert "no figures" in (store.complaint(record) or "")
+
+
+def test_each_op_counts_what_it_moves_and_computes():
+    """Of token_pool [1, 11, 8] with 3 tokens: x, weight and tokens in float32; scores and sums."""
+    (subject,) = plan(Request(["token_pool"], dtypes=["fp32"], device="cpu"))
+    costs = ceilings.cost(subject.op, subject.case, torch.float32)
+    x, weight, tokens = (4 * count for count in (11 * 8, 3 * 8, 3 * 8))
+    assert costs["forward"] == (x + weight + tokens, 4 * 11 * 8 * 3)
+    assert costs["backward"] == (2 * (x + weight) + tokens, 2 * 4 * 11 * 8 * 3)
+    assert costs["both"] == tuple(map(sum, zip(costs["forward"], costs["backward"])))
+
+
+def test_the_limit_is_the_longer_of_moving_and_computing():
+    ceiling = {"copy": {"1000": 10.0, "100000": 1.0}, "product": {"float32": 2.0, "bfloat16": 0.5}}
+    assert ceilings.limit(ceiling, "float32", 1000, 0) == (1000 / 10.0 / 1e6, "memory")
+    assert ceilings.limit(ceiling, "float32", 10, 10**6) == (0.5, "arithmetic")
+    # 16-bit numbers may be multiplied as float32, so the better of both rates holds.
+    assert ceilings.product_rate(ceiling, "bfloat16") == 2.0
+    assert ceilings.copy_rate(ceiling, 10_000) == pytest.approx(5.5)
+    assert ceilings.copy_rate(ceiling, 10**9) == 1.0
