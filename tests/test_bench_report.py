@@ -123,10 +123,11 @@ def test_runs_with_little_in_them_have_a_page_too(rows, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
 def test_a_browser_draws_it_without_complaint(written):
-    picture = written / "page.png"
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--screenshot={picture}", "--window-size=1000,1600", (written / "out.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    picture, profile = written / "page.png", written / "profile"
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", f"--screenshot={picture}"]
+    command += ["--window-size=1000,1600", (written / "out.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert picture.stat().st_size > 20_000, done.stderr
     assert "CONSOLE" not in done.stderr
 

@@ -52,7 +52,7 @@ def test_every_op_pass_and_dtype_has_verified_figures(tmp_path, capsys):
         assert row["verified"] is True
         assert row["reason"] is None
         assert row["errors"]
-        assert len(row["samples_ms"]) == len(row["anchor_ms"]) == 3
+        assert [len(visit) for visit in row["samples_ms"]] == [3, 3, 3]
         assert row["anchor"] in record["anchors"]
         assert row["share"] > 0
         assert row["bound"] in ("memory", "arithmetic")
@@ -124,22 +124,24 @@ def test_what_raises_is_a_failure_of_its_own(tmp_path, monkeypatch):
     assert by_backend["cpu"]["verified"]
 
 
-def test_an_interrupted_run_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    groups = []
+@pytest.mark.parametrize("groups, visits", [(2, [1, 1]), (6, [2, 2, 1, 1])])
+def test_an_interrupted_run_keeps_what_was_measured(groups, visits, tmp_path, capsys, monkeypatch):
+    """`visits` of each pass of float32, then bfloat16, when Ctrl-C comes after so many `groups`."""
+    measured = []
 
     def interrupted(*arguments: object, **options: object):
-        groups.append(arguments)
-        if len(groups) == 3:
+        if len(measured) == groups:
             raise KeyboardInterrupt
-        return measure.interleaved(*arguments, **options)
+        measured.append(measure.interleaved(*arguments, **options))
+        return measured[-1]
 
     monkeypatch.setattr(run, "interleaved", interrupted)
     path = tmp_path / "out.json"
-    assert bench("run", "--op", "token_pool", "--json", path) == 130
+    assert bench("run", "--op", "token_pool", "--backend", "cpu", "--json", path) == 130
     record = store.read(path)
     assert record["status"] == "interrupted"
-    assert len(record["rows"]) == 4  # two groups of two backends
-    assert "interrupted: 4 rows" in capsys.readouterr().out
+    assert [len(row["samples_ms"]) for row in record["rows"]] == visits
+    assert f"interrupted: {len(visits)} rows" in capsys.readouterr().out
 
 
 def test_the_file_is_whole_at_any_time(tmp_path, monkeypatch):
@@ -154,7 +156,7 @@ def test_the_file_is_whole_at_any_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store, "write", watched)
     bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path)
-    assert seen == [("running", 0), ("running", 2), ("running", 4), ("complete", 4)]
+    assert seen == [("running", 0), ("running", 2), *[("running", 4)] * 5, ("complete", 4)]
     assert not list(tmp_path.glob("*.part"))
 
 

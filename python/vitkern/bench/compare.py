@@ -93,7 +93,10 @@ def _compared(key: tuple[Any, ...], a: store.Row, b: store.Row, smallest: float)
         return Compared(key, f"FAILED in B: {b['reason']}")
     if not a["verified"]:
         return Compared(key, f"FAILED in A: {a['reason']}")
-    factor = factor_by_anchor(a["samples_ms"], a["anchor_ms"], b["samples_ms"], b["anchor_ms"])
+    visits = [
+        [list(zip(*of_visit)) for of_visit in zip(row["anchor_ms"], row["samples_ms"])] for row in (a, b)
+    ]
+    factor = factor_by_anchor(*visits)
     times = store.milliseconds(a), store.milliseconds(b)
     return Compared(key, factor.verdict(smallest), times, factor)
 

@@ -89,7 +89,7 @@ def compare_builds(
             for launch in range(launches):
                 _launch(builds, keys, rounds, launch == 0, taken, reasons, progress)
         except KeyboardInterrupt:
-            progress.line("interrupted: verdicts on what was measured")
+            print("interrupted: verdicts on what was measured")
     compared = [_compared(key, reasons.get(key), taken[key], smallest) for key in keys]
     print(HEADING)
     for row in compared:
@@ -124,16 +124,15 @@ def _launch(
         for process in processes:
             found = process.ask("hello", threads=torch.get_num_threads())
             if is_first:
-                progress.line(f"{process.build.name}: {found['words']}, from {found['compiled']}")
+                print(f"{process.build.name}: {found['words']}, from {found['compiled']}")
         for key in keys:
-            progress.begins(f"{key[0]} {key[1]}: {key[5]}")
+            progress.step(f"{key[0]} {key[1]}: {key[5]}")
             if key not in reasons:
                 reason = _open(processes, key, check=is_first)
                 if isinstance(reason, str):
                     reasons[key] = reason
                 else:
                     taken[key].append(_rounds(processes, rounds, reason))
-            progress.advance()
     finally:
         for process in processes:
             process.close()

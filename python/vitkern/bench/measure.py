@@ -80,17 +80,28 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def interleaved(
-    variants: Mapping[str, Run], *, rounds: int = 25, seconds: float = 20.0, clock: Clock | None = None
+    variants: Mapping[str, Run],
+    *,
+    rounds: int = 25,
+    seconds: float = 20.0,
+    least: int = 3,
+    clock: Clock | None = None,
+    calls: dict[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met."""
-    clock = clock or HostClock()
-    calls = {name: clock.calls(run) for name, run in variants.items()}
+    """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met.
+
+    `least`: so many rounds in any case. `calls`: of a sample of each, found out where it does not say, and kept there.
+    """
+    clock, calls = clock or HostClock(), {} if calls is None else calls
+    for name, run in variants.items():
+        if name not in calls:
+            calls[name] = clock.calls(run)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     deadline = time.perf_counter() + seconds
-    for done in range(rounds):
+    for done in range(1, rounds + 1):
         for name, run in variants.items():
             samples[name].append(clock.milliseconds(run, calls[name]))
-        if time.perf_counter() > deadline and done >= 2:
+        if time.perf_counter() > deadline and done >= least:
             break
     return samples
 

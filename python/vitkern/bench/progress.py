@@ -11,13 +11,13 @@ from typing import Any
 
 
 class Progress:
-    """Steps of about equal length, with lines of a table printed above the bar."""
+    """Steps of about equal length. All on standard error: standard output is for results."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.done = 0
         self.started = time.monotonic()
-        self.bar = _bar() if sys.stdout.isatty() and sys.stderr.isatty() else None
+        self.bar = _bar() if sys.stderr.isatty() else None
         self.task: Any = None
 
     def __enter__(self) -> Progress:
@@ -32,35 +32,27 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def begins(self, what: str) -> None:
+    def step(self, what: str) -> None:
+        """What the next step is; the one before is done."""
         if self.bar is not None:
-            self.bar.update(self.task, description=what)
-
-    def line(self, text: str) -> None:
-        """On standard output in any case, so that a table can be piped."""
-        if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.bar.update(self.task, description=what, completed=self.done)
         else:
-            print(text, flush=True)
-
-    def advance(self) -> None:
+            print(f"{self.done + 1:>5}/{self.steps}  {what}{self._left()}", file=sys.stderr, flush=True)
         self.done += 1
-        if self.bar is not None:
-            self.bar.advance(self.task)
 
-    def left(self) -> str:
-        """Of the time so far, in words."""
+    def _left(self) -> str:
         if not self.done:
             return ""
-        seconds = (time.monotonic() - self.started) / self.done * (self.steps - self.done)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+        seconds = round((time.monotonic() - self.started) / self.done * (self.steps - self.done))
+        return f", {seconds // 60}:{seconds % 60:02d} left"
 
 
 def _bar() -> Any:
     if importlib.util.find_spec("rich") is None:
         return None
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    return Bar(*columns, transient=True)
+    return Bar(*columns, console=Console(stderr=True), transient=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,9 +26,13 @@ from vitkern.bench.progress import Progress
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import Work
 
-ROUNDS = 50
+# A row is measured in several visits, minutes apart, on inputs made anew: a slow moment, or memory that happens to lie
+# badly, is then no property of the row.
+VISITS = 3
+ROUNDS = 50  # at most, of a visit
+LEAST_ROUNDS = 2
 ROUNDS_OF_CEILINGS = 5  # at the start; one more after each case
-SECONDS = {True: 1.0, False: 4.0}  # for all backends of a row and the anchor, in a quick run and otherwise
+SECONDS = {True: 1.0, False: 4.0}  # of all visits, backends and the anchor, in a quick run and otherwise
 
 
 def run(
@@ -53,32 +57,43 @@ def run(
     def save(status: str) -> None:
         for row in record["rows"]:
             if row["verified"]:
-                _add_shares(row, record["ceilings"])
+                _summarize(row, record["ceilings"])
         record.update(status=status, seconds=round(time.monotonic() - started, 1))
         if path is not None:
             store.write(path, record)
 
-    print(in_words(record["environment"]))
     save("running")
-    with Progress(1 + sum(1 + len(subject.passes) for subject in subjects)) as progress:
+    groups: list[Group] = []
+    share = (seconds or SECONDS[request.quick]) / VISITS
+    steps = 1 + sum(1 + VISITS * len(subject.passes) for subject in subjects)
+    with Progress(steps) as progress:
         try:
-            progress.begins("what the machine can do")
+            progress.step("what the machine can do")
             machine = Machine(device, {subject.dtype for subject in subjects})
             machine.measure(ROUNDS_OF_CEILINGS)
             record["ceilings"] = machine.ceilings
-            progress.advance()
-            progress.line(HEADING)
-            for subject in subjects:
-                for rows in measure(subject, seconds or SECONDS[request.quick], progress):
-                    record["rows"] += rows
-                    save("running")
-                    for row in rows:
-                        progress.line(line(row, rows))
-                machine.measure()
+            for visit in range(VISITS):
+                for subject in subjects:
+                    where = f"{subject.op.name} {subject.case.name} {store.short(str(subject.dtype)[6:])}"
+                    work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+                    if visit == 0:
+                        progress.step(f"{where}: check")
+                        groups += checked_groups(subject, work)
+                    for group in (group for group in groups if group.subject is subject):
+                        progress.step(f"{where}: {group.what}")
+                        group.measure(work, share)
+                        if visit == 0:
+                            record["rows"] += group.rows
+                        save("running")
+                    machine.measure()
         except KeyboardInterrupt:
             save("interrupted")
         else:
             save("complete")
+    print(in_words(record["environment"]))
+    print(HEADING)
+    for row in record["rows"]:
+        print(line(row, record["rows"]))
     return record
 
 
@@ -98,24 +113,53 @@ class Check:
         }
 
 
-def measure(subject: Subject, seconds: float, progress: Progress) -> Iterator[list[store.Row]]:
-    """The rows of each pass, of all backends."""
-    where = f"{subject.op.name} {subject.case.name}"
-    progress.begins(f"{where}: check")
-    work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+@dataclass
+class Group:
+    """A pass of a subject: the rows of all backends, measured in turn."""
+
+    subject: Subject
+    what: str
+    rows: list[store.Row]
+    calls: dict[str, int] = field(default_factory=dict)  # of a sample, the same in all visits
+
+    def measure(self, work: Work, seconds: float) -> None:
+        """Another visit, of those that are right; the first asks for memory too."""
+        right = [row for row in self.rows if row["verified"]]
+        if not right:
+            return
+        device, kind = self.subject.device, self.subject.op.anchor
+        runs = {row["backend"]: call(work, row["backend"], self.what) for row in right}
+        samples = interleaved(
+            runs | {"anchor": anchor(kind, device)},
+            rounds=ROUNDS,
+            least=LEAST_ROUNDS,
+            seconds=seconds,
+            clock=clock_of(device),
+            calls=self.calls,
+        )
+        for row in right:
+            if "peak_bytes" not in row:
+                row["peak_bytes"] = peak_megabytes(runs[row["backend"]], device) * 2**20
+            # In one step, so that an interruption finds both or neither.
+            row.update(
+                anchor=kind,
+                samples_ms=[*row.get("samples_ms", ()), samples[row["backend"]]],
+                anchor_ms=[*row.get("anchor_ms", ()), samples["anchor"]],
+            )
+
+
+def checked_groups(subject: Subject, work: Work) -> list[Group]:
+    """Of each pass, with what was found out about every backend and what the pass costs."""
     checks = check(subject, work)
     costs = cost(subject.op, subject.case, subject.dtype)
-    progress.advance()
+    groups = []
     for what in subject.passes:
-        progress.begins(f"{where}: {what}")
         rows = [checked_row(subject, what, backend, checks[backend]) for backend in subject.backends]
-        right = [row for row in rows if row["verified"]]
-        if right:
-            _add_figures(right, subject, work, what, seconds)
-            for row in right:
+        for row in rows:
+            if row["verified"]:
                 row["bytes"], row["flops"] = costs[what]
-        progress.advance()
-        yield rows
+        groups.append(Group(subject, what, rows))
+    return groups
 
 
 def check(subject: Subject, work: Work) -> dict[str, Check]:
@@ -160,22 +204,11 @@ def call(work: Work, backend: str, what: str) -> Run:
     return (backward_alone if what == "backward" else forward_backward)(function, leaves)
 
 
-def _add_figures(rows: list[store.Row], subject: Subject, work: Work, what: str, seconds: float) -> None:
-    """Times and memory. Backends and anchor take turns, so that each sample has one of the anchor beside it."""
-    runs = {row["backend"]: call(work, row["backend"], what) for row in rows}
-    fixed = {"anchor": anchor(subject.op.anchor, subject.device)}
-    clock = clock_of(subject.device)
-    samples = interleaved(runs | fixed, rounds=ROUNDS, seconds=seconds, clock=clock)
-    for row in rows:
-        times = samples[row["backend"]]
-        row["samples_ms"], row["anchor"], row["anchor_ms"] = times, subject.op.anchor, samples["anchor"]
-        low, *_, high = statistics.quantiles(times, n=5)
-        row["ms"] = {"min": min(times), "p20": low, "p50": statistics.median(times), "p80": high}
-        row["peak_bytes"] = peak_megabytes(runs[row["backend"]], subject.device) * 2**20
-
-
-def _add_shares(row: store.Row, ceiling: Ceilings) -> None:
-    """Of what the machine has been seen to do so far, which grows."""
+def _summarize(row: store.Row, ceiling: Ceilings) -> None:
+    """What follows from samples, and from what the machine has been seen to do so far."""
+    times = [time for visit in row["samples_ms"] for time in visit]
+    low, *_, high = statistics.quantiles(times, n=5)
+    row["ms"] = {"min": min(times), "p20": low, "p50": statistics.median(times), "p80": high}
     taken, moved, operations = store.milliseconds(row), row["bytes"], row["flops"]
     least, bound = limit(ceiling, row["dtype"], moved, operations)
     row["gb_per_s"], row["gflop_per_s"] = moved / taken / 1e6, operations / taken / 1e6

@@ -34,44 +34,42 @@ class Factor:
         return "no difference"
 
 
-def factor_by_anchor(
-    a: Sequence[float], anchor_of_a: Sequence[float], b: Sequence[float], anchor_of_b: Sequence[float]
-) -> Factor:
-    """Of two runs, each sample by that of the anchor in its round."""
-    generator = torch.Generator().manual_seed(0)
-    in_a, in_b = _logs(a, anchor_of_a), _logs(b, anchor_of_b)
-    drawn = [ratios[_draw(len(ratios), len(ratios), generator)].median(1).values for ratios in (in_a, in_b)]
-    return _factor(in_b.median() - in_a.median(), drawn[1] - drawn[0])
+# Times taken in turn: [visits][rounds] pairs of what is divided by and what is divided.
+Visits = Sequence[Sequence[tuple[float, float]]]
 
 
-def factor_of_pairs(launches: Sequence[Sequence[tuple[float, float]]]) -> Factor:
-    """Of times (of A, of B) taken in turn, in several launches of both processes.
+def factor_by_anchor(a: Visits, b: Visits) -> Factor:
+    """Of two runs, pairs (of the anchor, of the row) each: by what factor the row's share of its anchor has grown."""
+    (middle_of_a, drawn_of_a), (middle_of_b, drawn_of_b) = (
+        _middles(visits, seed) for seed, visits in enumerate((a, b))
+    )
+    return _factor(middle_of_b - middle_of_a, drawn_of_b - drawn_of_a)
 
-    In a launch the least of each counts, which neighbours can only add to. Launches differ by more than that, as memory
-    lies elsewhere in each: the middle one counts, and the interval comes from drawing launches, then rounds of each.
+
+def factor_of_pairs(launches: Visits) -> Factor:
+    """Of two builds in turn, pairs (of A, of B)."""
+    return _factor(*_middles(launches, 0))
+
+
+def _middles(visits: Visits, seed: int) -> tuple[Tensor, Tensor]:
+    """The logarithm of the ratio, and [RESAMPLES] that it may as well have been.
+
+    In a visit the least of each counts, which neighbours can only add to. Visits differ by more than that, as memory
+    lies elsewhere in each: the middle one counts, and visits are drawn again first, then rounds of each.
     """
-    generator = torch.Generator().manual_seed(0)
-    rounds = min(map(len, launches))
+    generator = torch.Generator().manual_seed(seed)
+    rounds = min(map(len, visits))
     times = torch.tensor(
-        [launch[:rounds] for launch in launches], dtype=torch.float64
-    )  # [launches, rounds, 2]
-    which = _draw(len(times), len(times), generator)  # [resamples, launches]
-    when = _draw(rounds, len(times) * rounds, generator).view(RESAMPLES, len(times), rounds)
-    return _factor(_middle_of_launches(times), _middle_of_launches(times[which[:, :, None], when]))
+        [list(visit)[:rounds] for visit in visits], dtype=torch.float64
+    )  # [visits, rounds, 2]
+    which = torch.randint(len(times), (RESAMPLES, len(times), 1), generator=generator)
+    when = torch.randint(rounds, (RESAMPLES, len(times), rounds), generator=generator)
+    return _middle(times), _middle(times[which, when])
 
 
-def _middle_of_launches(times: Tensor) -> Tensor:  # [..., launches, rounds, 2] -> [...]
-    a, b = times.amin(-2).log().unbind(-1)
-    return (b - a).median(-1).values
-
-
-def _logs(above: Sequence[float], below: Sequence[float]) -> Tensor:
-    return (torch.tensor(above, dtype=torch.float64) / torch.tensor(below, dtype=torch.float64)).log()
-
-
-def _draw(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Indices below `count`, with replacement: [RESAMPLES, size]."""
-    return torch.randint(count, (RESAMPLES, size), generator=generator)
+def _middle(times: Tensor) -> Tensor:  # [..., visits, rounds, 2] -> [...]
+    below, above = times.amin(-2).log().unbind(-1)
+    return (above - below).quantile(0.5, dim=-1)
 
 
 def _factor(middle: Tensor, drawn: Tensor) -> Factor:
