@@ -34,7 +34,12 @@ test-kernels:  ## Our layer by way of Hugging Face's kernels, in an environment 
 	$(MAKE) VENV=.venv-kernels .venv-kernels/.kernels
 	.venv-kernels/bin/python -m pytest tests/ecosystem/test_kernels.py $(PYTEST_ARGS)
 
-bench: setup  ## Time each backend against plain torch; a figure is printed only where the result was checked
+bench: tables  ## All that is timed: the tables, a page of all ops in build/bench, the same rows through pytest-benchmark
+	$(BIN)/vitkern bench run --quick --json build/bench/run.json
+	$(BIN)/vitkern bench report build/bench/run.json
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+tables: setup  ## The tables of the README: vitkern, plain torch and every peer that is installed
 	for what in ms_deform_attn ms_deform_attn_fused adapter_bottleneck token_pool vit_adapter; do \
 	  $(BIN)/python -m benchmarks.bench_$$what $(BENCH_ARGS) || exit 1; done
 	$(BIN)/python -m benchmarks.bench_host_cost
@@ -93,7 +98,7 @@ help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench check emulate sanitize lint typecheck ci setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench tables check emulate sanitize lint typecheck ci setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is

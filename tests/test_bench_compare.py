@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vitkern bench compare`: of two files, and live, of two builds in processes that take turns."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_two_files_are_compared_row_by_row(files, capsys):
     "b, status",
     [
         (row(slower=1.3), 1),
-        (row(slower=1.01), 0),
+        (row(slower=1.07), 0),
         (row(slower=0.5), 0),
         (row(reason="output is off by 1"), 1),
     ],
@@ -82,8 +83,8 @@ def test_a_build_is_an_interpreter_an_environment_or_a_folder(build, tmp_path):
 
 
 def test_builds_are_measured_by_this_harness_and_not_by_their_own(build):
-    """The copy's harness is broken; its kernels are what runs."""
-    (build / "vitkern" / "bench" / "run.py").write_text("raise ImportError('the harness of the build')")
+    """The copy is from before there was a harness; its kernels are what runs."""
+    shutil.rmtree(build / "vitkern" / "bench")
     process = live.Process(live.Build.at("A", str(build)))
     try:
         found = process.ask("hello", threads=1)

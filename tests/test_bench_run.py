@@ -30,7 +30,8 @@ def quick(monkeypatch):
         monkeypatch.setitem(OPS, name, small)
     monkeypatch.setitem(ceilings.COPIED, "cpu", [2**12, 2**14])
     monkeypatch.setitem(ceilings.PRODUCT, "cpu", 16)
-    monkeypatch.setattr(ceilings, "_ANCHOR_SIZE", {"gather": {"cpu": 4}, "product": {"cpu": 4}})
+    sizes = dict.fromkeys(("image", "places", "product"), {"cpu": 4})
+    monkeypatch.setattr(ceilings, "_ANCHOR_SIZE", sizes)
     monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(run, "ROUNDS", 3)
 

@@ -44,7 +44,7 @@ class Work:
         return lambda *tensors: self.vitkern(*tensors, backend=backend)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     name: str
     cases: Mapping[str, Case]
