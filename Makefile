@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two workers must not build the emulated kernels at once.
 PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" $(BIN)/python -m pytest
-PARALLEL := --numprocesses auto --maxprocesses 4
+PARALLEL := --numprocesses auto --maxprocesses 4 -p no:benchmark
 PYTHON_FILES := python triton_kernels tests benchmarks examples
 
 .DELETE_ON_ERROR:

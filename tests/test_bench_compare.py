@@ -153,6 +153,12 @@ def test_builds_take_turns_abba_and_the_slow_one_is_named(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "1 slower"
 
 
+@pytest.mark.parametrize("option", ["--launches", "--rounds"])
+def test_nothing_at_all_is_no_comparison(option, capsys):
+    assert main(["bench", "compare", "--live", sys.executable, sys.executable, option, "0"]) == 2
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_a_wrong_build_gets_no_verdict(monkeypatch):
     class Wrong(Scripted):
         def ask(self, do: str, **question: object) -> dict[str, object]:

@@ -30,7 +30,7 @@ def quick(monkeypatch):
         monkeypatch.setitem(OPS, name, small)
     monkeypatch.setitem(ceilings.COPIED, "cpu", [2**12, 2**14])
     monkeypatch.setitem(ceilings.PRODUCT, "cpu", 16)
-    sizes = dict.fromkeys(("image", "places", "product"), {"cpu": 4})
+    sizes = {what: {"cpu": 4} for what in ("gather", "product")}
     monkeypatch.setattr(ceilings, "_ANCHOR_SIZE", sizes)
     monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(run, "ROUNDS", 3)
@@ -178,6 +178,7 @@ def test_filters_leave_what_was_asked_for(tmp_path):
     [
         (["--op", "msda"], "no op is called msda; there are ms_deform_attn, "),
         (["--case", "huge"], "no case is called huge; there are tiny"),
+        (["--case", "tiny", "--case", "hug*"], "no case is called hug*; there are tiny"),
         (["--dtype", "int8"], "no dtype is called int8; there are fp32, bf16, fp16, fp64"),
         (["--pass", "up"], "no pass is called up; there are forward, backward, both"),
         (["--backend", "mps"], "no backend is called mps; there are cpu, cuda, triton, reference, torch"),
@@ -190,6 +191,12 @@ def test_what_there_is_not_is_refused_in_one_sentence(arguments, sentence, capsy
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
     assert said.startswith(f"vitkern bench: {sentence}")
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert bench("run", "--op", "token_pool", "--json", tmp_path / "file" / "out.json") == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,14 @@ def test_wheel_imports_and_runs_from_another_folder(elsewhere, tmp_path):
     assert "it was built with VITKERN_CUDA=OFF" in text
 
 
+def test_wheel_measures_itself(elsewhere, tmp_path):
+    rows = "--op token_project --case vt-resnet18 --dtype fp32 --pass forward --device cpu --seconds 0.1"
+    run = f"-m vitkern bench run {rows} --json out.json"
+    assert "0 FAILED" in python(*run.split(), executable=elsewhere, cwd=tmp_path)
+    python("-m", "vitkern", "bench", "report", "out.json", executable=elsewhere, cwd=tmp_path)
+    assert (tmp_path / "out.html").exists()
+
+
 @pytest.mark.parametrize("module", ["triton", "matplotlib", "numpy"])
 def test_wheel_imports_without(module, elsewhere, tmp_path):
     program = f"import sys; sys.modules[{module!r}] = None; import vitkern; vitkern.ms_deform_attn"

@@ -123,24 +123,23 @@ def _bytes(tensor: Tensor) -> int:
 
 # Kernels of torch, of fixed size, that are timed in turn with each row, so that runs of different hours can be
 # compared: a neighbour or a warm processor slows both. Of like character: what slows gathers need not slow products.
-# So the image is no smaller than feature pyramids are, and comes out of the cache that neighbours share.
+# They are small enough to stay in a core's own cache: out of the shared one, their own times would swing by half.
 ANCHORS = {
     "gather": "torch.nn.functional.grid_sample, float32, 32 channels, random places",
     "product": "torch.mm, float32, square",
 }
-_ANCHOR_SIZE = {  # rows and columns
-    "image": {"cpu": 256, "cuda": 1024},
-    "places": {"cpu": 96, "cuda": 1024},
+_ANCHOR_SIZE = {
+    "gather": {"cpu": 96, "cuda": 1024},
     "product": {"cpu": 384, "cuda": 4096},
-}
+}  # rows and columns
 
 
 def anchor(name: str, device: torch.device) -> Run:
-    sizes = {what: size[device.type] for what, size in _ANCHOR_SIZE.items()}
+    size = _ANCHOR_SIZE[name][device.type]
     generator = torch.Generator().manual_seed(0)
     if name == "product":
-        left, right = torch.randn(2, sizes["product"], sizes["product"], generator=generator).to(device)
+        left, right = torch.randn(2, size, size, generator=generator).to(device)
         return functools.partial(torch.mm, left, right)
-    image = torch.randn(1, 32, sizes["image"], sizes["image"], generator=generator).to(device)
-    places = torch.rand(1, sizes["places"], sizes["places"], 2, generator=generator).to(device)
+    image = torch.randn(1, 32, size, size, generator=generator).to(device)
+    places = torch.rand(1, size, size, 2, generator=generator).to(device)
     return functools.partial(torch.nn.functional.grid_sample, image, 2 * places - 1, align_corners=False)

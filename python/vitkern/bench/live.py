@@ -80,6 +80,9 @@ def compare_builds(
     path_a: str, path_b: str, request: Request, *, launches: int, rounds: int, smallest: float
 ) -> list[Compared]:
     """Print and return the verdicts. Interrupted, on what there is."""
+    for option, count in (("--launches", launches), ("--rounds", rounds)):
+        if count < 1:
+            raise BenchError(f"{option} must be at least 1, got {count}")
     builds = Build.at("A", path_a), Build.at("B", path_b)
     keys = _keys(request)
     taken: dict[tuple[Any, ...], list[Pairs]] = {key: [] for key in keys}

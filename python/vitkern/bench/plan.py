@@ -69,6 +69,11 @@ def plan(request: Request) -> list[Subject]:
     wanted = _known("backend", request.backends, BACKENDS)
     if request.batch is not None and request.batch < 1:
         raise BenchError(f"--batch must be at least 1, got {request.batch}")
+    # Each op has other cases, so a name is unknown only if none of the ops has it.
+    known = sorted({name for op in ops for name in OPS[op].cases})
+    for asked in request.cases:
+        if not fnmatch.filter(known, asked):
+            raise BenchError(f"no case is called {asked}; there are {', '.join(known)}")
     subjects = []
     for op in (OPS[name] for name in ops):
         for name in _cases(op, request):
@@ -76,10 +81,6 @@ def plan(request: Request) -> list[Subject]:
             for dtype in dtypes:
                 able = _backends(wanted, device, dtype)
                 subjects.append(Subject(op, case, dtype, device, able, tuple(passes), batch))
-    if not subjects:
-        # Each op has other cases, so a name is unknown only if none of the ops has it.
-        names = sorted({name for op in ops for name in OPS[op].cases})
-        raise BenchError(f"no case is called {' or '.join(request.cases)}; there are {', '.join(names)}")
     return subjects
 
 

@@ -46,9 +46,12 @@ def short(dtype: str) -> str:
 def write(path: Path, record: Record) -> None:
     """In one step: a reader, or a kill in the middle, never meets half a file."""
     beside = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(_finite(record), indent=1) + "\n")
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(_finite(record), indent=1) + "\n")
+        os.replace(beside, path)
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error}") from None
 
 
 def _finite(value: Any) -> Any:
