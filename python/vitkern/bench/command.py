@@ -38,10 +38,10 @@ def add_to(commands: Any) -> None:
     compare.add_argument("--fail-on", choices=["slower"], help="exit with 1 if a row is, or fails its check")
     compare.add_argument("--anyway", action="store_true", help="compare files of different machines")
     compare.add_argument(
-        "--launches", type=int, default=5, help="with --live: new processes so often (default 5)"
+        "--launches", type=int, default=7, help="with --live: new processes so often (default 7)"
     )
     compare.add_argument(
-        "--rounds", type=int, default=5, help="with --live: of a row in a launch (default 5)"
+        "--rounds", type=int, default=4, help="with --live: of a row in a launch (default 4)"
     )
     _add_filters(compare, "with --live: ")
     compare.set_defaults(run=_compare)
