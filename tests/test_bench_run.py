@@ -145,6 +145,24 @@ def test_an_interrupted_run_keeps_what_was_measured(groups, visits, tmp_path, ca
     assert f"interrupted: {len(visits)} rows" in capsys.readouterr().out
 
 
+def test_a_run_that_breaks_keeps_what_was_measured(tmp_path, monkeypatch):
+    """Memory that runs out in the middle is an error, and the file says that it is not all."""
+    measured = []
+
+    def breaks(*arguments: object, **options: object):
+        if measured:
+            raise MemoryError("no more")
+        measured.append(measure.interleaved(*arguments, **options))
+        return measured[-1]
+
+    monkeypatch.setattr(run, "interleaved", breaks)
+    path = tmp_path / "out.json"
+    with pytest.raises(MemoryError):
+        bench("run", "--op", "token_pool", "--backend", "cpu", "--json", path)
+    record = store.read(path)
+    assert (record["status"], len(record["rows"])) == ("interrupted", 1)
+
+
 def test_the_file_is_whole_at_any_time(tmp_path, monkeypatch):
     """After each group there is a file that reads, marked as of a run that goes on."""
     path, seen = tmp_path / "out.json", []

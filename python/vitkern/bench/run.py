@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,7 +40,6 @@ def run(
 ) -> store.Record:
     """All that is asked for. Interrupted, it ends in order with what there is."""
     subjects = plan(request)
-    device = subjects[0].device
     started = time.monotonic()
     record: store.Record = {
         "schema": store.SCHEMA,
@@ -63,38 +62,44 @@ def run(
             store.write(path, record)
 
     save("running")
-    groups: list[Group] = []
-    share = (seconds or SECONDS[request.quick]) / VISITS
-    steps = 1 + sum(1 + VISITS * len(subject.passes) for subject in subjects)
-    with Progress(steps) as progress:
-        try:
-            progress.step("what the machine can do")
-            machine = Machine(device, {subject.dtype for subject in subjects})
-            machine.measure(ROUNDS_OF_CEILINGS)
-            record["ceilings"] = machine.ceilings
-            for visit in range(VISITS):
-                for subject in subjects:
-                    where = f"{subject.op.name} {subject.case.name} {store.short(str(subject.dtype)[6:])}"
-                    work = subject.op.make(subject.case, subject.dtype, subject.device.type)
-                    if visit == 0:
-                        progress.step(f"{where}: check")
-                        groups += checked_groups(subject, work)
-                    for group in (group for group in groups if group.subject is subject):
-                        progress.step(f"{where}: {group.what}")
-                        group.measure(work, share)
-                        if visit == 0:
-                            record["rows"] += group.rows
-                        save("running")
-                    machine.measure()
-        except KeyboardInterrupt:
-            save("interrupted")
-        else:
-            save("complete")
+    try:
+        for _ in _steps(subjects, (seconds or SECONDS[request.quick]) / VISITS, record):
+            save("running")
+    except BaseException as error:  # whatever ends it, what was measured is there
+        save("interrupted")
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+    else:
+        save("complete")
     print(in_words(record["environment"]))
     print(HEADING)
     for row in record["rows"]:
         print(line(row, record["rows"]))
     return record
+
+
+def _steps(subjects: Sequence[Subject], seconds: float, record: store.Record) -> Iterator[None]:
+    """Fill the record; after each step it could be written."""
+    machine = Machine(subjects[0].device, {subject.dtype for subject in subjects})
+    groups: dict[Subject, list[Group]] = {}
+    with Progress(1 + sum(1 + VISITS * len(subject.passes) for subject in subjects)) as progress:
+        progress.step("what the machine can do")
+        machine.measure(ROUNDS_OF_CEILINGS)
+        record["ceilings"] = machine.ceilings
+        for visit in range(VISITS):
+            for subject in subjects:
+                where = f"{subject.op.name} {subject.case.name} {store.short(str(subject.dtype)[6:])}"
+                work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+                if visit == 0:
+                    progress.step(f"{where}: check")
+                    groups[subject] = checked_groups(subject, work)
+                for group in groups[subject]:
+                    progress.step(f"{where}: {group.what}")
+                    group.measure(work, seconds)
+                    if visit == 0:
+                        record["rows"] += group.rows
+                    yield
+                machine.measure()
 
 
 @dataclass(frozen=True)
