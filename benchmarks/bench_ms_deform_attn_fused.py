@@ -14,22 +14,11 @@ from torch import Tensor
 
 import vitkern
 from benchmarks.harness import arguments, machine
-from vitkern.bench.cases import CASES, MsDeformAttnCase, make_inputs
+from vitkern.bench.cases import CASES, MsDeformAttnCase
 from vitkern.bench.measure import forward_backward, interleaved
+from vitkern.bench.workloads import fused_inputs, places_of
 
 NAMES = ("detr-encoder", "detr-decoder", "injector-B512", "extractor-B512", "rtdetr-decoder", "m2f-512")
-
-
-def make(case: MsDeformAttnCase, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """Value, reference points at the middle of each query's near locations, offsets that lead there, logits."""
-    inputs = make_inputs(case, dtype=torch.float64)
-    places = inputs.sampling_locations  # [1, Q, M, L, P, 2]
-    reference = places.mean((2, 4))  # [1, Q, L, 2]
-    sizes = inputs.spatial_shapes.flip(-1)[:, None]
-    offsets = (places - reference[:, :, None, :, None]) * sizes
-    logits = torch.randn(inputs.attention_weights.flatten(3).shape)
-    tensors = (inputs.value.to(dtype), reference.float(), offsets.to(dtype), logits.to(dtype))
-    return tensors, (inputs.spatial_shapes, inputs.level_start_index)
 
 
 def fused(tables: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
@@ -41,8 +30,7 @@ def fused(tables: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
 def usual(tables: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
     def run(value, reference, offsets, logits):
         weights = logits.softmax(-1).view(offsets.shape[:-1])
-        locations = reference[:, :, None, :, None] + offsets / tables[0].flip(-1)[:, None]
-        return vitkern.ms_deform_attn(value, *tables, locations, weights)
+        return vitkern.ms_deform_attn(value, *tables, places_of(reference, offsets, tables[0]), weights)
 
     return run
 
@@ -80,7 +68,7 @@ def main() -> None:
 
 
 def measure(case: MsDeformAttnCase, dtype: torch.dtype, what: str, seconds: float) -> str:
-    tensors, tables = make(case, dtype)
+    tensors, tables = fused_inputs(case, dtype)
     variants = {"usual": usual(tables), "flat": flat(tables), "fused": fused(tables)}
     if not agree(variants, tensors):
         return "  results differ: not timed"

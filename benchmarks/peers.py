@@ -22,12 +22,11 @@ import vitkern
 from vitkern import reference
 from vitkern.bench.cases import CASES, MsDeformAttnInputs, make_inputs
 from vitkern.bench.verify import LIMITS, relative_error
+from vitkern.bench.workloads import inside_a_cell
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of value, locations, weights: [B, Q, M * D]
 IM2COL_STEP = 64
 RESULTS = ("output", "gradient of value", "gradient of locations", "gradient of weights")
-# From the edge of a cell, in pixels, the gradient of locations is compared: it jumps there, and two may round apart.
-EDGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,8 @@ def _results(attention: Attention, inputs: MsDeformAttnInputs) -> list[Tensor]:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.differentiable()]
     output = attention(*leaves)
     grad_value, grad_locations, grad_weights = torch.autograd.grad(output.float().sum(), leaves)
-    sizes = inputs.spatial_shapes.flip(1)[:, None]  # (x, y), as locations are
-    pixel = inputs.sampling_locations.double() * sizes - 0.5
-    inside_a_cell = ((pixel - pixel.round()).abs() > EDGE).all(-1, keepdim=True)
-    return [output, grad_value, torch.where(inside_a_cell, grad_locations, 0), grad_weights]
+    inside = inside_a_cell(inputs.sampling_locations, inputs.spatial_shapes)
+    return [output, grad_value, torch.where(inside, grad_locations, 0), grad_weights]
 
 
 def oracle_of(inputs: MsDeformAttnInputs) -> list[Tensor]:
