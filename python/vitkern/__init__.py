@@ -15,9 +15,12 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "nn",
+    "patch",
+    "patched",
     "token_pool",
     "token_project",
     "uninstall",
+    "unpatch",
 ]
 
 try:
@@ -32,6 +35,7 @@ try:
         token_project,
     )
     from vitkern.models import create_model, list_models
+    from vitkern.patching import patch, patched, unpatch
 except ImportError as error:
     # `vitkern doctor` has to run where the compiled module or torch does not load; every other use says why it cannot.
     _cause = error

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forwards that take the place of those of other projects: same arguments by name, same results.
+
+Each gives NotImplemented where only the original forward knows what to do: it then runs, and says what is wrong if so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkern.functional import ms_deform_attn, ms_deform_attn_fused
+
+Layer = Any  # a module of another project
+Shapes = Tensor | Sequence[tuple[int, int]]  # of levels, as (height, width)
+
+# The sampling of RT-DETR v2 and its kin, and what it is called here.
+METHODS = {"default": "bilinear", "discrete": "nearest"}
+
+
+def transformers(
+    padding: bool,  # whether True in the mask is padding
+    layer: Layer,
+    hidden_states: Any = None,  # [B, Q, C]
+    attention_mask: Tensor | None = None,  # [B, S]
+    encoder_hidden_states: Any = None,  # [B, S, C]
+    position_embeddings: Tensor | None = None,
+    reference_points: Any = None,
+    spatial_shapes: Any = None,
+    spatial_shapes_list: Any = None,
+    **_: Any,
+) -> Any:
+    """Softmax runs once more than needed: the weights are given back, and who will read them cannot be known."""
+    shapes = _shapes(spatial_shapes_list, spatial_shapes)
+    if (
+        shapes is None
+        or not _are_reference_points(reference_points)
+        or _is_hooked(getattr(layer, "attn", None))
+    ):
+        return NotImplemented
+    if position_embeddings is not None:
+        hidden_states = hidden_states + position_embeddings
+    value = layer.value_proj(encoder_hidden_states)
+    if attention_mask is not None:
+        value = value.masked_fill((attention_mask if padding else ~attention_mask)[..., None], 0.0)
+    sizes = (layer.n_heads, layer.n_levels, layer.n_points)
+    output, logits = _attend(layer, hidden_states, value, shapes, reference_points, sizes)
+    return layer.output_proj(output), logits.softmax(-1).view(*logits.shape[:-1], *sizes[1:])
+
+
+def transformers_v2(
+    layer: Layer,
+    hidden_states: Any = None,  # [B, Q, C]
+    attention_mask: Tensor | None = None,  # [B, S], True where the value is valid
+    encoder_hidden_states: Any = None,  # [B, S, C]
+    position_embeddings: Tensor | None = None,
+    reference_points: Any = None,  # [B, Q, 1, 4]
+    spatial_shapes: Any = None,
+    spatial_shapes_list: Any = None,
+    **_: Any,
+) -> Any:
+    """RT-DETR v2, D-FINE and DEIM v2. Not fused: how far offsets reach is in a buffer that checkpoints bring along."""
+    v2 = hasattr(layer, "n_points_list")
+    points = layer.n_points_list if v2 else layer.num_points_list
+    reach = layer.n_points_scale if v2 else layer.num_points_scale
+    method = layer.method if v2 else layer.decoder_method
+    shapes = _shapes(spatial_shapes_list, spatial_shapes)
+    if shapes is None or method not in METHODS or not _are_reference_points(reference_points, (4,)):
+        return NotImplemented
+    if position_embeddings is not None:
+        hidden_states = hidden_states + position_embeddings
+    value = layer.value_proj(encoder_hidden_states) if v2 else encoder_hidden_states
+    if attention_mask is not None:
+        value = value.masked_fill(~attention_mask[..., None], 0.0)
+    offsets = layer.sampling_offsets(hidden_states).unflatten(-1, (layer.n_heads, sum(points), 2))
+    weights = layer.attention_weights(hidden_states).unflatten(-1, (layer.n_heads, sum(points))).softmax(-1)
+    boxes = reference_points[:, :, None]
+    reach = reach.to(hidden_states.dtype)[:, None]
+    locations = boxes[..., :2] + offsets * reach * boxes[..., 2:] * layer.offset_scale
+    output = core_v2(value.unflatten(-1, (layer.n_heads, -1)), shapes, locations, weights, points, method)
+    return layer.output_proj(output) if v2 else output, weights
+
+
+def deformable_detr(
+    layer: Layer,
+    query: Any = None,  # [B, Q, C]
+    reference_points: Any = None,
+    input_flatten: Any = None,  # [B, S, C]
+    input_spatial_shapes: Any = None,
+    input_level_start_index: Tensor | None = None,
+    input_padding_mask: Tensor | None = None,  # [B, S], True where the input is padding
+) -> Any:
+    if input_spatial_shapes is None or not _are_reference_points(reference_points):
+        return NotImplemented
+    value = layer.value_proj(input_flatten)
+    if input_padding_mask is not None:
+        value = value.masked_fill(input_padding_mask[..., None], 0.0)
+    sizes = (layer.n_heads, layer.n_levels, layer.n_points)
+    output, _ = _attend(layer, query, value, input_spatial_shapes, reference_points, sizes)
+    return layer.output_proj(output)
+
+
+def mmcv(
+    adds: bool,  # whether what was given is added to the result, after dropout
+    layer: Layer,
+    query: Any = None,  # [Q, B, C], or [B, Q, C] with batch_first
+    key: Tensor | None = None,
+    value: Any = None,  # [S, B, C] or [B, S, C]
+    identity: Tensor | None = None,
+    query_pos: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,  # [B, S], True where value is padding
+    reference_points: Any = None,
+    spatial_shapes: Any = None,
+    level_start_index: Tensor | None = None,
+    **others: Any,
+) -> Any:
+    deprecated = "residual" in others  # what mmcv once called identity
+    if query is None or spatial_shapes is None or deprecated or not _are_reference_points(reference_points):
+        return NotImplemented
+    value = query if value is None else value
+    identity = query if identity is None else identity
+    if query_pos is not None:
+        query = query + query_pos
+    if not layer.batch_first:
+        query, value = query.transpose(0, 1), value.transpose(0, 1)
+    value = layer.value_proj(value)
+    if key_padding_mask is not None:
+        value = value.masked_fill(key_padding_mask[..., None], 0.0)
+    sizes = (layer.num_heads, layer.num_levels, layer.num_points)
+    output, _ = _attend(layer, query, value, spatial_shapes, reference_points, sizes)
+    output = layer.output_proj(output)
+    if not layer.batch_first:
+        output = output.transpose(0, 1)
+    return layer.dropout(output) + identity if adds else output
+
+
+def core(
+    layer: Layer,
+    value: Tensor,
+    value_spatial_shapes: Shapes,
+    value_spatial_shapes_list: Shapes,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """The core of most layers of transformers, a layer of its own."""
+    shapes = _shapes(value_spatial_shapes_list, value_spatial_shapes)
+    return ms_deform_attn(value, shapes, None, sampling_locations, attention_weights)
+
+
+def core_of_four(
+    value: Tensor, value_spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """The core of Mask2Former and OneFormer in transformers."""
+    return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
+
+
+def core_v2(
+    value: Tensor,  # [B, S, M, D]
+    value_spatial_shapes: Shapes,
+    sampling_locations: Tensor,  # [B, Q, M, K, 2]
+    attention_weights: Tensor,  # [B, Q, M, K]
+    num_points_list: Sequence[int],
+    method: str = "default",
+) -> Tensor:
+    """The core of RT-DETR v2, whose levels may have their own numbers of points."""
+    if method == "discrete":  # no gradient at all: an optimizer would also decay what receives zeros
+        sampling_locations = sampling_locations.detach()
+    inputs = (value, value_spatial_shapes, None, sampling_locations, attention_weights)
+    return ms_deform_attn(*inputs, points_per_level=num_points_list, method=METHODS[method])
+
+
+def _attend(
+    layer: Layer,
+    query: Tensor,  # [B, Q, C]
+    value: Tensor,  # [B, S, M * D]
+    shapes: Shapes,
+    reference_points: Tensor,  # [B | 1, Q, L | 1, 2 | 4]
+    sizes: tuple[int, int, int],  # M, L, P
+) -> tuple[Tensor, Tensor]:  # [B, Q, M * D], and the logits [B, Q, M, L * P]
+    heads, levels, points = sizes
+    offsets = layer.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
+    logits = layer.attention_weights(query).unflatten(-1, (heads, levels * points))
+    value = value.unflatten(-1, (heads, -1))
+    return ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits), logits
+
+
+def _are_reference_points(given: Any, last: tuple[int, ...] = (2, 4)) -> bool:
+    return isinstance(given, Tensor) and given.dim() == 4 and given.shape[-1] in last
+
+
+def _is_hooked(core: nn.Module | None) -> bool:
+    """Whether somebody listens to the core, which then has to be called."""
+    return core is not None and bool(core._forward_hooks or core._forward_pre_hooks or core._backward_hooks)
+
+
+def _shapes(listed: Any, tensor: Any) -> Any:
+    """Numbers on the host are quickest, but a graph would hold them; with the tensor it is good for other sizes."""
+    if listed is None or (tensor is not None and torch.compiler.is_compiling()):
+        return tensor
+    return listed

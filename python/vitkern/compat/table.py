@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``vitkern.patch`` gives back: which layers now run on which kernel, and which do not and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """Layers of one class, at places that differ in numbers alone."""
+
+    place: str  # "model.encoder.layers.*.self_attn"
+    was: str  # a class or function
+    now: str  # a function of this package
+    paths: tuple[str, ...]  # every place
+
+    @property
+    def fused(self) -> bool:
+        """Whether softmax and locations are worked out in the kernel, too."""
+        return self.now.endswith("_fused")
+
+
+class Left(NamedTuple):
+    """What looks like such a layer but stays as it is."""
+
+    path: str
+    was: str
+    reason: str
+
+
+class Table:
+    """What was replaced, row by row; ``left`` has what was not, and why. Without rows it is false."""
+
+    def __init__(self, replaced: Iterable[tuple[str, str, str]], left: Iterable[Left] = ()) -> None:
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for path, was, now in replaced:
+            groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path), was, now), []).append(path)
+        self.rows = tuple(Row(*group, tuple(paths)) for group, paths in groups.items())
+        self.left = tuple(left)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        lines = ["nothing was replaced"]
+        if self.rows:
+            cells = [("where", "was", "is now", "layers")]
+            cells += [(row.place, row.was, row.now, str(len(row.paths))) for row in self.rows]
+            widths = [max(map(len, column)) for column in zip(*cells)]
+            lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        lines += [f"left as it is: {path} ({was}): {reason}" for path, was, reason in self.left]
+        return "\n".join(lines)
+
+    __repr__ = __str__

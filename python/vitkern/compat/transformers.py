@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vitkern.patch("transformers")``: the classes and functions of the library itself, so that all its models follow.
+
+What is imported already is changed at once, the rest when it is imported: transformers loads each family by itself.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from vitkern.compat import forms, layers
+from vitkern.compat.table import Table
+
+KNOWN_RELEASES = "4.57 to 5.23"
+
+# What each family calls its layer, less "MultiscaleDeformableAttention".
+FAMILIES = {
+    "d_fine": "DFine",
+    "deformable_detr": "DeformableDetr",
+    "deimv2": "Deimv2",
+    "grounding_dino": "GroundingDino",
+    "lw_detr": "LwDetr",
+    "mask2former": "Mask2FormerPixelDecoderEncoder",
+    "mm_grounding_dino": "MMGroundingDino",
+    "omdet_turbo": "OmDetTurbo",
+    "oneformer": "OneFormerPixelDecoderEncoder",
+    "pp_doclayout_v2": "PPDocLayoutV2",
+    "pp_doclayout_v3": "PPDocLayoutV3",
+    "pp_doclayout_v4": "PPDocLayoutV4",
+    "rf_detr": "RfDetr",
+    "rt_detr": "RTDetr",
+    "rt_detr_v2": "RTDetrV2",
+}
+_FAMILY_OF = {f"transformers.models.{family}.modeling_{family}": family for family in FAMILIES}
+
+_NOT_FUSED = ("d_fine", "deimv2", "rt_detr_v2")
+_CORE_CLASS = "MultiScaleDeformableAttention"
+
+# The functions that some layers look up in their module at each call. D-FINE and DEIM v2 bind theirs to each layer,
+# where ours would outlast the patch: to replace the forward, which then does not call it, is enough.
+_FUNCTIONS = {
+    "mask2former": ("multi_scale_deformable_attention", layers.core_of_four),
+    "oneformer": ("multi_scale_deformable_attention", layers.core_of_four),
+    "rt_detr_v2": ("multi_scale_deformable_attention_v2", layers.core_v2),
+}
+
+
+def _layer_of(family: str) -> str:
+    return f"{FAMILIES[family]}MultiscaleDeformableAttention"
+
+
+class Change(NamedTuple):
+    """One attribute of a class or module that gets another value."""
+
+    owner: Any
+    name: str
+    new: Any
+    kernel: str
+
+    @property
+    def place(self) -> str:
+        name: str = self.owner.__module__ if isinstance(self.owner, type) else self.owner.__name__
+        return name.rpartition(".")[0]
+
+    @property
+    def label(self) -> str:
+        return self.owner.__name__ if isinstance(self.owner, type) else self.name
+
+
+def _changes_of(module: ModuleType) -> list[Change]:
+    """All that changes in a family's module. Raises if any of it is not as it is known here."""
+    family = _FAMILY_OF[module.__name__]
+    changes = [_change_of_forward(module, _layer_of(family), forms.FORMS)]
+    if hasattr(module, _CORE_CLASS):
+        changes.append(_change_of_forward(module, _CORE_CLASS, (forms.CORE,)))
+    if family in _FUNCTIONS:
+        name, function = _FUNCTIONS[family]
+        if not forms.is_core(_named(module, name)):
+            raise _unknown(f"{module.__name__}.{name} samples in another way")
+        changes.append(Change(module, name, function, "ms_deform_attn"))
+    return changes
+
+
+def _named(module: ModuleType, name: str) -> Any:
+    if not hasattr(module, name):
+        raise _unknown(f"{module.__name__} has no {name}")
+    return getattr(module, name)
+
+
+def _change_of_forward(module: ModuleType, name: str, among: tuple[forms.Form, ...]) -> Change:
+    kind = _named(module, name)
+    function = kind.forward
+    form = next((form for form in among if form.objection(function) is None), None)
+    if form is None:
+        raise _unknown(f"{name}: {forms.difference(function)}")
+    return Change(kind, "forward", forms.replacing(function, form.forward), form.kernel)
+
+
+def _unknown(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"vitkern knows transformers {KNOWN_RELEASES}, this is {_release()}: {what}. Nothing was patched."
+    )
+
+
+def _release() -> str:
+    return str(getattr(sys.modules.get("transformers"), "__version__", "another"))
+
+
+def refuse_unknown(kind: type, reason: str) -> None:
+    """Raise if a class whose forward is of no known form is one of the layers of FAMILIES, of a release not known."""
+    definer = next(each for each in kind.__mro__ if "forward" in vars(each))
+    family = _FAMILY_OF.get(definer.__module__)
+    if family is not None and definer.__name__ in (_layer_of(family), _CORE_CLASS):
+        raise _unknown(f"{definer.__name__}: {reason}")
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Sees the import of a family's module and changes it once it has been executed."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname not in _FAMILY_OF:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _apply_late(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_finder = _WhenImported()
+_undo: list[tuple[Change, Any]] = []  # each with the value it had
+
+
+def patch() -> Table:
+    """See :func:`vitkern.patch`."""
+    if _finder in sys.meta_path:
+        return Table(())
+    package = importlib.util.find_spec("transformers")
+    if package is None:
+        raise ModuleNotFoundError("vitkern.patch: transformers is not installed", name="transformers")
+    loaded = {name: _changes_of(sys.modules[name]) for name in sorted(_FAMILY_OF) if name in sys.modules}
+    models = [Path(folder) / "models" for folder in package.submodule_search_locations or ()]
+    rows = []
+    for name, family in _FAMILY_OF.items():
+        if name in loaded:
+            rows += [(change.place, change.label, change.kernel) for change in loaded[name]]
+        elif any((folder / family).is_dir() for folder in models):
+            kernel = "ms_deform_attn" if family in _NOT_FUSED else "ms_deform_attn_fused"
+            rows.append((f"{name.rpartition('.')[0]}, when imported", _layer_of(family), kernel))
+    for changes in loaded.values():
+        _apply(changes)
+    sys.meta_path.insert(0, _finder)
+    return Table(rows)
+
+
+def unpatch() -> Table:
+    """See :func:`vitkern.unpatch`."""
+    if _finder not in sys.meta_path:
+        return Table(())
+    sys.meta_path.remove(_finder)
+    rows = []
+    while _undo:
+        change, old = _undo.pop()
+        if vars(change.owner).get(change.name) is change.new:  # nobody changed it since
+            setattr(change.owner, change.name, old)
+            rows.append((change.place, f"{change.label} on {change.kernel}", change.label))
+    return Table(reversed(rows))
+
+
+def _apply(changes: list[Change]) -> None:
+    for change in changes:
+        _undo.append((change, vars(change.owner)[change.name]))
+        setattr(change.owner, change.name, change.new)
+
+
+def _apply_late(module: ModuleType) -> None:
+    if _finder not in sys.meta_path:
+        return
+    try:
+        _apply(_changes_of(module))
+    except RuntimeError as error:  # whoever imports it did not ask for anything
+        warnings.warn(str(error), stacklevel=2)

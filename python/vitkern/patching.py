@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vitkern.patch``: the kernels of this package in models that were built by other projects, and out of them again.
+
+A layer of a built model gets another class, a subclass of its own whose forward calls the kernels: it stays the same
+object, with its parameters, buffers, hooks and place in the model. Everything is worked out before anything changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from vitkern.compat import forms, transformers
+from vitkern.compat.table import Left, Table
+
+# What has parts of its own to patch: a module with `patch` and `unpatch`.
+LIBRARIES = {"transformers": transformers}
+
+Target = nn.Module | str
+
+
+def patch(target: Target) -> Table:
+    """Run multi-scale deformable attention of a built model, or of a library, on this package's kernels.
+
+    Args:
+        target: a model of any project, wrapped or not, whose layers are known by their code: those of Deformable-DETR,
+            ViT-Adapter, DINO, Mask2Former, GroundingDINO, detrex, mmcv and transformers, and their copies. Or
+            ``"transformers"``: all its models, those built before and those built later.
+
+    Returns:
+        A table of what was replaced, to be printed: empty where there was nothing, or nothing left to do.
+
+    Weights, ``state_dict``, hooks and optimizers stay valid. A layer that cannot be replaced stays, and the table says
+    why. If anything fails, nothing has changed. ``vitkern.unpatch`` undoes it.
+
+    Example:
+        >>> model = DeformableDetrForObjectDetection(config)
+        >>> print(vitkern.patch(model))
+    """
+    if isinstance(target, nn.Module):
+        return _patch_model(target)
+    return _library(target).patch()
+
+
+def unpatch(target: Target) -> Table:
+    """Undo :func:`patch`, for the same model or library. Returns a table of what was taken out."""
+    if isinstance(target, nn.Module):
+        return _unpatch_modules(_patched_modules(target))
+    return _library(target).unpatch()
+
+
+@contextmanager
+def patched(target: Target) -> Iterator[Table]:
+    """Patched inside a ``with`` block. What was patched before stays patched after."""
+    before = _patched_modules(target) if isinstance(target, nn.Module) else []
+    table = patch(target)
+    try:
+        yield table
+    finally:
+        if isinstance(target, nn.Module):
+            _unpatch_modules([place for place in _patched_modules(target) if place not in before])
+        elif table:
+            unpatch(target)
+
+
+def _library(name: object) -> Any:
+    if name not in LIBRARIES:
+        names = " or ".join(map(repr, LIBRARIES))
+        raise ValueError(
+            f"vitkern.patch takes a torch.nn.Module or the name of a library, {names}, got {name!r}"
+        )
+    return LIBRARIES[str(name)]
+
+
+def _patch_model(model: nn.Module) -> Table:
+    plan: list[tuple[str, nn.Module, forms.Form]] = []
+    left: list[Left] = []
+    cores: set[int] = set()  # of layers that will not call them
+    for path, module in model.named_modules():
+        function = type(module).forward
+        if forms.is_ours(function) or id(module) in cores:
+            continue
+        form = forms.form_of(function)
+        if form is None and not forms.is_such_a_layer(module):
+            continue
+        reason = _objection(module, form)
+        if form is None or reason is not None:
+            left.append(Left(path, type(module).__name__, reason or ""))
+            continue
+        plan.append((path, module, form))
+        cores.add(id(getattr(module, form.core or "", None)))
+
+    done: list[tuple[str, nn.Module]] = []
+    table = Table([(path, type(module).__name__, form.kernel) for path, module, form in plan], left)
+    try:
+        for path, module, _ in plan:
+            _change_class(module, _patched_class(type(module)))
+            done.append((path, module))
+    except BaseException:
+        _unpatch_modules(done)
+        raise
+    return table
+
+
+def _objection(module: nn.Module, form: forms.Form | None) -> str | None:
+    """None if a layer can be replaced, else why not. Raises where the code of a library is not the one known here."""
+    kind = type(module)
+    if form is None:
+        reason = forms.difference(kind.forward)
+        transformers.refuse_unknown(kind, reason)
+        return reason
+    own = vars(module).get("forward")
+    if own is not None and not _is_a_bound(own, module, kind.forward):
+        return "its forward was set on the layer itself: patch before whatever did that"
+    return form.objection_to_core(module, kind.forward)
+
+
+def _is_a_bound(own: object, module: nn.Module, function: Callable[..., Any]) -> bool:
+    """transformers 4 leaves a layer's own method behind in its attributes, where it wrapped it for a while."""
+    return isinstance(own, MethodType) and own.__self__ is module and own.__func__ is function
+
+
+def _change_class(module: nn.Module, kind: Any) -> None:
+    vars(module).pop("forward", None)  # the bound method of the class that it had
+    module.__class__ = kind
+
+
+def _make_patched_class(kind: Any) -> Any:
+    """The subclass that a layer of this class becomes. It keeps the name, by which others look layers up."""
+    form = forms.form_of(kind.forward)
+    assert form is not None
+    namespace = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "__reduce_ex__": _reduce,
+        "forward": forms.replacing(kind.forward, form.forward),
+        "extra_repr": lambda self: f"on vitkern.{form.kernel}",
+        "patched_from": kind,
+    }
+    return type(kind)(kind.__name__, (kind,), namespace)
+
+
+_patched_class: Callable[[Any], Any] = functools.cache(_make_patched_class)
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickled as the class that it comes from and the wish to be patched: no file can name a class made on the fly."""
+    kind = type(module).patched_from  # type: ignore[attr-defined]
+    reduced: Any = super(type(module), module).__reduce_ex__(protocol)
+    make, arguments, *state = reduced
+    return _remade, (kind, make, *(kind if each is type(module) else each for each in arguments)), *state
+
+
+def _remade(kind: Any, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """A layer out of a pickle: patched if its class still is what it was, else as the library has it by now."""
+    module = make(*arguments)
+    if type(module) is kind and forms.form_of(kind.forward) is not None and not forms.is_ours(kind.forward):
+        module.__class__ = _patched_class(kind)
+    return module
+
+
+def _patched_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, module) for path, module in model.named_modules() if "patched_from" in vars(type(module))]
+
+
+def _unpatch_modules(modules: list[tuple[str, nn.Module]]) -> Table:
+    places = []
+    for path, module in modules:
+        kind = type(module).patched_from  # type: ignore[attr-defined]
+        form = forms.form_of(kind.forward)
+        places.append((path, f"{kind.__name__} on {form.kernel if form else 'vitkern'}", kind.__name__))
+        _change_class(module, kind)
+    return Table(places)
