@@ -2,7 +2,9 @@
 """Every family of transformers with multi-scale deformable attention computes the same, patched and unpatched."""
 
 import contextlib
+import copy
 import importlib
+import pickle
 import subprocess
 import sys
 from unittest import mock
@@ -70,7 +72,10 @@ def check_layers(model, given):
     table = vitkern.patch(model)
     assert not table.left and {path for row in table for path in row.paths} == set(calls) != set()
     for path, layer in layers_of(model).items():
-        (output, weights, gradients), (ours, our_weights, our_gradients) = before[path], run(layer, *calls[path])
+        (output, weights, gradients), (ours, our_weights, our_gradients) = (
+            before[path],
+            run(layer, *calls[path]),
+        )
         torch.testing.assert_close(ours, output, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(our_weights, weights, atol=1e-6, rtol=1e-5)
         for key, gradient in gradients.items():
@@ -121,12 +126,8 @@ def test_whole_output(family, target):
         found = outputs(model, given, choices)
     assert table and found.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, atol=1e-4, rtol=1e-4, msg=lambda text: f"{key}: {text}")
-    with torch.no_grad():
-        calls = recorded(model, given)
-    for path, layer in layers_of(model).items():  # out again
-        assert not forms.is_ours(type(layer).forward), path
-    assert calls
+        torch.testing.assert_close(found[key], tensor, atol=1e-4, rtol=1e-4)
+    assert not any(forms.is_ours(layer.forward) for layer in layers_of(model).values())
 
 
 def test_attentions_are_those_of_the_unpatched_model(family):
@@ -170,9 +171,7 @@ def labels_of(family, seed):
         return dict(pixel_values=images, mask_labels=list(masks), class_labels=list(classes))
     boxes = torch.rand(2, 3, 4, generator=generator) * 0.2 + 0.3
     classes = torch.randint(0, 2, (2, 3), generator=generator)
-    return dict(
-        pixel_values=images, labels=[dict(class_labels=c, boxes=b) for c, b in zip(classes, boxes)]
-    )
+    return dict(pixel_values=images, labels=[dict(class_labels=c, boxes=b) for c, b in zip(classes, boxes)])
 
 
 @pytest.mark.parametrize("name", ["deformable_detr", "mask2former"])
@@ -184,6 +183,84 @@ def test_three_training_steps(name):
     assert vitkern.patch(model)
     assert losses(model, batches) == pytest.approx(expected, rel=1e-4)
     assert expected[0] != expected[2]
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "d_fine", "mask2former"])
+def test_copies(name, tmp_path):
+    model, given = build(name), inputs(name)
+    keys = list(model.state_dict())
+    vitkern.patch(model)
+    twin = copy.deepcopy(model)
+    assert all(forms.is_ours(layer.forward) for layer in layers_of(twin).values())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert list(loaded.state_dict()) == keys and vitkern.patch(loaded)
+    with torch.no_grad():
+        expected = tensors(model(**given))
+        for each in (twin, loaded):
+            found = tensors(each(**given))
+            assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_pickled_layers(family):
+    """Layers, since some whole models have hooks of the library that no pickle can hold."""
+    model = build(family)
+    vitkern.patch(model)
+    for layer in layers_of(model).values():
+        twin = pickle.loads(pickle.dumps(layer))
+        assert type(twin) is type(layer) and forms.is_ours(twin.forward)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(twin.parameters(), layer.parameters()))
+
+
+def test_compiled_layers(family):
+    torch.compiler.reset()  # all families in one process are more than it compiles one function for
+    model = build(family)
+    with torch.no_grad():
+        calls = recorded(model, inputs(family))
+        vitkern.patch(model)
+        path, layer = list(layers_of(model).items())[-1]
+        expected, found = (
+            run(*calls[path][0], **calls[path][1])[0]
+            for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True))
+        )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_model():
+    model, given = build("deformable_detr"), inputs("deformable_detr")
+    with torch.no_grad():
+        expected = tensors(model(**given))
+        vitkern.patch(model)
+        found = tensors(torch.compile(model, backend="aot_eager")(**given))
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "d_fine", "mask2former"])
+def test_layers_in_bfloat16(name):
+    """Ours is as near to the layer in float64 as the library's own in bfloat16: twice its error at most."""
+    model, given = build(name), inputs(name)
+    with torch.no_grad():
+        calls = recorded(model, given)
+    for path, layer in layers_of(model).items():
+        with torch.no_grad():
+            exact = called(copy.deepcopy(layer).double(), calls[path], torch.float64)
+            low = copy.deepcopy(layer).bfloat16()
+            theirs = called(low, calls[path], torch.bfloat16)
+            vitkern.patch(low)
+            ours = called(low, calls[path], torch.bfloat16)
+        assert ours.dtype == torch.bfloat16
+        assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+def called(layer, call, dtype):
+    positional, named = call
+    named = {
+        key: each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+        for key, each in named.items()
+    }
+    return layer(*(each.to(dtype) for each in positional), **named)[0]
 
 
 LATER = """
@@ -235,6 +312,8 @@ def test_a_release_with_another_forward(monkeypatch):
 
     monkeypatch.setattr(layer, "forward", forward)
     for target in (model, "transformers"):
-        with pytest.raises(RuntimeError, match=r"DeformableDetrMultiscale.*'attention_weights'.*Nothing was patched"):
+        with pytest.raises(
+            RuntimeError, match=r"DeformableDetrMultiscale.*'attention_weights'.*Nothing was patched"
+        ):
             vitkern.patch(target)
     assert not vitkern.unpatch(model) and not vitkern.unpatch("transformers")

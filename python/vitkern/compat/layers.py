@@ -6,6 +6,7 @@ Each gives NotImplemented where only the original forward knows what to do: it t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def transformers(
     if attention_mask is not None:
         value = value.masked_fill((attention_mask if padding else ~attention_mask)[..., None], 0.0)
     sizes = (layer.n_heads, layer.n_levels, layer.n_points)
-    output, logits = _attend(layer, hidden_states, value, shapes, reference_points, sizes)
+    output, logits = _attend(layer, hidden_states, value, (shapes, None), reference_points, sizes)
     return layer.output_proj(output), logits.softmax(-1).view(*logits.shape[:-1], *sizes[1:])
 
 
@@ -99,7 +100,8 @@ def deformable_detr(
     if input_padding_mask is not None:
         value = value.masked_fill(input_padding_mask[..., None], 0.0)
     sizes = (layer.n_heads, layer.n_levels, layer.n_points)
-    output, _ = _attend(layer, query, value, input_spatial_shapes, reference_points, sizes)
+    levels = (input_spatial_shapes, input_level_start_index)
+    output, _ = _attend(layer, query, value, levels, reference_points, sizes)
     return layer.output_proj(output)
 
 
@@ -130,7 +132,7 @@ def mmcv(
     if key_padding_mask is not None:
         value = value.masked_fill(key_padding_mask[..., None], 0.0)
     sizes = (layer.num_heads, layer.num_levels, layer.num_points)
-    output, _ = _attend(layer, query, value, spatial_shapes, reference_points, sizes)
+    output, _ = _attend(layer, query, value, (spatial_shapes, level_start_index), reference_points, sizes)
     output = layer.output_proj(output)
     if not layer.batch_first:
         output = output.transpose(0, 1)
@@ -178,15 +180,15 @@ def _attend(
     layer: Layer,
     query: Tensor,  # [B, Q, C]
     value: Tensor,  # [B, S, M * D]
-    shapes: Shapes,
+    levels: tuple[Shapes, Any],  # shapes, and first pixels or None
     reference_points: Tensor,  # [B | 1, Q, L | 1, 2 | 4]
     sizes: tuple[int, int, int],  # M, L, P
 ) -> tuple[Tensor, Tensor]:  # [B, Q, M * D], and the logits [B, Q, M, L * P]
-    heads, levels, points = sizes
-    offsets = layer.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
-    logits = layer.attention_weights(query).unflatten(-1, (heads, levels * points))
+    heads, *points = sizes
+    offsets = layer.sampling_offsets(query).unflatten(-1, (*sizes, 2))
+    logits = layer.attention_weights(query).unflatten(-1, (heads, math.prod(points)))
     value = value.unflatten(-1, (heads, -1))
-    return ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits), logits
+    return ms_deform_attn_fused(value, *levels, reference_points, offsets, logits), logits
 
 
 def _are_reference_points(given: Any, last: tuple[int, ...] = (2, 4)) -> bool:

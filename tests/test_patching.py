@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vitkern.patch of models with layers as others write them. Those of transformers are in tests/ecosystem."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import vitkern
+from tests.layers_of_others import MSDeformAttn, MultiScaleDeformableAttention
+from vitkern import patching
+
+SHAPES, STARTS = torch.tensor([[6, 5], [3, 2]]), torch.tensor([0, 30])
+
+
+class Model(nn.Module):
+    """Two layers and what stands round them."""
+
+    def __init__(self, make=MSDeformAttn):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(make() for _ in range(2))
+        self.head = nn.Linear(32, 3)
+        for layer in self.layers:
+            nn.init.normal_(layer.sampling_offsets.weight, std=0.3)
+            nn.init.normal_(layer.attention_weights.weight)
+
+    def forward(self, query, pixels, points):
+        for layer in self.layers:
+            query = query + layer(query, points, pixels, SHAPES, STARTS)
+        return self.head(query)
+
+
+def batch(last=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((2, 7, 32), (2, 36, 32), (2, 7, 2, last))
+    query, pixels, points = (torch.rand(size, generator=generator) for size in sizes)
+    return query.to(dtype), pixels.to(dtype), points.to(dtype)
+
+
+def is_patched(model):
+    return [hasattr(type(layer), "patched_from") for layer in model.layers]
+
+
+def gradients(model, inputs):
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = model(*leaves)
+    return output, torch.autograd.grad(output.square().sum(), [*leaves, *model.parameters()])
+
+
+@pytest.mark.parametrize("last", [2, 4])
+def test_deformable_detr(last):
+    model, inputs = Model(), batch(last)
+    expected, expected_gradients = gradients(model, inputs)
+    table = vitkern.patch(model)
+    assert [(row.place, row.was, row.now, row.fused) for row in table] == [
+        ("layers.*", "MSDeformAttn", "ms_deform_attn_fused", True)
+    ]
+    assert (
+        table.rows[0].paths == ("layers.0", "layers.1") and not table.left and is_patched(model) == [True] * 2
+    )
+    output, found = gradients(model, inputs)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(found, expected_gradients):
+        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("given", [(), ("value", "identity", "query_pos", "key_padding_mask")])
+def test_mmcv(batch_first, given):
+    torch.manual_seed(0)
+    layer = MultiScaleDeformableAttention(batch_first=batch_first).eval()
+    nn.init.normal_(layer.sampling_offsets.weight, std=0.3)
+    mask = torch.zeros(2, 36, dtype=torch.bool)
+    mask[1, 20:30] = True
+    queries = 7 if "value" in given else 36
+    named = dict(value=torch.randn(2, 36, 32), key_padding_mask=mask)
+    named |= {name: torch.randn(2, queries, 32) for name in ("query", "identity", "query_pos")}
+    named = {name: named[name] for name in ("query", *given)}
+    if not batch_first:
+        named = {name: x if x.dtype == torch.bool else x.transpose(0, 1) for name, x in named.items()}
+    named |= dict(
+        reference_points=torch.rand(2, queries, 2, 2), spatial_shapes=SHAPES, level_start_index=STARTS
+    )
+    expected = layer(**named)
+    with vitkern.patched(layer) as table:
+        assert [(row.place, row.was) for row in table] == [("", "MultiScaleDeformableAttention")]
+        torch.testing.assert_close(layer(named.pop("query"), **named), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_padding_mask():
+    layer, (query, pixels, points) = Model().layers[0], batch()
+    mask = torch.arange(36).expand(2, -1) > 20
+    expected = layer(query, points, pixels, SHAPES, STARTS, mask)
+    vitkern.patch(layer)
+    torch.testing.assert_close(
+        layer(query, points, pixels, SHAPES, STARTS, input_padding_mask=mask), expected
+    )
+
+
+def test_it_stays_the_same_object():
+    model, seen = Model(), []
+    layer, keys = model.layers[0], list(model.state_dict())
+    parameters = dict(model.named_parameters())
+    layer.register_forward_hook(lambda *_: seen.append("forward"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    vitkern.patch(model)
+    assert model.layers[0] is layer and list(model.state_dict()) == keys
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    before = layer.value_proj.weight.clone()
+    model(*batch()).sum().backward()
+    optimizer.step()
+    assert seen == ["forward"] and not torch.equal(layer.value_proj.weight, before)
+    assert isinstance(layer, MSDeformAttn) and type(layer).__name__ == "MSDeformAttn"
+    assert "on vitkern.ms_deform_attn_fused" in repr(layer)
+
+
+def test_in_and_out_again():
+    model = Model()
+    assert not vitkern.unpatch(model)
+    assert vitkern.patch(model) and not vitkern.patch(model)
+    undone = vitkern.unpatch(model)
+    assert [(row.place, row.now) for row in undone] == [("layers.*", "MSDeformAttn")]
+    assert not vitkern.unpatch(model) and all(type(layer) is MSDeformAttn for layer in model.layers)
+
+
+def test_patched_leaves_what_was_patched_before():
+    model = Model()
+    vitkern.patch(model.layers[0])
+    with vitkern.patched(model) as table:
+        assert [row.paths for row in table] == [("layers.1",)] and is_patched(model) == [True, True]
+    assert is_patched(model) == [True, False]
+    with pytest.raises(KeyError), vitkern.patched(model):
+        raise KeyError
+    assert is_patched(model) == [True, False]
+
+
+def test_a_model_without_such_layers():
+    table = vitkern.patch(nn.Sequential(nn.Linear(2, 2), vitkern.nn.MSDeformAttn(32, 2, 4, 4)))
+    assert not table and len(table) == 0 and str(table) == "nothing was replaced"
+
+
+@pytest.mark.parametrize("target", ["transfomers", "mmcv", None, 3, MSDeformAttn])
+def test_what_is_neither_model_nor_library(target):
+    for function in (vitkern.patch, vitkern.unpatch):
+        with pytest.raises(
+            ValueError, match=r"takes a torch.nn.Module or the name of a library, 'transformers', got"
+        ):
+            function(target)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_patched(copied):
+    model, inputs = Model(), batch()
+    vitkern.patch(model)
+    twin = copied(model)
+    assert is_patched(twin) == [True, True] and torch.equal(twin(*inputs), model(*inputs))
+    assert twin.layers[0].value_proj.weight is not model.layers[0].value_proj.weight
+    vitkern.unpatch(twin)
+    assert is_patched(model) == [True, True] and is_patched(twin) == [False, False]
+
+
+def test_torch_save_of_a_whole_model():
+    model, inputs, file = Model(), batch(), io.BytesIO()
+    vitkern.patch(model)
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_compile(patch_first):
+    model, inputs = Model(), batch()
+    expected = model(*inputs)
+    compiled = torch.compile(model, backend="aot_eager")
+    if not patch_first:
+        compiled(*inputs)
+    assert vitkern.patch(compiled).rows[0].place == "_orig_mod.layers.*"
+    torch.testing.assert_close(compiled(*inputs), expected, atol=1e-5, rtol=1e-4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compiled(*inputs)
+    assert any("ms_deform_attn_fused" in event.name for event in profile.events())
+
+
+def test_compile_without_graph_breaks():
+    model, inputs = Model(), batch()
+    vitkern.patch(model)
+    graph = torch.compile(model.layers[0], backend="aot_eager", fullgraph=True)
+    query, pixels, points = inputs
+    torch.testing.assert_close(
+        graph(query, points, pixels, SHAPES, STARTS), model.layers[0](query, points, pixels, SHAPES, STARTS)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = Model()
+    expected = model(*batch())
+    vitkern.patch(model)
+    output = model.to(dtype)(*batch(dtype=dtype))
+    tolerance = 1e-4 if dtype == torch.float64 else 3e-2
+    assert output.dtype == dtype and (output - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_autocast():
+    model = Model()
+    expected = model(*batch())
+    vitkern.patch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(*batch())
+    assert (output - expected).abs().max() <= 3e-2 * expected.abs().max()
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        model = Model()
+    assert vitkern.patch(model)
+    inputs = [tensor.to("meta") for tensor in batch()]
+    query, pixels, points = inputs
+    assert model.layers[0](query, points, pixels, SHAPES.to("meta"), STARTS.to("meta")).shape == (2, 7, 32)
+
+
+def test_a_layer_that_is_used_twice():
+    model = Model()
+    model.layers[1] = model.layers[0]
+    assert vitkern.patch(model).rows[0].paths == ("layers.0",) and is_patched(model) == [True, True]
+
+
+class Tuned(MSDeformAttn):
+    """Another constructor, the same forward."""
+
+    def __init__(self):
+        super().__init__(n_points=2)
+
+
+class Gated(MSDeformAttn):
+    """Another forward."""
+
+    def forward(self, *inputs):
+        return 2 * super().forward(*inputs)
+
+
+class Renamed(MSDeformAttn):
+    """A forward that says the same in other words."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(32, 32)
+
+    def forward(self, query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index):
+        return self.gate(query)
+
+
+def test_a_subclass_with_the_same_forward():
+    model, inputs = Model(Tuned), batch()
+    expected = model(*inputs)
+    assert vitkern.patch(model).rows[0].was == "Tuned"
+    torch.testing.assert_close(model(*inputs), expected, atol=1e-5, rtol=1e-4)
+    assert isinstance(pickle.loads(pickle.dumps(model)).layers[0], Tuned)
+
+
+@pytest.mark.parametrize("kind", [Gated, Renamed])
+def test_a_subclass_with_another_forward_stays(kind):
+    model, inputs = Model(kind), batch()
+    expected = model(*inputs)
+    table = vitkern.patch(model)
+    assert not table and [left.path for left in table.left] == ["layers.0", "layers.1"]
+    assert f"left as it is: layers.0 ({kind.__name__}): its forward " in str(table)
+    assert torch.equal(model(*inputs), expected)
+
+
+def test_a_forward_that_was_set_on_the_layer_stays():
+    model, inputs = Model(), batch()
+    original = model.layers[0].forward
+    model.layers[0].forward = lambda *tensors: 0 * original(*tensors)
+    expected = model(*inputs)
+    table = vitkern.patch(model)
+    assert [row.paths for row in table] == [("layers.1",)]
+    assert [(left.path, "set on the layer" in left.reason) for left in table.left] == [("layers.0", True)]
+    torch.testing.assert_close(model(*inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_bound_method_left_behind_is_no_obstacle():
+    model = Model()
+    for layer in model.layers:
+        layer.forward = layer.forward
+    assert vitkern.patch(model) and all("forward" not in vars(layer) for layer in model.layers)
+    for layer in model.layers:
+        layer.forward = layer.forward
+    assert vitkern.unpatch(model) and all("forward" not in vars(layer) for layer in model.layers)
+
+
+def test_nothing_is_left_half_patched(monkeypatch):
+    model, change = Model(), patching._change_class
+
+    def fails(module, kind):
+        if module is model.layers[1]:
+            raise RuntimeError("no")
+        change(module, kind)
+
+    monkeypatch.setattr(patching, "_change_class", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        vitkern.patch(model)
+    assert is_patched(model) == [False, False]
+
+
+def test_arguments_that_only_the_original_understands():
+    layer, (query, pixels, points) = Model().layers[0], batch()
+    vitkern.patch(layer)
+    with pytest.raises(ValueError, match="Last dim of reference_points must be 2 or 4, got 3"):
+        layer(query, torch.rand(2, 7, 2, 3), pixels, SHAPES, STARTS)
+    with pytest.raises(TypeError, match="missing"):
+        layer(query, points)
+
+
+def test_a_pickle_where_vitkern_is_not_installed(tmp_path):
+    model = Model()
+    vitkern.patch(model)
+    file = tmp_path / "model.pt"
+    torch.save(model, file)
+    script = f"""
+import sys
+sys.modules["vitkern"] = None
+import torch
+try:
+    torch.load({str(file)!r}, weights_only=False)
+except ImportError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "vitkern" in result.stdout
+    vitkern.unpatch(model)
+    torch.save(model, file)
+    assert b"vitkern" not in file.read_bytes()
