@@ -3,6 +3,7 @@
 
 import copy
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch import nn
 
 import vitkern
 from tests.layers_of_others import MSDeformAttn, MultiScaleDeformableAttention
-from vitkern import patching
+from vitkern import cli, patching
 
 SHAPES, STARTS = torch.tensor([[6, 5], [3, 2]]), torch.tensor([0, 30])
 
@@ -316,6 +317,31 @@ def test_arguments_that_only_the_original_understands():
         layer(query, torch.rand(2, 7, 2, 3), pixels, SHAPES, STARTS)
     with pytest.raises(TypeError, match="missing"):
         layer(query, points)
+
+
+def test_doctor_names_the_layers_of_a_model(capsys):
+    assert cli.main(["doctor", "--model", "tests.test_patching:Model"]) == 0
+    assert capsys.readouterr().out.split() == (
+        ["where", "was", "is", "now", "layers", "layers.*", "MSDeformAttn", "ms_deform_attn_fused", "2"]
+    )
+    assert cli.main(["doctor", "--model", f"{__file__}:Model", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["replaced"]
+    assert row["paths"] == ["layers.0", "layers.1"] and row["fused"] is True
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nonsense", "a model is named as package.module:name or file.py:name"),
+        ("tests.test_patching:Nothing", "tests.test_patching has no 'Nothing'"),
+        ("tests.test_patching:batch", "makes a tuple, not a torch.nn.Module"),
+        ("no_such_package:model", "No module named 'no_such_package'"),
+        ("no_such_file.py:model", "there is no file no_such_file.py"),
+    ],
+)
+def test_doctor_says_what_is_wrong_with_a_name(name, message, capsys):
+    assert cli.main(["doctor", "--model", name]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_pickle_where_vitkern_is_not_installed(tmp_path):

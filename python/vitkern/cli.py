@@ -11,6 +11,11 @@ from vitkern.bench import command as bench
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.model is not None:
+        from vitkern.doctor_model import main as examine_model
+
+        return examine_model(arguments.model, as_json=arguments.json)
+
     from vitkern.doctor import main
 
     return main(as_json=arguments.json)
@@ -45,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor", help="what is installed, what can run here, and what cannot and why"
     )
     doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument(
+        "--model",
+        metavar="NAME",
+        help="what vitkern.patch replaces in package.module:model, file.py:model or a config of transformers",
+    )
     doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser(

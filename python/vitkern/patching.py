@@ -121,7 +121,7 @@ def _objection(module: nn.Module, form: forms.Form | None) -> str | None:
 
 
 def _is_a_bound(own: object, module: nn.Module, function: Callable[..., Any]) -> bool:
-    """transformers 4 leaves a layer's own method behind in its attributes, where it wrapped it for a while."""
+    """Who wraps the forward of a layer for a while may leave its own method behind in its attributes."""
     return isinstance(own, MethodType) and own.__self__ is module and own.__func__ is function
 
 

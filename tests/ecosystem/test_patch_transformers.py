@@ -15,6 +15,7 @@ import torch
 import vitkern
 from tests.ecosystem import families
 from tests.ecosystem.families import FAMILIES, build, inputs, tensors
+from vitkern import cli
 from vitkern.compat import forms
 from vitkern.compat.transformers import FAMILIES as LAYERS
 
@@ -261,6 +262,14 @@ def called(layer, call, dtype):
         for key, each in named.items()
     }
     return layer(*(each.to(dtype) for each in positional), **named)[0]
+
+
+def test_doctor_reads_a_config(tmp_path, capsys):
+    model = build("mask2former")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    assert cli.main(["doctor", "--model", str(tmp_path)]) == 0
+    assert "decoder.encoder.layers.*.self_attn" in capsys.readouterr().out
 
 
 LATER = """

@@ -91,7 +91,6 @@ def _listed(names: Words) -> str:
     return ", ".join(repr(name) for name in sorted(names))
 
 
-@functools.lru_cache(maxsize=1024)
 def read(function: Function) -> tuple[Words, Words, bool]:
     """The arguments of a function, all names that its code uses, and whether it inverts anything."""
     code = getattr(inspect.unwrap(function), "__code__", None)
@@ -140,6 +139,7 @@ def is_such_a_layer(module: nn.Module) -> bool:
     return all(isinstance(part, nn.Module) for part in parts)
 
 
+@functools.lru_cache(maxsize=1024)
 def form_of(function: Function) -> Form | None:
     """The form that a forward is of."""
     return next((form for form in (*FORMS, CORE) if form.objection(function) is None), None)
