@@ -226,6 +226,31 @@ def test_a_model_on_the_meta_device():
     assert model.layers[0](query, points, pixels, SHAPES.to("meta"), STARTS.to("meta")).shape == (2, 7, 32)
 
 
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_distributed(patch_first, tmp_path):
+    model, inputs = Model(), batch()
+    expected = gradients(model, inputs)[1][3:]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        if patch_first:
+            vitkern.patch(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert patch_first or vitkern.patch(wrapped).rows[0].place == "module.layers.*"
+        wrapped(*inputs).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for parameter, gradient in zip(model.parameters(), expected):
+        assert (parameter.grad - gradient).abs().max() <= 1e-3 * gradient.abs().max()
+
+
+def test_a_model_with_a_scripted_part():
+    model = Model()
+    model.head = torch.jit.script(model.head)
+    assert vitkern.patch(model) and model(*batch()).shape == (2, 7, 3)
+
+
 def test_a_layer_that_is_used_twice():
     model = Model()
     model.layers[1] = model.layers[0]

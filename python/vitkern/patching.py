@@ -82,8 +82,8 @@ def _patch_model(model: nn.Module) -> Table:
     left: list[Left] = []
     cores: set[int] = set()  # of layers that will not call them
     for path, module in model.named_modules():
-        function = type(module).forward
-        if forms.is_ours(function) or id(module) in cores:
+        function = getattr(type(module), "forward", None)  # which a scripted module has not
+        if function is None or forms.is_ours(function) or id(module) in cores:
             continue
         form = forms.form_of(function)
         if form is None and not forms.is_such_a_layer(module):
