@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from operator import index
 
 import torch
 from torch import Tensor
 
 from vitkern import reference
+from vitkern.levels import as_levels, whole_numbers
 from vitkern.ops import adapter_bottleneck as adapter_ops
-from vitkern.ops import direct, native
 from vitkern.ops import ms_deform_attn as ops
+from vitkern.ops import native
 from vitkern.ops import token_pool as token_pool_ops
 from vitkern.ops import token_project as token_project_ops
 
@@ -75,14 +74,14 @@ def ms_deform_attn(
         if output is not None:
             return output
 
-    spatial_shapes, level_start_index = _as_levels("ms_deform_attn", spatial_shapes, level_start_index, value)
+    spatial_shapes, level_start_index = as_levels("ms_deform_attn", spatial_shapes, level_start_index, value)
     lowered = _autocast_dtype(value, sampling_locations, attention_weights)
     if lowered is not None:
         value = value.to(lowered)
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
 
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    return ops.ms_deform_attn(*inputs, _whole_numbers("ms_deform_attn", points_per_level), method, backend)
+    return ops.ms_deform_attn(*inputs, whole_numbers("ms_deform_attn", points_per_level), method, backend)
 
 
 def ms_deform_attn_fused(
@@ -140,7 +139,7 @@ def ms_deform_attn_fused(
         if output is not None:
             return output
 
-    spatial_shapes, level_start_index = _as_levels(
+    spatial_shapes, level_start_index = as_levels(
         "ms_deform_attn_fused", spatial_shapes, level_start_index, value
     )
     lowered = _autocast_dtype(value, reference_points, sampling_offsets, attention_logits)
@@ -149,7 +148,7 @@ def ms_deform_attn_fused(
 
     inputs = (value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
     return ops.ms_deform_attn_fused(
-        *inputs, _whole_numbers("ms_deform_attn_fused", points_per_level), method, backend
+        *inputs, whole_numbers("ms_deform_attn_fused", points_per_level), method, backend
     )
 
 
@@ -312,85 +311,12 @@ def token_project(
     return token_project_ops.token_project(x, query, key, tokens, backend)
 
 
-def _as_levels(
-    op: str,
-    spatial_shapes: Tensor | Sequence[tuple[int, int]],
-    level_start_index: Tensor | Sequence[int] | None,
-    value: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Shapes and first pixels of the levels as int64 tensors, without reading any element on the host."""
-    if isinstance(spatial_shapes, Tensor) and isinstance(level_start_index, Tensor):
-        return _as_int64(spatial_shapes), _as_int64(level_start_index)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: value must be a tensor, got {type(value).__name__}")
-    if level_start_index is not None and not isinstance(level_start_index, Tensor):
-        level_start_index = _as_starts(op, level_start_index, value.device)
-    if not isinstance(spatial_shapes, Tensor):
-        # Tensors made while something traces (dynamo, fake tensors, torch.func) belong to that trace alone.
-        make = _cached_levels if direct.nothing_traces() else _make_levels
-        try:
-            sizes = tuple((index(height), index(width)) for height, width in spatial_shapes)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"{op}: spatial_shapes must be an int64 tensor or pairs of whole numbers, got {spatial_shapes}"
-            ) from None
-        shapes, starts = make(sizes, value.device)
-        return shapes, starts if level_start_index is None else _as_int64(level_start_index)
-    spatial_shapes = _as_int64(spatial_shapes)
-    if level_start_index is None:
-        if spatial_shapes.dim() != 2:
-            return spatial_shapes, spatial_shapes.new_zeros(0)  # the op says what is wrong
-        pixels = spatial_shapes.prod(-1)
-        return spatial_shapes, pixels.cumsum(0) - pixels
-    return spatial_shapes, _as_int64(level_start_index)
-
-
-def _as_starts(op: str, level_start_index: Sequence[int], device: torch.device) -> Tensor:
-    try:
-        return torch.tensor([index(start) for start in level_start_index], device=device).long()
-    except TypeError:
-        raise TypeError(
-            f"{op}: level_start_index must be an int64 tensor or whole numbers, got {level_start_index!r}"
-        ) from None
-
-
-def _as_int64(tensor: Tensor) -> Tensor:
-    """Whole numbers of any type; others stay what they are, for the op to refuse."""
-    if tensor.dtype == torch.int64 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        return tensor
-    return tensor.long()
-
-
-def _make_levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    starts, first = [], 0
-    for height, width in shapes:
-        starts.append(first)
-        first += height * width
-    with torch.inference_mode(
-        False
-    ):  # a tensor made in inference mode could not be saved for a later backward
-        return torch.tensor(shapes, device=device).view(-1, 2).long(), torch.tensor(
-            starts, device=device
-        ).long()
-
-
 # Whether autocast is on for any device.
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 # To the results of calls whose like there has been; None for others.
 _ms_deform_attn = ops.ms_deform_attn.short_way
 _ms_deform_attn_fused = ops.ms_deform_attn_fused.short_way
-
-_cached_levels = functools.lru_cache(maxsize=256)(_make_levels)
-
-
-def _whole_numbers(op: str, points_per_level: Sequence[int] | None) -> tuple[int, ...] | None:
-    if points_per_level is None:
-        return None
-    try:
-        return tuple(index(points) for points in points_per_level)
-    except TypeError:
-        raise TypeError(f"{op}: points_per_level must be whole numbers, got {points_per_level!r}") from None
 
 
 def _autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
