@@ -100,6 +100,26 @@ VITKERN_INLINE Vec<Accumulator<T>, N> load_wide(const T* from) {
   }
 }
 
+// Twice as many: those at even places, and those at odd ones. Nothing has to be shuffled for it.
+template <int N>
+VITKERN_INLINE void load_pairs(const BFloat16* from, Vec<float, N>& even, Vec<float, N>& odd) {
+  const auto bits = load<int32_t, N>(reinterpret_cast<const int32_t*>(from));
+  even = bit_cast<float>(bits << constant<N>(16));
+  odd = bit_cast<float>(bits & constant<N>(-0x10000));
+}
+
+// Back in their order.
+template <int N>
+VITKERN_INLINE void store_pairs(float* to, Vec<float, N> even, Vec<float, N> odd) {
+  float evens[N], odds[N];
+  store(evens, even);
+  store(odds, odd);
+  for (int i = 0; i < N; ++i) {
+    to[2 * i] = evens[i];
+    to[2 * i + 1] = odds[i];
+  }
+}
+
 template <int N, typename T>
 VITKERN_INLINE void store_narrow(T* to, Vec<Accumulator<T>, N> a) {
   if constexpr (sizeof(T) == 2) {

@@ -37,21 +37,31 @@ void gather(const AnyRows rows, const Tile<Acc>& tile, int64_t first, Acc* out) 
   constexpr int kSums = kVectors >= 8   ? 1
                         : kVectors >= 4 ? 2
                                         : kUsed;  // as many as hide the latency of an addition
+  // Sums of channels in their order, or of those at even and odd places in turn.
+  constexpr bool kPairs = std::is_same<decltype(rows.base), const BFloat16*>::value && kVectors % 2 == 0;
   Vec<Acc, N> sums[kSums][kVectors] = {};
   for (int64_t point = first; point < first + tile.points; ++point)
     for (int corner = 0; corner < kUsed; ++corner) {
       const auto coefficient = broadcast<Acc, N>(tile.coefficient[corner][point]);
       const auto* row = rows.at(tile.row[corner][point]);
-      for (int i = 0; i < kVectors; ++i) {
-        auto& sum = sums[corner % kSums][i];
-        sum = multiply_add(load_wide<N>(row + i * N), coefficient, sum);
-      }
+      Vec<Acc, N>* const into = sums[corner % kSums];
+      if constexpr (kPairs)
+        for (int i = 0; i < kVectors; i += 2) {
+          Vec<Acc, N> even, odd;
+          load_pairs(row + i * N, even, odd);
+          into[i] = multiply_add(even, coefficient, into[i]);
+          into[i + 1] = multiply_add(odd, coefficient, into[i + 1]);
+        }
+      else
+        for (int i = 0; i < kVectors; ++i)
+          into[i] = multiply_add(load_wide<N>(row + i * N), coefficient, into[i]);
     }
-  for (int i = 0; i < kVectors; ++i) {
-    Vec<Acc, N> total = sums[0][i];
-    for (int s = 1; s < kSums; ++s) total = total + sums[s][i];
-    store(out + i * N, total);
-  }
+  for (int i = 0; i < kVectors; ++i)
+    for (int s = 1; s < kSums; ++s) sums[0][i] = sums[0][i] + sums[s][i];
+  if constexpr (kPairs)
+    for (int i = 0; i < kVectors; i += 2) store_pairs(out + i * N, sums[0][i], sums[0][i + 1]);
+  else
+    for (int i = 0; i < kVectors; ++i) store(out + i * N, sums[0][i]);
 }
 
 template <int kUsed, typename AnyRows, typename Acc>
