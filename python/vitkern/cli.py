@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return main([*module, arguments.program, *arguments.arguments], override=arguments.override)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vitkern", description="Kernels for the ViT-Adapter family of vision models"
     )
@@ -80,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on")
     run.set_defaults(run=_run)
     bench.add_to(commands)
+    return parser
 
-    arguments = parser.parse_args(argv)
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
     status: int = arguments.run(arguments)
     return status
