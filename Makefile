@@ -73,7 +73,11 @@ ci:  ## What has to pass before a merge, the tests last
 	$(MAKE) lint
 	$(MAKE) typecheck
 	$(MAKE) sanitize
+	$(MAKE) docs
 	$(MAKE) test
+
+docs: .venv-docs/.docs  ## The site in build/site, in an environment of its own; whatever mkdocs warns of fails
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
 
 ##@ Build
 
@@ -92,13 +96,13 @@ clean:  ## Remove what was built, keep .venv
 	find $(PYTHON_FILES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## Remove .venv too
-	rm -rf $(VENV) .venv-ecosystem .venv-kernels
+	rm -rf $(VENV) .venv-ecosystem .venv-kernels .venv-docs
 
 help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench tables check emulate sanitize lint typecheck ci setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench tables check emulate sanitize lint typecheck ci docs setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is
@@ -138,6 +142,11 @@ $(VENV)/.ecosystem: $(VENV)/.built $(wildcard requirements/ecosystem*.txt)
 
 $(VENV)/.kernels: $(VENV)/.built requirements/kernels.txt
 	@$(PIP) install -c requirements/torch.txt -r requirements/kernels.txt
+	@touch $@
+
+.venv-docs/.docs: requirements/docs.txt
+	@PYTHON="$(PYTHON)" tools/make_venv .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check --quiet install -r $<
 	@touch $@
 
 build/sanitize/.done: $(VENV)/.requirements $(SOURCES) $(shell find python triton_kernels -name '*.py')

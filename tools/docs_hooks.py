@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mkdocs does not do by itself for this site: pages from files of the root, MathML, and the commands' help."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import re
+import sys
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
+FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
+)  # as pymdownx.arithmatex leaves them
+ROLE = re.compile(r":(?:func|class|meth|mod):(?=<code>)")
+
+
+def on_files(files, config):
+    """The files that a visitor of the repository sees at its root are pages here, and are written once."""
+    for source, page in PAGES.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=LINK.sub(_from_root, text)))
+    return files
+
+
+def _from_root(link: re.Match) -> str:
+    target = link[1]
+    return f"]({PAGES.get(target, target.removeprefix('docs/'))}"
+
+
+def on_page_markdown(markdown, page, config, files):
+    def to_root(link: re.Match) -> str:
+        up, _, name = link[1].rpartition("../")
+        inside = up.count("../") + (1 if _ else 0) > page.file.src_uri.count("/")
+        return f"]({up}{PAGES[name]}" if inside and name in PAGES else link[0]
+
+    markdown = LINK.sub(to_root, markdown)
+    return markdown.replace("<!-- commands -->", _commands()) if "<!-- commands -->" in markdown else markdown
+
+
+def _commands() -> str:
+    sys.path.insert(0, str(ROOT / "python"))  # cli.py is written to be imported where torch is not installed
+    from vitkern.cli import make_parser
+
+    return "\n\n".join(f"## {parser.prog}\n\n```text\n{_help(parser)}```" for parser in _all(make_parser()))
+
+
+def _help(parser: argparse.ArgumentParser) -> str:
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)
+    return parser.format_help()
+
+
+def _all(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """A parser, if it does something itself, and those of its subcommands."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        return [parser]
+    return [leaf for child in inner[0].choices.values() for leaf in _all(child)]
+
+
+def on_page_content(html, page, config, files):
+    return FORMULA.sub(_mathml, ROLE.sub("", html))
+
+
+def _mathml(found: re.Match) -> str:
+    formula = html.unescape(found[2])
+    if found[1] == "span":
+        return convert(formula)
+    tags = re.findall(r"\\tag\{(\w+)\}", formula)
+    formula = convert(re.sub(r"\\tag\{\w+\}", "", formula), display="block")
+    if not tags:
+        return f'<div class="formula">{formula}</div>'
+    (tag,) = tags
+    return f'<div class="formula" id="eq-{tag}">{formula}<span>({tag})</span></div>'
