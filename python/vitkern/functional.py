@@ -61,7 +61,7 @@ def ms_deform_attn(
     ``torch.use_deterministic_algorithms(True)``. Under autocast, value is cast to the autocast dtype and locations and
     weights to float32.
 
-    Example:
+    Examples:
         >>> shapes = [(8, 8), (4, 4)]
         >>> value = torch.randn(1, 80, 2, 16)
         >>> locations, weights = torch.rand(1, 5, 2, 2, 4, 2), torch.rand(1, 5, 2, 2, 4)
@@ -119,7 +119,7 @@ def ms_deform_attn_fused(
     softmax are float32 (float64 for float64 values) throughout. Under autocast, value is cast to the autocast dtype and
     the others stay what they are. All else is as in :func:`ms_deform_attn`.
 
-    Example:
+    Examples:
         >>> shapes = [(8, 8), (4, 4)]
         >>> value, reference_points = torch.randn(1, 80, 2, 16), torch.rand(1, 5, 1, 2)
         >>> offsets, logits = torch.randn(1, 5, 2, 2, 4, 2), torch.randn(1, 5, 2, 8)
@@ -190,7 +190,7 @@ def adapter_bottleneck(
     converted. Under autocast x, weights and biases are cast to the autocast dtype; a residual of another dtype is added
     by torch, and the result has the wider of both.
 
-    Example:
+    Examples:
         >>> x = torch.randn(2, 197, 768)
         >>> down, up = torch.nn.Linear(768, 64), torch.nn.Linear(64, 768)
         >>> y = vitkern.adapter_bottleneck(x, down.weight, down.bias, up.weight, up.bias, residual=x, scale=0.1)
@@ -264,7 +264,7 @@ def token_pool(
     Logits may be of any size: no exponent is positive. Without pixels the tokens are zero. Gradients flow to x and
     weight, in one pass over x, and are bitwise reproducible. Under autocast both are cast to the autocast dtype.
 
-    Example:
+    Examples:
         >>> vitkern.token_pool(torch.randn(8, 3136, 256), torch.randn(16, 256)).shape
         torch.Size([8, 16, 256])
     """
@@ -299,7 +299,7 @@ def token_project(
     Without tokens the result is x. Gradients flow to all four, bitwise reproducible. All four are of one dtype; under
     autocast, of the autocast dtype.
 
-    Example:
+    Examples:
         >>> x, query = torch.randn(8, 196, 256), torch.randn(8, 196, 64)
         >>> key, tokens = torch.randn(8, 16, 64), torch.randn(8, 16, 256)
         >>> vitkern.token_project(x, query, key, tokens).shape

@@ -38,7 +38,7 @@ def patch(target: Target) -> Table:
     Weights, ``state_dict``, hooks and optimizers stay valid. A layer that cannot be replaced stays, and the table says
     why. If anything fails, nothing has changed. ``vitkern.unpatch`` undoes it.
 
-    Example:
+    Examples:
         >>> model = DeformableDetrForObjectDetection(config)
         >>> print(vitkern.patch(model))
     """

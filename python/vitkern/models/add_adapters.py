@@ -95,7 +95,7 @@ def add_adapters(
     Returns:
         The model. :func:`freeze_backbone` freezes the rest of it.
 
-    Example:
+    Examples:
         >>> model = vitkern.models.add_adapters(timm.create_model("vit_base_patch16_224", pretrained=True))
         >>> vitkern.models.freeze_backbone(model)
     """
