@@ -2,8 +2,6 @@
 """`vitkern bench report`: a page that needs nothing from elsewhere, and Markdown with pictures beside it."""
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,11 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.bench_records import record, row
+from tests.browser import complaints, needs_browser
 from vitkern.bench import store
 from vitkern.bench.svg import Log, number
 from vitkern.cli import main
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -121,15 +118,9 @@ def test_runs_with_little_in_them_have_a_page_too(rows, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no chromium")
+@needs_browser
 def test_a_browser_draws_it_without_complaint(written):
-    picture, profile = written / "page.png", written / "profile"
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", f"--screenshot={picture}"]
-    command += ["--window-size=1000,1600", (written / "out.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert picture.stat().st_size > 20_000, done.stderr
-    assert "CONSOLE" not in done.stderr
+    assert complaints((written / "out.html").as_uri(), written / "page.png") == []
 
 
 def test_axes_have_round_numbers_and_few():
