@@ -28,7 +28,7 @@ test: setup  ## Everything this machine can run; what it cannot is listed with t
 
 test-ecosystem:  ## Models of timm, torchvision, transformers and mmcv with ours, in an environment of its own
 	$(MAKE) VENV=.venv-ecosystem .venv-ecosystem/.ecosystem
-	.venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_models_checkpoints.py $(PYTEST_ARGS)
+	.venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_models_checkpoints.py tests/test_docs_code.py $(PYTEST_ARGS)
 
 test-kernels:  ## Our layer by way of Hugging Face's kernels, in an environment of its own: it wants an older transformers
 	$(MAKE) VENV=.venv-kernels .venv-kernels/.kernels

@@ -19,10 +19,13 @@ from tests.documents import PAGES, ROOT, Block, blocks
 from tests.layers_of_others import MSDeformAttn
 from vitkern.cli import make_parser
 
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < torch.torch_version.TorchVersion("2.6") or sys.platform != "linux",
-    reason="the pages are written for torch 2.6 and later on Linux",
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # what exporters have to say of each other
+    pytest.mark.skipif(
+        torch.__version__ < torch.torch_version.TorchVersion("2.6") or sys.platform != "linux",
+        reason="the pages are written for torch 2.6 and later on Linux",
+    ),
+]
 
 _SLOW = {page for page in PAGES for block in blocks(page, "python") if block.note == "slow"}
 _LANGUAGES = {"python", "sh", "text", "yaml", "cpp", "cuda"}
