@@ -14,7 +14,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium")
 
-# No name is resolved: what a page wants from elsewhere fails, and the console says so.
+# No name is resolved: a page has to do without what lies elsewhere.
 OPTIONS = (
     "--headless=new",
     "--no-sandbox",

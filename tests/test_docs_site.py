@@ -127,6 +127,17 @@ def test_a_browser_shows_it_without_complaint(site, page, tmp_path):
     assert said == []
 
 
+@needs_browser
+def test_complaints_are_noticed(site, tmp_path):
+    broken = site / "broken.html"
+    broken.write_text(
+        (site / "index.html").read_text().replace("</body>", "<script>absent()</script></body>")
+    )
+    (said,) = complaints(broken.as_uri(), tmp_path / "page.png")
+    broken.unlink()
+    assert "absent is not defined" in said
+
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
