@@ -23,7 +23,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
 )  # as pymdownx.arithmatex leaves them
-ROLE = re.compile(r":(?:func|class|meth|mod):(?=<code>)")
+ROLE = re.compile(r":(?:func|class|meth):<code>~?([\w.]+)</code>")  # of docstrings
 
 
 def on_files(files, config):
@@ -70,7 +70,13 @@ def _all(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 def on_page_content(html, page, config, files):
-    return FORMULA.sub(_mathml, ROLE.sub("", html))
+    return FORMULA.sub(_mathml, ROLE.sub(_reference, html))
+
+
+def _reference(role: re.Match) -> str:
+    """A name, which leads to where it is explained, if it is."""
+    name = role[1] if role[1].startswith("vitkern.") else f"vitkern.{role[1]}"
+    return f'<autoref identifier="{name}" optional><code>{role[1].rpartition(".")[2]}</code></autoref>'
 
 
 def _mathml(found: re.Match) -> str:
