@@ -119,6 +119,7 @@ def test_version_is_the_same_everywhere():
     import vitkern
 
     assert vitkern.__version__ == importlib.metadata.version("vitkern")
+    assert f"\nversion: {vitkern.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_editable_install_reads_this_checkout():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import posixpath
 import re
 import sys
 from pathlib import Path
@@ -40,12 +41,13 @@ def _from_root(link: re.Match) -> str:
 
 
 def on_page_markdown(markdown, page, config, files):
-    def to_root(link: re.Match) -> str:
-        up, _, name = link[1].rpartition("../")
-        inside = up.count("../") + (1 if _ else 0) > page.file.src_uri.count("/")
-        return f"]({up}{PAGES[name]}" if inside and name in PAGES else link[0]
+    folder = posixpath.dirname(page.file.src_uri)
 
-    markdown = LINK.sub(to_root, markdown)
+    def to_page(link: re.Match) -> str:
+        target = posixpath.normpath(posixpath.join("docs", folder, link[1]))
+        return f"]({posixpath.relpath(PAGES[target], folder or '.')}" if target in PAGES else link[0]
+
+    markdown = LINK.sub(to_page, markdown)
     return markdown.replace("<!-- commands -->", _commands()) if "<!-- commands -->" in markdown else markdown
 
 
