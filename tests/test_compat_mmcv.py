@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tests.test_compat_deformable_detr import SHAPES, STARTS, make
-from vitkern.compat import deformable_detr, groundingdino, mmcv
+from vitkern.compat import deformable_detr, mmcv
+from vitkern.compat import layers as replacements
 from vitkern.nn import MSDeformAttn
 
 ROUND = dict(spatial_shapes=SHAPES, level_start_index=STARTS)
@@ -73,7 +74,16 @@ def test_dropout_leaves_the_identity():
 def test_groundingdino_adds_nothing():
     layer, plain = layers()
     query, position, value, points, mask = tensors(batch_first=False)
-    output = groundingdino.forward(layer, query, None, value, position, mask, points, SHAPES, STARTS)
+    output = replacements.mmcv(
+        False,
+        layer,
+        query,
+        value=value,
+        query_pos=position,
+        key_padding_mask=mask,
+        reference_points=points,
+        **ROUND,
+    )
     query, position, value = (tensor.transpose(0, 1) for tensor in (query, position, value))
     expected = plain(query + position, points, value, SHAPES, STARTS, mask)
     torch.testing.assert_close(output.transpose(0, 1), expected)

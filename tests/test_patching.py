@@ -14,7 +14,8 @@ from torch import nn
 
 import vitkern
 from tests.layers_of_others import MSDeformAttn, MultiScaleDeformableAttention
-from vitkern import cli, patching
+from vitkern import cli
+from vitkern.compat import patching
 
 SHAPES, STARTS = torch.tensor([[6, 5], [3, 2]]), torch.tensor([0, 30])
 
@@ -347,7 +348,7 @@ def test_arguments_that_only_the_original_understands():
 def test_doctor_names_the_layers_of_a_model(capsys):
     assert cli.main(["doctor", "--model", "tests.test_patching:Model"]) == 0
     assert capsys.readouterr().out.split() == (
-        ["where", "was", "is", "now", "layers", "layers.*", "MSDeformAttn", "ms_deform_attn_fused", "2"]
+        ["where", "was", "is", "now", "places", "layers.*", "MSDeformAttn", "ms_deform_attn_fused", "2"]
     )
     assert cli.main(["doctor", "--model", f"{__file__}:Model", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["replaced"]

@@ -27,6 +27,7 @@ try:
     from vitkern import models, nn
     from vitkern._C import version as __version__
     from vitkern.compat.install import install, uninstall
+    from vitkern.compat.patching import patch, patched, unpatch
     from vitkern.functional import (
         adapter_bottleneck,
         ms_deform_attn,
@@ -35,7 +36,6 @@ try:
         token_project,
     )
     from vitkern.models import create_model, list_models
-    from vitkern.patching import patch, patched, unpatch
 except ImportError as error:
     # `vitkern doctor` has to run where the compiled module or torch does not load; every other use says why it cannot.
     _cause = error

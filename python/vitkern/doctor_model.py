@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitkern.patching import patch
+from vitkern.compat.patching import patch
 
 FORMS = (
     "a model is named as package.module:name or file.py:name, where name is a model or makes one without arguments, or "

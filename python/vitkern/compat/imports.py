@@ -24,10 +24,10 @@ class _Supplier(Loader):
 
 
 class _Follower(Loader):
-    """Lets another loader make the module, and acts on it then. What asks the module for its loader finds the other."""
+    """Lets another loader make a module that is followed. What asks the module for its loader finds the other."""
 
-    def __init__(self, loader: Loader, act: Act) -> None:
-        self._loader, self._act = loader, act
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -37,7 +37,8 @@ class _Follower(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        self._act(module)
+        if module.__name__ in _finder.followed:  # and not withdrawn since it was found
+            _finder.followed[module.__name__](module)
 
     def __getattr__(self, name: str) -> Any:  # runpy and pkgutil ask a loader for the code
         return getattr(self._loader, name)
@@ -61,7 +62,7 @@ class _Finder(MetaPathFinder):
             if first or theirs is None:
                 return ModuleSpec(name, _Supplier(fill), origin=__name__)
         if theirs is not None and theirs.loader is not None and name in self.followed:
-            theirs.loader = _Follower(theirs.loader, self.followed[name])
+            theirs.loader = _Follower(theirs.loader)
         return theirs
 
 
@@ -126,6 +127,10 @@ def follow(name: str, act: Act) -> None:
     _listen()
     if name in sys.modules:
         act(sys.modules[name])
+
+
+def is_followed(name: str) -> bool:
+    return name in _finder.followed
 
 
 def withdraw(name: str) -> bool:

@@ -6,16 +6,18 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from vitkern.compat import deformable_detr, groundingdino, imports, mmcv
+from vitkern.compat import deformable_detr, forms, imports, layers, mmcv
+from vitkern.compat.table import Left, Table
 
 _LAYER = "MultiScaleDeformableAttention"  # the class, wherever there is one
-LEFT = "left as it is: "
+_MODULE = "compiled module"
 _POSITIONAL = (deformable_detr.ms_deform_attn_forward, deformable_detr.ms_deform_attn_backward)
 
 
@@ -25,8 +27,8 @@ class Ecosystem(NamedTuple):
     serves: str
     extension: str  # the compiled module
     functions: tuple[Callable[..., Any], ...] = _POSITIONAL  # that it gets from us
-    layers: str = ""  # the module that defines the class _LAYER
-    forward: Callable[..., Any] | None = None  # that the class gets from us
+    home: str = ""  # the module that defines the class _LAYER
+    forward: Callable[..., Any] = partial(layers.mmcv, True)  # that the class gets from us
     importers: tuple[str, ...] = ()  # modules that do without the class if its import fails
     relatives: tuple[str, ...] = ()  # other ecosystems with the same functions
 
@@ -40,29 +42,27 @@ ECOSYSTEMS = {
     "groundingdino": Ecosystem(
         "GroundingDINO",
         "groundingdino._C",
-        layers="groundingdino.models.GroundingDINO.ms_deform_attn",
-        forward=groundingdino.forward,
+        home="groundingdino.models.GroundingDINO.ms_deform_attn",
+        forward=partial(layers.mmcv, False),
     ),
     "detrex": Ecosystem(
         "detrex",
         "detrex._C",
-        layers="detrex.layers.multi_scale_deform_attn",
-        forward=mmcv.MultiScaleDeformableAttention.forward,
+        home="detrex.layers.multi_scale_deform_attn",
     ),
     "mmcv": Ecosystem(
         "mmcv 1.x and 2.x, mmcv-lite, and with them mmdet and mmseg",
         "mmcv._ext",
         mmcv.EXTENSION,
-        layers="mmcv.ops.multi_scale_deform_attn",
-        forward=mmcv.MultiScaleDeformableAttention.forward,
+        home="mmcv.ops.multi_scale_deform_attn",
         importers=("mmcv.cnn.bricks.transformer",),
     ),
 }
 
-_their_forward: dict[Any, Callable[..., Any]] = {}  # of classes that have ours
+_switched: list[Any] = []  # classes that have our forward
 
 
-def install(name: str, *, override: bool = False) -> dict[str, str]:
+def install(name: str, *, override: bool = False) -> Table:
     """Code that imports its own compiled deformable attention finds this package's from then on.
 
     Args:
@@ -73,7 +73,7 @@ def install(name: str, *, override: bool = False) -> dict[str, str]:
         override: ours too where such a module is installed; what else that one holds stays in reach.
 
     Returns:
-        What was done about each module and class.
+        A table of the modules and classes that are ours from now on; ``left`` has what stays, and why.
 
     Raises:
         RuntimeError: the module is installed and there is no class to change instead, or it is imported already.
@@ -83,48 +83,57 @@ def install(name: str, *, override: bool = False) -> dict[str, str]:
     ecosystem = _ecosystem("install", name)
     override |= imports.comes_first(ecosystem.extension)
     installed = _installed(ecosystem.extension)
-    if installed and not (override or ecosystem.layers):
+    if installed and not (override or ecosystem.home):
         raise RuntimeError(
-            f"install: {installed}. Uninstall that, or call install({name!r}, override=True) to have vitkern's"
+            f"install: {ecosystem.extension} is {installed}. Uninstall that, "
+            f"or call install({name!r}, override=True) to have vitkern's"
         )
     if installed and override and ecosystem.extension in sys.modules:
-        raise RuntimeError(f"install: {installed} and imported: call install({name!r}) earlier")
+        raise RuntimeError(
+            f"install: {ecosystem.extension} is {installed} and imported: call install({name!r}) earlier"
+        )
     parts = [ecosystem, *map(ECOSYSTEMS.__getitem__, ecosystem.relatives)]
     for part in parts:
         _check_not_too_late(part)
-    table: dict[str, str] = {}
+    table = switch(parts, override=override)
     for part in parts:
-        table |= switch(part, override and part is ecosystem)
         _stand_in(part)
     return table
 
 
-def uninstall(name: str | None = None) -> list[str]:
+def uninstall(name: str | None = None) -> Table:
     """Undoes :func:`install`, of one name or of all. Modules that hold what they imported in between keep it.
 
     Returns:
-        The modules and classes that were changed back: none where there was nothing to undo.
+        A table of the modules that were changed back: empty where there was nothing to undo.
     """
     names = list(ECOSYSTEMS) if name is None else [name, *_ecosystem("uninstall", name).relatives]
     undone = []
     for part in map(ECOSYSTEMS.__getitem__, names):
-        modules = (part.extension, part.extension.rpartition(".")[0], part.layers)
-        undone += [module for module in modules if imports.withdraw(module)]
-        for layer in [layer for layer in _their_forward if layer.__module__ == part.layers]:
-            layer.forward = _their_forward.pop(layer)
-    return undone
+        modules = (part.extension, part.extension.rpartition(".")[0], part.home)
+        undone += [(module, "vitkern's", "as it was") for module in modules if imports.withdraw(module)]
+        for layer in [layer for layer in _switched if layer.__module__ == part.home]:
+            _switched.remove(layer)
+            if forms.is_ours(layer.forward):  # nobody changed it since
+                layer.forward = layer.forward.replaces
+    return Table(undone)
 
 
-def switch(part: Ecosystem, override: bool) -> dict[str, str]:
-    """One ecosystem, as its modules come to be imported."""
-    installed = "" if override else _installed(part.extension)
-    if not installed:
-        imports.supply(part.extension, lambda module: _fill(module, part), first=override)
-    table = {part.extension: f"{LEFT}{installed}" if installed else "vitkern's"}
-    if part.layers:
-        imports.follow(part.layers, lambda module: _give_forward(module, part))
-        table[f"{part.layers}.{_LAYER}.forward"] = "vitkern's"
-    return table
+def switch(parts: list[Ecosystem], *, override: bool) -> Table:
+    """Ecosystems, as their modules come to be imported. Only in the first may ours come before what is installed."""
+    rows, left = [], []
+    for part in parts:
+        first = override and part is parts[0]
+        installed = "" if first else _installed(part.extension)
+        if installed:
+            left.append(Left(part.extension, _MODULE, installed))
+        else:
+            imports.supply(part.extension, partial(_fill, part), first=first)
+            rows.append((part.extension, _MODULE, "ms_deform_attn"))
+        if part.home:
+            imports.follow(part.home, partial(_give_forward, part))
+            rows.append((part.home, _LAYER, "ms_deform_attn_fused"))
+    return Table(rows, left)
 
 
 def _stand_in(part: Ecosystem) -> None:
@@ -137,25 +146,25 @@ def _stand_in(part: Ecosystem) -> None:
 
 
 def _ecosystem(caller: str, name: str) -> Ecosystem:
-    if name not in ECOSYSTEMS:
+    if not isinstance(name, str) or name not in ECOSYSTEMS:
         known = "; ".join(f"{key!r}: {ecosystem.serves}" for key, ecosystem in ECOSYSTEMS.items())
         raise ValueError(f"{caller}: nothing goes by the name {name!r}. There are {known}")
     return ECOSYSTEMS[name]
 
 
 def _installed(extension: str) -> str:
-    """A sentence about a compiled module that is not ours, or nothing."""
+    """Where a compiled module that is not ours comes from, or nothing."""
     module = sys.modules.get(extension)
     if module is not None:
         origin = getattr(module, "__file__", "an unknown place")
-        return "" if imports.is_ours(module) else f"{extension} is installed, from {origin}"
+        return "" if imports.is_ours(module) else f"installed, from {origin}"
     spec = imports.find_elsewhere(extension)
-    return "" if spec is None else f"{extension} is installed, from {spec.origin}"
+    return "" if spec is None else f"installed, from {spec.origin}"
 
 
 def _check_not_too_late(part: Ecosystem) -> None:
     """Some projects replace the class by a dummy, or go without, where their compiled module does not import."""
-    for name in (part.layers, *part.importers):
+    for name in (part.home, *part.importers):
         if name in sys.modules and not _is_layer(getattr(sys.modules[name], _LAYER, None)):
             raise RuntimeError(
                 f"install: {name} was imported without {part.extension}, and without {_LAYER}: call install earlier"
@@ -166,19 +175,19 @@ def _is_layer(layer: object) -> bool:
     return isinstance(layer, type) and issubclass(layer, nn.Module)
 
 
-def _give_forward(module: ModuleType, part: Ecosystem) -> None:
+def _give_forward(part: Ecosystem, module: ModuleType) -> None:
     layer: Any = getattr(module, _LAYER, None)
     if not _is_layer(layer):
         raise ImportError(
-            f"vitkern.install expects the class {_LAYER} in {part.layers}, which has none in this version; "
+            f"vitkern.install expects the class {_LAYER} in {part.home}, which has none in this version; "
             "vitkern.uninstall() leaves it as it is"
         )
-    if layer.forward is not part.forward:
-        _their_forward[layer] = layer.forward
-        layer.forward = part.forward
+    if not forms.is_ours(layer.forward):
+        _switched.append(layer)
+        layer.forward = forms.replacing(layer.forward, part.forward)
 
 
-def _fill(module: ModuleType, part: Ecosystem) -> None:
+def _fill(part: Ecosystem, module: ModuleType) -> None:
     """Makes a module the compiled one: our functions, and for other names the installed one's, or a refusal."""
     theirs = imports.find_elsewhere(part.extension)
     others: list[ModuleType] = []

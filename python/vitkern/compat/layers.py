@@ -93,8 +93,9 @@ def deformable_detr(
     input_spatial_shapes: Any = None,
     input_level_start_index: Tensor | None = None,
     input_padding_mask: Tensor | None = None,  # [B, S], True where the input is padding
+    **unknown: Any,
 ) -> Any:
-    if input_spatial_shapes is None or not _are_reference_points(reference_points):
+    if unknown or input_spatial_shapes is None or not _are_reference_points(reference_points):
         return NotImplemented
     value = layer.value_proj(input_flatten)
     if input_padding_mask is not None:
@@ -122,21 +123,9 @@ def mmcv(
     deprecated = "residual" in others  # what mmcv once called identity
     if query is None or spatial_shapes is None or deprecated or not _are_reference_points(reference_points):
         return NotImplemented
-    value = query if value is None else value
-    identity = query if identity is None else identity
-    if query_pos is not None:
-        query = query + query_pos
-    if not layer.batch_first:
-        query, value = query.transpose(0, 1), value.transpose(0, 1)
-    value = layer.value_proj(value)
-    if key_padding_mask is not None:
-        value = value.masked_fill(key_padding_mask[..., None], 0.0)
-    sizes = (layer.num_heads, layer.num_levels, layer.num_points)
-    output, _ = _attend(layer, query, value, (spatial_shapes, level_start_index), reference_points, sizes)
-    output = layer.output_proj(output)
-    if not layer.batch_first:
-        output = output.transpose(0, 1)
-    return layer.dropout(output) + identity if adds else output
+    inputs = (query, value, query_pos, key_padding_mask, reference_points, spatial_shapes, level_start_index)
+    output = attend_as_mmcv(layer, *inputs)
+    return layer.dropout(output) + (query if identity is None else identity) if adds else output
 
 
 def core(
@@ -174,6 +163,31 @@ def core_v2(
         sampling_locations = sampling_locations.detach()
     inputs = (value, value_spatial_shapes, None, sampling_locations, attention_weights)
     return ms_deform_attn(*inputs, points_per_level=num_points_list, method=METHODS[method])
+
+
+def attend_as_mmcv(
+    layer: Layer,  # mmcv's, detrex's, GroundingDINO's, or one of this package
+    query: Tensor,  # [Q, B, C]; [B, Q, C] if layer.batch_first, and so with value and query_pos
+    value: Tensor | None,  # [S, B, C]
+    query_pos: Tensor | None,  # [Q, B, C]
+    key_padding_mask: Tensor | None,  # [B, S], True where the value is padding
+    reference_points: Any,  # [B, Q, L, 2 | 4]
+    spatial_shapes: Any,  # [L, 2]
+    level_start_index: Tensor | None,  # [L]
+) -> Tensor:  # [Q, B, C]
+    """What the layers of mmcv, detrex and GroundingDINO have in common: all but dropout and the identity."""
+    value = query if value is None else value
+    if query_pos is not None:
+        query = query + query_pos
+    if not layer.batch_first:
+        query, value = query.transpose(0, 1), value.transpose(0, 1)
+    value = layer.value_proj(value)
+    if key_padding_mask is not None:
+        value = value.masked_fill(key_padding_mask[..., None], 0.0)
+    sizes = (layer.num_heads, layer.num_levels, layer.num_points)
+    output, _ = _attend(layer, query, value, (spatial_shapes, level_start_index), reference_points, sizes)
+    output = layer.output_proj(output)
+    return output if layer.batch_first else output.transpose(0, 1)
 
 
 def _attend(

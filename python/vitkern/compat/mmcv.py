@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """mmcv's layer and functions of multi-scale deformable attention, under mmcv's names; mmcv itself is not needed.
 
-``vitkern.install("mmcv")`` gives mmcv's own class the ``forward`` of this one, so that registries, layers built before
-and every isinstance stay right, and supplies ``mmcv._ext`` where mmcv came without: mmcv-lite.
+``vitkern.install("mmcv")`` gives mmcv's own class another ``forward``, so that registries, layers built before and
+every isinstance stay right, and supplies ``mmcv._ext`` where mmcv came without: mmcv-lite.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vitkern.compat.deformable_detr import MSDeformAttnFunction as MultiScaleDef
 from vitkern.compat.deformable_detr import ms_deform_attn_backward as _gradients
 from vitkern.compat.deformable_detr import ms_deform_attn_core_pytorch as multi_scale_deformable_attn_pytorch
 from vitkern.compat.deformable_detr import ms_deform_attn_forward
-from vitkern.functional import ms_deform_attn_fused
+from vitkern.compat.layers import attend_as_mmcv
 from vitkern.nn import MSDeformAttn
 
 __all__ = [
@@ -27,40 +27,6 @@ __all__ = [
     "ms_deform_attn_forward",
     "multi_scale_deformable_attn_pytorch",
 ]
-
-
-def attend(
-    layer: Any,  # mmcv's, detrex's, GroundingDINO's, or one of this package
-    query: Tensor,  # [Q, B, C]; [B, Q, C] if layer.batch_first, and so with value and query_pos
-    value: Tensor | None,  # [S, B, C]
-    query_pos: Tensor | None,  # [Q, B, C]
-    key_padding_mask: Tensor | None,  # [B, S], True where the value is padding
-    reference_points: Tensor | None,  # [B, Q, L, 2 | 4]
-    spatial_shapes: Tensor,  # [L, 2]
-    level_start_index: Tensor | None,  # [L]
-) -> Tensor:  # [Q, B, C]
-    """What the layers of mmcv, detrex and GroundingDINO have in common: all but dropout and the identity."""
-    if value is None:
-        value = query
-    if query_pos is not None:
-        query = query + query_pos
-    if not layer.batch_first:
-        query, value = query.transpose(0, 1), value.transpose(0, 1)
-
-    value = layer.value_proj(value)
-    if key_padding_mask is not None:
-        value = value.masked_fill(key_padding_mask[..., None], 0.0)
-    heads, levels, points = layer.num_heads, layer.num_levels, layer.num_points
-    output = ms_deform_attn_fused(
-        value.unflatten(-1, (heads, -1)),
-        spatial_shapes,
-        level_start_index,
-        reference_points,  # type: ignore[arg-type]  # the op refuses None
-        layer.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2)),
-        layer.attention_weights(query).unflatten(-1, (heads, levels * points)),
-    )
-    output = layer.output_proj(output)
-    return output if layer.batch_first else output.transpose(0, 1)
 
 
 class MultiScaleDeformableAttention(MSDeformAttn):
@@ -113,7 +79,7 @@ class MultiScaleDeformableAttention(MSDeformAttn):
         level_start_index: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """dropout(attention) + identity, or + query without one; see :func:`attend` for shapes. `key` is not used."""
+        """dropout(attention) + identity, or + query without one; `key` is not used. Shapes are in attend_as_mmcv."""
         if "residual" in others:
             if identity is not None:
                 raise TypeError(
@@ -121,14 +87,14 @@ class MultiScaleDeformableAttention(MSDeformAttn):
                 )
             warnings.warn('"residual" is deprecated, it is called "identity" now', DeprecationWarning, 2)
             identity = others["residual"]
-        output = attend(
+        output = attend_as_mmcv(
             self,
             query,
             value,
             query_pos,
             key_padding_mask,
             reference_points,
-            spatial_shapes,  # type: ignore[arg-type]
+            spatial_shapes,
             level_start_index,
         )
         return self.dropout(output) + (query if identity is None else identity)

@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from vitkern.compat import imports
-from vitkern.compat.install import ECOSYSTEMS, LEFT, switch
+from vitkern.compat.install import ECOSYSTEMS, switch
 
 STARTUP = Path(__file__).parent / "startup"
 
@@ -43,7 +43,7 @@ def find_switched(package: str, *, override: bool) -> ModuleSpec | None:
     """The spec of a package that is being imported, once all that vitkern changes about it is in place."""
     for part in ECOSYSTEMS.values():
         if part.extension.partition(".")[0] == package:
-            state = switch(part, override)[part.extension]
-            if state.startswith(LEFT) and not part.layers:
-                print(f"vitkern run: {state}; --override puts vitkern's in its place", file=sys.stderr)
+            for left in switch([part], override=override).left:
+                if not part.home:
+                    print(f"vitkern run: {left}; --override puts vitkern's in its place", file=sys.stderr)
     return imports.find_spec(package)

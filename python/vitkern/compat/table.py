@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``vitkern.patch`` gives back: which layers now run on which kernel, and which do not and why."""
+"""What ``vitkern.patch`` and ``install`` give back: what now runs on which kernel, and what does not and why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """Layers of one class, at places that differ in numbers alone."""
+    """Layers of one class, at places that differ in numbers alone; or a module."""
 
     place: str  # "model.encoder.layers.*.self_attn"
     was: str  # a class or function
@@ -23,11 +23,14 @@ class Row(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What looks like such a layer but stays as it is."""
+    """What could be replaced by its looks but stays as it is."""
 
     path: str
     was: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"left as it is: {self.path} ({self.was}): {self.reason}"
 
 
 class Table:
@@ -49,11 +52,10 @@ class Table:
     def __str__(self) -> str:
         lines = ["nothing was replaced"]
         if self.rows:
-            cells = [("where", "was", "is now", "layers")]
+            cells = [("where", "was", "is now", "places")]
             cells += [(row.place, row.was, row.now, str(len(row.paths))) for row in self.rows]
             widths = [max(map(len, column)) for column in zip(*cells)]
             lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-        lines += [f"left as it is: {path} ({was}): {reason}" for path, was, reason in self.left]
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.left)])
 
     __repr__ = __str__

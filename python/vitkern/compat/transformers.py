@@ -6,16 +6,14 @@ What is imported already is changed at once, the rest when it is imported: trans
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.util
 import sys
 import warnings
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from vitkern.compat import forms, layers
+from vitkern.compat import forms, imports, layers
 from vitkern.compat.table import Table
 
 KNOWN_RELEASES = "4.57 to 5.23"
@@ -121,32 +119,12 @@ def refuse_unknown(kind: type, reason: str) -> None:
         raise _unknown(f"{definer.__name__}: {reason}")
 
 
-class _WhenImported(importlib.abc.MetaPathFinder):
-    """Sees the import of a family's module and changes it once it has been executed."""
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname not in _FAMILY_OF:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _apply_late(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-_finder = _WhenImported()
 _undo: list[tuple[Change, Any]] = []  # each with the value it had
 
 
 def patch() -> Table:
     """See :func:`vitkern.patch`."""
-    if _finder in sys.meta_path:
+    if _is_patched():
         return Table(())
     package = importlib.util.find_spec("transformers")
     if package is None:
@@ -160,17 +138,15 @@ def patch() -> Table:
         elif any((folder / family).is_dir() for folder in models):
             kernel = "ms_deform_attn" if family in _NOT_FUSED else "ms_deform_attn_fused"
             rows.append((f"{name.rpartition('.')[0]}, when imported", _layer_of(family), kernel))
-    for changes in loaded.values():
-        _apply(changes)
-    sys.meta_path.insert(0, _finder)
+    for name in _FAMILY_OF:
+        imports.follow(name, _change)
     return Table(rows)
 
 
 def unpatch() -> Table:
     """See :func:`vitkern.unpatch`."""
-    if _finder not in sys.meta_path:
-        return Table(())
-    sys.meta_path.remove(_finder)
+    for name in _FAMILY_OF:
+        imports.withdraw(name)
     rows = []
     while _undo:
         change, old = _undo.pop()
@@ -180,16 +156,16 @@ def unpatch() -> Table:
     return Table(reversed(rows))
 
 
-def _apply(changes: list[Change]) -> None:
+def _is_patched() -> bool:
+    return imports.is_followed(next(iter(_FAMILY_OF)))
+
+
+def _change(module: ModuleType) -> None:
+    try:
+        changes = _changes_of(module)
+    except RuntimeError as error:  # whoever imports it did not ask for anything
+        warnings.warn(str(error), stacklevel=2)
+        return
     for change in changes:
         _undo.append((change, vars(change.owner)[change.name]))
         setattr(change.owner, change.name, change.new)
-
-
-def _apply_late(module: ModuleType) -> None:
-    if _finder not in sys.meta_path:
-        return
-    try:
-        _apply(_changes_of(module))
-    except RuntimeError as error:  # whoever imports it did not ask for anything
-        warnings.warn(str(error), stacklevel=2)
