@@ -4,6 +4,7 @@
 import importlib
 import pickle
 import sys
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
@@ -107,6 +108,10 @@ def test_unknown_name():
         with pytest.raises(ValueError, match="by the name 'dino'. There are 'deformable_detr': .* DINO"):
             function("dino")
 
+    for function in (vitkern.install, vitkern.uninstall):
+        with pytest.raises(ValueError, match=r"by the name \['mmcv'\]"):
+            function(["mmcv"])
+
 
 def test_what_is_not_installed_is_not_undone():
     vitkern.install("mmcv")
@@ -193,6 +198,43 @@ def test_mmcv_lite(tree):
         extension.nms(torch.zeros(1, 4), iou_threshold=0.5)
     with pytest.raises(AttributeError, match="'mmcv._ext' has no attribute '__path__'"):
         extension.__path__  # noqa: B018
+
+
+def test_patch_knows_what_install_has_done(tree):
+    theirs = (Path(__file__).parent / "layers_of_others.py").read_text(encoding="utf-8")
+    tree({**MMCV_LITE, "mmcv/ops/multi_scale_deform_attn.py": theirs})
+    vitkern.install("mmcv")
+    layer = load("mmcv.ops").MultiScaleDeformableAttention()
+    assert str(vitkern.patch(layer)) == "nothing was replaced"
+    vitkern.uninstall("mmcv")
+    assert vitkern.patch(layer)
+    vitkern.install("mmcv")
+    vitkern.uninstall("mmcv")
+    assert vitkern.unpatch(layer) and not forms.is_ours(layer.forward)
+
+
+def test_a_forward_that_was_changed_since_stays(tree):
+    tree(MMCV_LITE)
+    vitkern.install("mmcv")
+    kind = load("mmcv.ops").MultiScaleDeformableAttention
+    kind.forward = lambda self: "another"
+    vitkern.uninstall("mmcv")
+    assert kind().forward() == "another"
+
+
+def test_withdrawn_between_search_and_import(tree):
+    tree(MMCV_LITE)
+    vitkern.install("mmcv")
+    load("mmcv._ext")
+    name = "mmcv.ops.multi_scale_deform_attn"
+    load("mmcv.ops")
+    spec = importlib.util.find_spec(name)
+    spec = sys.modules.pop(name).__spec__ and importlib.util.find_spec(name)
+    vitkern.uninstall("mmcv")
+    sys.modules["mmcv"]._ext = None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.MultiScaleDeformableAttention().forward() == "theirs"
 
 
 def test_full_mmcv_keeps_its_other_functions(tree):

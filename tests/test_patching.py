@@ -2,11 +2,13 @@
 """vitkern.patch of models with layers as others write them. Those of transformers are in tests/ecosystem."""
 
 import copy
+import functools
 import io
 import json
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -142,12 +144,49 @@ def test_patched_leaves_what_was_patched_before():
     assert is_patched(model) == [True, False]
 
 
+def test_patched_goes_by_layers_and_not_by_their_places():
+    model = Model()
+    kept, lost = model.layers
+    vitkern.patch(kept)
+    with vitkern.patched(model):
+        model.layers = nn.ModuleList([MSDeformAttn(), kept])
+    assert is_patched(model) == [False, True] and type(lost) is MSDeformAttn
+
+
+def test_two_threads_patch_a_layer_once(monkeypatch):
+    model, change = Model(), patching._change_class
+    other = threading.Thread(target=vitkern.patch, args=(model,))
+
+    def change_slowly(module, kind):
+        if other.ident is None:
+            other.start()
+            other.join(timeout=0.3)
+        change(module, kind)
+
+    monkeypatch.setattr(patching, "_change_class", change_slowly)
+    vitkern.patch(model)
+    other.join()
+    assert [type(layer).patched_from for layer in model.layers] == [MSDeformAttn] * 2
+
+
+def test_a_class_made_from_a_patched_one_is_named():
+    """torch.distributed.fsdp.fully_shard and parametrize make such classes."""
+    layer = MSDeformAttn()
+    vitkern.patch(layer)
+    kind = type(layer)
+    layer.__class__ = type("FSDPMSDeformAttn", (kind,), {})
+    table = vitkern.unpatch(layer)
+    assert not table and "(FSDPMSDeformAttn): a class made from the patched one" in str(table)
+    layer.__class__ = kind
+    assert vitkern.unpatch(layer) and type(layer) is MSDeformAttn
+
+
 def test_a_model_without_such_layers():
     table = vitkern.patch(nn.Sequential(nn.Linear(2, 2), vitkern.nn.MSDeformAttn(32, 2, 4, 4)))
     assert not table and len(table) == 0 and str(table) == "nothing was replaced"
 
 
-@pytest.mark.parametrize("target", ["transfomers", "mmcv", None, 3, MSDeformAttn])
+@pytest.mark.parametrize("target", ["transfomers", "mmcv", None, 3, [], MSDeformAttn])
 def test_what_is_neither_model_nor_library(target):
     for function in (vitkern.patch, vitkern.unpatch):
         with pytest.raises(
@@ -250,6 +289,18 @@ def test_a_model_with_a_scripted_part():
     model = Model()
     model.head = torch.jit.script(model.head)
     assert vitkern.patch(model) and model(*batch()).shape == (2, 7, 3)
+    traced = torch.jit.trace(Model(), batch())
+    assert str(vitkern.patch(traced)) == "nothing was replaced"
+
+
+def test_a_wrapper_that_lends_the_parts_of_a_layer():
+    model = Model()
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    table = vitkern.patch(model)
+    assert not table.left and {path for row in table for path in row.paths} == {
+        "layers.0._orig_mod",
+        "layers.1",
+    }
 
 
 def test_a_layer_that_is_used_twice():
@@ -301,6 +352,21 @@ def test_a_subclass_with_another_forward_stays(kind):
     assert torch.equal(model(*inputs), expected)
 
 
+def test_a_decorated_forward_stays():
+    """functools.wraps shows the forward inside, and not what is done round it."""
+
+    class Doubled(MSDeformAttn):
+        @functools.wraps(MSDeformAttn.forward)
+        def forward(self, *inputs):
+            return 2 * MSDeformAttn.forward(self, *inputs)
+
+    model, inputs = Model(Doubled), batch()
+    expected = model(*inputs)
+    table = vitkern.patch(model)
+    assert not table and table.left[0].reason == f"its forward is wrapped, by what is defined in {__name__}"
+    assert torch.equal(model(*inputs), expected)
+
+
 def test_a_forward_that_was_set_on_the_layer_stays():
     model, inputs = Model(), batch()
     original = model.layers[0].forward
@@ -343,6 +409,10 @@ def test_arguments_that_only_the_original_understands():
         layer(query, torch.rand(2, 7, 2, 3), pixels, SHAPES, STARTS)
     with pytest.raises(TypeError, match="missing"):
         layer(query, points)
+    with pytest.raises(TypeError, match=r"MSDeformAttn.forward\(\) takes from 6 to 7 positional"):
+        layer(query, points, pixels, SHAPES, STARTS, None, None)
+    with pytest.raises(TypeError, match=r"MSDeformAttn.forward\(\) got an unexpected .* 'mask'"):
+        layer(query, points, pixels, SHAPES, STARTS, mask=None)
 
 
 def test_doctor_names_the_layers_of_a_model(capsys):

@@ -56,6 +56,10 @@ _MMCV_ARGUMENTS = _words(
 )
 
 
+# Where the decorators are defined that do no more than that.
+_WRAPPERS = {__name__, "mmcv.utils.misc", "mmengine.utils.misc", "transformers.utils.deprecation"}
+
+
 class Form(NamedTuple):
     """One way in which projects write the layer, or its core."""
 
@@ -70,6 +74,10 @@ class Form(NamedTuple):
     def objection(self, function: Function) -> str | None:
         """None if the function is a forward of this form, else how it differs."""
         arguments, words, inverts = read(function)
+        wrapper = unwrapped(function)
+        if hasattr(wrapper, "__wrapped__"):
+            where = getattr(wrapper, "__globals__", {}).get("__name__", type(wrapper).__name__)
+            return f"its forward is wrapped, by what is defined in {where}"
         if missing := self.words - words:
             return f"its forward does not use {_listed(missing)}"
         if unknown := (words - self.words - self.may) | (arguments - self.arguments):
@@ -80,7 +88,7 @@ class Form(NamedTuple):
         """None unless the layer calls a core that is not the one it was written with."""
         if self.core is None:
             return None
-        found = getattr(module, self.core, None) or inspect.unwrap(function).__globals__.get(self.core)
+        found = getattr(module, self.core, None) or unwrapped(function).__globals__.get(self.core)
         called = type(found).forward if isinstance(found, nn.Module) else found
         if (isinstance(found, nn.Module) and "forward" in vars(found)) or not is_core(called):
             return f"its {self.core} is not the original one"
@@ -93,12 +101,21 @@ def _listed(names: Words) -> str:
 
 def read(function: Function) -> tuple[Words, Words, bool]:
     """The arguments of a function, all names that its code uses, and whether it inverts anything."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    code = getattr(unwrapped(function), "__code__", None)
     if code is None:
         return frozenset(), frozenset(), False
     arguments = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARKEYWORDS)
     inverts = any(instruction.opname == "UNARY_INVERT" for instruction in dis.get_instructions(code))
     return frozenset(code.co_varnames[:arguments]), frozenset(_names(code)), inverts
+
+
+def unwrapped(function: Function) -> Any:
+    """A forward without what warns of deprecated arguments, or with which it was replaced. Others may do anything."""
+
+    def stops(wrapper: Any) -> bool:
+        return getattr(wrapper, "__globals__", {}).get("__name__") not in _WRAPPERS
+
+    return inspect.unwrap(function, stop=stops)
 
 
 def _names(code: CodeType) -> set[str]:
@@ -124,8 +141,11 @@ def replacing(original: Function, replacement: Function) -> Function:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *positional: Any, **named: Any) -> Any:
-        output = replacement(self, **dict(zip(names, positional)), **named)
-        return original(self, *positional, **named) if output is NotImplemented else output
+        if len(positional) <= len(names):
+            output = replacement(self, **dict(zip(names, positional)), **named)
+            if output is not NotImplemented:
+                return output
+        return original(self, *positional, **named)
 
     forward.replaces = original  # type: ignore[attr-defined]
     return forward
@@ -135,8 +155,8 @@ def is_such_a_layer(module: nn.Module) -> bool:
     """Whether a module of another project has what makes this layer, however its forward may be written."""
     if type(module).__module__.partition(".")[0] == "vitkern":
         return False
-    parts = (getattr(module, name, None) for name in ("sampling_offsets", "attention_weights"))
-    return all(isinstance(part, nn.Module) for part in parts)
+    own = {name for name, _ in module.named_children()}  # a wrapper may lend those of what it wraps
+    return {"sampling_offsets", "attention_weights"} <= own
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,11 +8,13 @@ object, with its parameters, buffers, hooks and place in the model. Everything i
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from vitkern.compat import forms, transformers
@@ -22,6 +24,8 @@ from vitkern.compat.table import Left, Table
 LIBRARIES = {"transformers": transformers}
 
 Target = nn.Module | str
+
+_lock = threading.RLock()  # two at once would patch what the other has just patched
 
 
 def patch(target: Target) -> Table:
@@ -42,39 +46,42 @@ def patch(target: Target) -> Table:
         >>> model = DeformableDetrForObjectDetection(config)
         >>> print(vitkern.patch(model))
     """
-    if isinstance(target, nn.Module):
-        return _patch_model(target)
-    return _library(target).patch()
+    with _lock:
+        return _patch_model(target) if isinstance(target, nn.Module) else _library(target).patch()
 
 
 def unpatch(target: Target) -> Table:
     """Undo :func:`patch`, for the same model or library. Returns a table of what was taken out."""
-    if isinstance(target, nn.Module):
-        return _unpatch_modules(_patched_modules(target))
-    return _library(target).unpatch()
+    with _lock:
+        return _unpatch_model(target) if isinstance(target, nn.Module) else _library(target).unpatch()
 
 
 @contextmanager
 def patched(target: Target) -> Iterator[Table]:
     """Patched inside a ``with`` block. What was patched before stays patched after."""
-    before = _patched_modules(target) if isinstance(target, nn.Module) else []
-    table = patch(target)
+    with _lock:
+        before = _patched_modules(target) if isinstance(target, nn.Module) else []
+        table = patch(target)
+        after = _patched_modules(target) if isinstance(target, nn.Module) else []
     try:
         yield table
     finally:
-        if isinstance(target, nn.Module):
-            _unpatch_modules([place for place in _patched_modules(target) if place not in before])
-        elif table:
-            unpatch(target)
+        with _lock:
+            if isinstance(
+                target, nn.Module
+            ):  # which may have other layers by now, or the same at other places
+                _unpatch_modules([place for place in after if place not in before and _is_patched(place[1])])
+            elif table:
+                unpatch(target)
 
 
 def _library(name: object) -> Any:
-    if name not in LIBRARIES:
+    if not isinstance(name, str) or name not in LIBRARIES:
         names = " or ".join(map(repr, LIBRARIES))
         raise ValueError(
             f"vitkern.patch takes a torch.nn.Module or the name of a library, {names}, got {name!r}"
         )
-    return LIBRARIES[str(name)]
+    return LIBRARIES[name]
 
 
 def _patch_model(model: nn.Module) -> Table:
@@ -82,8 +89,10 @@ def _patch_model(model: nn.Module) -> Table:
     left: list[Left] = []
     cores: set[int] = set()  # of layers that will not call them
     for path, module in model.named_modules():
-        function = getattr(type(module), "forward", None)  # which a scripted module has not
-        if function is None or forms.is_ours(function) or id(module) in cores:
+        if isinstance(module, torch.jit.ScriptModule) or id(module) in cores:
+            continue
+        function = type(module).forward
+        if forms.is_ours(function):
             continue
         form = forms.form_of(function)
         if form is None and not forms.is_such_a_layer(module):
@@ -166,14 +175,32 @@ def _remade(kind: Any, make: Callable[..., nn.Module], *arguments: Any) -> nn.Mo
 
 
 def _patched_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(path, module) for path, module in model.named_modules() if "patched_from" in vars(type(module))]
+    return [(path, module) for path, module in model.named_modules() if _is_patched(module)]
 
 
-def _unpatch_modules(modules: list[tuple[str, nn.Module]]) -> Table:
-    places = []
+def _is_patched(module: nn.Module) -> bool:
+    return "patched_from" in vars(type(module))
+
+
+def _unpatch_model(model: nn.Module) -> Table:
+    reason = "a class made from the patched one, as by fully_shard or parametrize: undo that first"
+    return Table(
+        [_unpatched(path, module) for path, module in _patched_modules(model)],
+        [
+            Left(path, type(module).__name__, reason)
+            for path, module in model.named_modules()
+            if hasattr(type(module), "patched_from")
+        ],
+    )
+
+
+def _unpatch_modules(modules: list[tuple[str, nn.Module]]) -> None:
     for path, module in modules:
-        kind = type(module).patched_from  # type: ignore[attr-defined]
-        form = forms.form_of(kind.forward)
-        places.append((path, f"{kind.__name__} on {form.kernel if form else 'vitkern'}", kind.__name__))
-        _change_class(module, kind)
-    return Table(places)
+        _unpatched(path, module)
+
+
+def _unpatched(path: str, module: nn.Module) -> tuple[str, str, str]:
+    kind = type(module).patched_from  # type: ignore[attr-defined]
+    form = forms.form_of(kind.forward)
+    _change_class(module, kind)
+    return path, f"{kind.__name__} on {form.kernel if form else 'vitkern'}", kind.__name__
