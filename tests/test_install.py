@@ -95,6 +95,13 @@ def test_deformable_detr_serves_its_relatives():
     assert not {"detrex", "groundingdino", "detrex._C"} & set(sys.modules)
 
 
+def test_a_package_that_comes_later_is_found(tree):
+    vitkern.install("deformable_detr")
+    tree({"groundingdino/__init__.py": "name = 'theirs'"})
+    assert load("groundingdino").name == "theirs"
+    assert load("groundingdino._C").ms_deform_attn_forward is deformable_detr.ms_deform_attn_forward
+
+
 def test_twice_is_once():
     assert str(vitkern.install("deformable_detr")) == str(vitkern.install("deformable_detr"))
     module = load("MultiScaleDeformableAttention")

@@ -107,6 +107,14 @@ def test_mmcv_lite_in_a_script(write):
     assert done.stdout.startswith("<function MultiScaleDeformableAttention.forward"), done.stderr
 
 
+def test_compiled_modules_of_packages_that_are_not_installed(write):
+    at = write(
+        "script.py", "import detrex._C, groundingdino._C as c; print(c.ms_deform_attn_forward.__module__)"
+    )
+    done = vitkern_run("script.py", at=at)
+    assert done.stdout == "vitkern.compat.deformable_detr\n", done.stderr
+
+
 def test_another_sitecustomize_has_its_turn(write):
     at = write("other/sitecustomize.py", "import sys; sys.other = True")
     write("script.py", "import os, sys; print(sys.other, 'startup' in ''.join(sys.path))")

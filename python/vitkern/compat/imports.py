@@ -48,7 +48,9 @@ class _Finder(MetaPathFinder):
     """First in sys.meta_path, so that it hears of every import; yet what others find comes before what it supplies."""
 
     def __init__(self) -> None:
-        self.supplied: dict[str, tuple[Act, bool]] = {}  # and whether ours comes first
+        self.supplied: dict[
+            str, tuple[Act, bool, bool]
+        ] = {}  # and whether ours comes first, and is a package
         self.followed: dict[str, Act] = {}
 
     def find_spec(
@@ -58,9 +60,9 @@ class _Finder(MetaPathFinder):
             return None
         theirs = _ask_others(name, path, target)
         if name in self.supplied:
-            fill, first = self.supplied[name]
+            fill, first, is_package = self.supplied[name]
             if first or theirs is None:
-                return ModuleSpec(name, _Supplier(fill), origin=__name__)
+                return ModuleSpec(name, _Supplier(fill), origin=__name__, is_package=is_package)
         if theirs is not None and theirs.loader is not None and name in self.followed:
             theirs.loader = _Follower(theirs.loader)
         return theirs
@@ -97,28 +99,17 @@ def find_elsewhere(name: str) -> ModuleSpec | None:
 
 
 def is_ours(module: ModuleType | None) -> bool:
-    spec = getattr(module, "__spec__", None)
-    return spec is not None and (isinstance(spec.loader, _Supplier) or spec.origin == __name__)
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _Supplier)
 
 
 def comes_first(name: str) -> bool:
-    return _finder.supplied.get(name, (None, False))[1]
+    return name in _finder.supplied and _finder.supplied[name][1]
 
 
-def supply(name: str, fill: Act, *, first: bool) -> None:
+def supply(name: str, fill: Act, *, first: bool = False, is_package: bool = False) -> None:
     """An import of this name gets a module that `fill` has filled, unless others have one and ours is not `first`."""
-    _finder.supplied[name] = (fill, first)
+    _finder.supplied[name] = (fill, first, is_package)
     _listen()
-
-
-def stand_in(name: str) -> None:
-    """An empty package where there is none, for a supplied module to lie in."""
-    module = ModuleType(
-        name, "Stands in for a package that is not installed, for the sake of one module of it."
-    )
-    module.__spec__ = ModuleSpec(name, None, origin=__name__, is_package=True)
-    module.__path__ = []
-    sys.modules[name] = module
 
 
 def follow(name: str, act: Act) -> None:
@@ -134,7 +125,7 @@ def is_followed(name: str) -> bool:
 
 
 def withdraw(name: str) -> bool:
-    """Undoes what `supply`, `stand_in` and `follow` did about a name; those who hold the module keep it.
+    """Undoes what `supply` and `follow` did about a name; those who hold the module keep it.
 
     Returns whether there was anything to undo.
     """

@@ -32,6 +32,11 @@ class Ecosystem(NamedTuple):
     importers: tuple[str, ...] = ()  # modules that do without the class if its import fails
     relatives: tuple[str, ...] = ()  # other ecosystems with the same functions
 
+    @property
+    def package(self) -> str:
+        """That the compiled module lies in, if any."""
+        return self.extension.rpartition(".")[0]
+
 
 ECOSYSTEMS = {
     "deformable_detr": Ecosystem(
@@ -95,10 +100,7 @@ def install(name: str, *, override: bool = False) -> Table:
     parts = [ecosystem, *map(ECOSYSTEMS.__getitem__, ecosystem.relatives)]
     for part in parts:
         _check_not_too_late(part)
-    table = switch(parts, override=override)
-    for part in parts:
-        _stand_in(part)
-    return table
+    return switch(parts, override=override)
 
 
 def uninstall(name: str | None = None) -> Table:
@@ -110,8 +112,9 @@ def uninstall(name: str | None = None) -> Table:
     names = list(ECOSYSTEMS) if name is None else [name, *_ecosystem("uninstall", name).relatives]
     undone = []
     for part in map(ECOSYSTEMS.__getitem__, names):
-        modules = (part.extension, part.extension.rpartition(".")[0], part.home)
+        modules = (part.extension, part.home)
         undone += [(module, "vitkern's", "as it was") for module in modules if imports.withdraw(module)]
+        imports.withdraw(part.package)
         for layer in [layer for layer in _switched if layer.__module__ == part.home]:
             _switched.remove(layer)
             if forms.is_ours(layer.forward):  # nobody changed it since
@@ -130,19 +133,14 @@ def switch(parts: list[Ecosystem], *, override: bool) -> Table:
         else:
             imports.supply(part.extension, partial(_fill, part), first=first)
             rows.append((part.extension, _MODULE, "ms_deform_attn"))
+        if (
+            part.package and part.functions is _POSITIONAL
+        ):  # a copy may use it without the package; mmcv's, nobody
+            imports.supply(part.package, _stand_in, is_package=True)
         if part.home:
             imports.follow(part.home, partial(_give_forward, part))
             rows.append((part.home, _LAYER, "ms_deform_attn_fused"))
     return Table(rows, left)
-
-
-def _stand_in(part: Ecosystem) -> None:
-    """A copy of Deformable-DETR's module may be imported where its package is not; mmcv's is of no use alone."""
-    package = part.extension.rpartition(".")[0]
-    if not package or package in sys.modules or part.functions is not _POSITIONAL:
-        return
-    if imports.find_elsewhere(package) is None:
-        imports.stand_in(package)
 
 
 def _ecosystem(caller: str, name: str) -> Ecosystem:
@@ -185,6 +183,10 @@ def _give_forward(part: Ecosystem, module: ModuleType) -> None:
     if not forms.is_ours(layer.forward):
         _switched.append(layer)
         layer.forward = forms.replacing(layer.forward, part.forward)
+
+
+def _stand_in(module: ModuleType) -> None:
+    module.__doc__ = "Stands in for a package that is not installed, for the sake of one module of it."
 
 
 def _fill(part: Ecosystem, module: ModuleType) -> None:
