@@ -70,6 +70,7 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist):
     assert tops == {"CMakeLists.txt", "pyproject.toml", "csrc", "python", "triton_kernels"} | licences
     assert {
         "csrc/ms_deform_attn/cuda.cu",
+        "python/vitkern/compat/startup/sitecustomize.py",
         "python/vitkern/py.typed",
         "triton_kernels/ms_deform_attn.py",
     } <= files
@@ -84,6 +85,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert sorted(package + metadata) == sorted(files)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     expected = ["__init__.py", f"_C{suffix}", "_C.pyi", "py.typed", "cli.py", "doctor.py", "nn/__init__.py"]
+    expected += ["compat/startup/sitecustomize.py"]  # no package: it goes on PYTHONPATH
     assert [name for name in expected if f"vitkern/{name}" not in package] == []
     assert "vitkern/triton_kernels/ms_deform_attn.py" in package
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
