@@ -176,7 +176,7 @@ def test_a_class_made_from_a_patched_one_is_named():
     kind = type(layer)
     layer.__class__ = type("FSDPMSDeformAttn", (kind,), {})
     table = vitkern.unpatch(layer)
-    assert not table and "(FSDPMSDeformAttn): a class made from the patched one" in str(table)
+    assert not table and "(FSDPMSDeformAttn): its class was made from the patched one" in str(table)
     layer.__class__ = kind
     assert vitkern.unpatch(layer) and type(layer) is MSDeformAttn
 
@@ -376,6 +376,19 @@ def test_a_forward_that_was_set_on_the_layer_stays():
     assert [row.paths for row in table] == [("layers.1",)]
     assert [(left.path, "set on the layer" in left.reason) for left in table.left] == [("layers.0", True)]
     torch.testing.assert_close(model(*inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_forward_that_was_set_on_a_patched_layer_stays():
+    model, inputs = Model(), batch()
+    vitkern.patch(model)
+    ours = model.layers[0].forward
+    model.layers[0].forward = lambda *tensors: 0 * ours(*tensors)
+    expected = model(*inputs)
+    table = vitkern.unpatch(model)
+    assert [row.paths for row in table] == [("layers.1",)] and "set on the layer" in table.left[0].reason
+    torch.testing.assert_close(model(*inputs), expected, atol=1e-5, rtol=1e-4)
+    del model.layers[0].forward
+    assert vitkern.unpatch(model) and is_patched(model) == [False, False]
 
 
 def test_a_bound_method_left_behind_is_no_obstacle():

@@ -53,25 +53,24 @@ def patch(target: Target) -> Table:
 def unpatch(target: Target) -> Table:
     """Undo :func:`patch`, for the same model or library. Returns a table of what was taken out."""
     with _lock:
-        return _unpatch_model(target) if isinstance(target, nn.Module) else _library(target).unpatch()
+        if isinstance(target, nn.Module):
+            return _unpatch(_patched_modules(target))
+        return _library(target).unpatch()
 
 
 @contextmanager
 def patched(target: Target) -> Iterator[Table]:
     """Patched inside a ``with`` block. What was patched before stays patched after."""
     with _lock:
-        before = _patched_modules(target) if isinstance(target, nn.Module) else []
+        before = _patched_modules(target)
         table = patch(target)
-        after = _patched_modules(target) if isinstance(target, nn.Module) else []
+        ours = [each for each in _patched_modules(target) if each not in before]
     try:
         yield table
     finally:
         with _lock:
-            if isinstance(
-                target, nn.Module
-            ):  # which may have other layers by now, or the same at other places
-                _unpatch_modules([place for place in after if place not in before and _is_patched(place[1])])
-            elif table:
+            _unpatch(ours)  # which the model may have lost meanwhile, or moved
+            if table and not isinstance(target, nn.Module):
                 unpatch(target)
 
 
@@ -111,7 +110,7 @@ def _patch_model(model: nn.Module) -> Table:
             _change_class(module, _patched_class(type(module)))
             done.append((path, module))
     except BaseException:
-        _unpatch_modules(done)
+        _unpatch(done)
         raise
     return table
 
@@ -123,15 +122,18 @@ def _objection(module: nn.Module, form: forms.Form | None) -> str | None:
         reason = forms.difference(kind.forward)
         transformers.refuse_unknown(kind, reason)
         return reason
-    own = vars(module).get("forward")
-    if own is not None and not _is_a_bound(own, module, kind.forward):
+    if _has_forward_of_its_own(module):
         return "its forward was set on the layer itself: patch before whatever did that"
     return form.objection_to_core(module, kind.forward)
 
 
-def _is_a_bound(own: object, module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Who wraps the forward of a layer for a while may leave its own method behind in its attributes."""
-    return isinstance(own, MethodType) and own.__self__ is module and own.__func__ is function
+def _has_forward_of_its_own(module: nn.Module) -> bool:
+    """Who wraps the forward of a layer for a while may leave its own method behind in its attributes: that is none."""
+    own = vars(module).get("forward")
+    function = type(module).forward
+    return own is not None and not (
+        isinstance(own, MethodType) and own.__self__ is module and own.__func__ is function
+    )
 
 
 def _change_class(module: nn.Module, kind: Any) -> None:
@@ -174,33 +176,31 @@ def _remade(kind: Any, make: Callable[..., nn.Module], *arguments: Any) -> nn.Mo
     return module
 
 
-def _patched_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(path, module) for path, module in model.named_modules() if _is_patched(module)]
+def _patched_modules(target: Target) -> list[tuple[str, nn.Module]]:
+    if not isinstance(target, nn.Module):
+        return []
+    return [
+        (path, module) for path, module in target.named_modules() if hasattr(type(module), "patched_from")
+    ]
 
 
-def _is_patched(module: nn.Module) -> bool:
-    return "patched_from" in vars(type(module))
-
-
-def _unpatch_model(model: nn.Module) -> Table:
-    reason = "a class made from the patched one, as by fully_shard or parametrize: undo that first"
-    return Table(
-        [_unpatched(path, module) for path, module in _patched_modules(model)],
-        [
-            Left(path, type(module).__name__, reason)
-            for path, module in model.named_modules()
-            if hasattr(type(module), "patched_from")
-        ],
-    )
-
-
-def _unpatch_modules(modules: list[tuple[str, nn.Module]]) -> None:
+def _unpatch(modules: list[tuple[str, nn.Module]]) -> Table:
+    rows, left = [], []
     for path, module in modules:
-        _unpatched(path, module)
-
-
-def _unpatched(path: str, module: nn.Module) -> tuple[str, str, str]:
-    kind = type(module).patched_from  # type: ignore[attr-defined]
-    form = forms.form_of(kind.forward)
-    _change_class(module, kind)
-    return path, f"{kind.__name__} on {form.kernel if form else 'vitkern'}", kind.__name__
+        kind = getattr(type(module), "patched_from", None)
+        if kind is None:
+            continue
+        reason = ""
+        if "patched_from" not in vars(type(module)):
+            reason = (
+                "its class was made from the patched one, as by fully_shard or parametrize: undo that first"
+            )
+        elif _has_forward_of_its_own(module):
+            reason = "its forward was set on the layer itself: undo that first"
+        if reason:
+            left.append(Left(path, type(module).__name__, reason))
+            continue
+        form = forms.form_of(kind.forward)
+        rows.append((path, f"{kind.__name__} on {form.kernel if form else 'vitkern'}", kind.__name__))
+        _change_class(module, kind)
+    return Table(rows, left)
