@@ -192,9 +192,7 @@ def _unpatch(modules: list[tuple[str, nn.Module]]) -> Table:
             continue
         reason = ""
         if "patched_from" not in vars(type(module)):
-            reason = (
-                "its class was made from the patched one, as by fully_shard or parametrize: undo that first"
-            )
+            reason = "its class was made from the patched one (fully_shard, parametrize): undo that first"
         elif _has_forward_of_its_own(module):
             reason = "its forward was set on the layer itself: undo that first"
         if reason:
