@@ -108,6 +108,16 @@ def test_nan_leaks_neither_from_outside_nor_through_its_weight(isa):
     assert_matches_oracle((value, shapes, start, locations, weights, points))
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_16_bit_rows_that_begin_between_two_words(isa, dtype):
+    value, *others = make(D=16, dtype=dtype)
+    shifted = torch.cat([value.new_zeros(1), value.flatten()])[1:].view(value.shape)
+    assert shifted.is_contiguous() and shifted.data_ptr() % 4 == 2
+    torch.testing.assert_close(
+        launch_forward("cpu", shifted, *others), launch_forward("cpu", value, *others), rtol=0, atol=0
+    )
+
+
 @pytest.mark.parametrize("start", [[5, 220, 300, 500], [300, 0, 290, 400], [0, 100, 150, 160]], ids=str)
 def test_levels_anywhere_in_value(isa, start):
     """With gaps, whose gradient is zero, in any order, and overlapping, where gradients add up."""

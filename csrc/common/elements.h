@@ -103,7 +103,8 @@ VITKERN_INLINE Vec<Accumulator<T>, N> load_wide(const T* from) {
 // Twice as many: those at even places, and those at odd ones. Nothing has to be shuffled for it.
 template <int N>
 VITKERN_INLINE void load_pairs(const BFloat16* from, Vec<float, N>& even, Vec<float, N>& odd) {
-  const auto bits = load<int32_t, N>(reinterpret_cast<const int32_t*>(from));
+  Vec<int32_t, N> bits;  // of a pair, the number at the even place below
+  memcpy(&bits, from, sizeof bits);
   even = bit_cast<float>(bits << constant<N>(16));
   odd = bit_cast<float>(bits & constant<N>(-0x10000));
 }
