@@ -230,15 +230,12 @@ def test_a_forward_that_was_changed_since_stays(tree):
 
 
 def test_withdrawn_between_search_and_import(tree):
-    tree(MMCV_LITE)
+    tree({**MMCV_LITE, "mmcv/ops/multi_scale_deform_attn.py": "import torch\n" + LAYER})
     vitkern.install("mmcv")
-    load("mmcv._ext")
-    name = "mmcv.ops.multi_scale_deform_attn"
     load("mmcv.ops")
-    spec = importlib.util.find_spec(name)
-    spec = sys.modules.pop(name).__spec__ and importlib.util.find_spec(name)
+    del sys.modules["mmcv.ops.multi_scale_deform_attn"]
+    spec = importlib.util.find_spec("mmcv.ops.multi_scale_deform_attn")
     vitkern.uninstall("mmcv")
-    sys.modules["mmcv"]._ext = None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.MultiScaleDeformableAttention().forward() == "theirs"
