@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks in a process of their own: Triton decides when it is imported whether it interprets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitkern.check.examine import Outcome
+from vitkern.check.plan import Request, Task
+from vitkern.check.routes import INTERPRET
+
+
+class Apart:
+    """The tasks run beside those of this process, from here to `outcomes`."""
+
+    def __init__(self, tasks: Sequence[Task], request: Request, times: float) -> None:
+        self.tasks = tasks
+        self.folder = tempfile.TemporaryDirectory(prefix="vitkern-check-")
+        self.path = Path(self.folder.name) / "outcomes"
+        same = dataclasses.asdict(request) | {"backends": sorted({task.route.name for task in tasks})}
+        code = "import sys; from vitkern.check.apart import work; work(*sys.argv[1:])"
+        with (Path(self.folder.name) / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, json.dumps(same), str(times), str(self.path)],
+                env={**os.environ, INTERPRET: "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+    def outcomes(self) -> list[Outcome]:
+        """Of all tasks: one of which nothing was heard has failed."""
+        status = self.process.wait()
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        log = (Path(self.folder.name) / "log").read_text(errors="replace").strip().splitlines()
+        heard = {tuple(line["key"]): line for line in map(json.loads, lines)}
+        found = []
+        for task in self.tasks:
+            line = heard.get(task.key)
+            if line is not None:
+                found.append(Outcome(task, line["seconds"], line["ratios"], line["failures"]))
+            else:
+                last = log[-1] if log else "it said nothing"
+                found.append(Outcome(task, failures=[f"its process ended with {status}: {last}"]))
+        self.folder.cleanup()
+        return found
+
+
+def work(request: str, times: str, path: str) -> None:
+    """The other side."""
+    from vitkern.check.examine import examine
+    from vitkern.check.plan import plan
+
+    with Path(path).open("w") as file:
+        for task in plan(Request(**json.loads(request))).tasks:
+            outcome = examine(task, float(times))
+            line = {
+                "key": task.key,
+                "seconds": outcome.seconds,
+                "ratios": outcome.ratios,
+                "failures": outcome.failures,
+            }
+            print(json.dumps(line), file=file, flush=True)

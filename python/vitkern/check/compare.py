@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a result is right: its error against float64 is at most twice that of plain torch in the same dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TIMES = 2.0
+# Units in the last place of the greatest value that are granted besides: where plain torch happens to be exact a
+# rounding is no mistake, and sums of the same terms in another order differ by some units of the accumulator.
+UNITS = {torch.float64: 32, torch.float32: 8, torch.float16: 1, torch.bfloat16: 1}
+# Of the greatest gradient; a zero in the place of a greater one is a gradient that was forgotten.
+MISSING = 1e-3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On a result of an op: the output, or the gradient of one input."""
+
+    error: float
+    allowed: float
+    complaint: str | None
+
+    @property
+    def ratio(self) -> float:
+        """The error in units of plain torch's own and of the rounding that is granted besides; TIMES is the limit."""
+        return TIMES * self.error / self.allowed if self.error else 0.0
+
+
+def results(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor | None
+) -> list[Tensor]:
+    """Output and the gradient of each input; only the output where there is no grad_output."""
+    leaves = [tensor.detach().requires_grad_(grad_output is not None) for tensor in inputs]
+    output = function(*leaves)
+    if grad_output is None:
+        return [output.detach()]
+    given = grad_output.to(output.dtype)
+    gradients = torch.autograd.grad(output, leaves, given, allow_unused=True)
+    # A gradient that is not there is one of zeros, which are missed where the formula has others.
+    return [
+        output.detach(),
+        *(
+            leaf.new_zeros(leaf.shape) if gradient is None else gradient
+            for leaf, gradient in zip(leaves, gradients)
+        ),
+    ]
+
+
+def max_error(actual: Tensor, exact: Tensor) -> float:
+    finite = exact.isfinite()
+    return (actual.double() - exact.double())[finite].abs().max().item() if finite.any() else 0.0
+
+
+def judge(
+    actual: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    *,
+    times: float = TIMES,
+    granted: float = 0.0,
+    gradient: bool = False,
+) -> Verdict:
+    """`actual` beside plain torch in the same dtype and the formula in float64."""
+
+    def wrong(complaint: str) -> Verdict:
+        return Verdict(math.inf, 1.0, complaint)
+
+    if actual.shape != exact.shape:
+        return wrong(f"has shape {list(actual.shape)}, expected {list(exact.shape)}")
+    if actual.dtype != plain.dtype:
+        return wrong(f"is {actual.dtype}, expected {plain.dtype}")
+    if not torch.equal(actual.isnan(), exact.isnan()):
+        return wrong(
+            f"has {_count(actual.isnan())} NaN, expected {_count(exact.isnan())}, or in other places"
+        )
+    finite = exact[exact.isfinite()].abs()
+    unit = torch.finfo(actual.dtype).eps * (finite.max().item() if finite.numel() else 0.0)
+    error, usual = max_error(actual, exact), max_error(plain, exact)
+    granted = granted if math.isfinite(granted) else 0.0
+    allowed = times * usual + UNITS[actual.dtype] * unit + granted
+    complaint = None
+    if not error <= allowed:
+        complaint = f"is off by {error:.2g}, allowed are {allowed:.2g} (plain torch: {usual:.2g})"
+    elif gradient and (missing := _missing(actual, plain, exact)):
+        complaint = f"is zero in {missing} places where it should not be"
+    return Verdict(error, allowed, complaint)
+
+
+def _count(where: Tensor) -> str:
+    return str(int(where.sum())) if where.any() else "no"
+
+
+def _missing(actual: Tensor, plain: Tensor, exact: Tensor) -> int:
+    """Zeros where plain torch has none: terms of 16 bits may cancel."""
+    if exact.numel() == 0:
+        return 0
+    large = exact.abs() > MISSING * exact.abs().max()
+    return int((large & (actual == 0) & (plain != 0)).sum())

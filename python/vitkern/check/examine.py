@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One check: an op on a case in a dtype by a route, held against float64, finite differences or itself."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
+
+from vitkern.bench.plan import DTYPES
+from vitkern.check.compare import TIMES, judge, results
+from vitkern.check.plan import TINY, Task
+from vitkern.check.problems import Function, Problem
+from vitkern.check.settings import OPS, Setting
+
+REPEATS = 3
+
+
+@dataclass
+class Outcome:
+    task: Task
+    seconds: float = 0.0
+    ratios: dict[str, float] = field(default_factory=dict)  # by result, in units of plain torch's own error
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Expected:
+    problem: Problem
+    tensors: tuple[Tensor, ...]
+    grad_output: Tensor
+    exact: list[Tensor]
+    plain: list[Tensor]
+
+
+def examine(task: Task, times: float = TIMES) -> Outcome:
+    """Whatever the kernels raise is a failure of theirs."""
+    outcome = Outcome(task)
+    started = time.perf_counter()
+    kinds = {"oracle": _oracle, "gradcheck": _gradcheck, "repeat": _repeat}
+    try:
+        with task.route.active(), _threads(task):
+            kinds[task.kind](task, outcome, times)
+    except Exception as error:
+        outcome.failures.append(f"raised {type(error).__name__}: {error}".splitlines()[0][:300])
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def names_of(problem: Problem) -> list[str]:
+    return ["output", *(f"gradient of {name}" for name in problem.inputs)]
+
+
+@functools.lru_cache(maxsize=4)
+def expected(op: str, case: str, dtype: str, seed: int, device: str, tiny: bool, by_other: bool) -> Expected:
+    """The formula in float64, and plain torch in the dtype; all routes of a device are compared with the same."""
+    setting = OPS[op].settings[case]
+    problem = OPS[op].problem(setting, device=device, seed=seed, tiny=tiny)
+    tensors = problem.tensors(DTYPES[dtype])
+    wide = tuple(tensor.double() for tensor in tensors)
+    formula = problem.other if by_other else functools.partial(problem.call, backend="reference")
+    generator = torch.Generator().manual_seed(seed)
+    shape = formula(*wide).shape
+    grad_output = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, DTYPES[dtype])
+    return Expected(
+        problem,
+        tensors,
+        grad_output,
+        results(formula, wide, grad_output.double()),
+        results(functools.partial(problem.call, backend="reference"), tensors, grad_output),
+    )
+
+
+def _expected(task: Task) -> Expected:
+    route = task.route
+    # The reference is held to other functions of torch, where those compute the same.
+    by_other = route.backend == "reference" and _others_agree(OPS[task.op].settings[task.case])
+    return expected(task.op, task.case, task.dtype, task.seed, route.device, route.tiny, by_other)
+
+
+def _others_agree(setting: Setting) -> bool:
+    return setting.ordinary and setting.options.get("method") != "nearest"
+
+
+def _ours(task: Task, problem: Problem) -> Function:
+    return functools.partial(problem.call, backend=task.route.backend)
+
+
+def _oracle(task: Task, outcome: Outcome, times: float) -> None:
+    known = _expected(task)
+    actual = results(_ours(task, known.problem), known.tensors, known.grad_output)
+    times *= OPS[task.op].settings[task.case].times
+    for name, a, p, e in zip(names_of(known.problem), actual, known.plain, known.exact):
+        terms = known.problem.sums.get(name)
+        granted = 0.0 if terms is None else terms(known.exact[0]).item() * torch.finfo(torch.float32).eps
+        verdict = judge(a, p, e, times=times, granted=granted, gradient=name != "output")
+        outcome.ratios[name] = verdict.ratio
+        if verdict.complaint:
+            outcome.failures.append(f"{name} {verdict.complaint}")
+
+
+def _gradcheck(task: Task, outcome: Outcome, times: float) -> None:
+    op = OPS[task.op]
+    problem = op.problem(Setting(TINY, op.tiny), device=task.route.device, seed=task.seed)
+    leaves = tuple(tensor.requires_grad_() for tensor in problem.inputs.values())
+    names = list(problem.inputs)
+    with _deterministic(task.route.slow):
+        try:
+            gradcheck(_ours(task, problem), leaves, fast_mode=task.route.slow)
+        except GradcheckError as error:
+            found = re.search(r"with respect to input (\d+)", str(error))
+            which = f"gradient of {names[int(found[1])]}" if found else "the gradient"
+            first = str(error).strip().splitlines()[0]
+            outcome.failures.append(f"{which} is not that of finite differences: {first}")
+
+
+def _repeat(task: Task, outcome: Outcome, times: float) -> None:
+    """Kernels promise the same bits in torch's deterministic mode, which fills new memory with NaN besides; and those
+    of a CPU always."""
+    known = _expected(task)
+    modes = (True, False) if task.route.backend in ("cpu", "reference") else (True,)
+    for mode in modes if task.route.device == "cpu" else (True,):
+        with _deterministic(mode):
+            runs = [
+                results(_ours(task, known.problem), known.tensors, known.grad_output)
+                for _ in range(2 if task.route.slow else REPEATS)
+            ]
+        for name, *same in zip(names_of(known.problem), *runs):
+            where = "in deterministic mode" if mode else "without deterministic mode"
+            if not all(tensor.isfinite().all() for tensor in same):
+                outcome.failures.append(f"{name} has elements {where} that are never written")
+            elif not all(torch.equal(same[0], other) for other in same[1:]):
+                outcome.failures.append(f"{name} has other bits the second time {where}")
+
+
+@contextlib.contextmanager
+def _threads(task: Task) -> Iterator[None]:
+    """Those of torch only for what runs in threads of its own: small calls would but wait for each other."""
+    before = torch.get_num_threads()
+    if task.route.backend != "cpu" or task.kind == "gradcheck":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _deterministic(mode: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(mode)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vitkern check`: a flipped sign in any backward is found and named, what is not run is said, failures repeat."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from tests import emulated
+from tests.runners import RUNNERS
+from vitkern.check.plan import Request, plan
+from vitkern.check.settings import OPS
+from vitkern.cli import main
+from vitkern.ops import op as ops
+
+DIFFERENTIABLE = {
+    "ms_deform_attn": ["value", "locations", "weights"],
+    "ms_deform_attn_fused": ["value", "reference_points", "offsets", "logits"],
+    "adapter_bottleneck": ["x", "down_weight", "down_bias", "up_weight", "up_bias", "scale"],
+    "token_pool": ["x", "weight"],
+    "token_project": ["query", "key", "tokens"],
+}
+# Where the backward kernels of an op return the gradient of each input.
+PLACES = {
+    "ms_deform_attn_fused": {"value": 0, "offsets": 1, "logits": 2, "reference_points": 3},
+}
+CHEAP = {
+    "ms_deform_attn": "odd-channels",
+    "ms_deform_attn_fused": "odd-channels",
+    "adapter_bottleneck": "gelu",
+    "token_pool": "odd-channels",
+    "token_project": "odd-channels",
+}
+
+
+def check(*arguments: object) -> int:
+    return main(["check", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def emulated_kernels(monkeypatch):
+    """Those that the suite builds."""
+    if emulated.REASON is None:
+        monkeypatch.setenv("VITKERN_EMULATED", emulated.module().__file__)
+    yield
+    ops.kernel.cache_clear()
+    ops.forget_plans()
+
+
+def flip(monkeypatch, op: str, backend: str, place: int) -> None:
+    """One gradient of a backend's backward with its sign turned round."""
+    stem = op.removesuffix("_fused")
+    module = importlib.import_module(f"vitkern.ops.{'triton' if backend == 'triton' else 'native'}_{stem}")
+    name = f"{stem}_backward_{backend}"
+    launch = getattr(module, name)
+
+    def wrong(*arguments):
+        gradients = list(launch(*arguments))
+        if gradients[place] is not None:
+            gradients[place] = -gradients[place]
+        return gradients
+
+    monkeypatch.setattr(module, name, wrong)
+    ops.kernel.cache_clear()
+    ops.forget_plans()
+
+
+FLIPS = [
+    pytest.param(runner, op, name, id=f"{runner.name}-{op}-{name}", marks=runner.marks)
+    for runner in RUNNERS
+    if runner.name in ("cpu-baseline", "cuda-emulated", "triton-interpreted")
+    for op, names in DIFFERENTIABLE.items()
+    for name in names
+]
+
+
+@pytest.mark.parametrize("runner, op, name", FLIPS)
+def test_a_flipped_sign_is_named(runner, op, name, monkeypatch, capsys):
+    place = PLACES.get(op, {}).get(name, DIFFERENTIABLE[op].index(name))
+    flip(monkeypatch, op, runner.backend, place)
+    arguments = ["--op", op, "--backend", runner.name, "--dtype", "fp32", "--case", CHEAP[op]]
+    assert check(*arguments, "--device", "cpu", "--kind", "oracle") == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 1
+    assert failed[0].startswith(f"FAILED {op} on {runner.name} in fp32, oracle of case {CHEAP[op]}: ")
+    assert f"gradient of {name} is off by" in failed[0]
+
+
+def test_gradcheck_and_the_oracle_find_the_same(monkeypatch, capsys):
+    flip(monkeypatch, "token_pool", "cpu", 1)
+    assert check("--op", "token_pool", "--backend", "cpu-baseline", "--case", "tiny") == 1
+    assert "gradient of weight is not that of finite differences" in capsys.readouterr().out
+
+
+def test_a_gradient_that_changes_from_run_to_run_is_found(monkeypatch, capsys):
+    from vitkern.ops import native_token_pool
+
+    launch = native_token_pool.token_pool_backward_cpu
+    factors = iter(range(10**6))
+
+    def restless(*arguments):
+        x, weight = launch(*arguments)
+        return [x, weight * (1 + next(factors) * torch.finfo(torch.float32).eps)]
+
+    monkeypatch.setattr(native_token_pool, "token_pool_backward_cpu", restless)
+    ops.kernel.cache_clear()
+    ops.forget_plans()
+    arguments = ["--op", "token_pool", "--backend", "cpu-baseline", "--dtype", "fp32", "--kind", "repeat"]
+    assert check(*arguments) == 1
+    assert "gradient of weight has other bits the second time" in capsys.readouterr().out
+
+
+def test_the_printed_command_repeats_the_failure_and_no_other(monkeypatch, capsys, tmp_path):
+    flip(monkeypatch, "ms_deform_attn", "cpu", 0)
+    arguments = ["--op", "ms_deform_attn", "--backend", "cpu-baseline", "--quick", "--seed", 3]
+    report = tmp_path / "junit.xml"
+    assert check(*arguments, "--junit", report) == 1
+    repeat = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  repeat: "))
+    words = shlex.split(repeat.removeprefix("  repeat: "))
+    assert words[:2] == ["vitkern", "check"]
+    assert main(words[1:]) == 1
+    assert "1 checks in 0 s, 1 FAILED" in capsys.readouterr().out
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    failures = suite.findall("testcase/failure")
+    assert int(suite.get("failures")) == len(failures) > 0
+    assert any(repeat in failure.text for failure in failures)
+    assert int(suite.get("tests")) == len(suite.findall("testcase"))
+    assert suite.findall("testcase/skipped")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_right_on_the_best_instruction_set(op):
+    from vitkern import _C
+
+    best = f"cpu-{_C.supported_cpu_isas()[-1]}"
+    assert check("--op", op, "--backend", best, "--quick", "--dtype", "fp32") == 0
+
+
+def test_what_is_not_run_is_said(monkeypatch, capsys):
+    monkeypatch.delenv("VITKERN_EMULATED")
+    assert check("--list", "--quick", "--device", "cpu", "--op", "token_pool") == 0
+    said = capsys.readouterr().out
+    assert "cuda-emulated: in a checkout, VITKERN_EMULATED=" in said
+    assert "triton-interpreted: 1 checks: the Triton kernels have no float64" in said
+    assert "left out by --quick" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--backend", "metal"], "no backend is called metal; there are reference, cpu-"),
+        (["--op", "conv"], "no op is called conv; there are ms_deform_attn"),
+        (["--case", "nothing-*"], r"no case is called nothing-\*; there are "),
+        (["--dtype", "int8"], "no dtype is called int8; there are fp32"),
+    ],
+)
+def test_what_does_not_exist_is_one_sentence(arguments, message, capsys):
+    assert check(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vitkern check: ")
+    assert message.replace("\\", "") in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is refused here")
+@pytest.mark.parametrize("arguments", [["--backend", "cuda-gpu"], ["--device", "cuda"], ["--sanitize"]])
+def test_what_cannot_run_here_is_refused(arguments, capsys):
+    assert check(*arguments) == 2
+    assert "GPU" in capsys.readouterr().err
+
+
+def test_interpreted_triton_runs_in_a_process_of_its_own(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    wanted = ["--op", "token_project", "--backend", "triton-interpreted", "--dtype", "fp32"]
+    assert check(*wanted, "--case", "no-batch", "--device", "cpu") == 0
+    assert "1 checks" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_fails_its_checks(monkeypatch):
+    from vitkern.check import apart
+
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    request = Request(["token_pool"], ["no-batch"], ["triton-interpreted"], ["fp32"], device="cpu")
+    tasks = plan(request).tasks
+    other = apart.Apart(tasks, request, 2.0)
+    other.process.kill()
+    (outcome,) = other.outcomes()
+    assert outcome.failures[0].startswith("its process ended with -9")
