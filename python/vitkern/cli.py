@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitkern.bench import command as bench
+from vitkern.check import command as check
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -80,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on")
     run.set_defaults(run=_run)
     bench.add_to(commands)
+    check.add_to(commands)
     return parser
 
 
