@@ -61,10 +61,11 @@ sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSa
 	  tests/test_adapter_bottleneck.py tests/test_token_pool.py tests/test_token_project.py \
 	  -k "cpu-baseline or cpu-avx or cuda-emulated" $(PYTEST_ARGS)
 
-lint: $(VENV)/.requirements  ## Style of Python and C++
+lint: $(VENV)/.requirements  ## Style of Python and C++, and what is wrong with workflows
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/zizmor --quiet --offline --no-progress .github/workflows
 
 typecheck: setup  ## mypy, strict on the package
 	$(BIN)/mypy
