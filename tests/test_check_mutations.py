@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One sign turned round in a copy of each backward kernel: `vitkern check` fails and names op, backend and gradient."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import emulated, wide
+from vitkern import triton_kernels
+from vitkern.cli import main
+from vitkern.ops import op
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    op: str
+    file: str  # under csrc/ or triton_kernels/
+    right: str
+    wrong: str
+    gradients: tuple[str, ...]  # that must be named
+    case: str = "odd-channels"
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}-{self.gradients[0]}"
+
+
+def mutations(*listed: Mutation):
+    return pytest.mark.parametrize("mutation", listed, ids=lambda mutation: mutation.name)
+
+
+CUDA = mutations(
+    Mutation(
+        "ms_deform_attn",
+        "ms_deform_attn/backward.cuh",
+        "along_y += y.slope[r] * sample",
+        "along_y -= y.slope[r] * sample",
+        ("locations",),
+    ),
+    Mutation(
+        "ms_deform_attn",
+        "ms_deform_attn/backward.cuh",
+        "part[j] = corners.share[c] * grad[j]",
+        "part[j] = -corners.share[c] * grad[j]",
+        ("value",),
+    ),
+    Mutation(
+        "ms_deform_attn_fused",
+        "ms_deform_attn/backward.cuh",
+        "* (gradient - sum)",
+        "* (gradient + sum)",
+        ("logits",),
+    ),
+    Mutation(
+        "adapter_bottleneck",
+        "adapter_bottleneck/backward.cuh",
+        "const A a = activate(p.activation, at) * d[i];",
+        "const A a = -activate(p.activation, at) * d[i];",
+        ("up_weight", "scale"),
+        "gelu",
+    ),
+    Mutation(
+        "token_pool",
+        "token_pool/backward.cuh",
+        "- shared.delta[token]",
+        "+ shared.delta[token]",
+        ("x", "weight"),
+    ),
+    Mutation(
+        "token_project", "token_project/backward.cuh", "(h[t] - mean)", "(h[t] + mean)", ("query", "key")
+    ),
+)
+CPU = mutations(
+    Mutation(
+        "ms_deform_attn",
+        "ms_deform_attn/cpu_scatter.h",
+        "top * (dot[1] - dot[0])",
+        "top * (dot[1] + dot[0])",
+        ("locations",),
+    ),
+    Mutation(
+        "adapter_bottleneck",
+        "adapter_bottleneck/cpu_backward.h",
+        "store(chunk.activated + row * stride + h, a);",
+        "store(chunk.activated + row * stride + h, zero - a);",
+        ("up_weight",),
+        "gelu",
+    ),
+    Mutation(
+        "token_pool",
+        "token_pool/cpu_backward.h",
+        "load<Acc, N>(dots + token) - load<Acc, N>(worker.delta + token)",
+        "load<Acc, N>(dots + token) + load<Acc, N>(worker.delta + token)",
+        ("x", "weight"),
+    ),
+    Mutation(
+        "token_project",
+        "token_project/cpu_backward.h",
+        "(load<Acc, N>(shares + token) - mean)",
+        "(load<Acc, N>(shares + token) + mean)",
+        ("query", "key"),
+    ),
+)
+TRITON = mutations(
+    Mutation(
+        "ms_deform_attn",
+        "ms_deform_attn.py",
+        "column_share, column_slope = 1 - right, -1.0",
+        "column_share, column_slope = 1 - right, 1.0",
+        ("locations",),
+    ),
+    Mutation(
+        "ms_deform_attn_fused",
+        "ms_deform_attn_fused.py",
+        "(grad_weights - tl.sum",
+        "(grad_weights + tl.sum",
+        ("logits",),
+    ),
+    Mutation(
+        "adapter_bottleneck",
+        "adapter_bottleneck_backward.py",
+        "share * (1 + z * (1 - share))",
+        "share * (1 - z * (1 - share))",
+        ("x", "down_weight", "down_bias"),
+        "silu",
+    ),
+    Mutation(
+        "token_pool", "token_pool.py", "(dots - delta[:, None])", "(dots + delta[:, None])", ("x", "weight")
+    ),
+    Mutation("token_project", "token_project.py", "(h - tl.sum", "(h + tl.sum", ("query", "key")),
+)
+
+
+def mutated(source: Path, copy: Path, mutation: Mutation) -> None:
+    shutil.copytree(source, copy)
+    file = copy / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.right) >= 1, f"{mutation.file} has changed: no {mutation.right}"
+    file.write_text(text.replace(mutation.right, mutation.wrong))
+
+
+# Libraries that have a name in common share what C++ has once in a process, so each mutant gets a process.
+WITH_KERNELS = """
+import importlib.util, sys
+from vitkern.cli import main
+from vitkern.ops import native
+spec = importlib.util.spec_from_file_location("_mutant", sys.argv.pop(1))
+library = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(library)
+native._C = native.cuda_module = library
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def arguments_of(mutation: Mutation, backend: str) -> list[str]:
+    arguments = ["--op", mutation.op, "--backend", backend, "--dtype", "fp32", "--case", mutation.case]
+    return ["check", *arguments, "--kind", "oracle", "--device", "cpu"]
+
+
+def assert_named(mutation: Mutation, backend: str, status: int, said: str) -> None:
+    assert status == 1, said
+    for name in mutation.gradients:
+        start = (
+            f"FAILED {mutation.op} on {backend} in fp32, oracle of case {mutation.case}: gradient of {name} "
+        )
+        assert start in said, said
+    assert ": output " not in said
+
+
+def assert_found_apart(mutation: Mutation, backend: str, *interpreter: object, **environment: str) -> None:
+    command = [sys.executable, *map(str, interpreter), *arguments_of(mutation, backend)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert_named(mutation, backend, done.returncode, done.stdout + done.stderr)
+
+
+def compile_object(folder: Path, csrc: Path, op: str, file: str, *defines: str) -> Path:
+    """csrc/<op>/<file>, optimised as little as is bearable."""
+    target = folder / f"{op}.o"
+    flags = ["-std=c++17", "-O0", "-fPIC", "-pthread", "-fopenmp", "-Wno-psabi", "-fvisibility=hidden"]
+    flags += ["-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{csrc}", "-x", "c++"]
+    source = csrc / op / file
+    wide.run("c++", *flags, *defines, "-c", source, "-o", target)
+    return target
+
+
+@CUDA
+@pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
+def test_emulated_cuda(mutation, tmp_path):
+    """The object of one op is compiled anew and linked with those of the others."""
+    objects = Path(emulated.module().__file__).parent / "CMakeFiles" / "_emulated.dir"
+    if not objects.is_dir():
+        pytest.skip("the emulated kernels were built elsewhere, without their objects")
+    stem = mutation.op.removesuffix("_fused")
+    mutated(ROOT / "csrc", tmp_path / "csrc", mutation)
+    defines = ("-DVITKERN_EMULATED", "-DVITKERN_WITH_CUDA")
+    fresh = compile_object(tmp_path, tmp_path / "csrc", stem, "cuda.cu", *defines)
+    others = [file for file in objects.rglob("*.o") if f"csrc_{stem}_cuda" not in file.name]
+    library = tmp_path / "_emulated.so"
+    wide.run("c++", "-shared", "-fopenmp", fresh, *others, "-o", library)
+    assert_found_apart(mutation, "cuda-emulated", "-m", "vitkern", VITKERN_EMULATED=str(library))
+
+
+@pytest.fixture(scope="module")
+def cpu_objects(tmp_path_factory) -> Path:
+    """What all mutants of the CPU kernels share: bindings, and each op as it is."""
+    import pybind11
+
+    folder = tmp_path_factory.mktemp("cpu")
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = ["-std=c++17", "-O0", "-fPIC", "-pthread", "-Wno-psabi", "-fvisibility=hidden"]
+    defines = [f'-DVITKERN_{name}=""' for name in ("VERSION", "COMPILER", "CUDA_REASON")]
+    defines += ["-DVITKERN_MODULE=_mutant", "-DVITKERN_ISA=isa_baseline"]
+    sources = [source for source in wide.SOURCES if source.name != "cpu.cpp"]
+    for source in sources:
+        wide.run("c++", *flags, *defines, *includes, "-c", source, "-o", folder / f"{source.stem}.o")
+    for stem in wide.OPS:
+        compile_object(folder, ROOT / "csrc", stem, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
+    return folder
+
+
+@CPU
+@pytest.mark.skipif(wide.REASON is not None or sys.platform != "linux", reason=wide.REASON or "for Linux")
+def test_cpu(mutation, cpu_objects, tmp_path):
+    mutated(ROOT / "csrc", tmp_path / "csrc", mutation)
+    fresh = compile_object(tmp_path, tmp_path / "csrc", mutation.op, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
+    others = [file for file in cpu_objects.glob("*.o") if file.name != f"{mutation.op}.o"]
+    library = tmp_path / "_mutant.so"
+    wide.run("c++", "-shared", "-pthread", fresh, *others, "-o", library)
+    assert_found_apart(mutation, "cpu-baseline", "-c", WITH_KERNELS, library)
+
+
+@TRITON
+def test_interpreted_triton(mutation, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    package = f"mutant_{mutation.op}"
+    mutated(Path(triton_kernels.__file__).parent, tmp_path / package, mutation)
+    for file in (tmp_path / package).glob("*.py"):
+        file.write_text(file.read_text().replace("vitkern.triton_kernels", package))
+    monkeypatch.syspath_prepend(tmp_path)
+    for file in (tmp_path / package).glob("[a-z]*.py"):
+        importlib.import_module(f"vitkern.triton_kernels.{file.stem}")
+        monkeypatch.setattr(triton_kernels, file.stem, importlib.import_module(f"{package}.{file.stem}"))
+    op.forget_plans()
+    status = main(arguments_of(mutation, "triton-interpreted"))
+    assert_named(mutation, "triton-interpreted", status, capsys.readouterr().out)
