@@ -96,14 +96,15 @@ def _ours(task: Task, problem: Problem) -> Function:
 def _oracle(task: Task, outcome: Outcome, times: float) -> None:
     known = _expected(task)
     actual = results(_ours(task, known.problem), known.tensors, known.grad_output)
-    _compare(known, actual, outcome, times * OPS[task.op].settings[task.case].times)
+    _compare(known, actual, outcome, times)
 
 
 def _compare(known: Expected, actual: list[Tensor], outcome: Outcome, times: float, where: str = "") -> None:
+    luck = OPS[outcome.task.op].settings[outcome.task.case].luck
     for name, a, p, e in zip(names_of(known.problem), actual, known.plain, known.exact):
         terms = known.problem.sums.get(name)
         granted = 0.0 if terms is None else terms(known.exact[0]).item() * torch.finfo(torch.float32).eps
-        verdict = judge(a, p, e, times=times, granted=granted, gradient=name != "output")
+        verdict = judge(a, p, e, times=times, luck=luck, granted=granted, gradient=name != "output")
         outcome.ratios[name] = max(verdict.ratio, outcome.ratios.get(name, 0.0))
         if verdict.complaint:
             outcome.failures.append(f"{name} {verdict.complaint}{where}")

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vitkern check --module`: somebody's own op in each of the forms that people have it in, right and wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitkern.cli import main
+
+THEIRS = """
+import torch
+from torch import nn
+
+import vitkern
+from vitkern import reference
+from vitkern.nn import MSDeformAttn
+
+
+def five(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
+    tables = spatial_shapes, level_start_index
+    return vitkern.ms_deform_attn(value, *tables, sampling_locations, attention_weights, backend="reference")
+
+
+def four(value, spatial_shapes, sampling_locations, attention_weights):
+    sizes = [tuple(size) for size in spatial_shapes.tolist()]
+    return reference.ms_deform_attn_by_grid_sample(value, sizes, sampling_locations, attention_weights)
+
+
+def three(value, sampling_locations, attention_weights):
+    return value
+
+
+class Right(torch.autograd.Function):
+    signs = (1, 1, 1)
+
+    @classmethod
+    def forward(cls, ctx, value, shapes, starts, locations, weights, im2col_step):
+        ctx.save_for_backward(value, shapes, starts, locations, weights)
+        return five(value, shapes, starts, locations, weights)
+
+    @classmethod
+    def backward(cls, ctx, grad_output):
+        value, shapes, starts, *rest = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (value, *rest)]
+            output = five(leaves[0], shapes, starts, *leaves[1:])
+        grads = torch.autograd.grad(output, leaves, grad_output)
+        value, locations, weights = (sign * grad for sign, grad in zip(cls.signs, grads))
+        return value, None, None, locations, weights, None
+
+
+class FlippedLocations(Right):
+    signs = (1, -1, 1)
+
+
+class NoWeights(Right):
+    signs = (1, 1, 0)
+
+
+class Swapped(MSDeformAttn):
+    def _offsets_and_logits(self, query):
+        offsets, logits = super()._offsets_and_logits(query)
+        return offsets.flip(-1), logits
+
+
+class OtherLayer(nn.Module):
+    def __init__(self, d_model, n_levels, n_heads, n_points):
+        super().__init__()
+"""
+
+
+@pytest.fixture
+def check(tmp_path, capsys):
+    file = tmp_path / "theirs.py"
+    file.write_text(THEIRS)
+
+    def run(name: str, *options: str) -> tuple[int, str, str]:
+        usual = ("--case", "hub-small", "--case", "far-outside", "--device", "cpu")
+        return main(["check", "--module", f"{file}:{name}", *usual, *options]), *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["five", "four", "Right", "MSDeformAttn"])
+def test_right_ones_pass(check, name):
+    status, said, _ = check(name)
+    assert status == 0, said
+    assert "2 checks in" in said
+    assert "0 FAILED" in said
+
+
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("FlippedLocations", "gradient of locations is off by"),
+        ("NoWeights", "gradient of weights is off by"),
+        ("Swapped", "output is off by"),
+    ],
+)
+def test_wrong_ones_fail_and_it_says_where(check, name, named):
+    status, said, _ = check(name)
+    assert status == 1
+    failed = [line for line in said.splitlines() if line.startswith("FAILED")]
+    assert any(named in line for line in failed)
+    assert f"theirs.py:{name} --dtype fp32 --case hub-small --seed 0" in said
+
+
+def test_only_what_is_wrong_is_named(check):
+    _, said, _ = check("FlippedLocations")
+    assert all("gradient of locations" in line for line in said.splitlines() if line.startswith("FAILED"))
+
+
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("OtherLayer", "OtherLayer does not fit"),
+        ("three", "got three of 3 arguments"),
+        ("none", "has no 'none'"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(check, name, named):
+    status, _, said = check(name)
+    assert status == 2
+    assert named in said
+    assert said.count("\n") == 1
+
+
+def test_a_module_that_does_not_exist_is_one_sentence(capsys):
+    assert main(["check", "--module", "no.such.module:Name"]) == 2
+    assert "no.such.module cannot be imported" in capsys.readouterr().err
