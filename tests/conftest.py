@@ -2,6 +2,7 @@
 """What every test may count on: interpreted Triton where there is no GPU, repeatable randomness, runners of kernels."""
 
 import os
+import sys
 
 # Read when torch loads its OpenMP. Threads that spin while they wait for others hold up whoever shares the machine, the
 # next worker of pytest-xdist first of all: many small calls, as gradcheck makes them, then take twenty times as long.
@@ -26,6 +27,13 @@ settings.load_profile("vitkern")
 def seeded():
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Dynamo compiles one function eight times and then gives up, whatever models the tests give it."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(params=[pytest.param(runner, id=runner.name, marks=runner.marks) for runner in RUNNERS])

@@ -296,9 +296,12 @@ def test_export(name):
 @pytest.mark.slow
 @ALL_MODELS
 def test_compiles_whole(name):
-    """Without inductor, which takes minutes: one graph, forward and backward."""
+    """One graph, forward and backward: what inductor would be given, without the minutes that it takes.
+
+    Plain "aot_eager" keeps the backward of dropout as one op, and torch 2.13 is wrong about the strides of its result.
+    """
     model = MODELS[name]().train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
     compiled(image())[0].sum().backward()
     assert model.up1[0].weight.grad is not None if hasattr(model, "up1") else model.up.weight.grad is not None
 
