@@ -17,7 +17,7 @@ from torch import Tensor
 import vitkern
 from benchmarks.dense import Row, print_table
 from vitkern import reference
-from vitkern.bench.cases import ADAPTER_CASES
+from vitkern.cases import ADAPTER_CASES
 
 CASES = ("adaptformer-video", "one-image", "adaptformer-vit-l", "adaptformer-4", "adaptformer-512")
 TENSORS = ("x", "down_weight", "down_bias", "up_weight", "up_bias")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.harness import arguments, machine
 from benchmarks.peers import OURS, PEERS, Peer, yardstick_of
-from vitkern.bench.cases import CASES, MsDeformAttnInputs, make_inputs
 from vitkern.bench.measure import forward_backward, interleaved
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnInputs, make_inputs
 
 # (case, locations, dtype, pass): one row each. Batch 1 throughout.
 ROWS = [
@@ -40,7 +40,7 @@ COMPILED = "grid_sample compiled"  # takes a minute a row before it runs at all
 
 def present() -> list[Peer]:
     """The peers that run here at all; of the others it is said why not."""
-    small = make_inputs(CASES["hub-small"].with_batch(1), locations="uniform")
+    small = make_inputs(ATTENTION_CASES["hub-small"].with_batch(1), locations="uniform")
     peers = []
     for peer in PEERS.values():
         verdict = "not asked for" if peer.name == COMPILED else peer.verdict(small)
@@ -52,7 +52,7 @@ def present() -> list[Peer]:
 
 
 def inputs_of(name: str, locations: str, dtype: torch.dtype) -> MsDeformAttnInputs:
-    return make_inputs(CASES[name].with_batch(1), locations=locations, dtype=dtype)
+    return make_inputs(ATTENTION_CASES[name].with_batch(1), locations=locations, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=1)  # rows that differ in the pass alone share it

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import vitkern
 from benchmarks.harness import arguments, machine
-from vitkern.bench.cases import CASES, MsDeformAttnCase
 from vitkern.bench.measure import forward_backward, interleaved
 from vitkern.bench.workloads import fused_inputs, places_of
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase
 
 NAMES = ("detr-encoder", "detr-decoder", "injector-B512", "extractor-B512", "rtdetr-decoder", "m2f-512")
 
@@ -64,7 +64,10 @@ def main() -> None:
             for what in ("forward", "both"):
                 label = f"{name:<17}{str(dtype)[6:]:<10}{what:<9}"
                 if given.match in label:
-                    print(label + measure(CASES[name].with_batch(1), dtype, what, given.seconds), flush=True)
+                    print(
+                        label + measure(ATTENTION_CASES[name].with_batch(1), dtype, what, given.seconds),
+                        flush=True,
+                    )
 
 
 def measure(case: MsDeformAttnCase, dtype: torch.dtype, what: str, seconds: float) -> str:

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import vitkern
 from benchmarks.dense import Row, print_table
 from vitkern import reference
-from vitkern.bench.cases import TOKEN_CASES
+from vitkern.cases import TOKEN_CASES
 
 KEYS = 64  # numbers of a query of token_project
 CASES = (("vt-3136", 8), ("vt-3136", 1), ("vt-resnet50", 32), ("vt-64", 8))  # and the batch

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import vitkern
 from vitkern import reference
-from vitkern.bench.cases import CASES, MsDeformAttnInputs, make_inputs
 from vitkern.bench.verify import LIMITS, relative_error
 from vitkern.bench.workloads import inside_a_cell
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnInputs, make_inputs
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of value, locations, weights: [B, Q, M * D]
 IM2COL_STEP = 64
@@ -204,12 +204,15 @@ PEERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="hub-small", choices=CASES)
+    parser.add_argument("--case", default="hub-small", choices=ATTENTION_CASES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         inputs = make_inputs(
-            CASES[arguments.case].with_batch(1), locations="uniform", dtype=dtype, device=arguments.device
+            ATTENTION_CASES[arguments.case].with_batch(1),
+            locations="uniform",
+            dtype=dtype,
+            device=arguments.device,
         )
         for peer in PEERS.values():
             print(f"{str(dtype)[6:]:<10}{peer.name:<23}{peer.verdict(inputs)}", flush=True)

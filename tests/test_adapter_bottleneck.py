@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import vitkern
 from tests.helpers import assert_matches_oracle, gradients, guarded_memory
 from tests.runners import RUNNERS
-from vitkern.bench.cases import ADAPTER_CASES, AdapterBottleneckCase
+from vitkern.cases import ADAPTER_CASES, AdapterBottleneckCase
 
 LOW = (torch.float16, torch.bfloat16)
 ACTIVATIONS = ("relu", "gelu", "silu")

@@ -11,6 +11,7 @@ from benchmarks.prove_compare import copied
 from tests.bench_records import record, row
 from vitkern.bench import live, store
 from vitkern.bench.errors import BenchError
+from vitkern.bench.live_worker import MEASURING
 from vitkern.cli import main
 
 
@@ -84,7 +85,8 @@ def test_a_build_is_an_interpreter_an_environment_or_a_folder(build, tmp_path):
 
 def test_builds_are_measured_by_this_harness_and_not_by_their_own(build):
     """The copy is from before there was a harness; its kernels are what runs."""
-    shutil.rmtree(build / "vitkern" / "bench")
+    for package in MEASURING:
+        shutil.rmtree(build / "vitkern" / package)
     process = live.Process(live.Build.at("A", str(build)))
     try:
         found = process.ask("hello", threads=1)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from vitkern.bench import ceilings, measure, run, store
-from vitkern.bench.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase
 from vitkern.bench.plan import Request, plan
 from vitkern.bench.workloads import OPS
+from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase
 from vitkern.cli import main
 
 TINY = {

@@ -12,7 +12,7 @@ import torch
 import vitkern
 from tests.helpers import assert_matches_oracle, gradients
 from tests.runners import RUNNERS
-from vitkern.bench.cases import TokenCase
+from vitkern.cases import TokenCase
 
 OPS = {
     "token_pool": lambda *tensors, backend: vitkern.token_pool(*tensors, backend=backend),

@@ -8,7 +8,7 @@ import torch
 
 from tests import emulated, test_adapter_bottleneck, test_token_pool, test_token_project
 from tests.runners import RUNNERS
-from vitkern.bench.cases import AdapterBottleneckCase, TokenCase
+from vitkern.cases import AdapterBottleneckCase, TokenCase
 
 pytestmark = pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
 RUNNER = next((runner for runner in RUNNERS if runner.name == "cuda-emulated"), None)

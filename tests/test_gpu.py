@@ -8,11 +8,11 @@ import torch
 import vitkern
 from tests.helpers import gradients
 from vitkern import backends
-from vitkern.bench.cases import CASES, make_inputs
+from vitkern.cases import ATTENTION_CASES, make_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 BACKENDS = ["cuda", "triton"]
-CASE = CASES["injector-B512"].with_batch(1)
+CASE = ATTENTION_CASES["injector-B512"].with_batch(1)
 
 
 def attend(inputs, backend):

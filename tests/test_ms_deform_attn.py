@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vitkern
 from tests.helpers import assert_matches_oracle, gradients, guarded_memory
-from vitkern.bench.cases import CASES, MsDeformAttnCase, make_inputs
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, make_inputs
 
 NAMES = ("output", "grad_value", "grad_locations", "grad_weights")
 LOW = (torch.float16, torch.bfloat16)
@@ -75,12 +75,14 @@ def dispatch(case):
     return case.channels, len(case.levels), case.points
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", sorted(ATTENTION_CASES))
 def test_matches_the_oracle_on_shapes_of_real_models(runner, name):
-    first_of_its_kind = next(n for n in sorted(CASES) if dispatch(CASES[n]) == dispatch(CASES[name]))
+    first_of_its_kind = next(
+        n for n in sorted(ATTENTION_CASES) if dispatch(ATTENTION_CASES[n]) == dispatch(ATTENTION_CASES[name])
+    )
     if runner.slow and name != first_of_its_kind:
         pytest.skip(f"same dispatch as {first_of_its_kind}")
-    check(make(CASES[name].shrunk(), runner, torch.float32), runner)
+    check(make(ATTENTION_CASES[name].shrunk(), runner, torch.float32), runner)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

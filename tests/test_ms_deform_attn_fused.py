@@ -9,7 +9,7 @@ import torch
 import vitkern
 from tests.helpers import assert_as_exact_as, assert_matches_oracle, gradients, guarded_memory
 from tests.test_ms_deform_attn import SMALL, dispatch, make, skip_dtype, small
-from vitkern.bench.cases import CASES
+from vitkern.cases import ATTENTION_CASES
 
 NAMES = ("output", "grad_value", "grad_reference", "grad_offsets", "grad_logits")
 FORMS = {  # shape of the reference points of B images, Q queries, L levels
@@ -93,12 +93,14 @@ def test_16_bit_throughout(runner, dtype):
     assert_as_exact_as(actual, plain, exact, what="output")
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", sorted(ATTENTION_CASES))
 def test_matches_the_oracle_on_shapes_of_real_models(runner, name):
-    first_of_its_kind = next(n for n in sorted(CASES) if dispatch(CASES[n]) == dispatch(CASES[name]))
+    first_of_its_kind = next(
+        n for n in sorted(ATTENTION_CASES) if dispatch(ATTENTION_CASES[n]) == dispatch(ATTENTION_CASES[name])
+    )
     if runner.slow and name != first_of_its_kind:
         pytest.skip(f"same dispatch as {first_of_its_kind}")
-    check(*make_fused(CASES[name].shrunk(), runner, torch.float32, "points shared"), runner)
+    check(*make_fused(ATTENTION_CASES[name].shrunk(), runner, torch.float32, "points shared"), runner)
 
 
 @pytest.mark.parametrize("form", ["points", "boxes shared"])

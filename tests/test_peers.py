@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.peers import OURS, PEERS, Peer
-from vitkern.bench.cases import CASES, MsDeformAttnCase, make_inputs
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, make_inputs
 
 INPUTS = make_inputs(
     MsDeformAttnCase("small", "", 1, ((6, 5), (3, 2)), 40, 2, 8, 3), locations="uniform", dtype=torch.float32
@@ -47,7 +47,7 @@ def test_a_wrong_gradient_is_named(position, name):
 
 def test_vitkern_and_its_yardstick_are_right():
     for locations in ("uniform", "near"):
-        inputs = make_inputs(CASES["bev-tiny"].with_batch(1).shrunk(), locations=locations)
+        inputs = make_inputs(ATTENTION_CASES["bev-tiny"].with_batch(1).shrunk(), locations=locations)
         assert OURS.verdict(inputs) == PEERS["grid_sample"].verdict(inputs) == "right"
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import gradients
 from vitkern import reference
-from vitkern.bench.cases import CASES, MsDeformAttnCase, make_inputs
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, make_inputs
 
 CASE = MsDeformAttnCase("small", "", 2, ((5, 7), (3, 2), (1, 4)), 6, 3, 4, 2)
 
@@ -62,9 +62,9 @@ def test_equals_the_definition(method, points_per_level):
     torch.testing.assert_close(actual, by_definition(*inputs, points_per_level, method), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", sorted(ATTENTION_CASES))
 def test_equals_grid_sample_on_every_case(name):
-    case = CASES[name].shrunk()
+    case = ATTENTION_CASES[name].shrunk()
     inputs = make_inputs(case, locations="uniform", dtype=torch.float64)
     inputs.sampling_locations = inputs.sampling_locations * 1.6 - 0.3
 

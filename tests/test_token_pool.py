@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import vitkern
 from tests.helpers import assert_matches_oracle, gradients, guarded_memory
 from tests.runners import RUNNERS
-from vitkern.bench.cases import TOKEN_CASES, TokenCase
+from vitkern.cases import TOKEN_CASES, TokenCase
 
 LOW = (torch.float16, torch.bfloat16)
 NAMES = ("output", "grad_x", "grad_weight")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vitkern
 from vitkern import _C, backends
-from vitkern.bench.cases import MsDeformAttnCase, make_inputs
+from vitkern.cases import MsDeformAttnCase, make_inputs
 from vitkern.nn import MSDeformAttn
 from vitkern.ops import direct
 from vitkern.ops.op import forget_plans

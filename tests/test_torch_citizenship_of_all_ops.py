@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import vitkern
-from vitkern.bench.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase, make_inputs
+from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase, make_inputs
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitkern.bench.measure import Run, clock_of, interleaved
-from vitkern.bench.workloads import Case, Op
+from vitkern.bench.workloads import Op
+from vitkern.cases import Case
 
 Ceilings = dict[str, Any]
 COPIED = {"cpu": [2**20 * 4**n for n in range(5)], "cuda": [2**30]}  # bytes read and written, together

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import vitkern.bench
+import vitkern
 from vitkern.bench import store
 from vitkern.bench.compare import HEADING, Compared, summary
 from vitkern.bench.errors import BenchError
@@ -23,7 +23,7 @@ from vitkern.bench.plan import Request, plan
 from vitkern.bench.progress import Progress
 from vitkern.bench.verdicts import factor_of_pairs
 
-HARNESS = str(Path(vitkern.bench.__file__).parent)
+HARNESS = str(Path(vitkern.__file__).parent)
 Pairs = list[tuple[float, float]]  # milliseconds of A and B in a round
 
 
@@ -57,7 +57,7 @@ class Process:
 
     def __init__(self, build: Build) -> None:
         self.build = build
-        command = [build.interpreter, str(Path(HARNESS) / "live_worker.py"), HARNESS]
+        command = [build.interpreter, str(Path(__file__).with_name("live_worker.py")), HARNESS]
         command += [build.folder] if build.folder else []
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of the two processes of `vitkern bench compare --live`: python live_worker.py HARNESS [FOLDER].
 
-It imports vitkern from FOLDER, or where its interpreter finds it, but vitkern.bench from HARNESS: both builds are
-measured by the same code. It answers each line of JSON with one, and works only between the two.
+It imports vitkern from FOLDER, or where its interpreter finds it, but the packages that measure from HARNESS, the
+package that was called: both builds are measured by the same code. It answers each line of JSON with one, and works
+only between the two.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STRETCHES = 5  # of a sample
+MEASURING = ("bench", "cases")
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -27,15 +28,14 @@ class Finder(importlib.abc.MetaPathFinder):
         self.folder = folder
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name == "vitkern.bench":
-            return importlib.machinery.PathFinder.find_spec(name, [str(Path(self.harness).parent)])
-        if name.startswith("vitkern.bench."):
-            return importlib.machinery.PathFinder.find_spec(name, [self.harness])
-        if self.folder is not None and name.partition(".")[0] == "vitkern":
-            return importlib.machinery.PathFinder.find_spec(
-                name, [self.folder] if name == "vitkern" else path
-            )
-        return None
+        package, *inside = name.split(".")
+        if package != "vitkern":
+            return None
+        if inside[:1] and inside[0] in MEASURING:
+            path = [str(Path(self.harness, *inside[:-1]))]
+        elif self.folder is None:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, path or [self.folder])
 
 
 class Worker:

@@ -11,7 +11,8 @@ import torch
 
 from vitkern import backends
 from vitkern.bench.errors import BenchError
-from vitkern.bench.workloads import OPS, Case, Op, batch_of, with_batch
+from vitkern.bench.workloads import OPS, Op
+from vitkern.cases import Case
 
 DTYPES = {
     "fp32": torch.float32,
@@ -114,8 +115,8 @@ def _cases(op: Op, request: Request) -> list[str]:
 
 def _with_batch(case: Case, batch: int | None, device: torch.device) -> tuple[Case, int]:
     """As asked for; else an image at a time on a CPU, and on a GPU what the case's source trains with."""
-    batch = batch or (1 if device.type == "cpu" else batch_of(case))
-    return with_batch(case, batch), batch
+    batch = batch or (1 if device.type == "cpu" else case.batch)
+    return case.with_batch(batch), batch
 
 
 def _backends(wanted: Sequence[str], device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:

@@ -4,26 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import vitkern
 from vitkern import reference
-from vitkern.bench.cases import (
+from vitkern.cases import (
     ADAPTER_CASES,
-    CASES,
+    ATTENTION_CASES,
     TOKEN_CASES,
     AdapterBottleneckCase,
+    Case,
     MsDeformAttnCase,
     TokenCase,
     make_inputs,
 )
 
-Case = MsDeformAttnCase | AdapterBottleneckCase | TokenCase
 Function = Callable[..., Tensor]
-KEYS = 64  # numbers of a query of token_project
 # From the edge of a cell, in pixels, gradients of places are compared: they jump there, and two may round apart.
 EDGE = 1e-2
 
@@ -185,7 +184,7 @@ def _token_pool(case: Case, dtype: torch.dtype, device: str) -> Work:
 
 def _token_project(case: Case, dtype: torch.dtype, device: str) -> Work:
     assert isinstance(case, TokenCase)
-    tensors = (tensor.to(dtype) for tensor in case.make_project(keys=KEYS, device=device))
+    tensors = (tensor.to(dtype) for tensor in case.make_project(device=device))
     inputs = dict(zip(("x", "query", "key", "tokens"), tensors))
     return Work(inputs, vitkern.token_project, reference.token_project, reference.token_project, {})
 
@@ -198,9 +197,14 @@ _TOKENS_QUICK = ("vt-resnet18", "vt-resnet50", "vt-3136")
 OPS = {
     op.name: op
     for op in (
-        Op("ms_deform_attn", CASES, _ATTENTION_USUAL, _ATTENTION_QUICK, "gather", _ms_deform_attn),
+        Op("ms_deform_attn", ATTENTION_CASES, _ATTENTION_USUAL, _ATTENTION_QUICK, "gather", _ms_deform_attn),
         Op(
-            "ms_deform_attn_fused", CASES, _ATTENTION_USUAL, _ATTENTION_QUICK, "gather", _ms_deform_attn_fused
+            "ms_deform_attn_fused",
+            ATTENTION_CASES,
+            _ATTENTION_USUAL,
+            _ATTENTION_QUICK,
+            "gather",
+            _ms_deform_attn_fused,
         ),
         Op(
             "adapter_bottleneck",
@@ -214,13 +218,3 @@ OPS = {
         Op("token_project", TOKEN_CASES, tuple(TOKEN_CASES), _TOKENS_QUICK, "product", _token_project),
     )
 }
-
-
-def batch_of(case: Case) -> int:
-    return case.shape[0] if isinstance(case, AdapterBottleneckCase) else case.batch
-
-
-def with_batch(case: Case, batch: int) -> Case:
-    if isinstance(case, AdapterBottleneckCase):
-        return replace(case, shape=(batch, *case.shape[1:]))
-    return replace(case, batch=batch)

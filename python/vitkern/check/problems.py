@@ -12,14 +12,14 @@ from torch import Tensor
 
 import vitkern
 from vitkern import reference
-from vitkern.bench.cases import (
+from vitkern.cases import (
     AdapterBottleneckCase,
+    Case,
     MsDeformAttnCase,
     MsDeformAttnInputs,
     TokenCase,
     make_inputs,
 )
-from vitkern.bench.workloads import KEYS, Case
 
 Function = Callable[..., Tensor]
 # Pixels from a cell's edge: gradients of locations jump there, and two dtypes may round to either side.
@@ -154,7 +154,7 @@ def token_pool(case: Case, device: str, seed: int, **options: Any) -> Problem:
 
 def token_project(case: Case, device: str, seed: int, **options: Any) -> Problem:
     assert isinstance(case, TokenCase)
-    tensors = case.make_project(keys=KEYS, device=device, seed=seed)
+    tensors = case.make_project(device=device, seed=seed)
     return Problem(
         dict(zip(("x", "query", "key", "tokens"), tensors)),
         lambda *tensors, backend: vitkern.token_project(*tensors, backend=backend),

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.bench.cases import (
+from vitkern.cases import (
     ADAPTER_CASES,
-    CASES,
+    ATTENTION_CASES,
     TOKEN_CASES,
     AdapterBottleneckCase,
+    Case,
     MsDeformAttnCase,
     TokenCase,
 )
-from vitkern.bench.workloads import Case
 from vitkern.check import problems
 from vitkern.check.problems import Problem
 
@@ -107,7 +107,7 @@ def _nan_pixel(inputs: Inputs) -> None:
 def _attention_settings(places: str) -> dict[str, Setting]:
     odd: dict[str, Any] = {"batch": 0, "queries": 0, "heads": 0, "points": 0}
     listed = [
-        *_shrunk(CASES, lambda case: (case.channels, len(case.levels), case.points)),
+        *_shrunk(ATTENTION_CASES, lambda case: (case.channels, len(case.levels), case.points)),
         Setting("odd-channels", replace(_SMALL, channels=71)),
         Setting("nearest", _SMALL, options={"method": "nearest"}),
         Setting("not-finite", _SMALL, _not_finite(places), ordinary=False),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
-from vitkern.bench.cases import MsDeformAttnCase
 from vitkern.bench.plan import DTYPES
+from vitkern.cases import MsDeformAttnCase
 from vitkern.check import report
 from vitkern.check.compare import judge, results
 from vitkern.check.errors import CheckError
