@@ -20,7 +20,7 @@ import torch
 import vitkern
 from vitkern.bench.measure import forward_backward
 from vitkern.cases import MsDeformAttnCase, make_inputs
-from vitkern.doctor import cpu_model
+from vitkern.commands.doctor import cpu_model
 from vitkern.ops import native
 from vitkern.ops.op import forget_plans
 

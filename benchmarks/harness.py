@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from vitkern import _C
-from vitkern.doctor import cpu_model
+from vitkern.commands.doctor import cpu_model
 
 
 def arguments(description: str, *, seconds: float, compiles: bool = False) -> argparse.Namespace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from vitkern.bench.ceilings import ANCHORS
 from vitkern.bench.store import SCHEMA, Record, Row
-from vitkern.doctor import examine
+from vitkern.commands.doctor import examine
 
 
 def row(

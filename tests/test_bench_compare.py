@@ -10,9 +10,9 @@ import pytest
 from benchmarks.prove_compare import copied
 from tests.bench_records import record, row
 from vitkern.bench import live, store
-from vitkern.bench.errors import BenchError
 from vitkern.bench.live_worker import MEASURING
 from vitkern.cli import main
+from vitkern.commands.errors import CommandError
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_build_is_an_interpreter_an_environment_or_a_folder(build, tmp_path):
     assert live.Build.at("A", sys.executable).interpreter == sys.executable
     assert live.Build.at("A", str(tmp_path)).interpreter == str(environment)
     assert live.Build.at("A", str(build)).folder == str(build)
-    with pytest.raises(BenchError, match="B, .*nowhere, is no build"):
+    with pytest.raises(CommandError, match="B, .*nowhere, is no build"):
         live.Build.at("B", str(tmp_path / "nowhere"))
 
 
@@ -115,7 +115,7 @@ def test_a_build_that_ends_is_told_of(tmp_path):
     (tmp_path / "vitkern").mkdir()
     (tmp_path / "vitkern" / "__init__.py").write_text("raise SystemExit('broken build')")
     process = live.Process(live.Build.at("B", str(tmp_path)))
-    with pytest.raises(BenchError, match="the process of B ended"):
+    with pytest.raises(CommandError, match="the process of B ended"):
         process.ask("hello", threads=1)
     process.close()
 

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import shlex
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 
 from tests import emulated
 from tests.runners import RUNNERS
+from vitkern.check import report, sanitize
 from vitkern.check.plan import Request, plan
+from vitkern.check.routes import Route
 from vitkern.check.settings import OPS
 from vitkern.cli import main
 from vitkern.ops import op as ops
@@ -166,6 +171,47 @@ def test_what_does_not_exist_is_one_sentence(arguments, message, capsys):
     assert said.count("\n") == 1
 
 
+def test_the_repeating_command_says_all_that_mattered():
+    request = Request(["token_pool"], ["v*"], dtypes=["fp32"], device="cpu", quick=True, seed=3, times=0.5)
+    task = plan(replace(request, backends=["reference"], kinds=["oracle"])).tasks[0]
+    said = (
+        "vitkern check --op token_pool --backend reference --dtype fp32 --case vt-3136 --kind oracle --seed 3"
+    )
+    assert report.command(task, request) == f"{said} --device cpu --times 0.5"
+
+
+@pytest.fixture
+def sanitizer(tmp_path, monkeypatch):
+    """In the place of compute-sanitizer and a GPU: writes down what it is to run; racecheck finds something."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\ncase $1 in *racecheck) exit 9; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    own = [Route(f"{name}-gpu", name, "cuda", None) for name in ("cuda", "reference")]
+    own.append(Route("triton-gpu", "triton", "cuda", "no triton"))
+    monkeypatch.setattr(sanitize, "all_routes", lambda device: own)
+    return tmp_path / "ran"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="stands in for a program with a shell script")
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ([], "--backend cuda-gpu --seed 0 --device cuda --quick"),
+        (["--case", "vt-*"], "--backend cuda-gpu --case vt-* --seed 0 --device cuda"),
+        (["--device", "cuda", "--backend", "triton"], "--backend triton --seed 0 --device cuda --quick"),
+        (["--module", "a:B"], "--module a:B --seed 0 --device cuda --quick"),
+    ],
+)
+def test_each_sanitizer_runs_the_small_cases_in_one_process(given, wanted, sanitizer, capsys):
+    assert check("--sanitize", *given) == 1
+    lines = sanitizer.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [f"--tool={tool}" for tool in sanitize.TOOLS]
+    assert all(line.endswith(f"-m vitkern check {wanted}") for line in lines)
+    assert re.findall("FAILED: .*", capsys.readouterr().out) == ["FAILED: racecheck found errors, see above"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is refused here")
 @pytest.mark.parametrize("arguments", [["--backend", "cuda-gpu"], ["--device", "cuda"], ["--sanitize"]])
 def test_what_cannot_run_here_is_refused(arguments, capsys):
@@ -188,7 +234,7 @@ def test_a_process_that_dies_fails_its_checks(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     request = Request(["token_pool"], ["no-batch"], ["triton-interpreted"], ["fp32"], device="cpu")
     tasks = plan(request).tasks
-    other = apart.Apart(tasks, request, 2.0)
+    other = apart.Apart(tasks, request)
     other.process.kill()
     (outcome,) = other.outcomes()
     assert outcome.failures[0].startswith("its process ended with -9")

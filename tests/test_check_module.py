@@ -8,12 +8,21 @@ import pytest
 from vitkern.cli import main
 
 THEIRS = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 import vitkern
 from vitkern import reference
 from vitkern.nn import MSDeformAttn
+
+
+@dataclass
+class Options:  # looks its own module up
+    step: int = 64
 
 
 def five(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):

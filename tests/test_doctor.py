@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import vitkern
-from vitkern import _C, doctor
+from vitkern import _C
 from vitkern.backends import BACKENDS
+from vitkern.commands import doctor
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +72,14 @@ def test_reports_what_does_not_load_instead_of_failing(module, status):
     assert "not load" in process.stdout.lower()
     facts = json.loads(run_without(module, "--json").stdout)
     assert facts[module.partition(".")[0]]["error"]
+
+
+@pytest.mark.parametrize("command", ["doctor", "bench run", "bench compare", "check"])
+def test_help_needs_nothing_but_python(command):
+    code = "import sys; sys.modules['torch'] = None; from vitkern.cli import main; main(sys.argv[1:])"
+    words = [sys.executable, "-c", code, *command.split(), "--help"]
+    process = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert process.stdout.startswith(f"usage: vitkern {command}")
 
 
 def test_package_without_its_compiled_module_says_so_when_used():

@@ -84,7 +84,15 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     metadata = [name for name in files if ".dist-info/" in name]
     assert sorted(package + metadata) == sorted(files)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    expected = ["__init__.py", f"_C{suffix}", "_C.pyi", "py.typed", "cli.py", "doctor.py", "nn/__init__.py"]
+    expected = [
+        "__init__.py",
+        f"_C{suffix}",
+        "_C.pyi",
+        "py.typed",
+        "cli.py",
+        "commands/doctor.py",
+        "nn/__init__.py",
+    ]
     expected += ["compat/startup/sitecustomize.py"]  # no package: it goes on PYTHONPATH
     assert [name for name in expected if f"vitkern/{name}" not in package] == []
     assert "vitkern/triton_kernels/ms_deform_attn.py" in package

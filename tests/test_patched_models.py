@@ -139,15 +139,15 @@ def test_doctor_names_the_layers_of_a_model(capsys):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("nonsense", "a model is named as package.module:name or file.py:name"),
+        ("nonsense", "--model takes package.module:name or file.py:name, where name is a model"),
         ("tests.test_patching:Nothing", "tests.test_patching has no 'Nothing'"),
         ("tests.test_patching:batch", "makes a tuple, not a torch.nn.Module"),
         ("no_such_package:model", "No module named 'no_such_package'"),
-        ("no_such_file.py:model", "there is no file no_such_file.py"),
+        ("no_such_file.py:model", "no_such_file.py cannot be imported: "),
     ],
 )
 def test_doctor_says_what_is_wrong_with_a_name(name, message, capsys):
-    assert cli.main(["doctor", "--model", name]) == 1
+    assert cli.main(["doctor", "--model", name]) == 2
     assert message in capsys.readouterr().err
 
 

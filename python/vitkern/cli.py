@@ -4,26 +4,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vitkern.bench import command as bench
 from vitkern.check import command as check
+from vitkern.commands.errors import CommandError
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
-        from vitkern.doctor_model import main as examine_model
+        from vitkern.commands.doctor_model import main as examine_model
 
         return examine_model(arguments.model, as_json=arguments.json)
 
-    from vitkern.doctor import main
+    from vitkern.commands.doctor import main
 
     return main(as_json=arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from vitkern.demo import main
+    from vitkern.commands.demo import main
 
     return main(output=arguments.output, threads=arguments.threads, quick=arguments.quick)
 
@@ -86,6 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """What the process is to exit with: 2 where what was asked for cannot be had."""
     arguments = make_parser().parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+    except CommandError as error:
+        print(f"vitkern {arguments.command}: {error}", file=sys.stderr)
+        return 2
     return status

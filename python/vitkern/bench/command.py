@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of `vitkern bench`. What they start is imported when it starts: --help must not wait for torch."""
+"""The arguments of `vitkern bench`. What they start is imported when it starts, torch with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vitkern.commands.arguments import add_filters, add_several
 
 if TYPE_CHECKING:
     from vitkern.bench.plan import Request
@@ -55,52 +57,30 @@ def add_to(commands: Any) -> None:
 
 
 def _add_filters(parser: argparse.ArgumentParser, when: str = "") -> None:
-    several = {"action": "append", "default": []}
-    parser.add_argument("--op", **several, help=f"{when}only this op; may be repeated, as the next ones")  # type: ignore[arg-type]
-    parser.add_argument("--case", **several, help=f"{when}only these shapes, such as 'injector-*'")  # type: ignore[arg-type]
-    parser.add_argument("--backend", **several, help=f"{when}cpu, cuda, triton, reference or torch")  # type: ignore[arg-type]
-    parser.add_argument("--dtype", **several, help=f"{when}fp32, bf16, fp16 or fp64")  # type: ignore[arg-type]
-    parser.add_argument("--pass", dest="passes", **several, help=f"{when}forward, backward or both in one")  # type: ignore[arg-type]
-    parser.add_argument("--device", choices=["cpu", "cuda"], help=f"{when}default: cuda where there is one")
+    add_filters(
+        parser,
+        when=when,
+        case="only these shapes, such as 'injector-*'",
+        backend="cpu, cuda, triton, reference or torch",
+        device="default: cuda where there is one",
+        quick="small shapes: minutes",
+    )
+    add_several(parser, "--pass", "passes", f"{when}forward, backward or both in one")
     parser.add_argument("--batch", type=int, help=f"{when}default: 1 on a CPU, the case's own on a GPU")
     parser.add_argument("--threads", type=int, help=f"{when}default: torch's own number")
-    parser.add_argument("--quick", action="store_true", help=f"{when}small shapes: minutes")
 
 
 def _request(arguments: argparse.Namespace) -> Request:
     import torch
 
     from vitkern.bench.plan import Request
+    from vitkern.commands.choices import requested
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    return Request(
-        ops=arguments.op,
-        cases=arguments.case,
-        backends=arguments.backend,
-        dtypes=arguments.dtype,
-        passes=arguments.passes,
-        device=arguments.device,
-        batch=arguments.batch,
-        quick=arguments.quick,
-    )
+    return requested(Request, arguments)
 
 
-def _said_in_one_sentence(function: Any) -> Any:
-    def wrapped(arguments: argparse.Namespace) -> int:
-        from vitkern.bench.errors import BenchError
-
-        try:
-            status: int = function(arguments)
-        except BenchError as error:
-            print(f"vitkern bench: {error}", file=sys.stderr)
-            return 2
-        return status
-
-    return wrapped
-
-
-@_said_in_one_sentence
 def _run(arguments: argparse.Namespace) -> int:
     from vitkern.bench.run import run
 
@@ -118,7 +98,6 @@ def _run(arguments: argparse.Namespace) -> int:
     return 130 if record["status"] == "interrupted" else int(failed > 0)
 
 
-@_said_in_one_sentence
 def _compare(arguments: argparse.Namespace) -> int:
     smallest = SMALLEST[arguments.live] if arguments.smallest is None else arguments.smallest
     if arguments.live:
@@ -139,7 +118,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     return int(arguments.fail_on is not None and any(row.is_worse for row in rows))
 
 
-@_said_in_one_sentence
 def _report(arguments: argparse.Namespace) -> int:
     from vitkern.bench.report import write_reports
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from vitkern.bench import store
 from vitkern.bench.environment import in_words, machine, software
-from vitkern.bench.errors import BenchError
 from vitkern.bench.verdicts import Factor, factor_by_anchor
+from vitkern.commands.errors import CommandError
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _same_machine(records: tuple[store.Record, store.Record], anyway: bool) -> N
     for device in sorted(devices):
         machines = [", ".join(machine(environment, device)) or "no GPU" for environment in environments]
         if machines[0] != machines[1] and not anyway:
-            raise BenchError(
+            raise CommandError(
                 f"A was measured on {machines[0]}, B on {machines[1]}: anchors do not make up for that "
                 "(--anyway compares them all the same)"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import vitkern
-from vitkern.doctor import examine
+from vitkern.commands.doctor import examine
 
 Environment = dict[str, Any]
 CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"

@@ -18,10 +18,10 @@ import torch
 import vitkern
 from vitkern.bench import store
 from vitkern.bench.compare import HEADING, Compared, summary
-from vitkern.bench.errors import BenchError
 from vitkern.bench.plan import Request, plan
-from vitkern.bench.progress import Progress
 from vitkern.bench.verdicts import factor_of_pairs
+from vitkern.commands.errors import CommandError
+from vitkern.commands.progress import Progress
 
 HARNESS = str(Path(vitkern.__file__).parent)
 Pairs = list[tuple[float, float]]  # milliseconds of A and B in a round
@@ -46,7 +46,7 @@ class Build:
                 return cls(name, str(interpreter.absolute()))
         if (where / "vitkern" / "__init__.py").exists():
             return cls(name, sys.executable, str(where.absolute()))
-        raise BenchError(
+        raise CommandError(
             f"{name}, {path}, is no build: it has to be a Python interpreter, an environment with one, or a folder "
             "that holds an installed vitkern, such as site-packages"
         )
@@ -68,7 +68,7 @@ class Process:
             print(json.dumps({"do": do, **question}), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise BenchError(f"the process of {self.build.name} ended; what it said stands above")
+            raise CommandError(f"the process of {self.build.name} ended; what it said stands above")
         return dict(json.loads(answer))
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ def compare_builds(
     """Print and return the verdicts. Interrupted, on what there is."""
     for option, count in (("--launches", launches), ("--rounds", rounds)):
         if count < 1:
-            raise BenchError(f"{option} must be at least 1, got {count}")
+            raise CommandError(f"{option} must be at least 1, got {count}")
     builds = Build.at("A", path_a), Build.at("B", path_b)
     keys = _keys(request)
     taken: dict[tuple[Any, ...], list[Pairs]] = {key: [] for key in keys}

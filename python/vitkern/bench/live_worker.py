@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MEASURING = ("bench", "cases")
+MEASURING = ("bench", "cases", "commands")
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -58,14 +58,14 @@ class Worker:
     def open(self, key: list[Any], check: bool) -> dict[str, Any]:
         """The reason why it cannot be timed, or how many calls make a sample."""
         from vitkern.bench import run as bench
-        from vitkern.bench.errors import BenchError
         from vitkern.bench.measure import clock_of
         from vitkern.bench.plan import one
+        from vitkern.commands.errors import CommandError
 
         self.run = None
         try:
             subject = one(*key)
-        except BenchError as error:
+        except CommandError as error:
             return {"reason": str(error)}
         what, backend = subject.passes[0], subject.backends[0]
         work = subject.op.make(subject.case, subject.dtype, subject.device.type)

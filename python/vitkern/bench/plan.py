@@ -3,40 +3,26 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vitkern import backends
-from vitkern.bench.errors import BenchError
 from vitkern.bench.workloads import OPS, Op
 from vitkern.cases import Case
+from vitkern.commands.choices import DTYPES, Filters, cases_exist, chosen, device_of, matches
+from vitkern.commands.errors import CommandError
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 PASSES = ("forward", "backward", "both")
 # Plain torch is no backend of vitkern: it is what one would write without it.
 BACKENDS = (*backends.BACKENDS, "torch")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the command line asks for; empty: what is usual."""
-
-    ops: Sequence[str] = ()
-    cases: Sequence[str] = ()  # names, or patterns such as injector-*
-    backends: Sequence[str] = ()
-    dtypes: Sequence[str] = ()
+class Request(Filters):
     passes: Sequence[str] = ()
-    device: str | None = None
     batch: int | None = None
-    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,20 +49,16 @@ class Subject:
 
 
 def plan(request: Request) -> list[Subject]:
-    device = _device(request.device)
-    ops = _known("op", request.ops, tuple(OPS)) or tuple(OPS)
-    dtypes = [DTYPES[name] for name in _known("dtype", request.dtypes, tuple(DTYPES)) or ("fp32", "bf16")]
-    passes = _known("pass", request.passes, PASSES) or PASSES[:2]
-    wanted = _known("backend", request.backends, BACKENDS)
+    device = torch.device(device_of(request.device))
+    ops = [OPS[name] for name in chosen("op", request.ops, tuple(OPS)) or OPS]
+    dtypes = [DTYPES[name] for name in chosen("dtype", request.dtypes, tuple(DTYPES)) or ("fp32", "bf16")]
+    passes = chosen("pass", request.passes, PASSES) or PASSES[:2]
+    wanted = chosen("backend", request.backends, BACKENDS)
     if request.batch is not None and request.batch < 1:
-        raise BenchError(f"--batch must be at least 1, got {request.batch}")
-    # Each op has other cases, so a name is unknown only if none of the ops has it.
-    known = sorted({name for op in ops for name in OPS[op].cases})
-    for asked in request.cases:
-        if not fnmatch.filter(known, asked):
-            raise BenchError(f"no case is called {asked}; there are {', '.join(known)}")
+        raise CommandError(f"--batch must be at least 1, got {request.batch}")
+    cases_exist(request.cases, (name for op in ops for name in op.cases))
     subjects = []
-    for op in (OPS[name] for name in ops):
+    for op in ops:
         for name in _cases(op, request):
             case, batch = _with_batch(op.cases[name], request.batch, device)
             for dtype in dtypes:
@@ -88,29 +70,13 @@ def plan(request: Request) -> list[Subject]:
 def one(op: str, case: str, batch: int, device: str, dtype: str, what: str, backend: str) -> Subject:
     """The subject of a row, by the row's key."""
     name = next(name for name, known in DTYPES.items() if str(known)[6:] == dtype)
-    return plan(Request([op], [case], [backend], [name], [what], device, batch))[0]
-
-
-def _known(what: str, asked: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    for name in asked:
-        if name not in known:
-            raise BenchError(f"no {what} is called {name}; there are {', '.join(known)}")
-    return tuple(name for name in known if name in asked)
-
-
-def _device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BenchError(
-            "torch finds no usable GPU here (`vitkern doctor` says more), so --device has to be cpu"
-        )
-    return device
+    return plan(Request([op], [case], [backend], [name], device, passes=[what], batch=batch))[0]
 
 
 def _cases(op: Op, request: Request) -> list[str]:
     if not request.cases:
         return list(op.quick if request.quick else op.usual)
-    return [name for name in op.cases if any(fnmatch.fnmatchcase(name, asked) for asked in request.cases)]
+    return [name for name in op.cases if matches(name, request.cases)]
 
 
 def _with_batch(case: Case, batch: int | None, device: torch.device) -> tuple[Case, int]:
@@ -126,5 +92,5 @@ def _backends(wanted: Sequence[str], device: torch.device, dtype: torch.dtype) -
     for name in wanted:
         reason = None if name == "torch" else backends.can_run(name, device, dtype)
         if reason is not None:
-            raise BenchError(f"backend {name} cannot run {str(dtype)[6:]} on {device}: {reason}")
+            raise CommandError(f"backend {name} cannot run {str(dtype)[6:]} on {device}: {reason}")
     return tuple(wanted)

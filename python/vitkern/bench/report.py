@@ -10,9 +10,9 @@ from pathlib import Path
 
 from vitkern.bench import plots, store, style
 from vitkern.bench.environment import in_words
-from vitkern.bench.errors import BenchError
 from vitkern.bench.run import speedup
 from vitkern.bench.svg import Canvas
+from vitkern.commands.errors import CommandError
 
 COLUMNS = (
     *("op", "case", "dtype", "pass", "backend", "ms", "over torch"),
@@ -33,7 +33,7 @@ def write_reports(path: Path, output: Path | None) -> list[Path]:
     written = []
     for target in outputs:
         if target.suffix not in (".html", ".md"):
-            raise BenchError(f"-o takes a name that ends in .html or .md, got {target}")
+            raise CommandError(f"-o takes a name that ends in .html or .md, got {target}")
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".html":
             target.write_text(page(record), encoding="utf-8")

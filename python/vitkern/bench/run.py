@@ -22,9 +22,9 @@ from vitkern.bench.measure import (
     peak_megabytes,
 )
 from vitkern.bench.plan import Request, Subject, plan
-from vitkern.bench.progress import Progress
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import Work
+from vitkern.commands.progress import Progress
 
 # A row is measured in several visits, minutes apart, on inputs made anew: a slow moment, or memory that happens to lie
 # badly, is then no property of the row.

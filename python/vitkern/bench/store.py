@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vitkern.bench.errors import BenchError
+from vitkern.commands.errors import CommandError
 
 SCHEMA = 1
 STATUSES = ("running", "interrupted", "complete")
@@ -51,7 +51,7 @@ def write(path: Path, record: Record) -> None:
         beside.write_text(json.dumps(_finite(record), indent=1) + "\n")
         os.replace(beside, path)
     except OSError as error:
-        raise BenchError(f"cannot write {path}: {error}") from None
+        raise CommandError(f"cannot write {path}: {error}") from None
 
 
 def _finite(value: Any) -> Any:
@@ -67,10 +67,10 @@ def read(path: Path) -> Record:
     try:
         record = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BenchError(f"{path} is no file of `vitkern bench run --json`: {error}") from None
+        raise CommandError(f"{path} is no file of `vitkern bench run --json`: {error}") from None
     objection = complaint(record)
     if objection is not None:
-        raise BenchError(f"{path} is no file of `vitkern bench run --json`: {objection}")
+        raise CommandError(f"{path} is no file of `vitkern bench run --json`: {objection}")
     return dict(record)
 
 

@@ -20,7 +20,7 @@ from vitkern.check.routes import INTERPRET
 class Apart:
     """The tasks run beside those of this process, from here to `outcomes`."""
 
-    def __init__(self, tasks: Sequence[Task], request: Request, times: float) -> None:
+    def __init__(self, tasks: Sequence[Task], request: Request) -> None:
         self.tasks = tasks
         self.folder = tempfile.TemporaryDirectory(prefix="vitkern-check-")
         self.path = Path(self.folder.name) / "outcomes"
@@ -28,7 +28,7 @@ class Apart:
         code = "import sys; from vitkern.check.apart import work; work(*sys.argv[1:])"
         with (Path(self.folder.name) / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, json.dumps(same), str(times), str(self.path)],
+                [sys.executable, "-c", code, json.dumps(same), str(self.path)],
                 env={**os.environ, INTERPRET: "1"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -57,14 +57,15 @@ class Apart:
         return found
 
 
-def work(request: str, times: str, path: str) -> None:
+def work(arguments: str, path: str) -> None:
     """The other side."""
     from vitkern.check.examine import examine
     from vitkern.check.plan import plan
 
+    request = Request(**json.loads(arguments))
     with Path(path).open("w") as file:
-        for task in plan(Request(**json.loads(request))).tasks:
-            outcome = examine(task, float(times))
+        for task in plan(request).tasks:
+            outcome = examine(task, request.times)
             line = {
                 "key": task.key,
                 "seconds": outcome.seconds,

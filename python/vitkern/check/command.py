@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of `vitkern check`. What they start is imported when it starts: --help must not wait for torch."""
+"""The arguments of `vitkern check`. What they start is imported when it starts, torch with it."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from vitkern.commands.arguments import add_filters, add_several
 
 
 def add_to(commands: Any) -> None:
@@ -14,22 +15,18 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "check", help="are outputs and gradients right here? of all kernels, or of yours"
     )
-    several = {"action": "append", "default": []}
-    parser.add_argument("--op", **several, help="only this op; may be repeated, as the next ones")
-    parser.add_argument("--case", **several, help="only these inputs, such as 'injector-*'")
-    parser.add_argument(
-        "--backend", **several, help="reference, cpu, cuda or triton, or one way to run it, such as cpu-avx2"
+    add_filters(
+        parser,
+        case="only these inputs, such as 'injector-*'",
+        backend="reference, cpu, cuda or triton, or one way to run it, such as cpu-avx2",
+        device="default: all that there are",
+        quick="fewer cases and dtypes: minutes on a CPU",
     )
-    parser.add_argument("--dtype", **several, help="fp32, fp64, bf16 or fp16")
-    parser.add_argument(
-        "--kind", **several, help="oracle (against float64), gradcheck or repeat (the same bits again)"
+    add_several(
+        parser, "--kind", "kinds", "oracle (against float64), gradcheck or repeat (the same bits again)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: all that there are")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and dtypes: minutes on a CPU")
-    parser.add_argument(
-        "--times", type=float, default=2.0, help="plain torch's own error that is allowed (default 2)"
-    )
+    parser.add_argument("--seed", type=int, help="of the random inputs (default 0)")
+    parser.add_argument("--times", type=float, help="plain torch's own error that is allowed (default 2)")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit's XML for CI")
     parser.add_argument("--list", action="store_true", help="say what would run, and what not and why")
     parser.add_argument(
@@ -40,36 +37,18 @@ def add_to(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vitkern.check.errors import CheckError
-
-    try:
-        return _started(arguments)
-    except CheckError as error:
-        print(f"vitkern check: {error}", file=sys.stderr)
-        return 2
-
-
-def _started(arguments: argparse.Namespace) -> int:
     from vitkern.check.plan import Request
+    from vitkern.commands.choices import requested
 
-    request = Request(
-        ops=arguments.op,
-        cases=arguments.case,
-        backends=arguments.backend,
-        dtypes=arguments.dtype,
-        kinds=arguments.kind,
-        device=arguments.device,
-        seed=arguments.seed,
-        quick=arguments.quick,
-    )
+    request = requested(Request, arguments)
     if arguments.sanitize:
         from vitkern.check.sanitize import sanitize
 
-        return sanitize(sys.argv[1:])
+        return sanitize(request)
     if arguments.module is not None:
         from vitkern.check.theirs import check_module
 
-        return check_module(arguments.module, request, times=arguments.times, junit=arguments.junit)
+        return check_module(request, junit=arguments.junit)
     from vitkern.check.run import run
 
-    return run(request, junit=arguments.junit, times=arguments.times, only_list=arguments.list)
+    return run(request, junit=arguments.junit, only_list=arguments.list)

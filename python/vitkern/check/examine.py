@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from vitkern.bench.plan import DTYPES
 from vitkern.check.compare import TIMES, judge, results
 from vitkern.check.plan import TINY, Task
 from vitkern.check.problems import Function, Problem
 from vitkern.check.settings import OPS, Setting
+from vitkern.commands.choices import DTYPES
+from vitkern.commands.errors import CommandError
 
 REPEATS = 3
 
@@ -33,56 +34,70 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Expected:
+    """The formula in float64, and plain torch in the dtype that is checked, on the same numbers."""
+
     problem: Problem
     tensors: tuple[Tensor, ...]
     grad_output: Tensor
     exact: list[Tensor]
     plain: list[Tensor]
 
+    @classmethod
+    def of(
+        cls, problem: Problem, dtype: torch.dtype, seed: int, *, formula: Function, plain: Function
+    ) -> Expected:
+        tensors = problem.tensors(dtype)
+        wide = tuple(tensor.double() for tensor in tensors)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(formula(*wide).shape, generator=generator, dtype=torch.float64)
+        grad_output = drawn.to(tensors[0].device, dtype)
+        exact = results(formula, wide, grad_output.double())
+        return cls(problem, tensors, grad_output, exact, results(plain, tensors, grad_output))
+
+    def results(self, function: Function) -> list[Tensor]:
+        return results(function, self.tensors, self.grad_output)
+
+    @property
+    def names(self) -> list[str]:
+        return ["output", *(f"gradient of {name}" for name in self.problem.inputs)]
+
 
 def examine(task: Task, times: float = TIMES) -> Outcome:
-    """Whatever the kernels raise is a failure of theirs."""
     outcome = Outcome(task)
-    started = time.perf_counter()
     kinds = {"oracle": _oracle, "gradcheck": _gradcheck, "repeat": _repeat}
-    try:
-        with task.route.active(), _threads(task):
-            kinds[task.kind](task, outcome, times)
-    except Exception as error:
-        outcome.failures.append(f"raised {type(error).__name__}: {error}".splitlines()[0][:300])
-    outcome.seconds = time.perf_counter() - started
+    with timed(outcome), task.route.active(), _threads(task):
+        kinds[task.kind](task, outcome, times)
     return outcome
 
 
-def names_of(problem: Problem) -> list[str]:
-    return ["output", *(f"gradient of {name}" for name in problem.inputs)]
+@contextlib.contextmanager
+def timed(outcome: Outcome) -> Iterator[None]:
+    """Whatever the kernels raise is a failure of theirs."""
+    started = time.perf_counter()
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        outcome.failures.append(f"raised {type(error).__name__}: {error}".splitlines()[0][:300])
+    outcome.seconds = time.perf_counter() - started
 
 
 @functools.lru_cache(maxsize=4)
-def expected(op: str, case: str, dtype: str, seed: int, device: str, tiny: bool, by_other: bool) -> Expected:
-    """The formula in float64, and plain torch in the dtype; all routes of a device are compared with the same."""
-    setting = OPS[op].settings[case]
-    problem = OPS[op].problem(setting, device=device, seed=seed, tiny=tiny)
-    tensors = problem.tensors(DTYPES[dtype])
-    wide = tuple(tensor.double() for tensor in tensors)
-    formula = problem.other if by_other else functools.partial(problem.call, backend="reference")
-    generator = torch.Generator().manual_seed(seed)
-    shape = formula(*wide).shape
-    grad_output = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, DTYPES[dtype])
-    return Expected(
-        problem,
-        tensors,
-        grad_output,
-        results(formula, wide, grad_output.double()),
-        results(functools.partial(problem.call, backend="reference"), tensors, grad_output),
+def _expected(op: str, case: str, dtype: str, seed: int, device: str, tiny: bool, by_other: bool) -> Expected:
+    """All routes of a device are compared with the same."""
+    problem = OPS[op].problem(OPS[op].settings[case], device=device, seed=seed, tiny=tiny)
+    plain = functools.partial(problem.call, backend="reference")
+    return Expected.of(
+        problem, DTYPES[dtype], seed, formula=problem.other if by_other else plain, plain=plain
     )
 
 
-def _expected(task: Task) -> Expected:
+def _expected_of(task: Task) -> Expected:
     route = task.route
     # The reference is held to other functions of torch, where those compute the same.
     by_other = route.backend == "reference" and _others_agree(OPS[task.op].settings[task.case])
-    return expected(task.op, task.case, task.dtype, task.seed, route.device, route.tiny, by_other)
+    return _expected(task.op, task.case, task.dtype, task.seed, route.device, route.tiny, by_other)
 
 
 def _others_agree(setting: Setting) -> bool:
@@ -94,14 +109,14 @@ def _ours(task: Task, problem: Problem) -> Function:
 
 
 def _oracle(task: Task, outcome: Outcome, times: float) -> None:
-    known = _expected(task)
-    actual = results(_ours(task, known.problem), known.tensors, known.grad_output)
-    _compare(known, actual, outcome, times)
+    known = _expected_of(task)
+    compare(known, known.results(_ours(task, known.problem)), outcome, times)
 
 
-def _compare(known: Expected, actual: list[Tensor], outcome: Outcome, times: float, where: str = "") -> None:
+def compare(known: Expected, actual: list[Tensor], outcome: Outcome, times: float, where: str = "") -> None:
+    """Say in the outcome how far the results are off, and which of them too far."""
     luck = OPS[outcome.task.op].settings[outcome.task.case].luck
-    for name, a, p, e in zip(names_of(known.problem), actual, known.plain, known.exact):
+    for name, a, p, e in zip(known.names, actual, known.plain, known.exact):
         terms = known.problem.sums.get(name)
         granted = 0.0 if terms is None else terms(known.exact[0]).item() * torch.finfo(torch.float32).eps
         verdict = judge(a, p, e, times=times, luck=luck, granted=granted, gradient=name != "output")
@@ -128,17 +143,15 @@ def _gradcheck(task: Task, outcome: Outcome, times: float) -> None:
 def _repeat(task: Task, outcome: Outcome, times: float) -> None:
     """Kernels promise the same bits in torch's deterministic mode, which fills new memory with NaN besides; and those
     of a CPU always."""
-    known = _expected(task)
+    known = _expected_of(task)
     modes = (True, False) if task.route.backend in ("cpu", "reference") else (True,)
     for mode in modes if task.route.device == "cpu" else (True,):
         with _deterministic(mode):
-            runs = [
-                results(_ours(task, known.problem), known.tensors, known.grad_output)
-                for _ in range(2 if task.route.slow else REPEATS)
-            ]
+            ours = _ours(task, known.problem)
+            runs = [known.results(ours) for _ in range(2 if task.route.slow else REPEATS)]
         where = "in deterministic mode" if mode else "without deterministic mode"
-        _compare(known, runs[0], outcome, times, f" {where}")
-        for name, *same in zip(names_of(known.problem), *runs):
+        compare(known, runs[0], outcome, times, f" {where}")
+        for name, *same in zip(known.names, *runs):
             if not all(tensor.isfinite().all() for tensor in same):
                 outcome.failures.append(f"{name} has elements {where} that are never written")
             elif not all(torch.equal(same[0], other) for other in same[1:]):

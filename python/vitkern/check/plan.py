@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vitkern.bench.plan import DTYPES
-from vitkern.check.errors import CheckError
+from vitkern.check.compare import TIMES
 from vitkern.check.routes import Route, all_routes
 from vitkern.check.settings import OPS, Op
+from vitkern.commands.choices import DTYPES, Filters, cases_exist, chosen, matches
+from vitkern.commands.errors import CommandError
 
 # Against float64; finite differences; twice the same bits.
 KINDS = ("oracle", "gradcheck", "repeat")
@@ -19,17 +19,29 @@ TINY = "tiny"  # the case of finite differences
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the command line asks for; empty: what is usual."""
+class Request(Filters):
+    """Backends may be names of routes too."""
 
-    ops: Sequence[str] = ()
-    cases: Sequence[str] = ()  # names, or patterns such as injector-*
-    backends: Sequence[str] = ()  # names of backends or routes
-    dtypes: Sequence[str] = ()
     kinds: Sequence[str] = ()
-    device: str | None = None
     seed: int = 0
-    quick: bool = False
+    times: float = TIMES
+    module: str | None = None  # somebody's own implementation in the place of the kernels
+
+    def words(self) -> list[str]:
+        """The command that asks for this."""
+        several = {
+            "--module": [self.module] if self.module else [],
+            "--op": self.ops,
+            "--backend": self.backends,
+            "--dtype": self.dtypes,
+            "--case": self.cases,
+            "--kind": self.kinds,
+            "--seed": [str(self.seed)],
+            "--device": [self.device] if self.device else [],
+            "--times": [str(self.times)] if self.times != TIMES else [],
+        }
+        chosen = [word for option, names in several.items() for name in names for word in (option, name)]
+        return ["vitkern", "check", *chosen, *(["--quick"] if self.quick else [])]
 
 
 @dataclass(frozen=True)
@@ -53,11 +65,11 @@ class Plan:
 
 
 def plan(request: Request) -> Plan:
-    ops = [OPS[name] for name in _known("op", request.ops, tuple(OPS)) or OPS]
-    kinds = _known("kind", request.kinds, KINDS) or KINDS
+    ops = [OPS[name] for name in chosen("op", request.ops, tuple(OPS)) or OPS]
+    kinds = chosen("kind", request.kinds, KINDS) or KINDS
+    chosen("dtype", request.dtypes, tuple(DTYPES))
+    cases_exist(request.cases, (name for op in ops for name in (*op.settings, TINY)))
     routes, left_out = _routes(request)
-    _cases_exist(request.cases, ops)
-    _known("dtype", request.dtypes, tuple(DTYPES))
     tasks: list[Task] = []
     skipped: Counter[tuple[str, str]] = Counter()
     for op in ops:
@@ -78,10 +90,10 @@ def _routes(request: Request) -> tuple[list[Route], list[tuple[str, str]]]:
         found = [route for route in there if _is(route, asked)]
         if not found:
             names = ", ".join(route.name for route in there)
-            raise CheckError(f"no backend is called {asked}; there are {names}")
+            raise CommandError(f"no backend is called {asked}; there are {names}")
         if all(route.reason for route in found):
             reasons = "; ".join(f"{route.name}: {route.reason}" for route in found)
-            raise CheckError(f"backend {asked} cannot run here: {reasons}")
+            raise CommandError(f"backend {asked} cannot run here: {reasons}")
     wanted = [
         route for route in there if not request.backends or any(_is(route, name) for name in request.backends)
     ]
@@ -96,17 +108,14 @@ def _is(route: Route, asked: str) -> bool:
 def _rows(op: Op, request: Request, kinds: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Case, dtype and kind of all checks of an op."""
     dtypes = request.dtypes or (("fp32", "bf16") if request.quick else tuple(DTYPES))
-    names = [name for name in op.settings if _asked(name, request.cases)]
+    names = [name for name in op.settings if not request.cases or matches(name, request.cases)]
+    tiny = not request.cases or matches(TINY, request.cases)
     if "oracle" in kinds:
         yield from ((name, dtype, "oracle") for name in names for dtype in dtypes)
-    if "gradcheck" in kinds and "fp64" in (request.dtypes or ("fp64",)) and _asked(TINY, request.cases):
+    if "gradcheck" in kinds and "fp64" in (request.dtypes or ("fp64",)) and tiny:
         yield TINY, "fp64", "gradcheck"
     if "repeat" in kinds and op.quick[0] in names:
         yield from ((op.quick[0], dtype, "repeat") for dtype in dtypes)
-
-
-def _asked(name: str, patterns: Sequence[str]) -> bool:
-    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _passed_over(op: Op, case: str, route: Route, request: Request) -> str | None:
@@ -119,18 +128,3 @@ def _passed_over(op: Op, case: str, route: Route, request: Request) -> str | Non
     if (request.quick or route.slow) and setting.same_as is not None:
         return "they take the same way through the kernels as other cases"
     return None
-
-
-def _cases_exist(asked: Iterable[str], ops: Sequence[Op]) -> None:
-    # Each op has other cases, so a name is unknown only if none of the ops has it.
-    known = sorted({name for op in ops for name in (*op.settings, TINY)})
-    for pattern in asked:
-        if not fnmatch.filter(known, pattern):
-            raise CheckError(f"no case is called {pattern}; there are {', '.join(known)}")
-
-
-def _known(what: str, asked: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    for name in asked:
-        if name not in known:
-            raise CheckError(f"no {what} is called {name}; there are {', '.join(known)}")
-    return tuple(name for name in known if name in asked)

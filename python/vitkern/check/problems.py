@@ -30,7 +30,7 @@ SPREAD = 1.4  # of the locations round the middle: some lie outside
 @dataclass
 class Problem:
     inputs: dict[str, Tensor]  # float64
-    call: Function  # of the inputs, and backend=
+    call: Function  # of the inputs, and backend= where it is vitkern's own
     other: Function  # the same by other functions of torch, which the reference is held to
     coordinates: tuple[str, ...] = ()  # inputs that stay float32 beside 16-bit ones
     # Results that are one long sum: plain torch's error in one number is a matter of luck, so the magnitude of the
@@ -52,7 +52,8 @@ def off_edges(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
     return (cell + (pixels - cell).clamp(MARGIN, 1 - MARGIN) + 0.5) / width_height.clamp(min=1)
 
 
-def _attention_inputs(case: MsDeformAttnCase, device: str, seed: int) -> MsDeformAttnInputs:
+def attention_inputs(case: MsDeformAttnCase, device: str, seed: int) -> MsDeformAttnInputs:
+    """Locations anywhere in the maps and some outside, off the edges of cells."""
     inputs = make_inputs(case, locations="uniform", dtype=torch.float64, device=device, seed=seed)
     places = (inputs.sampling_locations - 0.5) * SPREAD + 0.5
     inputs.sampling_locations = off_edges(places, inputs.spatial_shapes)
@@ -61,7 +62,7 @@ def _attention_inputs(case: MsDeformAttnCase, device: str, seed: int) -> MsDefor
 
 def ms_deform_attn(case: Case, device: str, seed: int, **options: Any) -> Problem:
     assert isinstance(case, MsDeformAttnCase)
-    inputs = _attention_inputs(case, device, seed)
+    inputs = attention_inputs(case, device, seed)
     tables = inputs.spatial_shapes, inputs.level_start_index
     names = ("value", "locations", "weights")
     return Problem(
@@ -77,7 +78,7 @@ def ms_deform_attn(case: Case, device: str, seed: int, **options: Any) -> Proble
 def ms_deform_attn_fused(case: Case, device: str, seed: int, **options: Any) -> Problem:
     """Reference points anywhere in the middle, offsets from there to the places of the plain form."""
     assert isinstance(case, MsDeformAttnCase)
-    inputs = _attention_inputs(case, device, seed)
+    inputs = attention_inputs(case, device, seed)
     tables = inputs.spatial_shapes, inputs.level_start_index
     places = inputs.sampling_locations  # [B, Q, M, L, P, 2]
     generator = torch.Generator().manual_seed(seed + 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,9 +14,34 @@ from vitkern.check.examine import Outcome
 from vitkern.check.plan import Request, Task
 from vitkern.check.routes import EMULATED
 
-HEADING = (
-    "The greatest error of all cases, in units of plain torch's own error in the same dtype (2 is the limit):"
-)
+
+def conclude(
+    outcomes: Sequence[Outcome],
+    left_out: Sequence[tuple[str, str]],
+    request: Request,
+    seconds: float,
+    junit: Path | None,
+) -> int:
+    """Say it all; what the process is to exit with: 1 if a check failed."""
+    print(
+        "The greatest error of all cases, in units of plain torch's own error in the same dtype (2 is the limit):"
+    )
+    print("\n".join(table(outcomes)))
+    print_left_out(left_out)
+    failed = [outcome for outcome in outcomes if outcome.failures]
+    for outcome in failed:
+        print("\n".join(failure_lines(outcome, request)))
+    if junit is not None:
+        write_junit(junit, outcomes, left_out, request)
+    print(f"{len(outcomes)} checks in {seconds:.0f} s, {len(failed)} FAILED")
+    return int(bool(failed))
+
+
+def print_left_out(left_out: Sequence[tuple[str, str]]) -> None:
+    if left_out:
+        print("Not run:")
+    for what, reason in left_out:
+        print(f"  {what}: {reason}")
 
 
 def table(outcomes: Iterable[Outcome]) -> list[str]:
@@ -41,31 +67,22 @@ def table(outcomes: Iterable[Outcome]) -> list[str]:
     return lines
 
 
-def command(task: Task, request: Request, module: str | None = None) -> str:
-    """What repeats one check, of the kernels or of a module of the user's, to be pasted into a shell."""
-    words = ["vitkern", "check"]
-    options = {
-        "module": module,
-        "op": None if module else task.op,
-        "backend": None if module else task.route.name,
-        "dtype": task.dtype,
-        "case": task.case,
-        "kind": None if module else task.kind,
-        "seed": task.seed,
-        "device": request.device,
-    }
-    for name, option in options.items():
-        words += [] if option is None else [f"--{name}", str(option)]
+def command(task: Task, request: Request) -> str:
+    """What repeats one check, to be pasted into a shell."""
+    one = replace(request, cases=[task.case], dtypes=[task.dtype], quick=False)
+    if request.module is None:
+        one = replace(one, ops=[task.op], backends=[task.route.name], kinds=[task.kind])
+    words = one.words()
     variable = f"{EMULATED}={os.environ.get(EMULATED, '')}" if task.route.name == "cuda-emulated" else ""
     return shlex.join([variable, *words] if variable else words)
 
 
-def failure_lines(outcome: Outcome, request: Request, module: str | None = None) -> list[str]:
+def failure_lines(outcome: Outcome, request: Request) -> list[str]:
     task = outcome.task
     where = f"{task.op} on {task.route.name} in {task.dtype}, {task.kind} of case {task.case}"
     return [
         *(f"FAILED {where}: {failure}" for failure in outcome.failures),
-        f"  repeat: {command(task, request, module)}",
+        f"  repeat: {command(task, request)}",
     ]
 
 
@@ -74,7 +91,6 @@ def write_junit(
     outcomes: Sequence[Outcome],
     left_out: Sequence[tuple[str, str]],
     request: Request,
-    module: str | None = None,
 ) -> None:
     suite = ElementTree.Element(
         "testsuite",
@@ -96,7 +112,7 @@ def write_junit(
         )
         if outcome.failures:
             failure = ElementTree.SubElement(test, "failure", message="; ".join(outcome.failures))
-            failure.text = "\n".join(failure_lines(outcome, request, module))
+            failure.text = "\n".join(failure_lines(outcome, request))
     for what, reason in left_out:
         test = ElementTree.SubElement(suite, "testcase", classname="left out", name=what, time="0")
         ElementTree.SubElement(test, "skipped", message=reason)

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from vitkern import _C, backends
-from vitkern.check.errors import CheckError
+from vitkern.commands.choices import device_of
 from vitkern.ops import native, op
 
 EMULATED = "VITKERN_EMULATED"
@@ -51,12 +51,7 @@ class Route:
 
 def all_routes(device: str | None) -> list[Route]:
     """Those of a device; of all devices that there are where none is named."""
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
-        raise CheckError(
-            "torch finds no usable GPU here (`vitkern doctor` says more), so --device has to be cpu"
-        )
-    on_gpu = gpu and device != "cpu"
+    on_gpu = device_of(device) == "cuda"
     routes = []
     if device != "cuda":
         routes += [Route("reference", "reference", "cpu", None), *map(_cpu, _C.compiled_cpu_isas())]

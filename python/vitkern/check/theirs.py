@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
-from vitkern.bench.plan import DTYPES
 from vitkern.cases import MsDeformAttnCase
 from vitkern.check import report
-from vitkern.check.compare import judge, results
-from vitkern.check.errors import CheckError
-from vitkern.check.examine import Outcome, names_of
-from vitkern.check.plan import Request, Task, _asked, _cases_exist, _known
-from vitkern.check.problems import Function, Problem, _attention_inputs, ms_deform_attn
+from vitkern.check.examine import Expected, Outcome, compare, timed
+from vitkern.check.plan import Request, Task
+from vitkern.check.problems import Function, Problem, attention_inputs
 from vitkern.check.routes import Route
 from vitkern.check.settings import OPS, Setting
-from vitkern.doctor_model import _of_file
+from vitkern.commands import named
+from vitkern.commands.choices import DTYPES, cases_exist, chosen, device_of, matches
+from vitkern.commands.errors import CommandError
 
 IM2COL_STEP = 64
 FORMS = (
@@ -35,100 +33,57 @@ FORMS = (
 )
 
 
-def check_module(name: str, request: Request, *, times: float, junit: Path | None) -> int:
+def check_module(request: Request, *, junit: Path | None) -> int:
     """Returns what the process is to exit with: 1 if a check failed."""
-    theirs = load(name)
+    name = str(request.module)
+    theirs = named.load(name, option="--module", forms="package.module:Name or file.py:Name")
     op = OPS["ms_deform_attn"]
-    _cases_exist(request.cases, [op])
-    dtypes = _known("dtype", request.dtypes, tuple(DTYPES)) or ("fp32",)
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CheckError(
-            "torch finds no usable GPU here (`vitkern doctor` says more), so --device has to be cpu"
-        )
+    cases_exist(request.cases, op.settings)
+    dtypes = chosen("dtype", request.dtypes, tuple(DTYPES)) or ("fp32",)
+    route = Route(name, name, device_of(request.device), None)
     started = time.monotonic()
-    outcomes = []
-    for setting in _settings(request):
-        for dtype in dtypes:
-            task = Task(
-                "ms_deform_attn", setting.name, dtype, "oracle", Route(name, name, device, None), request.seed
-            )
-            outcomes.append(_examine(theirs, task, setting, times))
-    print(report.HEADING)
-    print("\n".join(report.table(outcomes)))
-    failed = [outcome for outcome in outcomes if outcome.failures]
-    for outcome in failed:
-        print("\n".join(report.failure_lines(outcome, request, module=name)))
-    if junit is not None:
-        report.write_junit(junit, outcomes, [], request, module=name)
-    print(f"{len(outcomes)} checks in {time.monotonic() - started:.0f} s, {len(failed)} FAILED")
-    return int(bool(failed))
+    outcomes = [
+        _examine(theirs, Task(op.name, setting.name, dtype, "oracle", route, request.seed), request.times)
+        for setting in op.settings.values()
+        if _is_for(setting, request)
+        for dtype in dtypes
+    ]
+    return report.conclude(outcomes, [], request, time.monotonic() - started, junit)
 
 
-def load(name: str) -> Any:
-    source, colon, attribute = name.rpartition(":")
-    if not colon:
-        raise CheckError(f"--module takes package.module:Name or file.py:Name, got {name!r}")
-    try:
-        module = _of_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except (ImportError, OSError) as error:
-        raise CheckError(f"--module {name}: {source} cannot be imported: {error}") from error
-    if not hasattr(module, attribute):
-        raise CheckError(f"--module {name}: {source} has no {attribute!r}")
-    return getattr(module, attribute)
-
-
-def _settings(request: Request) -> Iterator[Setting]:
+def _is_for(setting: Setting, request: Request) -> bool:
     """What every implementation is for; what is odd or empty only if it is asked for."""
-    for setting in OPS["ms_deform_attn"].settings.values():
-        usual = setting.same_as is None and setting.ordinary and not setting.options
-        if _asked(setting.name, request.cases) if request.cases else usual:
-            yield setting
+    if request.cases:
+        return matches(setting.name, request.cases)
+    return setting.same_as is None and setting.ordinary and not setting.options
 
 
-def _examine(theirs: Any, task: Task, setting: Setting, times: float) -> Outcome:
+def _examine(theirs: Any, task: Task, times: float) -> Outcome:
     outcome = Outcome(task)
-    started = time.perf_counter()
-    try:
-        dtype, device = DTYPES[task.dtype], task.route.device
-        if inspect.isclass(theirs) and issubclass(theirs, nn.Module):
-            problem, ours, exactly = _of_layer(theirs, setting, task)
-        else:
-            problem, ours, exactly = _of_function(theirs, setting, task)
-        tensors = problem.tensors(dtype)
-        wide = tuple(tensor.double() for tensor in tensors)
-        generator = torch.Generator().manual_seed(task.seed)
-        shape = exactly(*wide).shape
-        grad_output = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-        exact = results(exactly, wide, grad_output.double())
-        plain = results(exactly, tensors, grad_output)
-        actual = results(ours, tensors, grad_output)
-        for name, a, p, e in zip(names_of(problem), actual, plain, exact):
-            # Who computes in another order than plain torch may round more often.
-            verdict = judge(a, p, e, times=2 * times, gradient=name != "output")
-            outcome.ratios[name] = verdict.ratio
-            if verdict.complaint:
-                outcome.failures.append(f"{name} {verdict.complaint}")
-    except CheckError:
-        raise
-    except Exception as error:
-        outcome.failures.append(f"raised {type(error).__name__}: {error}".splitlines()[0][:300])
-    outcome.seconds = time.perf_counter() - started
+    with timed(outcome):
+        is_layer = inspect.isclass(theirs) and issubclass(theirs, nn.Module)
+        problem = (_of_layer if is_layer else _of_function)(theirs, task)
+        known = Expected.of(
+            problem, DTYPES[task.dtype], task.seed, formula=problem.other, plain=problem.other
+        )
+        # Who computes in another order than plain torch may round more often.
+        compare(known, known.results(problem.call), outcome, 2 * times)
     return outcome
 
 
-def _of_function(theirs: Any, setting: Setting, task: Task) -> tuple[Problem, Function, Function]:
-    case, device = setting.case, task.route.device
-    assert isinstance(case, MsDeformAttnCase)
-    problem = ms_deform_attn(case, device, task.seed, **setting.options)
-    setting.twist(problem.inputs)
-    inputs = _attention_inputs(case, device, task.seed)
+def _of_function(theirs: Any, task: Task) -> Problem:
+    """The op's problem with theirs in the place of the kernels, held to the formula."""
+    op = OPS[task.op]
+    setting = op.settings[task.case]
+    assert isinstance(setting.case, MsDeformAttnCase)
+    problem = op.problem(setting, device=task.route.device, seed=task.seed)
+    inputs = attention_inputs(setting.case, task.route.device, task.seed)
     function = adapted(theirs)
 
     def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return function(value, inputs.spatial_shapes, inputs.level_start_index, locations, weights)
 
-    return problem, ours, functools.partial(problem.call, backend="reference")
+    return replace(problem, call=ours, other=functools.partial(problem.call, backend="reference"))
 
 
 def adapted(theirs: Any) -> Function:
@@ -141,30 +96,24 @@ def adapted(theirs: Any) -> Function:
         parameters = [p for p in inspect.signature(theirs).parameters.values() if p.kind in kinds]
         taken, function = len([p for p in parameters if p.default is inspect.Parameter.empty]), theirs
     else:
-        raise CheckError(f"--module takes {FORMS}, got a {type(theirs).__name__}")
+        raise CommandError(f"--module takes {FORMS}, got a {type(theirs).__name__}")
     if taken == 6:
         return lambda *tensors: function(*tensors, IM2COL_STEP)
     if taken == 5:
         return function
     if taken == 4:  # Deformable-DETR's own in plain torch: without level_start_index
         return lambda value, shapes, _, *rest: function(value, shapes, *rest)
-    raise CheckError(f"--module takes {FORMS}, got {theirs.__name__} of {taken} arguments")
+    raise CommandError(f"--module takes {FORMS}, got {theirs.__name__} of {taken} arguments")
 
 
-def _of_layer(theirs: type[nn.Module], setting: Setting, task: Task) -> tuple[Problem, Function, Function]:
+def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
     """The layer and our own, in plain torch, with the same random parameters, which are inputs like others."""
-    case, device = setting.case, task.route.device
+    case, device = OPS[task.op].settings[task.case].case, task.route.device
     assert isinstance(case, MsDeformAttnCase)
-    inputs = _attention_inputs(case, device, task.seed)
-    width = max(case.heads * case.channels, 1)
-    arguments = (width, len(case.levels), case.heads, case.points)
-    formula = vitkern.nn.MSDeformAttn(*arguments, backend="reference").to(device)
-    try:
-        layer = theirs(*arguments).to(device)
-        layer.load_state_dict(formula.state_dict())
-    except (TypeError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckError(f"--module takes {FORMS}; {theirs.__name__} does not fit: {first}") from error
+    formula, layer = _layers(theirs, case, device)
+    # Offsets that follow the query would lie on edges of cells now and then, where two roundings have two gradients.
+    fixed = {"sampling_offsets.weight": formula.sampling_offsets.weight.detach()}
+    parameters = {name: parameter for name, parameter in formula.named_parameters() if name not in fixed}
     generator = torch.Generator().manual_seed(task.seed)
 
     def normal(*shape: int) -> Tensor:
@@ -173,26 +122,40 @@ def _of_layer(theirs: type[nn.Module], setting: Setting, task: Task) -> tuple[Pr
     points = torch.rand(
         case.batch, case.query_count, len(case.levels), 2, generator=generator, dtype=torch.float64
     )
+    width = formula.value_proj.in_features
     given = {
         "query": normal(case.batch, case.query_count, width),
         "reference_points": (points * 0.6 + 0.2).to(device),
         "input_flatten": normal(case.batch, case.pixels, width),
     }
-    # Offsets that follow the query would lie on edges of cells now and then, where two roundings have two gradients.
-    names = [name for name, _ in formula.named_parameters() if name != "sampling_offsets.weight"]
-    shapes = dict(formula.named_parameters())
-    for name in names:
-        scale = shapes[name].shape[-1] ** -0.5
-        given[name] = normal(*shapes[name].shape) * scale
+    for name, parameter in parameters.items():
+        given[name] = normal(*parameter.shape) * parameter.shape[-1] ** -0.5
     given["sampling_offsets.bias"] = formula.sampling_offsets.bias.detach().double() * 0.37
+    levels = attention_inputs(case, device, task.seed)
 
     def runs(module: nn.Module) -> Function:
         def run(query: Tensor, points: Tensor, flat: Tensor, *values: Tensor) -> Tensor:
-            parameters = dict(zip(names, values))
-            parameters["sampling_offsets.weight"] = shapes["sampling_offsets.weight"].detach().to(query.dtype)
-            tables = inputs.spatial_shapes, inputs.level_start_index
-            return torch.func.functional_call(module, parameters, (query, points, flat, *tables, None))
+            own = dict(zip(parameters, values)) | {
+                name: tensor.to(query.dtype) for name, tensor in fixed.items()
+            }
+            tables = levels.spatial_shapes, levels.level_start_index
+            return torch.func.functional_call(module, own, (query, points, flat, *tables, None))
 
         return run
 
-    return Problem(given, lambda: None, lambda: None), runs(layer), runs(formula)  # type: ignore[arg-type,return-value]
+    return Problem(given, call=runs(layer), other=runs(formula))
+
+
+def _layers(
+    theirs: type[nn.Module], case: MsDeformAttnCase, device: str
+) -> tuple[vitkern.nn.MSDeformAttn, nn.Module]:
+    """Ours on plain torch, and theirs, which has to take the same parameters."""
+    arguments = (max(case.heads * case.channels, 1), len(case.levels), case.heads, case.points)
+    formula = vitkern.nn.MSDeformAttn(*arguments, backend="reference").to(device)
+    try:
+        layer = theirs(*arguments).to(device)
+        layer.load_state_dict(formula.state_dict())
+    except (TypeError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CommandError(f"--module takes {FORMS}; {theirs.__name__} does not fit: {first}") from error
+    return formula, layer

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vitkern
-from vitkern.doctor import cpu_model
+from vitkern.commands.doctor import cpu_model
 from vitkern.reference import ms_deform_attn_by_grid_sample
 
 CHANNELS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
@@ -211,7 +211,7 @@ def main(*, output: Path, threads: int | None = None, quick: bool = False) -> in
     if importlib.util.find_spec("matplotlib") is None:
         print("No picture: matplotlib is not installed (pip install 'vitkern[demo]')")
     else:
-        from vitkern.demo_picture import draw
+        from vitkern.commands.demo_picture import draw
 
         print(f"Where queries sample: {draw(output)}")
     return 0 if passed else 1

@@ -1,6 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The one error of `vitkern bench`."""
-
-
-class BenchError(Exception):
-    """What the user asked for cannot be had; the message is the one sentence that says why and what to do."""

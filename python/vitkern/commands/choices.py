@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command can be asked for, and the sentence that refuses what there is not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from vitkern.commands.errors import CommandError
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What the command line asks for; empty: what is usual."""
+
+    ops: Sequence[str] = ()
+    cases: Sequence[str] = ()  # names, or patterns such as injector-*
+    backends: Sequence[str] = ()
+    dtypes: Sequence[str] = ()  # keys of DTYPES
+    device: str | None = None
+    quick: bool = False
+
+
+Request = TypeVar("Request", bound=Filters)
+
+
+def requested(kind: type[Request], arguments: argparse.Namespace) -> Request:
+    """A request from the arguments that are called as its fields; what was not given is as the request has it."""
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in given.items() if value is not None})
+
+
+def chosen(what: str, asked: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Those of the known ones that are asked for, in their order."""
+    for name in asked:
+        if name not in known:
+            raise CommandError(f"no {what} is called {name}; there are {', '.join(known)}")
+    return tuple(name for name in known if name in asked)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def cases_exist(patterns: Iterable[str], known: Iterable[str]) -> None:
+    """`known` of all ops that are asked for: each has other cases, and a name is wrong only if none has it."""
+    names = sorted(set(known))
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise CommandError(f"no case is called {pattern}; there are {', '.join(names)}")
+
+
+def device_of(name: str | None) -> str:
+    """The device that is asked for; else cuda where there is one."""
+    if torch.cuda.is_available():
+        return name or "cuda"
+    if name == "cuda":
+        raise CommandError(
+            "torch finds no usable GPU here (`vitkern doctor` says more), so --device has to be cpu"
+        )
+    return "cpu"
