@@ -15,8 +15,8 @@ from torch import Tensor
 import vitkern
 from benchmarks.harness import arguments, machine
 from vitkern.bench.measure import forward_backward, interleaved
-from vitkern.bench.workloads import fused_inputs, places_of
-from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase
+from vitkern.bench.workloads import near_fused_inputs
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, locations_of
 
 NAMES = ("detr-encoder", "detr-decoder", "injector-B512", "extractor-B512", "rtdetr-decoder", "m2f-512")
 
@@ -30,7 +30,7 @@ def fused(tables: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
 def usual(tables: tuple[Tensor, Tensor]) -> Callable[..., Tensor]:
     def run(value, reference, offsets, logits):
         weights = logits.softmax(-1).view(offsets.shape[:-1])
-        return vitkern.ms_deform_attn(value, *tables, places_of(reference, offsets, tables[0]), weights)
+        return vitkern.ms_deform_attn(value, *tables, locations_of(reference, offsets, tables[0]), weights)
 
     return run
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(case: MsDeformAttnCase, dtype: torch.dtype, what: str, seconds: float) -> str:
-    tensors, tables = fused_inputs(case, dtype)
+    tensors, tables = near_fused_inputs(case, dtype)
     variants = {"usual": usual(tables), "flat": flat(tables), "fused": fused(tables)}
     if not agree(variants, tensors):
         return "  results differ: not timed"

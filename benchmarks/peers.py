@@ -21,8 +21,7 @@ from torch import Tensor
 import vitkern
 from vitkern import reference
 from vitkern.bench.verify import LIMITS, relative_error
-from vitkern.bench.workloads import inside_a_cell
-from vitkern.cases import ATTENTION_CASES, MsDeformAttnInputs, make_inputs
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnInputs, inside_a_cell, make_inputs
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of value, locations, weights: [B, Q, M * D]
 IM2COL_STEP = 64

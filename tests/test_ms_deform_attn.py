@@ -12,31 +12,17 @@ from hypothesis import strategies as st
 
 import vitkern
 from tests.helpers import assert_matches_oracle, gradients, guarded_memory
-from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, make_inputs
+from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, make_inputs, off_edge_inputs
 
 NAMES = ("output", "grad_value", "grad_locations", "grad_weights")
 LOW = (torch.float16, torch.bfloat16)
-
-
-def away_from_cell_edges(inputs, margin=0.15):
-    """Moves locations that lie within `margin` pixels of a pixel centre's row or column: the gradient jumps there."""
-    width_height = inputs.spatial_shapes.flip(-1).double()[:, None]
-    pixels = inputs.sampling_locations.double() * width_height - 0.5
-    cell = pixels.floor()
-    pixels = cell + (pixels - cell).clamp(margin, 1 - margin)
-    inputs.sampling_locations = ((pixels + 0.5) / width_height.clamp(min=1)).to(
-        inputs.sampling_locations.dtype
-    )
-    return inputs
 
 
 def make(case, runner, dtype, *, spread=1.4, coordinates=None, seed=0):
     """Uniform locations in and somewhat outside of the map, off the cell edges, in `dtype` on the runner's device."""
     if runner.interpreted:  # every program costs seconds: one image and head are enough for its arithmetic
         case = replace(case, batch=min(case.batch, 1), heads=min(case.heads, 1))
-    inputs = make_inputs(case, locations="uniform", dtype=torch.float64, device=runner.device, seed=seed)
-    inputs.sampling_locations = (inputs.sampling_locations - 0.5) * spread + 0.5
-    return away_from_cell_edges(inputs).to(dtype, coordinates)
+    return off_edge_inputs(case, device=runner.device, seed=seed, spread=spread).to(dtype, coordinates)
 
 
 def call(inputs, backend, **options):

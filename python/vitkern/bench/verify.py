@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vitkern.bench.workloads import Work
+from vitkern.cases import Function, results
 
 # Of the greatest value of a result. Kernels are held to plain torch's own error by the tests; this is the check that
 # fits into a benchmark, of a right kernel on any input, and wrong maths misses it by an order of magnitude.
@@ -25,25 +26,28 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return (difference / want.double().abs().max().clamp(min=1e-30)).item()
 
 
-def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], kind: torch.dtype) -> list[Tensor]:
+def results_in(kind: torch.dtype, function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Output and the gradient of each input, computed in `kind`."""
-    leaves = [tensor.detach().to(kind).requires_grad_() for tensor in inputs]
-    output = function(*leaves)
-    grad_output = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
-    # Rounded to what the inputs are, so that all kinds start from the same numbers.
-    grad_output = grad_output.to(inputs[0].dtype).to(kind)
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+    def grad_output(output: Tensor) -> Tensor:
+        # Rounded to what the inputs are, so that all kinds start from the same numbers.
+        ramp = torch.linspace(-1, 1, output.numel(), device=output.device)
+        return ramp.view(output.shape).to(inputs[0].dtype)
+
+    return results(function, [tensor.to(kind) for tensor in inputs], grad_output)
 
 
 def exact_results(work: Work) -> list[Tensor]:
-    return results(work.formula, tuple(work.inputs.values()), torch.float64)
+    return results_in(torch.float64, work.formula, tuple(work.inputs.values()))
 
 
-def errors_of(function: Callable[..., Tensor], work: Work, exact: Sequence[Tensor]) -> dict[str, float]:
+def errors_of(function: Function, work: Work, exact: Sequence[Tensor]) -> dict[str, float]:
     """Relative error of the output and of the gradient of each input, by name."""
     inputs = tuple(work.inputs.values())
     found = {}
-    for name, got, want in zip(("output", *work.inputs), results(function, inputs, inputs[0].dtype), exact):
+    for name, got, want in zip(
+        ("output", *work.inputs), results_in(inputs[0].dtype, function, inputs), exact
+    ):
         if name in work.comparable:
             got, want = (torch.where(work.comparable[name], tensor, 0) for tensor in (got, want))
         found[name if name == "output" else f"gradient of {name}"] = relative_error(got, want)
@@ -58,13 +62,8 @@ def complaint(errors: Mapping[str, float], dtype: torch.dtype) -> str | None:
     return f"{name} is off by {worst:.1e} of its greatest value, {LIMITS[dtype]:.0e} is allowed"
 
 
-def agree(
-    function: Callable[..., Tensor],
-    formula: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> bool:
+def agree(function: Function, formula: Function, inputs: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether output and gradients are those of the formula in float64, as far as the dtype can tell."""
     rounded = [tensor.to(dtype) for tensor in inputs]
-    ours, exact = results(function, rounded, dtype), results(formula, rounded, torch.float64)
+    ours, exact = results_in(dtype, function, rounded), results_in(torch.float64, formula, rounded)
     return all(relative_error(a, b) <= LIMITS[dtype] for a, b in zip(ours, exact))

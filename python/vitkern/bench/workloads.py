@@ -17,14 +17,14 @@ from vitkern.cases import (
     TOKEN_CASES,
     AdapterBottleneckCase,
     Case,
+    Function,
     MsDeformAttnCase,
     TokenCase,
+    fused_inputs,
+    inside_a_cell,
+    locations_of,
     make_inputs,
 )
-
-Function = Callable[..., Tensor]
-# From the edge of a cell, in pixels, gradients of places are compared: they jump there, and two may round apart.
-EDGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,9 @@ def _head_by_head(function: Function, *tensors: Tensor) -> Tensor:
     return torch.cat([function(*(tensor[:, :, head, None] for tensor in tensors)) for head in heads], -1)
 
 
-def inside_a_cell(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
-    """Which of [..., L, P, 2] lie so far from a cell's edge that all agree on the cell: [..., L, P, 1]."""
-    pixel = locations.double() * spatial_shapes.flip(1)[:, None] - 0.5  # (x, y), as locations are
-    return ((pixel - pixel.round()).abs() > EDGE).all(-1, keepdim=True)
-
-
 def _ms_deform_attn_fused(case: Case, dtype: torch.dtype, device: str) -> Work:
     assert isinstance(case, MsDeformAttnCase)
-    (value, points, offsets, logits), tables = fused_inputs(case, dtype, device)
+    (value, points, offsets, logits), tables = near_fused_inputs(case, dtype, device)
 
     def formula(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         counts = (case.points,) * len(case.levels)
@@ -112,47 +106,30 @@ def _ms_deform_attn_fused(case: Case, dtype: torch.dtype, device: str) -> Work:
             logits,
         )
 
+    def by_grid_sample(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        weights = logits.softmax(-1).view(offsets.shape[:-1])
+        return _by_grid_sample(list(case.levels), value, locations_of(points, offsets, tables[0]), weights)
+
     return Work(
         {"value": value, "offsets": offsets, "logits": logits},
         lambda value, *rest, backend: vitkern.ms_deform_attn_fused(
             value, *tables, points, *rest, backend=backend
         ),
-        lambda value, *rest: fused_by_grid_sample(value, tables[0], list(case.levels), points, *rest),
+        by_grid_sample,
         formula,
-        {"offsets": inside_a_cell(places_of(points, offsets.double(), tables[0]), tables[0])},
+        {"offsets": inside_a_cell(locations_of(points, offsets.double(), tables[0]), tables[0])},
     )
 
 
-def fused_inputs(
+def near_fused_inputs(
     case: MsDeformAttnCase, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """Value, reference points at the middle of each query's near locations, offsets that lead there, logits."""
+    """Reference points at the middle of each query's near locations, in float32 as networks have them; and levels."""
     inputs = make_inputs(case, dtype=torch.float64, device=device)
-    places = inputs.sampling_locations  # [B, Q, M, L, P, 2]
-    points = places.mean((2, 4))  # [B, Q, L, 2]
-    sizes = inputs.spatial_shapes.flip(-1)[:, None]
-    offsets = (places - points[:, :, None, :, None]) * sizes
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(inputs.attention_weights.flatten(3).shape, generator=generator).to(device)
-    tensors = (inputs.value.to(dtype), points.float(), offsets.to(dtype), logits.to(dtype))
+    middle = inputs.sampling_locations.mean((2, 4))  # [B, Q, L, 2]
+    value, points, *rest = fused_inputs(inputs, middle, torch.Generator().manual_seed(0))
+    tensors = (value.to(dtype), points.float(), *(tensor.to(dtype) for tensor in rest))
     return tensors, (inputs.spatial_shapes, inputs.level_start_index)
-
-
-def places_of(points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
-    """As everybody writes it."""
-    return points[:, :, None, :, None] + offsets / spatial_shapes.flip(-1)[:, None]
-
-
-def fused_by_grid_sample(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    sizes: list[tuple[int, int]],
-    points: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-) -> Tensor:
-    weights = logits.softmax(-1).view(offsets.shape[:-1])
-    return _by_grid_sample(sizes, value, places_of(points, offsets, spatial_shapes), weights)
 
 
 def _adapter_bottleneck(case: Case, dtype: torch.dtype, device: str) -> Work:

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes that people run, as data: the same tables feed correctness, gradients and timing."""
+"""The shapes that people run, as data, and inputs made of them: the same for correctness, gradients and timing."""
 
 from __future__ import annotations
 
-from vitkern.cases.attention import (
-    ATTENTION_CASES,
-    MsDeformAttnCase,
+from vitkern.cases.attention import ATTENTION_CASES, MsDeformAttnCase
+from vitkern.cases.attention_inputs import (
     MsDeformAttnInputs,
+    fused_inputs,
+    inside_a_cell,
+    levels_of,
+    locations_of,
     make_inputs,
+    off_edge_inputs,
 )
 from vitkern.cases.dense import ADAPTER_CASES, TOKEN_CASES, AdapterBottleneckCase, TokenCase
+from vitkern.cases.results import Function, results
 
 __all__ = [
     "ADAPTER_CASES",
@@ -17,10 +22,17 @@ __all__ = [
     "TOKEN_CASES",
     "AdapterBottleneckCase",
     "Case",
+    "Function",
     "MsDeformAttnCase",
     "MsDeformAttnInputs",
     "TokenCase",
+    "fused_inputs",
+    "inside_a_cell",
+    "levels_of",
+    "locations_of",
     "make_inputs",
+    "off_edge_inputs",
+    "results",
 ]
 
 Case = MsDeformAttnCase | AdapterBottleneckCase | TokenCase

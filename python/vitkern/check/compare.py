@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,26 +32,6 @@ class Verdict:
         return TIMES * self.error / self.allowed if self.error else 0.0
 
 
-def results(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor | None
-) -> list[Tensor]:
-    """Output and the gradient of each input; only the output where there is no grad_output."""
-    leaves = [tensor.detach().requires_grad_(grad_output is not None) for tensor in inputs]
-    output = function(*leaves)
-    if grad_output is None:
-        return [output.detach()]
-    given = grad_output.to(output.dtype)
-    gradients = torch.autograd.grad(output, leaves, given, allow_unused=True)
-    # A gradient that is not there is one of zeros, which are missed where the formula has others.
-    return [
-        output.detach(),
-        *(
-            leaf.new_zeros(leaf.shape) if gradient is None else gradient
-            for leaf, gradient in zip(leaves, gradients)
-        ),
-    ]
-
-
 def max_error(actual: Tensor, exact: Tensor) -> float:
     finite = exact.isfinite()
     return (actual.double() - exact.double())[finite].abs().max().item() if finite.any() else 0.0
@@ -63,6 +43,7 @@ def judge(
     exact: Tensor,
     *,
     times: float = TIMES,
+    units: Mapping[torch.dtype, int] = UNITS,
     luck: float = 1.0,
     granted: float = 0.0,
     gradient: bool = False,
@@ -80,16 +61,19 @@ def judge(
         return wrong(
             f"has {_count(actual.isnan())} NaN, expected {_count(exact.isnan())}, or in other places"
         )
+    infinite = exact.isinf()
+    if not torch.equal(actual[infinite].double(), exact[infinite]):
+        return wrong("has other infinities than expected, or in other places")
     finite = exact[exact.isfinite()].abs()
     unit = torch.finfo(actual.dtype).eps * (finite.max().item() if finite.numel() else 0.0)
     error, usual = max_error(actual, exact), max_error(plain, exact)
     granted = granted if math.isfinite(granted) else 0.0
-    allowed = luck * (times * usual + UNITS[actual.dtype] * unit + granted)
+    allowed = luck * (times * usual + units[actual.dtype] * unit + granted)
     complaint = None
     if not error <= allowed:
         complaint = f"is off by {error:.2g}, allowed are {allowed:.2g} (plain torch: {usual:.2g})"
-    elif gradient and (missing := _missing(actual, plain, exact)):
-        complaint = f"is zero in {missing} places where it should not be"
+    elif gradient and (zeros := missing(actual, plain, exact)):
+        complaint = f"is zero in {zeros} places where it should not be"
     return Verdict(error, allowed, complaint)
 
 
@@ -97,8 +81,10 @@ def _count(where: Tensor) -> str:
     return str(int(where.sum())) if where.any() else "no"
 
 
-def _missing(actual: Tensor, plain: Tensor, exact: Tensor) -> int:
-    """Zeros where plain torch has none: terms of 16 bits may cancel."""
+def missing(actual: Tensor, plain: Tensor, exact: Tensor) -> int:
+    """How many zeros there are in the place of greater gradients, and where plain torch has none: terms of 16 bits may
+    cancel.
+    """
     if exact.numel() == 0:
         return 0
     large = exact.abs() > MISSING * exact.abs().max()

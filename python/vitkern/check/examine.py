@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from vitkern.check.compare import TIMES, judge, results
+from vitkern.cases import Function, results
+from vitkern.check.compare import TIMES, judge
 from vitkern.check.plan import TINY, Task
-from vitkern.check.problems import Function, Problem
+from vitkern.check.problems import Problem
 from vitkern.check.settings import OPS, Setting
 from vitkern.commands.choices import DTYPES
 from vitkern.commands.errors import CommandError

@@ -15,16 +15,13 @@ from vitkern import reference
 from vitkern.cases import (
     AdapterBottleneckCase,
     Case,
+    Function,
     MsDeformAttnCase,
-    MsDeformAttnInputs,
     TokenCase,
-    make_inputs,
+    fused_inputs,
+    locations_of,
+    off_edge_inputs,
 )
-
-Function = Callable[..., Tensor]
-# Pixels from a cell's edge: gradients of locations jump there, and two dtypes may round to either side.
-MARGIN = 0.15
-SPREAD = 1.4  # of the locations round the middle: some lie outside
 
 
 @dataclass
@@ -44,25 +41,9 @@ class Problem:
         return torch.promote_types(dtype, torch.float32) if name in self.coordinates else dtype
 
 
-def off_edges(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
-    """Locations [..., L, P, 2], moved so far from the edges of cells that all dtypes agree on the cell."""
-    width_height = spatial_shapes.flip(-1).double()[:, None]
-    pixels = locations * width_height - 0.5
-    cell = pixels.floor()
-    return (cell + (pixels - cell).clamp(MARGIN, 1 - MARGIN) + 0.5) / width_height.clamp(min=1)
-
-
-def attention_inputs(case: MsDeformAttnCase, device: str, seed: int) -> MsDeformAttnInputs:
-    """Locations anywhere in the maps and some outside, off the edges of cells."""
-    inputs = make_inputs(case, locations="uniform", dtype=torch.float64, device=device, seed=seed)
-    places = (inputs.sampling_locations - 0.5) * SPREAD + 0.5
-    inputs.sampling_locations = off_edges(places, inputs.spatial_shapes)
-    return inputs
-
-
 def ms_deform_attn(case: Case, device: str, seed: int, **options: Any) -> Problem:
     assert isinstance(case, MsDeformAttnCase)
-    inputs = attention_inputs(case, device, seed)
+    inputs = off_edge_inputs(case, device=device, seed=seed)
     tables = inputs.spatial_shapes, inputs.level_start_index
     names = ("value", "locations", "weights")
     return Problem(
@@ -78,24 +59,20 @@ def ms_deform_attn(case: Case, device: str, seed: int, **options: Any) -> Proble
 def ms_deform_attn_fused(case: Case, device: str, seed: int, **options: Any) -> Problem:
     """Reference points anywhere in the middle, offsets from there to the places of the plain form."""
     assert isinstance(case, MsDeformAttnCase)
-    inputs = attention_inputs(case, device, seed)
+    inputs = off_edge_inputs(case, device=device, seed=seed)
     tables = inputs.spatial_shapes, inputs.level_start_index
-    places = inputs.sampling_locations  # [B, Q, M, L, P, 2]
     generator = torch.Generator().manual_seed(seed + 1)
-    shape = (*places.shape[:2], len(case.levels), 2)
+    shape = (case.batch, case.query_count, len(case.levels), 2)
     points = (torch.rand(shape, generator=generator, dtype=torch.float64) * 0.6 + 0.2).to(device)
-    sizes = inputs.spatial_shapes.flip(-1)[:, None]
-    logits = torch.randn(inputs.attention_weights.flatten(3).shape, generator=generator, dtype=torch.float64)
-    offsets = (places - points[:, :, None, :, None]) * sizes
     names = ("value", "reference_points", "offsets", "logits")
 
     def by_grid_sample(value: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         weights = logits.softmax(-1).view(offsets.shape[:-1])
-        places = points[:, :, None, :, None] + offsets / sizes
-        return reference.ms_deform_attn_by_grid_sample(value, list(case.levels), places, weights)
+        locations = locations_of(points, offsets, tables[0])
+        return reference.ms_deform_attn_by_grid_sample(value, list(case.levels), locations, weights)
 
     return Problem(
-        dict(zip(names, (inputs.value, points, offsets, logits.to(device)))),
+        dict(zip(names, fused_inputs(inputs, points, generator))),
         lambda value, *rest, backend: vitkern.ms_deform_attn_fused(
             value,
             *tables,

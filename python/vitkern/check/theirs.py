@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
-from vitkern.cases import MsDeformAttnCase
+from vitkern.cases import Function, MsDeformAttnCase, levels_of
 from vitkern.check import report
 from vitkern.check.examine import Expected, Outcome, compare, timed
 from vitkern.check.plan import Request, Task
-from vitkern.check.problems import Function, Problem, attention_inputs
+from vitkern.check.problems import Problem
 from vitkern.check.routes import Route
 from vitkern.check.settings import OPS, Setting
 from vitkern.commands import named
@@ -77,11 +77,11 @@ def _of_function(theirs: Any, task: Task) -> Problem:
     setting = op.settings[task.case]
     assert isinstance(setting.case, MsDeformAttnCase)
     problem = op.problem(setting, device=task.route.device, seed=task.seed)
-    inputs = attention_inputs(setting.case, task.route.device, task.seed)
+    levels = levels_of(setting.case, task.route.device)
     function = adapted(theirs)
 
     def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return function(value, inputs.spatial_shapes, inputs.level_start_index, locations, weights)
+        return function(value, *levels, locations, weights)
 
     return replace(problem, call=ours, other=functools.partial(problem.call, backend="reference"))
 
@@ -131,15 +131,14 @@ def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
     for name, parameter in parameters.items():
         given[name] = normal(*parameter.shape) * parameter.shape[-1] ** -0.5
     given["sampling_offsets.bias"] = formula.sampling_offsets.bias.detach().double() * 0.37
-    levels = attention_inputs(case, device, task.seed)
+    levels = levels_of(case, device)
 
     def runs(module: nn.Module) -> Function:
         def run(query: Tensor, points: Tensor, flat: Tensor, *values: Tensor) -> Tensor:
             own = dict(zip(parameters, values)) | {
                 name: tensor.to(query.dtype) for name, tensor in fixed.items()
             }
-            tables = levels.spatial_shapes, levels.level_start_index
-            return torch.func.functional_call(module, own, (query, points, flat, *tables, None))
+            return torch.func.functional_call(module, own, (query, points, flat, *levels, None))
 
         return run
 

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random inputs of multi-scale deformable attention: locations as networks have them, or as proofs need them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vitkern.cases.attention import MsDeformAttnCase
+
+# Pixels from a cell's edge: gradients of locations jump there, and two dtypes may round to either side.
+MARGIN = 0.15
+# Within which gradients of locations on the way of float32 and of float64 may belong to two cells.
+EDGE = 1e-2
+
+
+@dataclass
+class MsDeformAttnInputs:
+    value: Tensor
+    spatial_shapes: Tensor
+    level_start_index: Tensor
+    sampling_locations: Tensor
+    attention_weights: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(vars(self).values())
+
+    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.value, self.sampling_locations, self.attention_weights
+
+    def to(self, dtype: torch.dtype, coordinates: torch.dtype | None = None) -> MsDeformAttnInputs:
+        """Values in `dtype`; locations and weights in `coordinates`, or the same."""
+        coordinates = coordinates or dtype
+        return replace(
+            self,
+            value=self.value.detach().to(dtype),
+            sampling_locations=self.sampling_locations.detach().to(coordinates),
+            attention_weights=self.attention_weights.detach().to(coordinates),
+        )
+
+    def requires_grad_(self) -> MsDeformAttnInputs:
+        for tensor in self.differentiable():
+            tensor.requires_grad_()
+        return self
+
+
+def make_inputs(
+    case: MsDeformAttnCase,
+    *,
+    locations: str = "near",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> MsDeformAttnInputs:
+    """Random inputs. "uniform": locations anywhere in [0, 1], worst for a cache. "near": each query's own point of the
+    grid plus Deformable-DETR's initial offsets, one direction a head and 1 to P pixels far, as layers start.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, levels, points = case.batch, case.heads, len(case.levels), case.points
+    shape = (batch, case.query_count, heads, levels, points)
+    value = torch.randn(batch, case.pixels, heads, case.channels, generator=generator, dtype=torch.float64)
+    weights = torch.randn(*shape[:3], levels * points, generator=generator).softmax(-1).view(shape).double()
+    if locations == "uniform":
+        where = torch.rand(*shape, 2, generator=generator, dtype=torch.float64)
+    else:
+        where = _reference_points(case, generator)[None, :, None, None, None] + _initial_offsets(case)
+        where = where + 0.01 * torch.randn(*shape, 2, generator=generator) / _width_height(case)[:, None]
+    return MsDeformAttnInputs(
+        value.to(device, dtype), *levels_of(case, device), where.to(device, dtype), weights.to(device, dtype)
+    )
+
+
+def levels_of(case: MsDeformAttnCase, device: str) -> tuple[Tensor, Tensor]:
+    """spatial_shapes and level_start_index."""
+    shapes = torch.tensor(case.levels, dtype=torch.int64, device=device).view(-1, 2)
+    pixels = shapes.prod(1)
+    return shapes, pixels.cumsum(0) - pixels
+
+
+def off_edge_inputs(
+    case: MsDeformAttnCase, *, device: str = "cpu", seed: int = 0, spread: float = 1.4
+) -> MsDeformAttnInputs:
+    """In float64, with locations anywhere in maps, `spread` times as wide, but so far from the edges of cells that all
+    dtypes agree on the cell.
+    """
+    inputs = make_inputs(case, locations="uniform", dtype=torch.float64, device=device, seed=seed)
+    width_height = inputs.spatial_shapes.flip(-1).double()[:, None]
+    pixels = ((inputs.sampling_locations - 0.5) * spread + 0.5) * width_height - 0.5
+    cell = pixels.floor()
+    pixels = cell + (pixels - cell).clamp(MARGIN, 1 - MARGIN)
+    return replace(inputs, sampling_locations=(pixels + 0.5) / width_height.clamp(min=1))
+
+
+def inside_a_cell(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
+    """Which of [..., L, P, 2] lie so far from a cell's edge that all agree on the cell: [..., L, P, 1]."""
+    pixel = locations.double() * spatial_shapes.flip(1)[:, None] - 0.5  # (x, y), as locations are
+    return ((pixel - pixel.round()).abs() > EDGE).all(-1, keepdim=True)
+
+
+def fused_inputs(
+    inputs: MsDeformAttnInputs, points: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the fused form: the same value, these reference points [B, Q, L, 2], offsets from there to the same locations,
+    random logits.
+    """
+    sizes = inputs.spatial_shapes.flip(-1)[:, None]
+    offsets = (inputs.sampling_locations - points[:, :, None, :, None]) * sizes
+    shape = inputs.attention_weights.flatten(3).shape
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(points.device)
+    return inputs.value, points, offsets, logits
+
+
+def locations_of(points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
+    """Of the fused form, as everybody writes it: [B, Q, L, 2] and [B, Q, M, L, P, 2]."""
+    return points[:, :, None, :, None] + offsets / spatial_shapes.flip(-1)[:, None]
+
+
+def _width_height(case: MsDeformAttnCase) -> Tensor:  # [L, 2]
+    return torch.tensor(case.levels, dtype=torch.float64).view(-1, 2).flip(-1)
+
+
+def _reference_points(case: MsDeformAttnCase, generator: torch.Generator) -> Tensor:  # [Q, 2] as (x, y)
+    if isinstance(case.queries, int):
+        return torch.rand(case.queries, 2, generator=generator, dtype=torch.float64)
+    grids = []
+    for height, width in case.queries:
+        y, x = torch.meshgrid(
+            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+        )
+        grids.append(torch.stack([x, y], -1).view(-1, 2).double())
+    return torch.cat(grids)
+
+
+def _initial_offsets(case: MsDeformAttnCase) -> Tensor:  # [M, L, P, 2] in units of the level's size
+    angle = torch.arange(case.heads, dtype=torch.float64) * (2 * math.pi / case.heads)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    distance = torch.arange(1, case.points + 1, dtype=torch.float64)
+    return direction[:, None, None] * distance[:, None] / _width_height(case)[:, None]
