@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.parity.weights import seeded
+from vitkern.cases import results as gradients
+from vitkern.check import compare
 from vitkern.ops.ms_deform_attn import MsDeformAttnCall
 from vitkern.ops.op import kernel
 
@@ -58,50 +60,29 @@ def run_in_two_processes(example: str, *arguments: object) -> str:
     return done.stdout
 
 
-def max_error(actual: Tensor, oracle: Tensor) -> float:
-    finite = oracle.isfinite()
-    return (actual.double() - oracle.double())[finite].abs().max().item() if finite.any() else 0.0
+# Stricter than `vitkern check`, whose seeds are anybody's: float32 and float64 are what sums are made in, so the order
+# of the terms differs by some units of the result.
+UNITS = {**compare.UNITS, torch.float32: 8}
 
 
 def assert_as_exact_as(
-    actual: Tensor, plain: Tensor, oracle: Tensor, *, what: str, factor: float = 2.0, granted: float = 0.0
+    actual: Tensor,
+    plain: Tensor,
+    oracle: Tensor,
+    *,
+    what: str,
+    units: dict[torch.dtype, int] = UNITS,
+    granted: float = 0.0,
 ) -> None:
-    """`actual`'s error against the fp64 oracle is at most `factor` times that of plain torch in the same dtype.
-
-    Non-finite values must stand in the same places. Some units in the last place of the largest value are granted
-    besides: where plain torch happens to be exact a rounding is no mistake, and sums of the same terms in another order
-    differ by some units of the accumulator, which in float32 and float64 are units of the result too.
-    """
-    assert actual.shape == oracle.shape, f"{what}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
-    assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
-    assert torch.equal(actual.isnan(), oracle.isnan()), f"{what}: NaN in other places than the oracle"
-    if oracle.numel() == 0:
-        return
-    finite = oracle[oracle.isfinite()].abs()
-    unit = torch.finfo(actual.dtype).eps * (finite.max().item() if finite.numel() else 1.0)
-    units = {torch.float64: 32, torch.float32: 8}.get(actual.dtype, 1)
-    allowed = factor * max_error(plain, oracle) + units * unit + granted
-    error = max_error(actual, oracle)
-    assert error <= allowed, (
-        f"{what}: error {error:.3g}, allowed {allowed:.3g} (plain torch in {actual.dtype})"
-    )
+    """`actual`'s error against the float64 oracle is at most twice that of plain torch in the same dtype."""
+    verdict = compare.judge(actual, plain, oracle, units=units, granted=granted)
+    assert verdict.complaint is None, f"{what} {verdict.complaint}"
 
 
 def assert_gradient_not_missing(actual: Tensor, oracle: Tensor, *, what: str) -> None:
     """No zero where the oracle has a gradient: an absolute tolerance would let a forgotten small one pass."""
-    if oracle.numel() == 0:
-        return
-    large = oracle.abs() > 1e-3 * oracle.abs().max()
-    missing = (large & (actual == 0)).sum().item()
-    assert missing == 0, f"{what}: {missing} of {large.sum().item()} gradients are missing"
-
-
-def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor | None = None):
-    """Output and gradients of every input: [output, *gradients]."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]  # a clone would have other strides
-    output = function(*leaves)
-    grad_output = torch.ones_like(output) if grad_output is None else grad_output.to(output.dtype)
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)]
+    missing = compare.missing(actual, oracle, oracle)
+    assert missing == 0, f"{what}: {missing} gradients are missing"
 
 
 def assert_matches_oracle(

@@ -20,7 +20,7 @@ LOW = (torch.float16, torch.bfloat16)
 
 def make(case, runner, dtype, *, spread=1.4, coordinates=None, seed=0):
     """Uniform locations in and somewhat outside of the map, off the cell edges, in `dtype` on the runner's device."""
-    if runner.interpreted:  # every program costs seconds: one image and head are enough for its arithmetic
+    if runner.tiny:  # every program costs seconds: one image and head are enough for its arithmetic
         case = replace(case, batch=min(case.batch, 1), heads=min(case.heads, 1))
     return off_edge_inputs(case, device=runner.device, seed=seed, spread=spread).to(dtype, coordinates)
 
@@ -262,7 +262,7 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_deterministic_backward_is_right_and_bitwise_repeatable(runner, dtype):
     skip_dtype(runner, dtype)
-    inputs = make(small(channels=32, queries=5 if runner.interpreted else 40), runner, dtype)
+    inputs = make(small(channels=32, queries=5 if runner.tiny else 40), runner, dtype)
     torch.use_deterministic_algorithms(True)
     try:
         check(inputs, runner)

@@ -172,9 +172,7 @@ def test_empty_inputs(runner, empty):
 
 
 def test_deterministic_backward(runner):
-    tensors, tables = make_fused(
-        small(channels=32, queries=5 if runner.interpreted else 40), runner, torch.float32
-    )
+    tensors, tables = make_fused(small(channels=32, queries=5 if runner.tiny else 40), runner, torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
         check(tensors, tables, runner)
@@ -207,7 +205,7 @@ def make_small():
 
 
 class _Cpu:
-    device, interpreted = "cpu", False
+    device, tiny = "cpu", False
 
 
 def test_opcheck_of_op_and_backward():
