@@ -23,6 +23,13 @@ from vitkern.cases import (
     off_edge_inputs,
 )
 
+# An activation of x is x times this.
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: (x > 0).to(x.dtype),
+    "gelu": lambda x: (1 + torch.special.erf(x / 2**0.5)) / 2,
+    "silu": torch.sigmoid,
+}
+
 
 @dataclass
 class Problem:
@@ -74,11 +81,7 @@ def ms_deform_attn_fused(case: Case, device: str, seed: int, **options: Any) -> 
     return Problem(
         dict(zip(names, fused_inputs(inputs, points, generator))),
         lambda value, *rest, backend: vitkern.ms_deform_attn_fused(
-            value,
-            *tables,
-            *rest,
-            backend=backend,
-            **options,
+            value, *tables, *rest, backend=backend, **options
         ),
         by_grid_sample,
         names[1:],
@@ -92,26 +95,14 @@ def adapter_bottleneck(case: Case, device: str, seed: int, **options: Any) -> Pr
     def call(*tensors: Tensor, backend: str) -> Tensor:
         torch.manual_seed(seed)  # the same dropout each time
         *first, residual, scale = tensors
-        return vitkern.adapter_bottleneck(
-            *first,
-            residual=residual,
-            scale=scale,
-            backend=backend,
-            **options,
-        )
+        return vitkern.adapter_bottleneck(*first, residual=residual, scale=scale, backend=backend, **options)
 
     def other(*tensors: Tensor) -> Tensor:
         if options.get("training"):
             return call(*tensors, backend="reference")  # nobody else draws the same mask
         x, down_weight, down_bias, up_weight, up_bias, residual, scale = tensors
-        activation = {"gelu": torch.special.erf, "silu": torch.sigmoid}.get(str(options.get("activation")))
         hidden = x @ down_weight.mT + down_bias
-        if activation is None:
-            hidden = hidden.clamp(min=0)
-        elif activation is torch.special.erf:
-            hidden = hidden * (1 + activation(hidden / 2**0.5)) / 2
-        else:
-            hidden = hidden * activation(hidden)
+        hidden = hidden * GATES[options.get("activation", "relu")](hidden)
         return residual + scale * (hidden @ up_weight.mT + up_bias)
 
     terms = {"gradient of scale": lambda output: (output - inputs["residual"]).abs().sum() / 4}
