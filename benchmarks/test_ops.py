@@ -15,13 +15,14 @@ from vitkern.bench.plan import Request, Subject, plan
 from vitkern.bench.run import Check, call, check, checked_row
 from vitkern.bench.store import key, short
 from vitkern.bench.workloads import Work
+from vitkern.commands.choices import dtype_name
 
 ROWS = [
     pytest.param(
         subject,
         what,
         backend,
-        id=f"{subject.op.name}-{subject.case.name}-{short(str(subject.dtype)[6:])}-{what}-{backend}",
+        id=f"{subject.op.name}-{subject.case.name}-{short(dtype_name(subject.dtype))}-{what}-{backend}",
     )
     for subject in plan(Request(quick=True))
     for what in subject.passes

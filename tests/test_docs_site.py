@@ -108,7 +108,7 @@ def test_every_public_name_is_explained(site, module):
 
 def test_commands_print_their_help(site):
     text = (site / "api" / "commands.html").read_text()
-    for command in ("doctor", "demo", "models", "run", "bench run", "bench compare", "bench report"):
+    for command in ("doctor", "demo", "models", "run", "check", "bench run", "bench compare", "bench report"):
         assert f"usage: vitkern {command}" in text
 
 

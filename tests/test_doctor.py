@@ -27,6 +27,7 @@ def run_without(module: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_facts_are_those_of_the_running_build():
     facts = json.loads(json.dumps(doctor.examine()))
     assert facts["vitkern"]["version"] == vitkern.__version__
+    assert facts["vitkern"]["installed_at"] == str(Path(vitkern.__file__).parent)
     assert facts["vitkern"]["error"] is None
     assert facts["torch"]["version"] == torch.__version__
     assert facts["cpu"]["chosen"] == _C.cpu_isa()

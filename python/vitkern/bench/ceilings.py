@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitkern.bench.measure import Run, clock_of, interleaved
 from vitkern.bench.workloads import Op
 from vitkern.cases import Case
+from vitkern.commands.choices import dtype_name
 
 Ceilings = dict[str, Any]
 COPIED = {"cpu": [2**20 * 4**n for n in range(5)], "cuda": [2**30]}  # bytes read and written, together
@@ -34,7 +35,7 @@ class Machine:
 
     def __init__(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
         self.clock = clock_of(device)
-        names = {str(dtype)[6:]: dtype for dtype in (torch.float32, *dtypes)}
+        names = {dtype_name(dtype): dtype for dtype in (torch.float32, *dtypes)}
         self.copies = {str(size): _copy(size, device) for size in COPIED[device.type]}
         self.sizes = {name: _product_size(dtype, device) for name, dtype in names.items()}
         self.products = {name: _product(self.sizes[name], dtype, device) for name, dtype in names.items()}

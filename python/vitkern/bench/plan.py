@@ -11,7 +11,7 @@ import torch
 from vitkern import backends
 from vitkern.bench.workloads import OPS, Op
 from vitkern.cases import Case
-from vitkern.commands.choices import DTYPES, Filters, cases_exist, chosen, device_of, matches
+from vitkern.commands.choices import DTYPES, Filters, cases_exist, chosen, device_of, dtype_name, matches
 from vitkern.commands.errors import CommandError
 
 PASSES = ("forward", "backward", "both")
@@ -44,7 +44,7 @@ class Subject:
             "case": self.case.name,
             "batch": self.batch,
             "device": self.device.type,
-            "dtype": str(self.dtype)[6:],
+            "dtype": dtype_name(self.dtype),
         }
 
 
@@ -69,7 +69,7 @@ def plan(request: Request) -> list[Subject]:
 
 def one(op: str, case: str, batch: int, device: str, dtype: str, what: str, backend: str) -> Subject:
     """The subject of a row, by the row's key."""
-    name = next(name for name, known in DTYPES.items() if str(known)[6:] == dtype)
+    name = next(name for name, known in DTYPES.items() if dtype_name(known) == dtype)
     return plan(Request([op], [case], [backend], [name], device, passes=[what], batch=batch))[0]
 
 
@@ -92,5 +92,5 @@ def _backends(wanted: Sequence[str], device: torch.device, dtype: torch.dtype) -
     for name in wanted:
         reason = None if name == "torch" else backends.can_run(name, device, dtype)
         if reason is not None:
-            raise CommandError(f"backend {name} cannot run {str(dtype)[6:]} on {device}: {reason}")
+            raise CommandError(f"backend {name} cannot run {dtype_name(dtype)} on {device}: {reason}")
     return tuple(wanted)

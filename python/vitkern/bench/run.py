@@ -24,6 +24,7 @@ from vitkern.bench.measure import (
 from vitkern.bench.plan import Request, Subject, plan
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import Work
+from vitkern.commands.choices import dtype_name
 from vitkern.commands.progress import Progress
 
 # A row is measured in several visits, minutes apart, on inputs made anew: a slow moment, or memory that happens to lie
@@ -88,7 +89,7 @@ def _steps(subjects: Sequence[Subject], seconds: float, record: store.Record) ->
         record["ceilings"] = machine.ceilings
         for visit in range(VISITS):
             for subject in subjects:
-                where = f"{subject.op.name} {subject.case.name} {store.short(str(subject.dtype)[6:])}"
+                where = f"{subject.op.name} {subject.case.name} {store.short(dtype_name(subject.dtype))}"
                 work = subject.op.make(subject.case, subject.dtype, subject.device.type)
                 if visit == 0:
                     progress.step(f"{where}: check")

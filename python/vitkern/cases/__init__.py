@@ -12,6 +12,7 @@ from vitkern.cases.attention_inputs import (
     locations_of,
     make_inputs,
     off_edge_inputs,
+    pixel_centres,
 )
 from vitkern.cases.dense import ADAPTER_CASES, TOKEN_CASES, AdapterBottleneckCase, TokenCase
 from vitkern.cases.results import Function, results
@@ -32,6 +33,7 @@ __all__ = [
     "locations_of",
     "make_inputs",
     "off_edge_inputs",
+    "pixel_centres",
     "results",
 ]
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vitkern.cases.attention import MsDeformAttnCase
+from vitkern.cases.attention import MsDeformAttnCase, Size
 
 # Pixels from a cell's edge: gradients of locations jump there, and two dtypes may round to either side.
 MARGIN = 0.15
@@ -126,13 +126,20 @@ def _width_height(case: MsDeformAttnCase) -> Tensor:  # [L, 2]
 def _reference_points(case: MsDeformAttnCase, generator: torch.Generator) -> Tensor:  # [Q, 2] as (x, y)
     if isinstance(case.queries, int):
         return torch.rand(case.queries, 2, generator=generator, dtype=torch.float64)
-    grids = []
-    for height, width in case.queries:
+    return pixel_centres(case.queries)
+
+
+def pixel_centres(grids: Sequence[Size]) -> Tensor:
+    """Every pixel of every grid as (x, y) in [0, 1]: [Q, 2] in float64."""
+    centres = []
+    for height, width in grids:
         y, x = torch.meshgrid(
-            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+            (torch.arange(height, dtype=torch.float64) + 0.5) / height,
+            (torch.arange(width, dtype=torch.float64) + 0.5) / width,
+            indexing="ij",
         )
-        grids.append(torch.stack([x, y], -1).view(-1, 2).double())
-    return torch.cat(grids)
+        centres.append(torch.stack([x, y], -1).view(-1, 2))
+    return torch.cat(centres)
 
 
 def _initial_offsets(case: MsDeformAttnCase) -> Tensor:  # [M, L, P, 2] in units of the level's size

@@ -22,6 +22,11 @@ DTYPES = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch calls it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Filters:
     """What the command line asks for; empty: what is usual."""

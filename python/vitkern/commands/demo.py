@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vitkern
+from vitkern.cases import pixel_centres
 from vitkern.commands.doctor import cpu_model
 from vitkern.reference import ms_deform_attn_by_grid_sample
 
@@ -104,7 +105,8 @@ def comparisons(image: tuple[int, int]) -> list[Comparison]:
     torch.manual_seed(0)
     shapes = torch.tensor([[math.ceil(side / stride) for side in image] for stride in STRIDES])
     starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
-    reference = pixel_centres(shapes)
+    # Every pixel of every level is a query, and looks round the same place on each level: [1, S, L, 2].
+    reference = pixel_centres(shapes.tolist()).float()[None, :, None].expand(-1, -1, LEVELS, -1)
     queries = reference.shape[1]
 
     ours = EncoderLayer(vitkern.nn.MSDeformAttn(CHANNELS, LEVELS, HEADS, POINTS))
@@ -138,17 +140,6 @@ def comparisons(image: tuple[int, int]) -> list[Comparison]:
             (list(ours.parameters()), list(plain.parameters())),
         ),
     ]
-
-
-def pixel_centres(shapes: Tensor) -> Tensor:
-    """Every pixel of every level is a query: its centre as (x, y) in [0, 1], repeated a level, [1, S, L, 2]."""
-    centres = []
-    for height, width in shapes.tolist():
-        y, x = torch.meshgrid(
-            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
-        )
-        centres.append(torch.stack([x, y], -1).view(-1, 2))
-    return torch.cat(centres)[None, :, None].expand(-1, -1, LEVELS, -1)
 
 
 def difference(ours: Sequence[Tensor], plain: Sequence[Tensor]) -> float:

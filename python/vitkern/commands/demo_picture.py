@@ -127,10 +127,10 @@ def draw(folder: Path) -> Path:
 def _photograph(axes: Any, photo: Tensor, locations: Tensor, weights: Tensor) -> None:
     """All points of all levels over the photograph."""
     height, width = photo.shape[1:]
-    axes.imshow(photo.permute(1, 2, 0) * 0.72, extent=(0, width, height, 0))
+    axes.imshow((photo.permute(1, 2, 0) * 0.72).numpy(), extent=(0, width, height, 0))
     for query, (name, colour) in enumerate(zip(QUERIES, QUERY_COLOURS)):
-        x, y = (locations[query].reshape(-1, 2) * torch.tensor([width, height])).t()
-        area = 900 * weights[query].flatten()
+        x, y = (locations[query].reshape(-1, 2) * torch.tensor([width, height])).t().numpy()
+        area = 900 * weights[query].flatten().numpy()
         axes.scatter(x, y, s=area, color=colour, alpha=0.75, edgecolors="black", linewidths=0.4)
         centre = QUERIES[name]
         axes.scatter(*centre, marker="+", s=190, color="black", linewidths=4.5, zorder=3)
@@ -142,14 +142,20 @@ def _level(axes: Any, photo: Tensor, level: int, before: Tensor, after: Tensor, 
     """One level at its own resolution, and the ways of its points."""
     height, width = photo.shape[1:]
     pixels = F.avg_pool2d(photo[None], STRIDES[level])[0]
-    axes.imshow(pixels.permute(1, 2, 0) * 0.72, extent=(0, width, height, 0), interpolation="nearest")
+    axes.imshow(
+        (pixels.permute(1, 2, 0) * 0.72).numpy(), extent=(0, width, height, 0), interpolation="nearest"
+    )
     size = torch.tensor([width, height])
     for query, colour in enumerate(QUERY_COLOURS):
-        first, last = before[query].reshape(-1, 2) * size, after[query].reshape(-1, 2) * size
-        axes.plot(*torch.stack([first, last]).permute(2, 0, 1), color=colour, linewidth=0.9, alpha=0.8)
-        axes.scatter(*first.t(), s=9, facecolors="none", edgecolors=colour, linewidths=0.7)
+        first, last = ((points[query].reshape(-1, 2) * size).numpy() for points in (before, after))
+        axes.plot(*np.stack([first, last]).transpose(2, 0, 1), color=colour, linewidth=0.9, alpha=0.8)
+        axes.scatter(*first.T, s=9, facecolors="none", edgecolors=colour, linewidths=0.7)
         axes.scatter(
-            *last.t(), s=450 * weights[query].flatten(), color=colour, edgecolors="black", linewidths=0.3
+            *last.T,
+            s=450 * weights[query].flatten().numpy(),
+            color=colour,
+            edgecolors="black",
+            linewidths=0.3,
         )
     axes.set_title(f"level {level}: {pixels.shape[1]} x {pixels.shape[2]}", fontsize=11)
     _frame(axes, width, height)

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import vitkern
+
 Facts = dict[str, Any]
 
 # Every variable that changes what vitkern does; docs/environment.md explains them.
@@ -83,7 +85,11 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def _vitkern(native: ModuleType | None, error: str | None) -> Facts:
-    facts: Facts = {"installed_at": str(Path(__file__).parent), "compiled_module": None, "error": error}
+    facts: Facts = {
+        "installed_at": str(Path(vitkern.__file__).parent),
+        "compiled_module": None,
+        "error": error,
+    }
     try:
         facts["version"] = importlib.metadata.version("vitkern")
     except importlib.metadata.PackageNotFoundError:
