@@ -161,6 +161,8 @@ def test_what_is_not_run_is_said(monkeypatch, capsys):
         (["--op", "conv"], "no op is called conv; there are ms_deform_attn"),
         (["--case", "nothing-*"], r"no case is called nothing-\*; there are "),
         (["--dtype", "int8"], "no dtype is called int8; there are fp32"),
+        (["--module", "a:B", "--op", "token_pool"], "--op does not go with --module"),
+        (["--sanitize", "--list"], "--list does not go with --sanitize"),
     ],
 )
 def test_what_does_not_exist_is_one_sentence(arguments, message, capsys):
@@ -174,10 +176,8 @@ def test_what_does_not_exist_is_one_sentence(arguments, message, capsys):
 def test_the_repeating_command_says_all_that_mattered():
     request = Request(["token_pool"], ["v*"], dtypes=["fp32"], device="cpu", quick=True, seed=3, times=0.5)
     task = plan(replace(request, backends=["reference"], kinds=["oracle"])).tasks[0]
-    said = (
-        "vitkern check --op token_pool --backend reference --dtype fp32 --case vt-3136 --kind oracle --seed 3"
-    )
-    assert report.command(task, request) == f"{said} --device cpu --times 0.5"
+    said = "vitkern check --op token_pool --case vt-3136 --backend reference --dtype fp32 --device cpu"
+    assert report.command(task, request) == f"{said} --kind oracle --seed 3 --times 0.5"
 
 
 @pytest.fixture
@@ -198,10 +198,10 @@ def sanitizer(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, wanted",
     [
-        ([], "--backend cuda-gpu --seed 0 --device cuda --quick"),
-        (["--case", "vt-*"], "--backend cuda-gpu --case vt-* --seed 0 --device cuda"),
-        (["--device", "cuda", "--backend", "triton"], "--backend triton --seed 0 --device cuda --quick"),
-        (["--module", "a:B"], "--module a:B --seed 0 --device cuda --quick"),
+        ([], "--backend cuda-gpu --device cuda --quick"),
+        (["--case", "vt-*"], "--case vt-* --backend cuda-gpu --device cuda"),
+        (["--device", "cuda", "--backend", "triton"], "--backend triton --device cuda --quick"),
+        (["--module", "a:B"], "--device cuda --quick --module a:B"),
     ],
 )
 def test_each_sanitizer_runs_the_small_cases_in_one_process(given, wanted, sanitizer, capsys):

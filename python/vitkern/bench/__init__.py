@@ -3,5 +3,5 @@
 
 ``workloads`` says what is run, ``verify`` whether it is right, ``measure`` how long it takes, ``ceilings`` what the
 machine can do; ``run`` puts them together into a file that ``store`` reads and writes, ``compare`` and ``live`` judge
-differences by ``statistics``, ``report`` draws. Nothing is imported here: the command line has to answer at once.
+differences by ``verdicts``, ``report`` draws. Nothing is imported here: the command line has to work without torch.
 """

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitkern.commands.arguments import add_filters, add_several
+from vitkern.commands.arguments import add_filters, add_repeated, refuse
 
 if TYPE_CHECKING:
     from vitkern.bench.plan import Request
 
 # What two runs of the same build differed by on a shared machine, and what two builds in turn did.
 SMALLEST = {False: 0.15, True: 0.05}
+FILTERS = ("ops", "cases", "backends", "dtypes", "passes", "device", "batch", "threads", "quick")
 
 
 def add_to(commands: Any) -> None:
@@ -65,7 +66,7 @@ def _add_filters(parser: argparse.ArgumentParser, when: str = "") -> None:
         device="default: cuda where there is one",
         quick="small shapes: minutes",
     )
-    add_several(parser, "--pass", "passes", f"{when}forward, backward or both in one")
+    add_repeated(parser, "passes", f"{when}forward, backward or both in one")
     parser.add_argument("--batch", type=int, help=f"{when}default: 1 on a CPU, the case's own on a GPU")
     parser.add_argument("--threads", type=int, help=f"{when}default: torch's own number")
 
@@ -114,6 +115,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         from vitkern.bench.compare import compare_files
 
+        refuse(arguments, FILTERS, "is for --live; of two files all rows are compared")
         rows = compare_files(Path(arguments.a), Path(arguments.b), smallest=smallest, anyway=arguments.anyway)
     return int(arguments.fail_on is not None and any(row.is_worse for row in rows))
 

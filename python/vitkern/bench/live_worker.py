@@ -77,9 +77,8 @@ class Worker:
         return {"reason": None, "calls": self.clock.calls(self.run)}
 
     def sample(self, calls: int) -> dict[str, Any]:
-        for _ in range(
-            1 + calls // 4
-        ):  # until the other process's threads are asleep and the caches are ours
+        # Until the other process's threads are asleep and the caches are ours.
+        for _ in range(1 + calls // 4):
             self.run()
         return {"milliseconds": self.clock.milliseconds(self.run, calls)}
 

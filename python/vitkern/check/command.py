@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitkern.commands.arguments import add_filters, add_several
+from vitkern.commands.arguments import add_filters, add_repeated, refuse
 
 
 def add_to(commands: Any) -> None:
@@ -22,9 +22,7 @@ def add_to(commands: Any) -> None:
         device="default: all that there are",
         quick="fewer cases and dtypes: minutes on a CPU",
     )
-    add_several(
-        parser, "--kind", "kinds", "oracle (against float64), gradcheck or repeat (the same bits again)"
-    )
+    add_repeated(parser, "kinds", "oracle (against float64), gradcheck or repeat (the same bits again)")
     parser.add_argument("--seed", type=int, help="of the random inputs (default 0)")
     parser.add_argument("--times", type=float, help="plain torch's own error that is allowed (default 2)")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit's XML for CI")
@@ -41,7 +39,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from vitkern.commands.choices import requested
 
     request = requested(Request, arguments)
+    if arguments.module is not None:
+        refuse(arguments, ("ops", "backends", "kinds", "list"), "does not go with --module")
     if arguments.sanitize:
+        refuse(arguments, ("junit", "list"), "does not go with --sanitize")
         from vitkern.check.sanitize import sanitize
 
         return sanitize(request)

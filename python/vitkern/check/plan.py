@@ -27,22 +27,6 @@ class Request(Filters):
     times: float = TIMES
     module: str | None = None  # somebody's own implementation in the place of the kernels
 
-    def words(self) -> list[str]:
-        """The command that asks for this."""
-        several = {
-            "--module": [self.module] if self.module else [],
-            "--op": self.ops,
-            "--backend": self.backends,
-            "--dtype": self.dtypes,
-            "--case": self.cases,
-            "--kind": self.kinds,
-            "--seed": [str(self.seed)],
-            "--device": [self.device] if self.device else [],
-            "--times": [str(self.times)] if self.times != TIMES else [],
-        }
-        chosen = [word for option, names in several.items() for name in names for word in (option, name)]
-        return ["vitkern", "check", *chosen, *(["--quick"] if self.quick else [])]
-
 
 @dataclass(frozen=True)
 class Task:

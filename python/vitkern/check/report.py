@@ -72,7 +72,7 @@ def command(task: Task, request: Request) -> str:
     one = replace(request, cases=[task.case], dtypes=[task.dtype], quick=False)
     if request.module is None:
         one = replace(one, ops=[task.op], backends=[task.route.name], kinds=[task.kind])
-    words = one.words()
+    words = ["vitkern", "check", *one.words()]
     variable = f"{EMULATED}={os.environ.get(EMULATED, '')}" if task.route.name == "cuda-emulated" else ""
     return shlex.join([variable, *words] if variable else words)
 

@@ -56,9 +56,9 @@ def affordable(request: Request) -> Request:
 def _passes(tool: str, request: Request) -> bool:
     """All checks in one process, so that the tool sees every launch."""
     launcher = ["compute-sanitizer", f"--tool={tool}", "--target-processes=application-only"]
-    command = [*launcher, f"--error-exitcode={FOUND}", sys.executable, "-m", *request.words()]
+    command = [*launcher, f"--error-exitcode={FOUND}", sys.executable, "-m", "vitkern", "check"]
     print(f"compute-sanitizer --tool={tool}", flush=True)
-    status = subprocess.run(command, env={**os.environ, **ENVIRONMENT}).returncode
+    status = subprocess.run([*command, *request.words()], env={**os.environ, **ENVIRONMENT}).returncode
     if status:
         finding = "found errors" if status == FOUND else f"ended with {status}"
         print(f"FAILED: {tool} {finding}, see above")

@@ -4,22 +4,44 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+
+from vitkern.commands.errors import CommandError
+
+# Options that may be repeated, by the field of a request that collects them; all others are called like their field.
+REPEATED = {
+    "ops": "--op",
+    "cases": "--case",
+    "backends": "--backend",
+    "dtypes": "--dtype",
+    "passes": "--pass",
+    "kinds": "--kind",
+}
 
 
-def add_several(parser: argparse.ArgumentParser, option: str, field: str, says: str) -> None:
-    """An option that may be repeated, for that field of a request."""
-    parser.add_argument(
-        option, dest=field, metavar=option[2:].upper(), action="append", default=[], help=says
-    )
+def option_of(field: str) -> str:
+    return REPEATED.get(field, f"--{field}")
+
+
+def add_repeated(parser: argparse.ArgumentParser, field: str, says: str) -> None:
+    name = REPEATED[field].removeprefix("--").upper()
+    parser.add_argument(REPEATED[field], dest=field, metavar=name, action="append", default=[], help=says)
 
 
 def add_filters(
     parser: argparse.ArgumentParser, *, case: str, backend: str, device: str, quick: str, when: str = ""
 ) -> None:
     """The fields of vitkern.commands.choices.Filters, with what the help says where commands differ."""
-    add_several(parser, "--op", "ops", f"{when}only this op; may be repeated, as the next ones")
-    add_several(parser, "--case", "cases", f"{when}{case}")
-    add_several(parser, "--backend", "backends", f"{when}{backend}")
-    add_several(parser, "--dtype", "dtypes", f"{when}fp32, bf16, fp16 or fp64")
+    add_repeated(parser, "ops", f"{when}only this op; may be repeated, as the next ones")
+    add_repeated(parser, "cases", f"{when}{case}")
+    add_repeated(parser, "backends", f"{when}{backend}")
+    add_repeated(parser, "dtypes", f"{when}fp32, bf16, fp16 or fp64")
     parser.add_argument("--device", choices=["cpu", "cuda"], help=f"{when}{device}")
     parser.add_argument("--quick", action="store_true", help=f"{when}{quick}")
+
+
+def refuse(arguments: argparse.Namespace, fields: Iterable[str], why: str) -> None:
+    """What would have no effect must not be given: silence would look like consent."""
+    for field in fields:
+        if getattr(arguments, field):
+            raise CommandError(f"{option_of(field)} {why}")

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from vitkern.commands.arguments import option_of
 from vitkern.commands.errors import CommandError
 
 DTYPES = {
@@ -37,6 +38,18 @@ class Filters:
     dtypes: Sequence[str] = ()  # keys of DTYPES
     device: str | None = None
     quick: bool = False
+
+    def words(self) -> list[str]:
+        """The arguments that ask for this."""
+        words: list[str] = []
+        for field in dataclasses.fields(self):
+            value, option = getattr(self, field.name), option_of(field.name)
+            if value is True:
+                words.append(option)
+            elif value != field.default:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                words += [word for each in values for word in (option, str(each))]
+        return words
 
 
 Request = TypeVar("Request", bound=Filters)
