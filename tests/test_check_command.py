@@ -162,6 +162,7 @@ def test_what_is_not_run_is_said(monkeypatch, capsys):
         (["--case", "nothing-*"], r"no case is called nothing-\*; there are "),
         (["--dtype", "int8"], "no dtype is called int8; there are fp32"),
         (["--module", "a:B", "--op", "token_pool"], "--op does not go with --module"),
+        (["--kind", "gradcheck", "--dtype", "bf16"], "no check fits all that was asked for; --list"),
         (["--sanitize", "--list"], "--list does not go with --sanitize"),
     ],
 )

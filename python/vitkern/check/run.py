@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from vitkern.check import report
 from vitkern.check.apart import Apart
 from vitkern.check.examine import Outcome, examine
 from vitkern.check.plan import Request, Task, plan
+from vitkern.commands.errors import CommandError
 from vitkern.commands.progress import Progress
 
 
@@ -25,6 +27,10 @@ def run(request: Request, *, junit: Path | None = None, only_list: bool = False)
             print(report.command(task, request))
         report.print_left_out(planned.left_out)
         return 0
+    if not planned.tasks:
+        raise CommandError(
+            "no check fits all that was asked for; --list shows what there is, and what cannot run here and why"
+        )
     started = time.monotonic()
     if torch.cuda.is_available():
         # cuBLAS, which the reference uses on a GPU, repeats its bits only with a workspace of fixed size.
@@ -46,10 +52,10 @@ def _check(tasks: Sequence[Task], request: Request) -> list[Outcome]:
 
 
 def _check_here(tasks: Sequence[Task], times: float) -> list[Outcome]:
-    ops = list(dict.fromkeys(task.op for task in tasks))
+    groups = [list(group) for _, group in itertools.groupby(tasks, lambda task: (task.op, task.case))]
     outcomes = []
-    with Progress(len(ops)) as progress:
-        for op in ops:
-            progress.step(op)
-            outcomes += [examine(task, times) for task in tasks if task.op == op]
+    with Progress(len(groups)) as progress:
+        for group in groups:
+            progress.step(f"{group[0].op} {group[0].case}")
+            outcomes += [examine(task, times) for task in group]
     return outcomes
