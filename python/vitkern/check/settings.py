@@ -48,7 +48,7 @@ class Op:
     name: str
     make: Callable[..., Problem]
     settings: Mapping[str, Setting]
-    quick: tuple[str, ...]  # of them, on the slow routes
+    quick: tuple[str, ...]  # of them, with --quick; the first is also run again and again for the same bits
     tiny: Case  # for finite differences
 
     def problem(self, setting: Setting, *, device: str, seed: int, tiny: bool = False) -> Problem:
@@ -69,7 +69,12 @@ def _smaller(case: Case) -> Case:
     return case
 
 
+def _by_name(*settings: Setting) -> dict[str, Setting]:
+    return {setting.name: setting for setting in settings}
+
+
 def _shrunk(cases: Mapping[str, Any], dispatch: Callable[[Any], object]) -> list[Setting]:
+    """Cases made small. Those of one `dispatch` take the same way through the kernels."""
     first: dict[object, str] = {}
     found = []
     for name, case in cases.items():
@@ -79,7 +84,9 @@ def _shrunk(cases: Mapping[str, Any], dispatch: Callable[[Any], object]) -> list
     return found
 
 
-_SMALL = MsDeformAttnCase("small", "", 2, ((5, 7), (3, 4), (2, 1)), 9, 3, 32, 5)
+_ATTENTION = MsDeformAttnCase("small", "", 2, ((5, 7), (3, 4), (2, 1)), 9, 3, 32, 5)
+_ATTENTION_TINY = MsDeformAttnCase("tiny", "", 1, ((4, 3), (2, 2)), 2, 2, 3, 2)
+_ATTENTION_QUICK = ("hub-small", "lwdetr-decoder", "not-finite", "far-outside", "no-queries", "no-batch")
 _FAR = (1e30, -1e30, 3e37, -7.0, 1e9)
 
 
@@ -105,29 +112,24 @@ def _nan_pixel(inputs: Inputs) -> None:
 
 
 def _attention_settings(places: str) -> dict[str, Setting]:
-    odd: dict[str, Any] = {"batch": 0, "queries": 0, "heads": 0, "points": 0}
-    listed = [
+    """`places`: the input that says where is sampled."""
+    none: dict[str, Any] = {"batch": 0, "queries": 0, "heads": 0, "points": 0}
+    return _by_name(
         *_shrunk(ATTENTION_CASES, lambda case: (case.channels, len(case.levels), case.points)),
-        Setting("odd-channels", replace(_SMALL, channels=71)),
-        Setting("nearest", _SMALL, options={"method": "nearest"}),
-        Setting("not-finite", _SMALL, _not_finite(places), ordinary=False),
-        Setting("far-outside", _SMALL, _far_outside(places)),
-        Setting("nan-value", _SMALL, _nan_pixel, ordinary=False),
-        *(
-            Setting(f"no-{name}", replace(_SMALL, **{name: size}), ordinary=False)
-            for name, size in odd.items()
-        ),
-        Setting("empty-level", replace(_SMALL, levels=((4, 3), (0, 5), (2, 2))), ordinary=False),
-    ]
-    return {setting.name: setting for setting in listed}
-
-
-_ATTENTION_QUICK = ("hub-small", "lwdetr-decoder", "not-finite", "far-outside", "no-queries", "no-batch")
-_ATTENTION_TINY = MsDeformAttnCase("tiny", "", 1, ((4, 3), (2, 2)), 2, 2, 3, 2)
+        Setting("odd-channels", replace(_ATTENTION, channels=71)),
+        Setting("nearest", _ATTENTION, options={"method": "nearest"}),
+        Setting("not-finite", _ATTENTION, _not_finite(places), ordinary=False),
+        Setting("far-outside", _ATTENTION, _far_outside(places)),
+        Setting("nan-value", _ATTENTION, _nan_pixel, ordinary=False),
+        *(Setting(f"no-{size}", replace(_ATTENTION, **{size: none[size]}), ordinary=False) for size in none),
+        Setting("empty-level", replace(_ATTENTION, levels=((4, 3), (0, 5), (2, 2))), ordinary=False),
+    )
 
 
 _ADAPTER = AdapterBottleneckCase("small", "", (13,), 40, 12)
 _TOKENS = TokenCase("small", "", 2, 37, 24, 5)
+_TOKENS_TINY = TokenCase("tiny", "", 2, 7, 5, 3)
+_TOKENS_QUICK = ("vt-resnet18", "odd-channels", "huge", "no-batch")
 
 
 def _nan_row(inputs: Inputs) -> None:
@@ -140,29 +142,26 @@ def _huge(inputs: Inputs) -> None:
         inputs[name][..., 0] = 16
 
 
-_ADAPTER_SETTINGS = [
+_ADAPTER_SETTINGS = _by_name(
     *_shrunk(ADAPTER_CASES, lambda case: (case.channels, case.hidden)),
     Setting("gelu", _ADAPTER, options={"activation": "gelu"}),
     Setting("silu", _ADAPTER, options={"activation": "silu"}),
     Setting("dropout", _ADAPTER, options={"dropout_p": 0.3, "training": True}),
     Setting("nan-row", _ADAPTER, _nan_row, ordinary=False),
     Setting("no-rows", replace(_ADAPTER, shape=(0,)), ordinary=False),
-]
+)
 
 
 def _token_settings(*more: Setting) -> dict[str, Setting]:
-    listed = [
+    return _by_name(
         *_shrunk(TOKEN_CASES, lambda case: (case.channels, case.tokens)),
         *more,
         Setting("odd-channels", replace(_TOKENS, channels=71)),
         Setting("huge", _TOKENS, _huge, luck=64),  # roundings of a few great logits
         Setting("nan-row", _TOKENS, _nan_row, ordinary=False),
         Setting("no-batch", replace(_TOKENS, batch=0), ordinary=False),
-    ]
-    return {setting.name: setting for setting in listed}
+    )
 
-
-_TOKENS_QUICK = ("vt-resnet18", "odd-channels", "huge", "no-batch")
 
 OPS = {
     op.name: op
@@ -184,7 +183,7 @@ OPS = {
         Op(
             "adapter_bottleneck",
             problems.adapter_bottleneck,
-            {setting.name: setting for setting in _ADAPTER_SETTINGS},
+            _ADAPTER_SETTINGS,
             ("adaptformer-image", "swin-b-1", "dropout", "no-rows"),
             AdapterBottleneckCase("tiny", "", (3,), 6, 4),
         ),
@@ -193,14 +192,14 @@ OPS = {
             problems.token_pool,
             _token_settings(Setting("recurrent", _TOKENS, options={"recurrent": True})),
             (*_TOKENS_QUICK, "recurrent"),
-            TokenCase("tiny", "", 2, 7, 5, 3),
+            _TOKENS_TINY,
         ),
         Op(
             "token_project",
             problems.token_project,
             _token_settings(),
             _TOKENS_QUICK,
-            TokenCase("tiny", "", 2, 7, 5, 3),
+            _TOKENS_TINY,
         ),
     )
 }
