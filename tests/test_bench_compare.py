@@ -52,6 +52,11 @@ def test_what_counts_as_a_difference_can_be_told(files):
     assert main(["bench", "compare", a, b, "--fail-on", "slower", "--smallest", "0.02"]) == 1
 
 
+def test_files_without_a_common_row_are_refused(files, capsys):
+    assert main(["bench", "compare", *files(record(row("one")), record(row("other")))]) == 2
+    assert "have no row in common" in capsys.readouterr().err
+
+
 def test_filters_of_files_are_refused(files, capsys):
     assert main(["bench", "compare", *files(record(row()), record(row())), "--pass", "forward"]) == 2
     assert "--pass is for --live" in capsys.readouterr().err

@@ -66,21 +66,17 @@ def test_every_op_pass_and_dtype_has_verified_figures(tmp_path, capsys):
 
 def test_errors_are_those_of_what_the_pass_computes(tmp_path):
     path = tmp_path / "out.json"
-    bench(
-        "run",
-        "--op",
-        "token_pool",
-        "--dtype",
-        "fp32",
-        "--pass",
-        "forward",
-        "--pass",
-        "backward",
-        "--json",
-        path,
-    )
+    command = "run --op token_pool --dtype fp32 --pass forward --pass backward"
+    bench(*command.split(), "--json", path)
     errors = {row["pass"]: set(row["errors"]) for row in store.read(path)["rows"]}
     assert errors == {"forward": {"output"}, "backward": {"gradient of x", "gradient of weight"}}
+
+
+def spoil_token_pool(monkeypatch, **functions) -> None:
+    """Others in the place of those that compute it."""
+    op = OPS["token_pool"]
+    spoilt = replace(op, make=lambda *arguments: replace(op.make(*arguments), **functions))
+    monkeypatch.setitem(OPS, "token_pool", spoilt)
 
 
 def wrong_gradient(x: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.Tensor:
@@ -91,9 +87,7 @@ def wrong_gradient(x: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.
 
 
 def test_what_is_wrong_gets_no_figures(tmp_path, capsys, monkeypatch):
-    make = OPS["token_pool"].make
-    broken = lambda *arguments: replace(make(*arguments), vitkern=wrong_gradient)  # noqa: E731
-    monkeypatch.setitem(OPS, "token_pool", replace(OPS["token_pool"], make=broken))
+    spoil_token_pool(monkeypatch, vitkern=wrong_gradient)
     path = tmp_path / "out.json"
     assert bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path) == 1
     rows = {(row["pass"], row["backend"]): row for row in store.read(path)["rows"]}
@@ -112,12 +106,7 @@ def test_what_raises_is_a_failure_of_its_own(tmp_path, monkeypatch):
     def raises(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("no such\nkernel")
 
-    make = OPS["token_pool"].make
-    monkeypatch.setitem(
-        OPS,
-        "token_pool",
-        replace(OPS["token_pool"], make=lambda *arguments: replace(make(*arguments), torch=raises)),
-    )
+    spoil_token_pool(monkeypatch, torch=raises)
     path = tmp_path / "out.json"
     assert bench("run", "--op", "token_pool", "--pass", "forward", "--dtype", "fp32", "--json", path) == 1
     by_backend = {row["backend"]: row for row in store.read(path)["rows"]}

@@ -37,7 +37,7 @@ class Compared:
         return f"{text}{times}{interval:>25}  {self.verdict}"
 
 
-HEADING = f"{'op':<22}{'case':<22}{'dtype':<6}{'pass':<9}{'backend':<13}{'A ms':>10}{'B ms':>10}{'B / A':>25}  verdict"
+HEADING = f"{store.HEADING}{'A ms':>10}{'B ms':>10}{'B / A':>25}  verdict"
 
 
 def compare_files(a: Path, b: Path, *, smallest: float, anyway: bool = False) -> list[Compared]:
@@ -45,8 +45,8 @@ def compare_files(a: Path, b: Path, *, smallest: float, anyway: bool = False) ->
     records = store.read(a), store.read(b)
     _same_machine(records, anyway)
     compared = compare_records(*records, smallest=smallest)
-    if not any(row.factor for row in compared):
-        print("vitkern bench: the files have no row in common", file=sys.stderr)
+    if all(row.verdict.startswith("only in") for row in compared):
+        raise CommandError(f"{a} and {b} have no row in common, so there is nothing to compare")
     for name, record in zip("AB", records):
         unfinished = "" if record["status"] == "complete" else f" ({record['status']})"
         print(f"{name}: {in_words(record['environment'])}{unfinished}")

@@ -221,10 +221,7 @@ def _summarize(row: store.Row, ceiling: Ceilings) -> None:
     row["limit_ms"], row["share"], row["bound"] = least, least / taken, bound
 
 
-HEADING = (
-    f"{'op':<22}{'case':<22}{'dtype':<6}{'pass':<9}{'backend':<13}"
-    f"{'ms':>9}{'over torch':>12}{'of the limit':>14}{'MB':>9}"
-)
+HEADING = f"{store.HEADING}{'ms':>9}{'over torch':>12}{'of the limit':>14}{'MB':>9}"
 
 
 def line(row: store.Row, rows: Sequence[store.Row]) -> str:

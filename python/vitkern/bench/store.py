@@ -34,6 +34,9 @@ def milliseconds(row: Row) -> float:
     return float(row["ms"]["min" if row["device"] == "cpu" else "p50"])
 
 
+HEADING = f"{'op':<22}{'case':<22}{'dtype':<6}{'pass':<9}{'backend':<13}"  # of in_words
+
+
 def in_words(key: tuple[Any, ...]) -> str:
     op, case, batch, device, dtype, what, backend = key
     return f"{op:<22}{f'{case} x{batch}':<22}{short(dtype):<6}{what:<9}{device + '/' + backend:<13}"
