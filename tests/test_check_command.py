@@ -137,6 +137,15 @@ def test_the_printed_command_repeats_the_failure_and_no_other(monkeypatch, capsy
     assert suite.findall("testcase/skipped")
 
 
+def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = ["--op", "token_pool", "--backend", "cpu-baseline", "--kind", "gradcheck"]
+    assert check(*arguments, "--junit", tmp_path / "file" / "junit.xml") == 2
+    said = capsys.readouterr()
+    assert said.out.endswith("1 checks in 0 s, 0 FAILED\n")
+    assert said.err.splitlines()[-1].startswith("vitkern check: cannot write ")
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_is_right_on_the_best_instruction_set(op):
     from vitkern import _C

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 from vitkern.check.examine import Outcome
 from vitkern.check.plan import Request, Task
 from vitkern.check.routes import EMULATED
+from vitkern.commands.errors import CommandError
 
 
 def conclude(
@@ -31,9 +32,9 @@ def conclude(
     failed = [outcome for outcome in outcomes if outcome.failures]
     for outcome in failed:
         print("\n".join(failure_lines(outcome, request)))
+    print(f"{len(outcomes)} checks in {seconds:.0f} s, {len(failed)} FAILED")
     if junit is not None:
         write_junit(junit, outcomes, left_out, request)
-    print(f"{len(outcomes)} checks in {seconds:.0f} s, {len(failed)} FAILED")
     return int(bool(failed))
 
 
@@ -116,7 +117,10 @@ def write_junit(
     for what, reason in left_out:
         test = ElementTree.SubElement(suite, "testcase", classname="left out", name=what, time="0")
         ElementTree.SubElement(test, "skipped", message=reason)
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = ElementTree.Element("testsuites")
     whole.append(suite)
-    ElementTree.ElementTree(whole).write(path, encoding="utf-8", xml_declaration=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ElementTree.ElementTree(whole).write(path, encoding="utf-8", xml_declaration=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error}") from None
