@@ -208,9 +208,15 @@ def sanitizer(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, wanted",
     [
-        ([], "--backend cuda-gpu --device cuda --quick"),
-        (["--case", "vt-*"], "--case vt-* --backend cuda-gpu --device cuda"),
-        (["--device", "cuda", "--backend", "triton"], "--backend triton --device cuda --quick"),
+        ([], "--backend cuda-gpu --device cuda --quick --kind oracle --kind repeat"),
+        (
+            ["--case", "vt-*", "--kind", "gradcheck"],
+            "--case vt-* --backend cuda-gpu --device cuda --kind gradcheck",
+        ),
+        (
+            ["--device", "cuda", "--backend", "triton"],
+            "--backend triton --device cuda --quick --kind oracle --kind repeat",
+        ),
         (["--module", "a:B"], "--device cuda --quick --module a:B"),
     ],
 )

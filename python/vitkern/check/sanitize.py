@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -39,26 +40,34 @@ def sanitize(request: Request) -> int:
 
 
 def affordable(request: Request) -> Request:
-    """Kernels take a hundred times as long, so the small cases unless others are named; plain torch is not on trial."""
+    """Kernels take a hundred times as long: small cases and no finite differences unless they are named."""
+    small = replace(request, device="cuda", quick=request.quick or not request.cases)
+    if request.module is not None:
+        return small
+    kinds = request.kinds or ("oracle", "repeat")
+    return replace(small, kinds=kinds, backends=request.backends or _backends())
+
+
+def _backends() -> list[str]:
+    """Those that can run; plain torch is not on trial."""
     own = [route for route in all_routes("cuda") if route.backend != "reference"]
     able = [route.name for route in own if route.reason is None]
     if not able:
         reasons = "; ".join(f"{route.name}: {route.reason}" for route in own)
         raise CommandError(f"--sanitize finds no kernels that run here: {reasons}")
-    return replace(
-        request,
-        device="cuda",
-        quick=request.quick or not request.cases,
-        backends=request.backends or (() if request.module else able),
-    )
+    return able
+
+
+def command(tool: str, arguments: Sequence[str]) -> list[str]:
+    """`vitkern` with these arguments in one process, so that the tool sees every launch."""
+    launcher = ["compute-sanitizer", f"--tool={tool}", "--target-processes=application-only"]
+    return [*launcher, f"--error-exitcode={FOUND}", sys.executable, "-m", "vitkern", *arguments]
 
 
 def _passes(tool: str, request: Request) -> bool:
-    """All checks in one process, so that the tool sees every launch."""
-    launcher = ["compute-sanitizer", f"--tool={tool}", "--target-processes=application-only"]
-    command = [*launcher, f"--error-exitcode={FOUND}", sys.executable, "-m", "vitkern", "check"]
     print(f"compute-sanitizer --tool={tool}", flush=True)
-    status = subprocess.run([*command, *request.words()], env={**os.environ, **ENVIRONMENT}).returncode
+    environment = {**os.environ, **ENVIRONMENT}
+    status = subprocess.run(command(tool, ["check", *request.words()]), env=environment).returncode
     if status:
         finding = "found errors" if status == FOUND else f"ended with {status}"
         print(f"FAILED: {tool} {finding}, see above")
