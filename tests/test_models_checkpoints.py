@@ -9,7 +9,15 @@ from torch.nn import functional as F
 
 import vitkern
 from tests.parity.weights import seeded, weight
-from vitkern.models import BEiTAdapter, UniPerceiverAdapter, ViTAdapter, load_checkpoint, save_checkpoint
+from vitkern.models import (
+    AdaptFormerVideo,
+    BEiTAdapter,
+    UniPerceiverAdapter,
+    ViTAdapter,
+    load_checkpoint,
+    save_checkpoint,
+)
+from vitkern.models.checkpoints import resize_pos_embed
 from vitkern.models.relative_positions import resize_table, spline_matrix
 from vitkern.models.table import count_macs, count_parameters
 
@@ -66,6 +74,23 @@ def test_position_embeddings_of_a_grid_that_is_not_square():
     grid = published["pos_embed"][:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
     expected = F.interpolate(grid, size=(4, 6), mode="bicubic", align_corners=False)
     torch.testing.assert_close(model.pos_embed[:, 1:].detach(), expected.flatten(2).transpose(1, 2))
+
+
+def test_position_embeddings_that_were_trained_on_a_grid_that_is_not_square():
+    """They are no square with some tokens before it: the first of them would be taken for tokens."""
+    trained = ViTAdapter(img_size=(64, 112), pretrain_size=(64, 112), **SMALL).state_dict()
+    trained["pos_embed"] = seeded("positions", (1, 1 + 4 * 7, D))
+    model = ViTAdapter(img_size=64, pretrain_size=64, **SMALL)
+    with pytest.raises(
+        ValueError, match=r"29 position embeddings are no grid of 5 x 5 .*old=\(rows, columns\)"
+    ):
+        load_checkpoint(model, trained)
+    positions = resize_pos_embed(trained["pos_embed"], 1 + 4 * 4, (4, 4), old=(4, 7))
+    grid = trained["pos_embed"][:, 1:].unflatten(1, (4, 7)).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(positions[:, 1:], expected.flatten(2).transpose(1, 2))
+    load_checkpoint(model, trained | {"pos_embed": positions})
+    assert torch.equal(model.pos_embed, positions)
 
 
 def test_positions_of_uniperceiver_for_another_image():
@@ -237,6 +262,27 @@ def test_files_that_are_missing_or_hold_more_than_tensors(tmp_path):
         load_checkpoint(ViTAdapter(**SMALL), tmp_path / "code.pth")
     with pytest.raises(ValueError, match="init_cfg must be"):
         ViTAdapter(init_cfg=dict(type="Pretrained"), **SMALL)
+    with pytest.raises(ValueError, match="init_cfg must be"):
+        ViTAdapter(init_cfg=[dict(type="Pretrained", checkpoint="file.pth")], **SMALL)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_broken(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("not yours")
+
+    torch.save({}, tmp_path / "file.pth")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError, match="not yours"):
+        load_checkpoint(ViTAdapter(**SMALL), tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("shape", [(48, 3, 2, 8, 8), (48, 3, 16, 16)], ids=["patches of 8", "of images"])
+def test_patches_of_videos_are_not_resized(shape):
+    model = AdaptFormerVideo(img_size=32, all_frames=4, embed_dim=D, depth=1, num_heads=3)
+    with pytest.raises(
+        ValueError, match=r"patch_embed.proj.weight is \[48, 3, .* and \[48, 3, 2, 16, 16\] in Adapt"
+    ):
+        load_checkpoint(model, {"patch_embed.proj.weight": torch.zeros(shape)})
 
 
 def test_files_that_are_no_checkpoints_or_cut_off(tmp_path):

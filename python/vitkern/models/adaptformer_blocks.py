@@ -227,7 +227,7 @@ class TunedTransformer(Classifier):
         return nn.Sequential(nn.BatchNorm1d(self.num_features, affine=False, eps=1e-6), head)
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Published weights (MAE, VideoMAE, timm) under this model's names, without a classifier of other classes."""
+        """Published weights (MAE, VideoMAE, timm) under this model's names."""
         own = self.state_dict()
         translated: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
@@ -240,7 +240,7 @@ class TunedTransformer(Classifier):
             raise ValueError("the checkpoint's head.0 is a BatchNorm: build the model with head_norm=True")
         if "head.1.weight" in own:
             translated = {_under_norm(key): tensor for key, tensor in translated.items()}
-        return super().translate(translated)
+        return translated
 
 
 def reset_adapters(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkern.models.augreg import from_augreg
+from vitkern.models.blocks import resize_positions
+from vitkern.models.pyramid import Classifier
 from vitkern.models.relative_positions import resize_table
 
 StateDict = dict[str, Tensor]
 TABLE = "relative_position_bias_table"
 CONSTANTS = ("relative_position_index", "attn_mask")
+# None, a class token, with it one of distillation, with it four registers.
+TOKENS_BEFORE = (0, 1, 2, 5)
 WRAPPED = re.compile(r"^(?:module\.|_orig_mod\.)+")  # by DistributedDataParallel and torch.compile
 
 # Uni-Perceiver's names in its own checkpoints, and in the adapter's.
@@ -45,7 +50,7 @@ def read_checkpoint(path: str | Path) -> Any:
         raise FileNotFoundError(f"there is no checkpoint at {path}: download it, then give its path")
     try:
         return _read(Path(path))
-    except ImportError:
+    except (ImportError, MemoryError, PermissionError):
         raise
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and _is_of_torch(Path(path)):
@@ -139,7 +144,8 @@ def _fitted(key: str, tensor: Tensor, own: Tensor, grid: Any) -> Tensor:
     """Resized where the size of the image, of the window or of the patches may differ."""
     if tensor.shape == own.shape:
         return tensor
-    if key == "patch_embed.proj.weight" and tensor.shape[:2] == own.shape[:2]:
+    is_image = tensor.dim() == own.dim() == 4
+    if key == "patch_embed.proj.weight" and is_image and tensor.shape[:2] == own.shape[:2]:
         return F.interpolate(tensor.float(), size=own.shape[2:], mode="bilinear", align_corners=False)
     if key.rpartition(".")[2] == "pos_embed" and tensor.shape[-1] == own.shape[-1]:
         return resize_pos_embed(tensor, own.shape[1], grid)
@@ -150,21 +156,31 @@ def _fitted(key: str, tensor: Tensor, own: Tensor, grid: Any) -> Tensor:
     return tensor
 
 
-def resize_pos_embed(positions: Tensor, tokens: int, size: tuple[int, int] | None = None) -> Tensor:
+def resize_pos_embed(
+    positions: Tensor, tokens: int, size: tuple[int, int] | None = None, *, old: tuple[int, int] | None = None
+) -> Tensor:
     """Position embeddings [1, N, D] for another number of tokens, of which one may be the class token's.
 
-    A square grid comes last in them. Of several tokens before it (distillation, registers) the first is kept.
+    The grid comes last in them. Of several tokens before it (distillation, registers) the first is kept.
 
     Args:
-        size: the new grid; None: it is square too.
+        size: the new grid; None: it is square.
+        old: the grid they were trained on; None: it is square.
     """
-    old = math.isqrt(positions.shape[1])
+    count = positions.shape[1]
+    rows, columns = old or (math.isqrt(count), math.isqrt(count))
+    before = count - rows * columns
+    if before not in TOKENS_BEFORE:
+        raise ValueError(
+            f"{count} position embeddings are no grid of {rows} x {columns} with {TOKENS_BEFORE} tokens before it: "
+            "vitkern.models.checkpoints.resize_pos_embed(positions, tokens, size, old=(rows, columns)) resizes those "
+            "of a grid that is not square"
+        )
     new = size or (math.isqrt(tokens), math.isqrt(tokens))
-    first = positions[:, :1] if positions.shape[1] > old * old else torch.zeros_like(positions[:, :1])
-    grid = positions[:, -old * old :].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    if (old, old) != new:
-        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    grid = grid.flatten(2).transpose(1, 2)
+    first = positions[:, :1] if before else torch.zeros_like(positions[:, :1])
+    grid = positions[:, before:].float()
+    if (rows, columns) != new:
+        grid = resize_positions(grid, (rows, columns), *new)
     return torch.cat([first, grid], dim=1) if tokens > new[0] * new[1] else grid
 
 
@@ -174,8 +190,9 @@ def load_checkpoint(
     """Loads published weights, of the backbone alone or of a whole detector or segmentor.
 
     Of a whole one a backbone takes its part, and a :class:`vitkern.models.Segmentor` all. Names are translated;
-    position embeddings, tables of relative positions and patches resized. A tensor whose shape still differs is an
-    error, and so is a checkpoint of which nothing fits.
+    position embeddings, tables of relative positions and patches resized. A classifier of other classes is left
+    out, with a warning. Any other tensor whose shape still differs is an error, as is a checkpoint of which nothing
+    fits.
 
     Args:
         checkpoint: a file or what it holds.
@@ -193,6 +210,7 @@ def load_checkpoint(
         raise ValueError(
             f"{source} has no tensor for {type(model).__name__}; its keys begin with {list(tensors)[:3]}"
         )
+    _leave_other_classes(model, tensors, own, source)
     for key in own:
         if key in tensors and tensors[key].shape != own[key].shape:
             raise ValueError(
@@ -204,6 +222,25 @@ def load_checkpoint(
         raise ValueError(f"{source} lacks {missing[:3]} and has besides {unexpected[:3]}")
     model.load_state_dict(tensors, strict=False)
     return Loaded(missing, unexpected)
+
+
+def _leave_other_classes(model: nn.Module, tensors: StateDict, own: StateDict, source: str) -> None:
+    """Takes a classifier whose classes are not the model's out of the tensors, and says so."""
+    if not isinstance(model, Classifier):
+        return
+    others = [
+        key
+        for key in own
+        if key.startswith("head.") and key in tensors and tensors[key].shape != own[key].shape
+    ]
+    for key in others:
+        del tensors[key]
+    if others:
+        warnings.warn(
+            f"{source} has a classifier of other classes than the {model.num_classes} of {type(model).__name__}: "
+            f"{' and '.join(others)} stay as they are",
+            stacklevel=3,
+        )
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -221,10 +258,9 @@ def load_pretrained(
 ) -> None:
     """The two ways of mm configurations to name a file. `ema`: its moving averages, if it has any."""
     if init_cfg is not None:
-        if init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg:
-            raise ValueError(
-                f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {dict(init_cfg)}"
-            )
+        known = isinstance(init_cfg, Mapping) and init_cfg.get("type") == "Pretrained"
+        if not known or "checkpoint" not in init_cfg:
+            raise ValueError(f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}")
         pretrained = pretrained or init_cfg["checkpoint"]
     if pretrained is not None:
         checkpoint = read_checkpoint(pretrained)

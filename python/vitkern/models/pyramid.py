@@ -94,12 +94,6 @@ class Classifier(Backbone):
         self.num_classes = num_classes
         self.head = self.make_head(num_classes).to(next(self.parameters()))
 
-    def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Published weights without a classifier of other classes."""
-        own = self.state_dict()
-        others = {k for k in tensors.keys() & own.keys() if tensors[k].shape != own[k].shape}
-        return {k: tensor for k, tensor in tensors.items() if not (k in others and k.startswith("head."))}
-
 
 class Pyramid(Backbone):
     """A backbone of four maps at strides 4, 8, 16 and 32, each with embed_dim channels."""
