@@ -325,6 +325,13 @@ def test_every_name_is_counted_and_operations_are_those_of_the_official_model():
     assert (macs - sampling) / 1e9 == pytest.approx(20.7, abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["vit_adapter_tiny", "beit_adapter_base", "uniperceiver_adapter_base"])
+def test_windows_of_the_form_for_detection_follow_the_depth(name):
+    with torch.device("meta"):
+        model = vitkern.create_model(name, variant="detection", depth=8)
+    assert len(model.trunk) == 8
+
+
 def test_an_unknown_name():
     with pytest.raises(
         ValueError, match="no model named 'vit_adaptor_tiny'; close to it are vit_adapter_tiny"

@@ -187,3 +187,8 @@ def test_export():
 def test_maps_of_other_widths_are_refused():
     with pytest.raises(ValueError, match=r"maps must have \[6, 8, 10, 12\] channels, got \[6, 8, 10\]"):
         UperNet(WIDTHS, 5, channels=16)(pyramid()[:3])
+    head = FCNHead(WIDTHS[2], 5, channels=16)
+    with pytest.raises(ValueError, match=r"map 2 must have 10 channels, the maps have \[6, 8\]"):
+        head(pyramid()[:2])
+    with pytest.raises(ValueError, match=r"map 2 must have 10 channels, the maps have \[6, 8, 12\]"):
+        head([pyramid()[level] for level in (0, 1, 3)])

@@ -133,6 +133,15 @@ def test_what_the_padding_of_a_window_is():
         close(attention(x, 1, 1), out((weights @ value).reshape(1, 1, 8)), 1e-6)
 
 
+@pytest.mark.parametrize("window_size", [None, [2, None, 2, None]], ids=str)
+def test_beit_without_a_window_has_no_position_biases_there(window_size):
+    windowed = False if window_size is None else [True, False, True, False]
+    model = build(BEiTAdapter, variant="detection", window_attn=windowed, window_size=window_size)
+    assert model(image(64, 96))[0].shape == (2, 48, 16, 24)
+    tables = [hasattr(block.attn, "relative_position_bias_table") for block in model.blocks]
+    assert tables == ([False] * 4 if window_size is None else windowed)
+
+
 def test_gamma_of_zero_leaves_the_transformer_alone():
     model = build()
     for interaction in model.interactions:
@@ -329,6 +338,10 @@ def test_compiles_whole(name):
         ("version must be", lambda: beit_adapter(version="newer")),
         ("hybrid_backbone", lambda: beit_adapter(hybrid_backbone=object())),
         ("one or four of the blocks", lambda: baseline(out_indices=[0, 1])),
+        ("from first to last, got .3, 2, 1, 0.", lambda: baseline(out_indices=[3, 2, 1, 0])),
+        ("from first to last, got .1, 1, 3, 3.", lambda: baseline(out_indices=[1, 1, 3, 3])),
+        ("out_indices must be given: 6 blocks make no four quarters", lambda: baseline(depth=6)),
+        ("residual_indices must be some of the blocks 0 to 3", lambda: baseline(residual_indices=[4])),
         ("at least 32 x 32", lambda: baseline()(image(16, 64))),
     ],
 )

@@ -296,6 +296,7 @@ def test_grad_cam_of_a_class_token():
         (r"\[B, 3, H, W\], got \[1, 4, 64, 64\]", lambda: small()(torch.zeros(1, 4, 64, 64))),
         ("those of 64 x 64, got an image of 96 x 96", lambda: small(**LARGE)(image(96, 96))),
         ("NC_depth must be one value or one for each of the 3 stages, got 2", lambda: small(NC_depth=[1, 2])),
+        ("NC_depth must be .* each of the 3 stages, got 4", lambda: small(NC_depth=[1, 2, 1, 2])),
         ("RC_tokens_type must be one of", lambda: small(RC_tokens_type="pooling")),
         ("NC_tokens_type must be one of", lambda: small_v2(NC_tokens_type="performer")),
         ("RC_op must be 'cat' or 'sum'", lambda: small(RC_op="mean")),
@@ -315,6 +316,11 @@ def test_grad_cam_of_a_class_token():
 def test_what_it_refuses(message, make):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_one_list_of_dilations_is_that_of_all_stages():
+    one, each = (small(dilations=dilations).state_dict() for dilations in ([1, 2], [[1, 2]] * 3))
+    assert {key: t.shape for key, t in one.items()} == {key: t.shape for key, t in each.items()}
 
 
 def test_an_unknown_option():

@@ -86,6 +86,10 @@ def test_mistakes_are_named():
         AdapterBottleneck(8, 2, adapter_layernorm_option="before")
     with pytest.raises(ValueError, match="init_option must be 'lora', got 'bert'"):
         AdapterBottleneck(8, 2, init_option="bert")
+    with pytest.raises(
+        ValueError, match="adapter_scalar must be a number or 'learnable_scalar', got 'learnt'"
+    ):
+        AdapterBottleneck(8, 2, adapter_scalar="learnt")
 
 
 def test_dropout_only_in_training():

@@ -152,6 +152,8 @@ def test_meta_device_construction_and_forward():
     "message, make",
     [
         ("divisible by n_heads", lambda: MSDeformAttn(30, 2, 4, 3)),
+        ("must be at least 1, got 2, 4 and 0", lambda: MSDeformAttn(32, 2, 4, 0)),
+        ("must be at least 1, got 2, 0 and 3", lambda: MSDeformAttn(32, 2, 0, 3)),
         ("ratio", lambda: MSDeformAttn(32, 2, 4, 3, ratio=0.3)),
         ("2 or 4. with B=2, Q=5, L=2, got", lambda: module()(*_with_reference(3), SHAPES, STARTS)),
         ("S=36 pixels", lambda: module()(*inputs(), torch.tensor([[6, 5], [3, 3]]), STARTS)),

@@ -166,7 +166,7 @@ class BEiT(nn.Module):
 
     Args:
         img_size: with a class token, the size of all images.
-        window_attn, window_size: without a class token, of all blocks or of each.
+        window_attn, window_size: without a class token, of all blocks or of each. A size of None: no position biases.
         layer_scale_init: the first value of the factors of each channel of each branch.
         use_abs_pos_emb, pretrain_size: position embeddings besides, and the size for which they were trained.
         use_rel_pos_bias: with a class token, whether blocks have position biases.
@@ -228,7 +228,7 @@ class BEiT(nn.Module):
         split = (
             [False] * depth if with_cls else [s is not None for s in window_sizes(window_attn, sizes, depth)]
         )
-        windows: list[tuple[int, int] | None] = [(size, size) for size in sizes]
+        windows: list[tuple[int, int] | None] = [None if size is None else (size, size) for size in sizes]
         if with_cls:
             windows = [grid if use_rel_pos_bias else None] * depth
         self.rel_pos_bias = None

@@ -119,10 +119,16 @@ class FCNHead(DecodeHead):
         dropout_ratio: float = 0.1,
     ) -> None:
         super().__init__(channels, num_classes, dropout_ratio)
-        self.in_index = in_index
+        self.in_channels, self.in_index = in_channels, in_index
         self.convs = nn.Sequential(ConvModule(in_channels, channels, 3))
 
     def forward(self, maps: Maps) -> Tensor:
+        widths = [m.shape[1] for m in maps]
+        known = -len(maps) <= self.in_index < len(maps)
+        if not known or widths[self.in_index] != self.in_channels:
+            raise ValueError(
+                f"FCNHead: map {self.in_index} must have {self.in_channels} channels, the maps have {widths}"
+            )
         return self.classify(self.convs(maps[self.in_index]))
 
 

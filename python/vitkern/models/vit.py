@@ -160,6 +160,10 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
 
+        if not set(residual_indices) <= set(range(depth)):
+            raise ValueError(
+                f"residual_indices must be some of the blocks 0 to {depth - 1}, got {residual_indices}"
+            )
         windows = window_sizes(window_attn, window_size, depth)
         self.blocks = nn.ModuleList(
             Block(

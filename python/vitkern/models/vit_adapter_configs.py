@@ -24,7 +24,7 @@ def _windows(kind: type[nn.Module], depth: int) -> dict[str, Any]:
     if kind is BEiTAdapter:
         sizes = [BEIT_WINDOWS[block % len(BEIT_WINDOWS)] for block in range(depth)]
         return {"window_attn": [True] * depth, "window_size": sizes}
-    return {"window_attn": [(block + 1) % (depth // 4) != 0 for block in range(depth)]}
+    return {"window_attn": [(block + 1) % max(depth // 4, 1) != 0 for block in range(depth)]}
 
 
 def _builder(kind: type[nn.Module], **config: Any) -> Callable[..., nn.Module]:
@@ -33,7 +33,7 @@ def _builder(kind: type[nn.Module], **config: Any) -> Callable[..., nn.Module]:
     def build(*, img_size: int, **overrides: Any) -> nn.Module:
         options = {**config, "img_size": img_size, "pretrain_size": img_size}
         if overrides.get("variant") == "detection":
-            options |= _windows(kind, config["depth"])
+            options |= _windows(kind, overrides.get("depth", config["depth"]))
         return kind(**{**options, **overrides})
 
     return build

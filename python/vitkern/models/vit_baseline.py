@@ -36,13 +36,7 @@ class ViTBaseline(Pyramid, VisionTransformer):
     ) -> None:
         super().__init__(**transformer)
         depth, channels = len(self.blocks), self.embed_dim
-        if out_indices is None:
-            out_indices = range(depth // 4 - 1, depth, depth // 4) if depth >= 4 else ()
-        self.out_indices, self.pad_input = tuple(out_indices), pad_input
-        if len(self.out_indices) not in (1, 4) or not all(0 <= index < depth for index in self.out_indices):
-            raise ValueError(
-                f"out_indices must be one or four of the blocks 0 to {depth - 1}, got {out_indices}"
-            )
+        self.out_indices, self.pad_input = _taps(out_indices, depth), pad_input
         self.norm1 = self.norm_layer(channels)
         self.norm2 = self.norm_layer(channels)
         self.norm3 = self.norm_layer(channels)
@@ -78,3 +72,17 @@ class ViTBaseline(Pyramid, VisionTransformer):
             for resize, norm, tap in zip(resizers, norms, taps)
         ]
         return self._cropped(maps, image)
+
+
+def _taps(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """The blocks that are tapped."""
+    if indices is None:
+        quarters = range(depth // 4 - 1, depth, max(depth // 4, 1))
+        if len(quarters) != 4:
+            raise ValueError(f"out_indices must be given: {depth} blocks make no four quarters")
+        return tuple(quarters)
+    if len(indices) not in (1, 4) or list(indices) != sorted(set(indices) & set(range(depth))):
+        raise ValueError(
+            f"out_indices must be one or four of the blocks 0 to {depth - 1}, from first to last, got {indices}"
+        )
+    return tuple(indices)

@@ -176,7 +176,7 @@ class ViTAE(Stages):
         **options: Any,
     ) -> None:
         super().__init__()
-        per_stage = stage_options(stages, {**COMMON, **TINY, **options})
+        per_stage = stage_options(stages, {**COMMON, **TINY}, options)
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
         self.class_token, self.sinusoid, self.last = class_token, sinusoid, per_stage[-1]
         self.fc_norm = norm_layer(self.last.token_dims) if class_token or sinusoid else None
@@ -269,7 +269,7 @@ class ViTAEv2(Stages, Pyramid):
         super().__init__()
         self.window_size, self.relative_pos, self.pad_input = window_size, relative_pos, pad_input
         self.out_indices = None if out_indices is None else some_of(stages, out_indices)
-        self.options = stage_options(stages, {**COMMON, **SMALL_V2, **options})
+        self.options = stage_options(stages, {**COMMON, **SMALL_V2}, options)
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
         self.build(self.options, img_size, in_chans, num_classes, drop_path_rate, norm_layer, use_checkpoint)
         if out_indices is not None:

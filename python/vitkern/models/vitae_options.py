@@ -84,14 +84,16 @@ COMMON = dict(
 )
 
 
-def stage_options(stages: int, options: dict[str, Any]) -> list[StageOptions]:
-    """The options of each stage, of which one value may stand for all."""
+def stage_options(stages: int, defaults: dict[str, Any], given: dict[str, Any]) -> list[StageOptions]:
+    """The options of each stage, of which one value may stand for all. Defaults may be those of more stages."""
+    options = {**defaults, **given}
     if isinstance(options["token_dims"], int):
         options["token_dims"] = [options["token_dims"] << stage for stage in range(stages)]
     for name, option in options.items():
-        if not isinstance(option, (list, tuple)):
+        one = isinstance(option[0], int) if name == "dilations" else not isinstance(option, (list, tuple))
+        if one:
             options[name] = [option] * stages
-        elif len(option) < stages:
+        elif len(option) < stages or (name in given and len(option) > stages):
             raise ValueError(
                 f"{name} must be one value or one for each of the {stages} stages, got {len(option)}"
             )

@@ -54,11 +54,7 @@ class AdapterBottleneck(nn.Module):
         self.d_model, self.bottleneck, self.dropout = d_model, bottleneck, dropout
         self.adapter_layernorm_option, self.activation, self.backend = layer_norm, activation, backend
         self.adapter_layer_norm_before = None if layer_norm == "none" else nn.LayerNorm(d_model)
-        self.scale: nn.Parameter | float
-        if adapter_scalar == "learnable_scalar":
-            self.scale = nn.Parameter(torch.ones(1))
-        else:
-            self.scale = float(adapter_scalar)
+        self.scale = _scale(adapter_scalar)
         self.down_proj = nn.Linear(d_model, bottleneck)
         self.up_proj = nn.Linear(bottleneck, d_model)
         self.reset_parameters()
@@ -109,3 +105,14 @@ class AdapterBottleneck(nn.Module):
             f"{self.d_model} -> {self.bottleneck} -> {self.d_model}, {self.activation}, scale={scale}, "
             f"dropout={self.dropout}, layer_norm={self.adapter_layernorm_option}"
         )
+
+
+def _scale(option: float | str) -> nn.Parameter | float:
+    if option == "learnable_scalar":
+        return nn.Parameter(torch.ones(1))
+    try:
+        return float(option)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"AdapterBottleneck: adapter_scalar must be a number or 'learnable_scalar', got {option!r}"
+        ) from None

@@ -36,6 +36,11 @@ class MSDeformAttn(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if min(n_levels, n_heads, n_points) < 1:
+            raise ValueError(
+                f"MSDeformAttn: n_levels, n_heads and n_points must be at least 1, got {n_levels}, {n_heads} and "
+                f"{n_points}"
+            )
         if d_model % n_heads:
             raise ValueError(
                 f"MSDeformAttn: d_model must be divisible by n_heads, got {d_model} and {n_heads}"
