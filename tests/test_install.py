@@ -4,6 +4,8 @@
 import importlib
 import pickle
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
 
@@ -100,6 +102,67 @@ def test_a_package_that_comes_later_is_found(tree):
     tree({"groundingdino/__init__.py": "name = 'theirs'"})
     assert load("groundingdino").name == "theirs"
     assert load("groundingdino._C").ms_deform_attn_forward is deformable_detr.ms_deform_attn_forward
+
+
+def test_a_package_that_comes_after_its_stand_in_takes_its_place(tree):
+    """As a script does that tries the import and then extends its path."""
+    vitkern.install("deformable_detr")
+    stand_in = load("groundingdino")
+    extension = load("groundingdino._C")
+    assert importlib.util.find_spec("groundingdino").origin == "vitkern.compat.imports"
+    tree({**GROUNDINGDINO, "groundingdino/__init__.py": "from groundingdino.models import ms_deform_attn"})
+    layer = load("groundingdino.models").ms_deform_attn.MultiScaleDeformableAttention
+    assert forms.is_ours(layer.forward)
+    assert load("groundingdino") is stand_in and stand_in.__file__.endswith("__init__.py")
+    assert stand_in._C is extension is load("groundingdino._C")
+    vitkern.uninstall()
+    assert load("groundingdino") is stand_in and not hasattr(stand_in, "_C")
+
+
+def test_an_extension_that_comes_after_the_stand_in_of_its_package_is_not_shadowed(tree):
+    vitkern.install("deformable_detr")
+    load("groundingdino")
+    tree({**GROUNDINGDINO, "groundingdino/_C.py": REAL})
+    assert load("groundingdino._C").ms_deform_attn_forward() == "theirs"
+
+
+def test_a_package_that_fails_in_the_place_of_its_stand_in_is_not_imported(tree):
+    vitkern.install("deformable_detr")
+    load("groundingdino")
+    tree({"groundingdino/__init__.py": "1 / 0"})
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            load("groundingdino.models")
+
+
+def test_modules_of_a_package_that_is_not_there_are_missing():
+    vitkern.install("deformable_detr")
+    with pytest.raises(
+        ModuleNotFoundError, match="'groundingdino.util': groundingdino is not installed"
+    ) as error:
+        load("groundingdino.util")
+    assert error.value.name == "groundingdino.util"
+    with pytest.raises(ImportError, match="cannot import name 'util'"):
+        exec("from groundingdino import util")
+
+
+def test_two_threads_install_once(tree, monkeypatch):
+    tree(MMCV_LITE)
+    vitkern.install("mmcv")
+    kind = load("mmcv.ops").MultiScaleDeformableAttention
+    vitkern.uninstall("mmcv")
+    original, is_ours = kind.forward, forms.is_ours
+
+    def slow(function):
+        answer = is_ours(function)
+        time.sleep(0.05)  # for another thread to come in between
+        return answer
+
+    monkeypatch.setattr(forms, "is_ours", slow)
+    with ThreadPoolExecutor(4) as pool:
+        tables = list(pool.map(vitkern.install, ["mmcv"] * 4))
+    assert kind.forward.replaces is original
+    assert len({str(table) for table in tables}) == 1
 
 
 def test_twice_is_once():

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import vitkern
 from tests.layers_of_others import MSDeformAttn, MultiScaleDeformableAttention
@@ -173,6 +174,30 @@ def test_a_class_made_from_a_patched_one_is_named():
     assert not table and "(FSDPMSDeformAttn): its class was made from the patched one" in str(table)
     layer.__class__ = kind
     assert vitkern.unpatch(layer) and type(layer) is MSDeformAttn
+
+
+def test_a_parametrized_layer_stays():
+    """Torch takes the property that it gave a class from the layer's own, which a patch would have made another."""
+    model, inputs = Model(), batch()
+    for layer in model.layers:
+        layer.register_parameter("factor", nn.Parameter(torch.ones(1)))
+        parametrize.register_parametrization(layer, "factor", nn.Identity())
+    table = vitkern.patch(model)
+    assert not table and "layers.0 (ParametrizedMSDeformAttn): a tensor of its own is parametrized" in str(
+        table
+    )
+    for layer in model.layers:
+        parametrize.remove_parametrizations(layer, "factor")
+    assert vitkern.patch(model) and model(*inputs) is not None
+
+
+def test_a_layer_of_parametrized_ones_is_patched():
+    model, inputs = Model(), batch()
+    for layer in model.layers:
+        parametrizations.weight_norm(layer.value_proj)
+    expected = model(*inputs)
+    assert vitkern.patch(model)
+    torch.testing.assert_close(model(*inputs), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_without_such_layers():

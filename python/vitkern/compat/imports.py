@@ -8,9 +8,17 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 Act = Callable[[ModuleType], None]
+
+
+class Supply(NamedTuple):
+    """How a module of ours is made, and whether it comes before one of others, and is a package."""
+
+    fill: Act
+    first: bool
+    is_package: bool
 
 
 class _Supplier(Loader):
@@ -48,27 +56,47 @@ class _Finder(MetaPathFinder):
     """First in sys.meta_path, so that it hears of every import; yet what others find comes before what it supplies."""
 
     def __init__(self) -> None:
-        self.supplied: dict[
-            str, tuple[Act, bool, bool]
-        ] = {}  # and whether ours comes first, and is a package
+        self.supplied: dict[str, Supply] = {}
         self.followed: dict[str, Act] = {}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in self.supplied and name not in self.followed:
+        package = sys.modules.get(name.rpartition(".")[0])
+        if package is not None and is_ours(package):
+            path = _give_way(package) or path
+            if is_ours(package) and name not in self.supplied:
+                why = f"{package.__name__} is not installed, vitkern stands in for it for the sake of one module"
+                raise ModuleNotFoundError(f"No module named {name!r}: {why}", name=name)
+        elif name not in self.supplied and name not in self.followed:
             return None
         theirs = _ask_others(name, path, target)
         if name in self.supplied:
-            fill, first, is_package = self.supplied[name]
-            if first or theirs is None:
-                return ModuleSpec(name, _Supplier(fill), origin=__name__, is_package=is_package)
+            ours = self.supplied[name]
+            if ours.first or theirs is None:
+                return ModuleSpec(name, _Supplier(ours.fill), origin=__name__, is_package=ours.is_package)
         if theirs is not None and theirs.loader is not None and name in self.followed:
             theirs.loader = _Follower(theirs.loader)
         return theirs
 
 
 _finder = _Finder()
+
+
+def _give_way(package: ModuleType) -> Sequence[str] | None:
+    """Makes a package that we stand in for the real one, if that has come since. Returns where its modules lie."""
+    theirs = _ask_others(package.__name__, None)
+    if theirs is None or theirs.submodule_search_locations is None:
+        return None
+    package.__spec__, package.__loader__, package.__file__ = theirs, theirs.loader, theirs.origin
+    package.__path__ = theirs.submodule_search_locations
+    if theirs.loader is not None:
+        try:
+            theirs.loader.exec_module(package)
+        except BaseException:
+            del sys.modules[package.__name__]  # as any package whose import fails
+            raise
+    return package.__path__
 
 
 def find_spec(name: str) -> ModuleSpec | None:
@@ -103,12 +131,12 @@ def is_ours(module: ModuleType | None) -> bool:
 
 
 def comes_first(name: str) -> bool:
-    return name in _finder.supplied and _finder.supplied[name][1]
+    return name in _finder.supplied and _finder.supplied[name].first
 
 
 def supply(name: str, fill: Act, *, first: bool = False, is_package: bool = False) -> None:
     """An import of this name gets a module that `fill` has filled, unless others have one and ours is not `first`."""
-    _finder.supplied[name] = (fill, first, is_package)
+    _finder.supplied[name] = Supply(fill, first, is_package)
     _listen()
 
 

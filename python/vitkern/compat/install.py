@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -66,7 +68,23 @@ ECOSYSTEMS = {
 
 _switched: list[Any] = []  # classes that have our forward
 
+_lock = threading.RLock()
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
+
+def _one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Two at once would replace a forward that the other has just replaced."""
+
+    @functools.wraps(function)
+    def locked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with _lock:
+            return function(*args, **kwargs)
+
+    return locked
+
+
+@_one_at_a_time
 def install(name: str, *, override: bool = False) -> Table:
     """Code that imports its own compiled deformable attention finds this package's from then on.
 
@@ -103,6 +121,7 @@ def install(name: str, *, override: bool = False) -> Table:
     return switch(parts, override=override)
 
 
+@_one_at_a_time
 def uninstall(name: str | None = None) -> Table:
     """Undoes :func:`install`, of one name or of all. Modules that hold what they imported in between keep it.
 
@@ -122,6 +141,7 @@ def uninstall(name: str | None = None) -> Table:
     return Table(undone)
 
 
+@_one_at_a_time
 def switch(parts: list[Ecosystem], *, override: bool) -> Table:
     """Ecosystems, as their modules come to be imported. Only in the first may ours come before what is installed."""
     rows, left = [], []
@@ -133,9 +153,8 @@ def switch(parts: list[Ecosystem], *, override: bool) -> Table:
         else:
             imports.supply(part.extension, partial(_fill, part), first=first)
             rows.append((part.extension, _MODULE, "ms_deform_attn"))
-        if (
-            part.package and part.functions is _POSITIONAL
-        ):  # a copy may use it without the package; mmcv's, nobody
+        # A copy may use it without the package; mmcv's, nobody.
+        if part.package and part.functions is _POSITIONAL:
             imports.supply(part.package, _stand_in, is_package=True)
         if part.home:
             imports.follow(part.home, partial(_give_forward, part))
@@ -173,6 +192,7 @@ def _is_layer(layer: object) -> bool:
     return isinstance(layer, type) and issubclass(layer, nn.Module)
 
 
+@_one_at_a_time
 def _give_forward(part: Ecosystem, module: ModuleType) -> None:
     layer: Any = getattr(module, _LAYER, None)
     if not _is_layer(layer):

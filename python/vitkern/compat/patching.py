@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from vitkern.compat import forms, transformers
 from vitkern.compat.table import Left, Table
@@ -124,6 +125,8 @@ def _objection(module: nn.Module, form: forms.Form | None) -> str | None:
         return reason
     if _has_forward_of_its_own(module):
         return "its forward was set on the layer itself: patch before whatever did that"
+    if is_parametrized(module):  # which changes the class, and undone it looks for what it put there
+        return "a tensor of its own is parametrized: patch before that"
     return form.objection_to_core(module, kind.forward)
 
 
