@@ -2,10 +2,6 @@
 """The op as a citizen of torch: dispatcher, compiler, exporter, autocast, checkpointing, transforms, second order."""
 
 import contextlib
-import os
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import pytest
@@ -13,11 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import vitkern
-from vitkern import _C, backends
 from vitkern.cases import MsDeformAttnCase, make_inputs
 from vitkern.nn import MSDeformAttn
-from vitkern.ops import direct
-from vitkern.ops.op import forget_plans
 
 CASE = MsDeformAttnCase("small", "", 2, ((6, 5), (3, 2)), 5, 2, 8, 3)
 OP = torch.ops.vitkern.ms_deform_attn
@@ -306,175 +299,3 @@ def test_meta_tensors_get_shapes_and_checks():
     assert attend(*meta).shape == (2, 5, 16)
     with pytest.raises(ValueError, match="sampling_locations must be"):
         attend(*meta[:3], meta[3][:, :, :, :1], meta[4])
-
-
-MISTAKES = {
-    "value must be [B, S, M, D]": lambda i: {"value": i.value[0]},
-    "S=36 pixels": lambda i: {
-        "spatial_shapes": i.spatial_shapes + 1,
-        "level_start_index": torch.tensor([0, 42]),
-    },
-    "without gap or overlap": lambda i: {"level_start_index": torch.tensor([0, 6])},
-    "spatial_shapes must be [L, 2]": lambda i: {"spatial_shapes": i.spatial_shapes.flatten()},
-    "level_start_index must be [L] with L=2": lambda i: {"level_start_index": torch.tensor([0])},
-    "with B=2, M=2, L=2, got [2, 5, 2, 1, 3, 2]": lambda i: {
-        "sampling_locations": i.sampling_locations[:, :, :, :1]
-    },
-    "got [1, 5, 2, 2, 3, 2]": lambda i: {"sampling_locations": i.sampling_locations[:1]},
-    "attention_weights must be [2, 5, 2, 2, 3]": lambda i: {
-        "attention_weights": i.attention_weights[..., :2]
-    },
-    "method must be 'bilinear' or 'nearest', got 'cubic'": lambda i: {"method": "cubic"},
-    "points_per_level must be L=2 numbers": lambda i: {
-        "points_per_level": [6],
-        "sampling_locations": i.sampling_locations.flatten(3, 4),
-    },
-    "K=7 points in all": lambda i: {
-        "points_per_level": [4, 3],
-        "sampling_locations": i.sampling_locations.flatten(3, 4),
-    },
-    "at most 65535 points in all": lambda i: {
-        "points_per_level": [1, 2**16],
-        "sampling_locations": i.sampling_locations.new_zeros(2, 5, 2, 1 + 2**16, 2),
-        "attention_weights": i.attention_weights.new_zeros(2, 5, 2, 1 + 2**16),
-    },
-    "backend must be one of": lambda i: {"backend": "tpu"},
-    "on value's device cpu, got meta": lambda i: {"attention_weights": i.attention_weights.to("meta")},
-}
-
-
-@pytest.mark.parametrize("message", MISTAKES)
-def test_a_mistake_is_named(message):
-    inputs = make()
-    arguments = {**vars(inputs), **MISTAKES[message](inputs)}
-    with pytest.raises(ValueError) as error:
-        vitkern.ms_deform_attn(**arguments)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["value", "sampling_locations", "attention_weights"])
-def test_integer_tensors_are_refused(name, autocast):
-    inputs = make(torch.float32)
-    with torch.autocast("cpu", enabled=autocast), pytest.raises(TypeError, match=name):
-        vitkern.ms_deform_attn(**{**vars(inputs), name: getattr(inputs, name).long()})
-
-
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_a_backend_that_cannot_run_says_why(backend, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    forget_plans()
-    inputs = make(torch.float32)
-    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run here: "):
-        attend(*inputs, backend=backend)
-    forget_plans()
-
-
-def test_an_environment_variable_picks_the_backend():
-    program = """
-        import torch, vitkern
-        value, shapes = torch.ones(1, 4, 1, 2), [(2, 2)]
-        locations, weights = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
-        value.requires_grad_()
-        print(type(vitkern.ms_deform_attn(value, shapes, None, locations, weights).grad_fn).__name__)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-
-    def run(backend):
-        environment = {**os.environ, "VITKERN_BACKEND": backend}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    assert run("reference").stdout == "ViewBackward0\n"  # of plain torch's last operation
-    assert run("cpu").stdout == "ms_deform_attnBackward\n"
-    assert "VITKERN_BACKEND must be one of cpu, cuda, triton, reference, got 'gpu'" in run("gpu").stderr
-    assert "VITKERN_BACKEND 'cuda' cannot run here: " in run("cuda").stderr or torch.cuda.is_available()
-
-
-@pytest.mark.parametrize(
-    "architectures, capability, fits",
-    [
-        ("80-real 90-real 100-real 120", (8, 0), True),
-        ("80-real 90-real 100-real 120", (8, 9), True),
-        ("80-real 90-real 100-real 120", (7, 5), False),
-        ("80-real 90-real 100-real 120", (12, 1), True),
-        ("80-real 90-real", (10, 0), False),
-        ("80", (10, 0), True),
-        ("90-virtual", (10, 0), True),
-        ("90-virtual", (8, 0), False),
-    ],
-)
-def test_which_cards_a_build_serves(architectures, capability, fits):
-    assert (backends._no_image_for(capability, architectures) is None) == fits
-
-
-TYPES = {
-    "spatial_shapes must be an int64 tensor or pairs of whole numbers": lambda i: {
-        "spatial_shapes": [(6, 5, 1), (3, 2, 1)]
-    },
-    "pairs of whole numbers, got [(6.0, 5), (3, 2)]": lambda i: {"spatial_shapes": [(6.0, 5), (3, 2)]},
-    "spatial_shapes must be int64, got torch.float32": lambda i: {"spatial_shapes": i.spatial_shapes.float()},
-    "level_start_index must be int64, got torch.float64": lambda i: {
-        "level_start_index": i.level_start_index.double()
-    },
-    "level_start_index must be an int64 tensor or whole numbers, got [0.0, 30]": lambda i: {
-        "level_start_index": [0.0, 30]
-    },
-    "points_per_level must be whole numbers, got 6": lambda i: {"points_per_level": 6},
-    "value must be a tensor, got list": lambda i: {
-        "value": i.value.tolist(),
-        "spatial_shapes": [(6, 5), (3, 2)],
-    },
-    "value must be a dense tensor, got torch.sparse_coo": lambda i: {"value": i.value.to_sparse()},
-    "attention_weights must be a dense tensor, got torch.sparse_coo": lambda i: {
-        "attention_weights": i.attention_weights.to_sparse()
-    },
-    "sampling_locations must be a tensor, got list": lambda i: {
-        "sampling_locations": i.sampling_locations.tolist()
-    },
-}
-
-
-@pytest.mark.parametrize("message", TYPES)
-def test_a_wrong_type_is_named(message):
-    inputs = make()
-    with pytest.raises(TypeError) as error:
-        vitkern.ms_deform_attn(**{**vars(inputs), **TYPES[message](inputs)})
-    assert message in str(error.value)
-
-
-def test_first_pixels_may_be_given_as_numbers():
-    inputs = make()
-    given = {**vars(inputs), "level_start_index": [0, 30]}
-    assert torch.equal(vitkern.ms_deform_attn(**given), attend(*inputs))
-
-
-@pytest.mark.parametrize(
-    "grad_output, got",
-    [
-        (torch.ones(2, 5, 16), "torch.float32 on cpu"),
-        (torch.ones(2, 5, 16, dtype=torch.float64, device="meta"), "torch.float64 on meta"),
-        (torch.ones(2, 5, 8, dtype=torch.float64), r"\[2, 5, 8\] of torch.float64"),
-    ],
-    ids=["dtype", "device", "shape"],
-)
-def test_a_wrong_grad_output_is_named(grad_output, got):
-    with pytest.raises(ValueError, match=f"ms_deform_attn: grad_output must be .*, got .*{got}"):
-        BACKWARD(grad_output, (True, True, True), *make())
-
-
-def test_a_call_is_described_alike_with_and_without_dlpack(monkeypatch):
-    """Torch below 2.10 is asked attribute by attribute."""
-    asking = _C.Describer(direct._tell, torch.Tensor, torch.nn.Parameter)
-    tensor = torch.randn(2, 3, 4)
-    plain = (tensor, tensor.double(), tensor[:1], tensor.transpose(0, 1), tensor[0], None, tensor.long())
-    kinds = {"parameter": torch.nn.Parameter(tensor), "expanded": tensor[:1].expand(2, 3, 4)}
-    for one in (*plain, *kinds.values()):
-        assert direct.describe((one, tensor)) == asking((one, tensor)) is not None
-    lazy = (torch._neg_view(tensor), torch._efficientzerotensor((2,)), tensor.to_sparse(), tensor.to("meta"))
-    for one in lazy:
-        assert direct.describe((tensor, one)) is asking((tensor, one)) is None
-    monkeypatch.setattr(direct, "lends", direct._tell)
-    forget_plans()
-    inputs = make().requires_grad_()
-    attend(*inputs).sum().backward()
-    assert inputs.value.grad is not None
