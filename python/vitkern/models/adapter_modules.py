@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitkern.models.blocks import DropPath, Layer, SyncBatchNorm, run, to_map
+from vitkern.models.blocks import DropPath, Layer, SyncBatchNorm, checkpointed, to_map
 from vitkern.nn import MSDeformAttn
 
 
@@ -96,7 +96,7 @@ class Injector(nn.Module):
             points, shapes, starts = queries
             return x + self.gamma * self.attn(self.query_norm(x), points, self.feat_norm(c), shapes, starts)
 
-        return run(body, x, c, with_cp=self.with_cp)
+        return checkpointed(body, x, c, with_cp=self.with_cp)
 
 
 class Extractor(nn.Module):
@@ -131,7 +131,7 @@ class Extractor(nn.Module):
                 c = c + self.drop_path(self.ffn(self.ffn_norm(c), height, width))
             return c
 
-        return run(body, c, x, with_cp=self.with_cp)
+        return checkpointed(body, c, x, with_cp=self.with_cp)
 
 
 class InteractionBlock(nn.Module):

@@ -111,15 +111,19 @@ class AdaptFormer(TunedTransformer):
             adapter_dropout=adapter_dropout,
             backend=backend,
         )
-        if not global_pool:
-            self.norm = self.norm_layer(embed_dim)
-        if representation_size:
-            self.pre_logits = nn.Sequential()
-            self.pre_logits.add_module("fc", nn.Linear(embed_dim, embed_dim))
-        self.head = self.make_head(num_classes)
-        if global_pool:
-            self.fc_norm = self.norm_layer(embed_dim)
+        self._add_classifier(bool(representation_size))
         self._add_prompts()
+
+    def _add_classifier(self, with_pre_logits: bool) -> None:
+        """In the order of the official code, in which the first weights are drawn."""
+        if not self.global_pool:
+            self.norm = self.norm_layer(self.embed_dim)
+        if with_pre_logits:
+            self.pre_logits = nn.Sequential()
+            self.pre_logits.add_module("fc", nn.Linear(self.embed_dim, self.embed_dim))
+        self.head = self.make_head(self.num_classes)
+        if self.global_pool:
+            self.fc_norm = self.norm_layer(self.embed_dim)
 
     def forward_features(self, image: Tensor) -> Tensor:
         """[B, D]: what is classified."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkern.models.blocks import DropPath, Layer, drop_path_rates, run
+from vitkern.models.blocks import DropPath, Layer, check_blocks, checkpointed, drop_path_rates
 from vitkern.models.pyramid import Classifier
 from vitkern.nn import AdapterBottleneck
 
@@ -86,10 +86,8 @@ class Tuning:
         self.check_layers(depth)
 
     def check_layers(self, depth: int) -> None:
-        if self.ffn_layers is not None and not set(self.ffn_layers) <= set(range(depth)):
-            raise ValueError(
-                f"tuning_config: ffn_layers must be some of the blocks 0 to {depth - 1}, got {self.ffn_layers}"
-            )
+        if self.ffn_layers is not None:
+            check_blocks("tuning_config: ffn_layers", self.ffn_layers, depth)
 
     def adapter(
         self, channels: int, layer: int, dropout: float, backend: str | None
@@ -150,7 +148,7 @@ class Block(nn.Module):
         self.adaptmlp = adapter
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
-        return run(self._body, x, with_cp=self.with_cp)
+        return checkpointed(self._body, x, with_cp=self.with_cp)
 
     def _body(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitkern.models.adaptformer_blocks import OPTIONS
+from vitkern.models.blocks import check_blocks
 from vitkern.models.checkpoints import Loaded
 from vitkern.nn import AdapterBottleneck
 
@@ -106,32 +107,37 @@ def add_adapters(
         raise ValueError(f"{type(model).__name__} has adapters already")
     if option not in OPTIONS:
         raise ValueError(f"option must be one of {OPTIONS}, got {option!r}")
-    chosen = set(range(len(blocks)) if layers is None else layers)
-    if not chosen <= set(range(len(blocks))):
-        raise ValueError(f"layers must be some of the blocks 0 to {len(blocks) - 1}, got {layers}")
-    for number in sorted(chosen):
-        block = blocks[number]
-        norm: Any = _part(block, NORM)
-        feed_forward: Any = _part(block, FEED_FORWARD)
-        channels = norm.weight.numel()
-        own = hasattr(block, "adaptmlp")  # a block of this package calls its adapter itself
-        adapter = (AdapterBottleneck if own else HookedAdapter)(
-            channels,
-            channels // 12 if bottleneck is None else bottleneck,
-            dropout,
-            "lora",
-            scale,
-            layer_norm,
+    chosen = range(len(blocks)) if layers is None else layers
+    check_blocks("layers", chosen, len(blocks))
+    options = (dropout, "lora", scale, layer_norm)
+    for number in sorted(set(chosen)):
+        _adapt(
+            blocks[number],
+            bottleneck,
+            option == "sequential",
+            *options,
             activation=activation,
             backend=backend,
         )
-        adapter.to(norm.weight).train(block.training)
-        block.adaptmlp = adapter
-        if isinstance(adapter, HookedAdapter):
-            adapter.attach(block, norm, feed_forward, option == "sequential")
-        else:
-            block.sequential = option == "sequential"  # type: ignore[assignment]
     return model
+
+
+def _adapt(
+    block: nn.Module, bottleneck: int | None, sequential: bool, *options: Any, **named_options: Any
+) -> None:
+    """Puts an adapter with these options into a block."""
+    norm: Any = _part(block, NORM)
+    feed_forward: Any = _part(block, FEED_FORWARD)
+    channels = norm.weight.numel()
+    hidden = channels // 12 if bottleneck is None else bottleneck
+    own = hasattr(block, "adaptmlp")  # a block of this package calls its adapter itself
+    adapter = (AdapterBottleneck if own else HookedAdapter)(channels, hidden, *options, **named_options)
+    adapter.to(norm.weight).train(block.training)
+    block.adaptmlp = adapter
+    if isinstance(adapter, HookedAdapter):
+        adapter.attach(block, norm, feed_forward, sequential)
+    else:
+        block.sequential = sequential  # type: ignore[assignment]
 
 
 def _trained(model: nn.Module, parts: Sequence[str]) -> tuple[str, ...]:

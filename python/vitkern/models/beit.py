@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from vitkern.models.blocks import (
     Mlp,
     PatchEmbed,
     attend,
+    check_patch_size,
+    checkpointed,
     drop_path_rates,
     head_channels,
     initialise,
@@ -25,43 +27,13 @@ from vitkern.models.blocks import (
     per_block,
     position_grid,
     resize_positions,
-    run,
     split_windows,
     window_sizes,
 )
+from vitkern.models.relative_positions import RelativePositions
 
 
-def relative_position_index(height: int, width: int, with_cls: bool) -> Tensor:
-    """Row of the bias table for each pair of tokens of a window: [N, N], N = height * width (+ 1)."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    down = rows.reshape(-1, 1) - rows.reshape(1, -1) + height - 1
-    right = columns.reshape(-1, 1) - columns.reshape(1, -1) + width - 1
-    index = down * (2 * width - 1) + right
-    if with_cls:  # three more rows: class token to token, token to class token, class token to itself
-        distances = (2 * height - 1) * (2 * width - 1)
-        index = F.pad(index, (1, 0, 1, 0), value=distances + 1)
-        index[0, :] = distances
-        index[:, 0] = distances + 1
-        index[0, 0] = distances + 2
-    return index
-
-
-class RelativePositions(nn.Module):
-    """A learnable bias for each head and each distance of two tokens of a window."""
-
-    relative_position_index: Tensor
-
-    def add_positions(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
-        height, width = window
-        rows = (2 * height - 1) * (2 * width - 1) + (3 if with_cls else 0)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(height, width, with_cls))
-
-    def position_bias(self) -> Tensor:  # [M, N, N]
-        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-
-
-class RelativePositionBias(RelativePositions):
+class SharedPositions(RelativePositions):
     """One table for all blocks, in checkpoints that share it."""
 
     def __init__(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
@@ -81,14 +53,14 @@ class Attention(RelativePositions):
         self,
         channels: int,
         num_heads: int,
+        window: tuple[int, int] | None,
+        split: bool,
         *,
         qkv_bias: bool,
         qk_scale: float | None,
         attn_drop: float,
         proj_drop: float,
-        window: tuple[int, int] | None,
         with_cls: bool,
-        split: bool,
     ) -> None:
         super().__init__()
         self.num_heads, self.attn_drop, self.window, self.split = num_heads, attn_drop, window, split
@@ -155,7 +127,13 @@ class Block(nn.Module):
             x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), height, width))
             return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 
-        return run(body, x, with_cp=self.with_cp)
+        return checkpointed(body, x, with_cp=self.with_cp)
+
+
+def _windows(window_attn: Any, sizes: list[int | None], depth: int) -> list[tuple[Any, bool]]:
+    """For each block the window of its position biases, and whether its map is cut into such ones."""
+    cut = [size is not None for size in window_sizes(window_attn, sizes, depth)]
+    return [(None if size is None else (size, size), split) for size, split in zip(sizes, cut)]
 
 
 class BEiT(nn.Module):
@@ -205,64 +183,38 @@ class BEiT(nn.Module):
         with_cp: bool = False,
     ) -> None:
         super().__init__()
-        if pair(patch_size) != (16, 16):
-            raise ValueError(f"patch_size must be 16, got {patch_size}")
+        check_patch_size(patch_size)
         if hybrid_backbone is not None:
             raise ValueError("hybrid_backbone must be None: its tokens form no map that an adapter could use")
         self.embed_dim = self.num_features = embed_dim
         self.in_chans, self.drop_path_rate, self.with_cp = in_chans, drop_path_rate, with_cp
         self.norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
-        self.pretrain_size = pair(pretrain_size)
-
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        grid = self.patch_embed.grid_size
+        grid, patches = self.patch_embed.grid_size, self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if with_cls else None
         self.pos_embed = None
         if use_abs_pos_emb:
-            patches = self.patch_embed.num_patches
             self.pretrain_grid = position_grid(patches, img_size, pretrain_size)
             self.pos_embed = nn.Parameter(torch.zeros(1, with_cls + patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-
         sizes = per_block(window_size, depth, "window_size")
-        split = (
-            [False] * depth if with_cls else [s is not None for s in window_sizes(window_attn, sizes, depth)]
-        )
-        windows: list[tuple[int, int] | None] = [None if size is None else (size, size) for size in sizes]
-        if with_cls:
-            windows = [grid if use_rel_pos_bias else None] * depth
         self.rel_pos_bias = None
         if use_shared_rel_pos_bias:
-            self.rel_pos_bias = RelativePositionBias(
-                grid if with_cls else pair(sizes[0]), num_heads, with_cls
-            )
-
-        def block(index: int, rate: float) -> Block:
-            attention = Attention(
-                embed_dim,
-                num_heads,
-                qkv_bias=qkv_bias,
-                qk_scale=qk_scale,
-                attn_drop=attn_drop_rate,
-                proj_drop=drop_rate,
-                window=windows[index],
-                with_cls=with_cls,
-                split=split[index],
-            )
-            return Block(
-                embed_dim,
-                attention,
-                mlp_ratio=mlp_ratio,
-                drop=drop_rate,
-                drop_path=rate,
-                norm_layer=self.norm_layer,
-                init_values=layer_scale_init,
-                with_cp=with_cp,
-            )
-
-        self.blocks = nn.ModuleList(
-            block(index, rate) for index, rate in enumerate(drop_path_rates(drop_path_rate, depth))
+            self.rel_pos_bias = SharedPositions(grid if with_cls else pair(sizes[0]), num_heads, with_cls)
+        whole = [(grid if use_rel_pos_bias else None, False)] * depth
+        windows = whole if with_cls else _windows(window_attn, sizes, depth)
+        options = dict[str, Any](qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop_rate)
+        attention: Callable[..., Attention] = partial(
+            Attention, embed_dim, num_heads, proj_drop=drop_rate, with_cls=with_cls, **options
         )
+        block = partial(Block, embed_dim, mlp_ratio=mlp_ratio, drop=drop_rate, norm_layer=self.norm_layer)
+        self.blocks = nn.ModuleList(
+            block(attention(*window), drop_path=rate, init_values=layer_scale_init, with_cp=with_cp)
+            for window, rate in zip(windows, drop_path_rates(drop_path_rate, depth))
+        )
+        self._initialise_transformer()
+
+    def _initialise_transformer(self) -> None:
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         elif self.pos_embed is not None:

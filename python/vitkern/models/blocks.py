@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,16 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size that may be one number."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+def check_blocks(name: str, numbers: Iterable[int], depth: int) -> None:
+    if not set(numbers) <= set(range(depth)):
+        raise ValueError(f"{name} must be some of the blocks 0 to {depth - 1}, got {numbers}")
+
+
+def check_patch_size(patch_size: int | Sequence[int]) -> None:
+    if pair(patch_size) != (16, 16):
+        raise ValueError(f"patch_size must be 16, got {patch_size}")
 
 
 def per_block(option: Any, depth: int, name: str) -> list[Any]:
@@ -46,7 +56,7 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return [rate * block / max(depth - 1, 1) for block in range(depth)]
 
 
-def run(function: Callable[..., Any], *inputs: Tensor, with_cp: bool) -> Any:
+def checkpointed(function: Callable[..., Any], *inputs: Tensor, with_cp: bool) -> Any:
     """The function, computed a second time in the backward pass instead of remembered if `with_cp`."""
     if with_cp and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)

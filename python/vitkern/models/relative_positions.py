@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BEiT's tables of relative positions for another window, resized as the official code does.
+"""Biases of attention for the distance of two tokens, in tables that are resized for another window as BEiT does.
 
 Distances of the new window are met by a geometric progression of distances of the old one: near the centre the table
 stays what it was, and far away it is stretched. Between them a cubic spline interpolates, along each of the two axes.
@@ -10,9 +10,40 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 CLS_ROWS = 3  # class token to token, token to class token, class token to itself
+
+
+def relative_position_index(height: int, width: int, with_cls: bool) -> Tensor:
+    """Row of the bias table for each pair of tokens of a window: [N, N], N = height * width (+ 1)."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    down = rows.reshape(-1, 1) - rows.reshape(1, -1) + height - 1
+    right = columns.reshape(-1, 1) - columns.reshape(1, -1) + width - 1
+    index = down * (2 * width - 1) + right
+    if with_cls:  # three more rows: class token to token, token to class token, class token to itself
+        distances = (2 * height - 1) * (2 * width - 1)
+        index = F.pad(index, (1, 0, 1, 0), value=distances + 1)
+        index[0, :] = distances
+        index[:, 0] = distances + 1
+        index[0, 0] = distances + 2
+    return index
+
+
+class RelativePositions(nn.Module):
+    """A learnable bias for each head and each distance of two tokens of a window."""
+
+    relative_position_index: Tensor
+
+    def add_positions(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
+        height, width = window
+        rows = (2 * height - 1) * (2 * width - 1) + (3 if with_cls else 0)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(height, width, with_cls))
+
+    def position_bias(self) -> Tensor:  # [M, N, N]
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:

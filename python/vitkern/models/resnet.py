@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vitkern.models.blocks import run
+from vitkern.models.blocks import checkpointed
 from vitkern.models.pyramid import Backbone
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -93,6 +93,6 @@ class ResNet(Backbone):
         maps = []
         for stage in range(len(self.channels)):
             for block in self.get_submodule(f"layer{stage + 1}").children():
-                x = run(block, x, with_cp=self.with_cp)
+                x = checkpointed(block, x, with_cp=self.with_cp)
             maps.append(x)
         return maps

@@ -5,27 +5,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkern.models.adaptformer_blocks import joined, reset_adapters
-from vitkern.models.beit import RelativePositions
 from vitkern.models.blocks import (
     DropPath,
     Layer,
     Mlp,
     PatchEmbed,
     attend,
+    checkpointed,
     drop_path_rates,
     head_channels,
     initialise,
     merge_windows,
-    run,
+    pair,
     split_windows,
 )
 from vitkern.models.pyramid import Classifier
+from vitkern.models.relative_positions import RelativePositions
 from vitkern.nn import AdapterBottleneck
 
 # The adapter of a block, if it has one, from its channels and number.
@@ -119,7 +121,7 @@ class SwinBlock(nn.Module):
         self.adaptmlp = adapter
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H W, C]
-        return run(self._body, x, with_cp=self.with_cp)
+        return checkpointed(self._body, x, with_cp=self.with_cp)
 
     def _body(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self._attention(self.norm1(x)))
@@ -204,45 +206,29 @@ class SwinTransformer(Classifier):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         self.embed_dim, self.num_features = embed_dim, embed_dim << (len(depths) - 1)
-        self.patch_embed = PatchEmbed(
-            img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None
-        )
-        multiple = patch_size << (len(depths) - 1)
-        if any(side % multiple for side in self.patch_embed.img_size):
-            raise ValueError(f"img_size must be a multiple of {multiple}, got {img_size}")
-        self.absolute_pos_embed = None
-        if ape:
-            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
-            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        self._add_patches(img_size, patch_size, norm_layer if patch_norm else None, ape, len(depths))
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = iter(enumerate(drop_path_rates(drop_path_rate, sum(depths))))
+        numbered_rates = iter(enumerate(drop_path_rates(drop_path_rate, sum(depths))))
+        block_of = partial(
+            SwinBlock,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            norm_layer=norm_layer,
+            sequential=sequential,
+        )
         (height, width), last = self.patch_embed.grid_size, len(depths) - 1
 
         def stage(level: int) -> SwinStage:
             channels, resolution = embed_dim << level, (height >> level, width >> level)
             blocks = []
-            for place in range(depths[level]):
-                number, rate = next(rates)
-                block = SwinBlock(
-                    channels,
-                    resolution,
-                    num_heads[level],
-                    window_size,
-                    place % 2 * (window_size // 2),
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    qk_scale=qk_scale,
-                    drop=drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=rate,
-                    norm_layer=norm_layer,
-                    adapter=adapter(channels, number),
-                    sequential=sequential,
-                )
-                blocks.append(block)
-            return SwinStage(
-                blocks, None if level == last else PatchMerging(resolution, channels, norm_layer)
-            )
+            for place, (number, rate) in zip(range(depths[level]), numbered_rates):
+                sizes = (channels, resolution, num_heads[level], window_size, place % 2 * (window_size // 2))
+                blocks.append(block_of(*sizes, drop_path=rate, adapter=adapter(channels, number)))
+            merging = None if level == last else PatchMerging(resolution, channels, norm_layer)
+            return SwinStage(blocks, merging)
 
         self.layers = nn.ModuleList(stage(level) for level in range(len(depths)))
         self.norm = norm_layer(self.num_features)
@@ -251,6 +237,23 @@ class SwinTransformer(Classifier):
             part.apply(initialise)
         reset_adapters(self)
         self.set_grad_checkpointing(use_checkpoint)
+
+    def _add_patches(
+        self,
+        img_size: int | Sequence[int],
+        patch_size: int,
+        norm_layer: Layer | None,
+        with_positions: bool,
+        stages: int,
+    ) -> None:
+        multiple = patch_size << (stages - 1)
+        if any(side % multiple for side in pair(img_size)):
+            raise ValueError(f"img_size must be a multiple of {multiple}, got {img_size}")
+        self.patch_embed = PatchEmbed(img_size, patch_size, self.in_chans, self.embed_dim, norm_layer)
+        self.absolute_pos_embed = None
+        if with_positions:
+            positions = torch.zeros(1, self.patch_embed.num_patches, self.embed_dim)
+            self.absolute_pos_embed = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
 
     def no_weight_decay(self) -> set[str]:
         tables = {

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from vitkern.models.blocks import (
     DropPath,
     Layer,
-    PatchEmbed,
     attend,
+    check_patch_size,
+    checkpointed,
     drop_path_rates,
     head_channels,
     merge_windows,
     pair,
     resize_positions,
-    run,
     split_windows,
     window_sizes,
 )
@@ -73,14 +73,14 @@ class BertLayer(nn.Module):
             hidden = self.act_fn(self.linear1(self.norm2(x)))
             return x + self.gamma_2 * self.drop_path(self.linear2(hidden))
 
-        return run(body, x, with_cp=self.with_cp)
+        return checkpointed(body, x, with_cp=self.with_cp)
 
 
-class VideoPatchEmbed(PatchEmbed):
+class VideoPatchEmbed(nn.Module):
     """Patches with their positions in space, and in time that of the first frame."""
 
     def __init__(self, img_size: int | Sequence[int], patch_size: int, in_chans: int, embed_dim: int) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         height, width = pair(img_size)
         self.grid_size = height // patch_size, width // patch_size
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -135,8 +135,7 @@ class UnifiedBertEncoder(nn.Module):
         with_cp: bool = False,
     ) -> None:
         super().__init__()
-        if patch_size != 16:
-            raise ValueError(f"patch_size must be 16, got {patch_size}")
+        check_patch_size(patch_size)
         self.embed_dim = self.num_features = embed_dim
         self.in_chans, self.drop_path_rate, self.with_cp = in_chans, drop_path_rate, with_cp
         self.norm_layer = norm_layer or nn.LayerNorm

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkern.models.blocks import run, to_map
+from vitkern.models.blocks import checkpointed, to_map
 from vitkern.models.pyramid import Classifier, FeatureInfo, some_of
 from vitkern.models.resnet import DEPTHS, ResNet
 from vitkern.nn import (
@@ -142,7 +142,7 @@ class VTResNet(Classifier, ResNet):
         x = self.maps(image)[-1]
         state: tuple[Tensor, Any] = (x.flatten(2).transpose(1, 2), None)  # the map and the tokens
         for module in self.vt:
-            state = run(partial(module, size=x.shape[2:]), *state, with_cp=self.with_cp)
+            state = checkpointed(partial(module, size=x.shape[2:]), *state, with_cp=self.with_cp)
         return state[1].mean(1)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ from vitkern.models.blocks import (
     PatchEmbed,
     ResBottleneckBlock,
     attend,
+    check_blocks,
+    check_patch_size,
+    checkpointed,
     drop_path_rates,
     head_channels,
     merge_windows,
-    pair,
     position_grid,
     resize_positions,
-    run,
     split_windows,
     to_map,
     window_sizes,
@@ -102,7 +103,7 @@ class Block(nn.Module):
                 x = self.residual(to_map(x, height, width)).flatten(2).transpose(1, 2)
             return x
 
-        return run(body, x, with_cp=self.with_cp)
+        return checkpointed(body, x, with_cp=self.with_cp)
 
 
 class VisionTransformer(nn.Module):
@@ -143,12 +144,10 @@ class VisionTransformer(nn.Module):
         with_cp: bool = False,
     ) -> None:
         super().__init__()
-        if pair(patch_size) != (16, 16):
-            raise ValueError(f"patch_size must be 16, got {patch_size}")
+        check_patch_size(patch_size)
         self.embed_dim = self.num_features = embed_dim
         self.in_chans, self.drop_path_rate, self.with_cp = in_chans, drop_path_rate, with_cp
         self.norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
-        self.pretrain_size = pair(pretrain_size)
 
         self.patch_embed = embed_layer(
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim
@@ -160,10 +159,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
 
-        if not set(residual_indices) <= set(range(depth)):
-            raise ValueError(
-                f"residual_indices must be some of the blocks 0 to {depth - 1}, got {residual_indices}"
-            )
+        check_blocks("residual_indices", residual_indices, depth)
         windows = window_sizes(window_attn, window_size, depth)
         self.blocks = nn.ModuleList(
             Block(

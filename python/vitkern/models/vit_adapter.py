@@ -14,11 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkern.models.adapter_modules import (
-    InteractionBlock,
-    SpatialPriorModule,
-    deform_inputs,
-)
+from vitkern.models.adapter_modules import InteractionBlock, SpatialPriorModule, deform_inputs
 from vitkern.models.beit import BEiT
 from vitkern.models.blocks import Layer, SyncBatchNorm, initialise, to_map
 from vitkern.models.checkpoints import load_pretrained
@@ -56,9 +52,8 @@ class Adapter(Pyramid):
     norm_layer: Layer
     drop_path_rate: float
     cls_token: nn.Parameter | None
-    interactions_with_cp: tuple[str, ...] = (
-        FORMS  # the forms where checkpointing covers interactions as well as blocks
-    )
+    # The forms where checkpointing covers interactions as well as blocks.
+    interactions_with_cp: tuple[str, ...] = FORMS
 
     def __init__(
         self,
@@ -90,8 +85,7 @@ class Adapter(Pyramid):
         self.features_of_each = variant == "segmentation" if features_of_each is None else features_of_each
         self.out_levels = some_of(4, out_indices)
         self.interaction_indexes = _interactions(interaction_indexes, len(self.trunk))
-        if add_vit_feature:
-            self._check_interactions()
+        self._check_interactions()
 
         channels, last = self.embed_dim, len(self.interaction_indexes) - 1
         self.level_embed = nn.Parameter(torch.zeros(3, channels))
@@ -119,13 +113,17 @@ class Adapter(Pyramid):
         self.norm3 = SyncBatchNorm(channels)
         self.norm4 = SyncBatchNorm(channels)
 
+        self._initialise_adapter()
+        load_pretrained(self, pretrained, init_cfg)
+
+    def _initialise_adapter(self) -> None:
+        """The first weights of the adapter."""
         for part in (self.up, self.spm, self.interactions):
             part.apply(initialise)
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module._reset_parameters()
         nn.init.normal_(self.level_embed)
-        load_pretrained(self, pretrained, init_cfg)
 
     @property
     def trunk(self) -> nn.ModuleList:
@@ -133,7 +131,7 @@ class Adapter(Pyramid):
         return self.blocks  # type: ignore[return-value]
 
     def _check_interactions(self) -> None:
-        if self.features_of_each and len(self.interaction_indexes) != 4:
+        if self.add_vit_feature and self.features_of_each and len(self.interaction_indexes) != 4:
             raise ValueError(
                 "add_vit_feature needs four interactions, one for each map, got interaction_indexes="
                 f"{self.interaction_indexes}"

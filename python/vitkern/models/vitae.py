@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkern.models.blocks import Layer, drop_path_rates, pair, run, to_map
+from vitkern.models.blocks import Layer, checkpointed, drop_path_rates, pair, to_map
 from vitkern.models.pyramid import Classifier, FeatureInfo, Pyramid, some_of
 from vitkern.models.vitae_cells import (
     PRM,
@@ -50,7 +50,7 @@ class Stage(nn.Module):
         if not isinstance(self.RC, nn.Identity):
             x, height, width = self.RC(x if x.dim() == 4 else to_map(x, height, width))
         for cell in self.NC:
-            x = run(partial(cell, height=height, width=width), x, with_cp=self.with_cp)
+            x = checkpointed(partial(cell, height=height, width=width), x, with_cp=self.with_cp)
         return x, height, width
 
 

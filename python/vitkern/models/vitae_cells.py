@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkern.models.beit import relative_position_index
 from vitkern.models.blocks import (
     DropPath,
     Layer,
@@ -29,6 +28,7 @@ from vitkern.models.blocks import (
     split_windows,
     to_map,
 )
+from vitkern.models.relative_positions import relative_position_index
 
 RC_WINDOW = 7  # of reduction cells, whatever that of the normal cells is
 
