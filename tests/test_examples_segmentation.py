@@ -44,6 +44,13 @@ def test_an_epoch_then_another_after_a_kill(example, tmp_path, capsys, monkeypat
         assert (tmp_path / "vit_adapter_masks.png").exists()
 
 
+def test_a_batch_of_more_than_all_samples_is_refused(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "MODELS", {"vit_adapter": tiny_adapter})
+    monkeypatch.setattr(example, "TRAIN", 16)
+    with pytest.raises(SystemExit, match="--batch-size 17 is more than the 16 samples"):
+        example.main(["--batch-size", "17", "--device", "cpu", "--output", str(tmp_path)])
+
+
 @pytest.mark.parametrize("model", ["vit_adapter", "vt_fpn"])
 def test_models_give_the_logits_of_pixels(model, example):
     net, blocks = example.MODELS[model]()

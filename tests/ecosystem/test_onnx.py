@@ -234,14 +234,24 @@ def test_tokens(images, tmp_path):
     ],
 )
 def test_what_cannot_be_exported_is_named(message, model, inputs, table, tmp_path):
-    with pytest.raises(torch.onnx.OnnxExporterError) as raised:
-        export(model, inputs, tmp_path / "no.onnx", table=vitkern.onnx.translation_table(**table))
-    causes, error = [], raised.value
-    while error is not None:
-        causes.append(error)
-        error = error.__cause__
+    table = vitkern.onnx.translation_table(**table)
     with pytest.raises(ValueError, match=message):
-        raise causes[-1]
+        raise cause_of_failure(model, inputs, tmp_path / "no.onnx", table=table)
+
+
+def cause_of_failure(*arguments, **options):
+    with pytest.raises(torch.onnx.OnnxExporterError) as raised:
+        export(*arguments, **options)
+    error = raised.value
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def test_channels_that_are_not_fixed_are_refused(tmp_path):
+    dynamic = ({3: Dim("channels", min=2)}, None, None)
+    with pytest.raises(ValueError, match=r"heads and channels must be fixed, got value of \[2, .*, None\]"):
+        raise cause_of_failure(Call(plain), attention_inputs(False), tmp_path / "no.onnx", (dynamic,))
 
 
 def test_an_unknown_form_is_refused():

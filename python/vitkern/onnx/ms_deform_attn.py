@@ -93,8 +93,8 @@ def ms_deform_attn_fused(
 
 def by_grid_sample(graph: Graph, sampling: Sampling) -> Value:  # [B, Q, M * D]
     """The sum over the points of weight times sample, eq. (1), in operators that every runtime has."""
-    _, value, shapes, starts, _, weights, _, points, method = sampling
-    _, _, heads, channels = graph.sizes(value)
+    op, value, shapes, starts, _, weights, _, points, method = sampling
+    heads, channels = _heads(graph, op, value)
     total, queries = sum(points), _queries(graph, sampling)
 
     grid = graph.Transpose(_grid(graph, sampling), perm=[0, 2, 1, 3, 4])
@@ -121,7 +121,7 @@ def by_grid_sample(graph: Graph, sampling: Sampling) -> Value:  # [B, Q, M * D]
     weights = graph.Transpose(weights, perm=[0, 2, 1, 3])
     weights = graph.Reshape(weights, _join(graph, [-1, 1], queries, [total]))
     output = graph.ReduceSum(graph.Mul(every, weights), [3], keepdims=0)  # [B * M, D, Q]
-    output = graph.Transpose(graph.Reshape(output, [-1, _product(heads, channels), 0]), perm=[0, 2, 1])
+    output = graph.Transpose(graph.Reshape(output, [-1, heads * channels, 0]), perm=[0, 2, 1])
     return _narrowed(graph, output, value)
 
 
@@ -139,7 +139,7 @@ def by_tensorrt(graph: Graph, sampling: Sampling, version: str) -> Value:  # [B,
         )
     if graph.dtype(value) == DOUBLE:
         refuse(op, "TensorRT's plugin has no float64; convert the model to float32")
-    _, _, heads, channels = graph.sizes(value)
+    heads, channels = _heads(graph, op, value)
     levels = len(points)
     output = graph.plugin(
         version,
@@ -149,7 +149,7 @@ def by_tensorrt(graph: Graph, sampling: Sampling, version: str) -> Value:  # [B,
         graph.Reshape(locations, [-1, 0, heads, levels, points[0], 2]),
         graph.Reshape(weights, [-1, 0, heads, levels, points[0]]),
     )
-    return _narrowed(graph, graph.Reshape(output, [-1, 0, _product(heads, channels)]), value)
+    return _narrowed(graph, graph.Reshape(output, [-1, 0, heads * channels]), value)
 
 
 def _grid(graph: Graph, sampling: Sampling) -> Value:
@@ -199,9 +199,12 @@ def _join(graph: Graph, *parts: Value) -> Value:
     return graph.Concat(*known, axis=0)
 
 
-def _product(heads: int | None, channels: int | None) -> int:
-    assert heads is not None and channels is not None
-    return heads * channels
+def _heads(graph: Graph, op: str, value: Value) -> tuple[int, int]:
+    """How many there are, and the channels of each."""
+    heads, channels = graph.sizes(value)[2:]
+    if heads is None or channels is None:
+        refuse(op, f"the numbers of heads and channels must be fixed, got value of {graph.sizes(value)}")
+    return heads, channels
 
 
 def _level_of_each(points: tuple[int, ...]) -> list[int]:
