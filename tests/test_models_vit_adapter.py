@@ -202,6 +202,21 @@ def test_sampling_points_of_every_layer():
         torch.testing.assert_close(weights.sum((3, 4)), torch.ones(weights.shape[:3]))
 
 
+def test_sampling_points_of_a_layer_that_is_called_by_names():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = MSDeformAttn(16, 1, 2, 2)
+
+        def forward(self, tokens):
+            named = dict(input_flatten=tokens, input_spatial_shapes=[(2, 3)], input_level_start_index=[0])
+            return self.layer(tokens, reference_points=torch.full((1, 6, 1, 2), 0.5), **named)
+
+    model, tokens = Model(), torch.randn(2, 6, 16)
+    locations, weights = sampling_points(model, tokens)["layer"]
+    assert locations.shape == (2, 6, 2, 1, 2, 2) and weights.shape == (2, 6, 2, 1, 2)
+
+
 def test_other_than_three_channels():
     assert build(in_chans=5)(torch.randn(1, 5, 32, 32))[0].shape == (1, 48, 8, 8)
 

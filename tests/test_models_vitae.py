@@ -285,6 +285,10 @@ def test_grad_cam_of_a_class_token():
     assert grad_cam(model, image(), layer=model.layers[2].NC[-1].norm1).shape == (2, 64, 64)
     with pytest.raises(ValueError, match="give an earlier layer"):
         grad_cam(model, image())
+    with pytest.raises(
+        ValueError, match="Linear has no stages of which the last could be taken: give a layer"
+    ):
+        grad_cam(nn.Linear(2, 2), image())
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,14 @@ def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _observed(
-    model: nn.Module, method: str, observe: Callable[[str, nn.Module, tuple[Any, ...]], None]
-) -> Iterator[None]:
+def _observed(model: nn.Module, method: str, observe: Callable[..., None]) -> Iterator[None]:
     """Inside, each call of a module that has the method is shown: the module's name, itself, its arguments."""
 
     def watch(name: str, module: nn.Module) -> Any:
-        return module.register_forward_pre_hook(lambda module, inputs: observe(name, module, inputs))
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            observe(name, module, *inputs, **named)
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [watch(name, module) for name, module in model.named_modules() if hasattr(module, method)]
     if not handles:
@@ -61,7 +62,7 @@ def mean_attention_distances(model: nn.Module, image: Tensor) -> dict[str, Tenso
     """
     found = {}
 
-    def observe(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def observe(name: str, module: nn.Module, *inputs: Any) -> None:
         x, height, width = inputs[0], *inputs[-2:]
         weights = module.attention_weights(*inputs).float()  # type: ignore[operator]
         if isinstance(module, WindowAttention):
@@ -86,8 +87,8 @@ def token_attention(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """
     found = {}
 
-    def observe(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        weights = module.attention_map(*inputs)  # type: ignore[operator]  # [B, N, T]
+    def observe(name: str, module: nn.Module, *inputs: Any, **named: Any) -> None:
+        weights = module.attention_map(*inputs, **named)  # type: ignore[operator]  # [B, N, T]
         rows, columns = grid_of(weights.shape[1], *image.shape[2:])
         found[name] = to_map(weights, rows, columns)
 
@@ -104,8 +105,8 @@ def sampling_points(model: nn.Module, image: Tensor) -> dict[str, tuple[Tensor, 
     """
     found = {}
 
-    def observe(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found[name] = module.sampling_points(*inputs)  # type: ignore[operator]
+    def observe(name: str, module: nn.Module, *inputs: Any, **named: Any) -> None:
+        found[name] = module.sampling_points(*inputs, **named)  # type: ignore[operator]
 
     with _observed(model, "sampling_points", observe):
         model(image)
@@ -128,6 +129,10 @@ def grad_cam(
         ``[B, H, W]``, from 0 to 1.
     """
     if layer is None:
+        if not hasattr(model, "layers"):
+            raise ValueError(
+                f"{type(model).__name__} has no stages of which the last could be taken: give a layer"
+            )
         layer = model.layers[-1]  # type: ignore[index, assignment]
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(  # type: ignore[union-attr]

@@ -113,8 +113,9 @@ class MSDeformAttn(nn.Module):
         query: Tensor,
         reference_points: Tensor,
         input_flatten: Tensor,
-        input_spatial_shapes: Tensor,
-        *_: Tensor | None,
+        input_spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        input_level_start_index: Tensor | Sequence[int] | None = None,
+        input_padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Where :meth:`forward` would sample, and how much each place weighs: for pictures.
 
@@ -122,8 +123,9 @@ class MSDeformAttn(nn.Module):
             Locations ``[B, Q, M, L, P, 2]`` as (x, y), 0 to 1 across a level, and weights ``[B, Q, M, L, P]``.
         """
         offsets, logits = self._offsets_and_logits(query)
+        shapes = torch.as_tensor(input_spatial_shapes, device=query.device)
         locations = sampling_locations_of(
-            input_spatial_shapes, reference_points, offsets.flatten(3, 4), (self.n_points,) * self.n_levels
+            shapes, reference_points, offsets.flatten(3, 4), (self.n_points,) * self.n_levels
         )
         return locations.view(offsets.shape), logits.softmax(-1).view(offsets.shape[:-1])
 
