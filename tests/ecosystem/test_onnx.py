@@ -274,7 +274,7 @@ def as_if_trained(model):
     "name, size, most_nodes",
     [
         ("vit_adapter_tiny", 64, 1100),
-        ("adaptformer_vit_base", 224, 500),
+        ("adaptformer_vit_base", 224, 600),
         ("vt_resnet18", 64, 100),
         ("vitae_tiny", 224, 500),
         ("vitaev2_s", 224, 1100),
