@@ -123,6 +123,21 @@ def test_the_attention_is_not_saved():
     assert 2 * 500 * 16 not in [tensor.numel() for tensor in saved]
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_x_is_not_saved(watched):
+    """Its gradient is grad_output, and nothing else depends on it."""
+    leaves = [tensor.requires_grad_() for tensor in TokenCase("small", "", 2, 50, 8, 3).make_project(keys=4)]
+    saved = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t),
+        torch.autograd.profiler.profile(enabled=watched),
+    ):
+        output = vitkern.token_project(*leaves, backend="cpu")
+    assert set(saved) == {leaf.data_ptr() for leaf in leaves[1:]}
+    torch.autograd.backward(output, output.detach())
+    assert torch.equal(leaves[0].grad, output)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_is_bitwise_repeatable(runner, dtype):
     tensors = make(TokenCase("wide", "", 2, 200, 48, 16), runner, dtype)

@@ -296,8 +296,8 @@ def token_project(
     Returns:
         ``[B, N, C]`` in x's dtype. Sums are made in float32 (float64 for float64).
 
-    Without tokens the result is x. Gradients flow to all four, bitwise reproducible. All four are of one dtype; under
-    autocast, of the autocast dtype.
+    Without tokens the result is x. Gradients flow to all four, bitwise reproducible; x is not saved for backward. All
+    four are of one dtype; under autocast, of the autocast dtype.
 
     Examples:
         >>> x, query = torch.randn(8, 196, 256), torch.randn(8, 196, 64)

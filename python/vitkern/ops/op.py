@@ -53,7 +53,7 @@ class Op:
         kept: how many outputs follow the result.
         keeps_result: whether the backward wants the result too, before the others.
         passed_on: positions of the tensors, of the result's shape and dtype, that are added to the result as they are:
-            grad_output itself is their gradient. Those that may be None are None in the backward pass.
+            grad_output itself is their gradient. They are not saved, and None in the backward pass.
     """
 
     def __init__(
@@ -84,12 +84,15 @@ class Op:
         self._tensors = len(arguments) - len(defaults)
         tensors, options = arguments[: self._tensors], arguments[self._tensors :]
         self._arguments = tensors
-        self._unsaved = tuple(at for at in passed_on if tensors[at].startswith("Tensor?"))
 
         self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
         first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
+        inputs = [
+            argument.replace("Tensor ", "Tensor? ") if at in passed_on else argument
+            for at, argument in enumerate(tensors)
+        ]
         saved = ["Tensor result", *(f"Tensor kept_{index}" for index in range(kept))][self._saved]
-        arguments = first + tensors + saved + options
+        arguments = first + inputs + saved + options
         self._define(
             f"{name}_backward", arguments, len(differentiable), self._run_backward, self._fake_backward
         )
@@ -168,7 +171,7 @@ class Op:
             differentiate = functools.partial(
                 self._differentiate, positions=self._recorded, plan=plan, options=options
             )
-            recorder = functools.partial(direct.recorder, self.name, run, differentiate, self._unsaved)
+            recorder = functools.partial(direct.recorder, self.name, run, differentiate, self._passed_on)
             if self._kept:
                 record, record_all = (recorder(self._saved, everything) for everything in (False, True))
             else:
@@ -203,14 +206,21 @@ class Op:
         outputs = tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs)
         return outputs if self._kept else outputs[0]
 
-    def _split(self, inputs: tuple) -> tuple[tuple, tuple]:
-        """The arguments of the forward pass, and the tensors of the backward pass: those and what was saved."""
+    def _split(self, grad_output: Tensor, inputs: tuple) -> tuple[tuple, tuple]:
+        """The arguments of the forward pass, and the tensors of the backward pass: those and what was saved.
+
+        Of a tensor that was not saved, grad_output has all that may be asked for.
+        """
         count = self._tensors + self._saved.stop - self._saved.start
         inputs = self._complete(inputs, count)
-        return inputs[: self._tensors] + inputs[count:], inputs[:count]
+        forward = (
+            grad_output if tensor is None and argument.startswith("Tensor ") else tensor
+            for argument, tensor in zip(self._arguments, inputs)
+        )
+        return (*forward, *inputs[count:]), inputs[:count]
 
     def _run_backward(self, grad_output, needed, *inputs):
-        inputs, tensors = self._split(inputs)
+        inputs, tensors = self._split(grad_output, inputs)
         self._check_grad_output(grad_output, inputs)
         plan = self._launchable(inputs).plan
         gradients = self._gradients(plan, grad_output, needed, tensors)
@@ -224,7 +234,7 @@ class Op:
         ]
 
     def _fake_backward(self, grad_output, needed, *inputs):
-        inputs, _ = self._split(inputs)
+        inputs, _ = self._split(grad_output, inputs)
         self._check_grad_output(grad_output, inputs)
         likes = [inputs[position] for position in self.differentiable]
         return tuple(
@@ -244,7 +254,7 @@ class Op:
     def _set_up(self, ctx, inputs, output) -> None:
         outputs = output if self._kept else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
-        tensors = direct.without(inputs[: self._tensors], self._unsaved)
+        tensors = direct.without(inputs[: self._tensors], self._passed_on)
         ctx.save_for_backward(*tensors, *outputs[self._saved])
         ctx.options = inputs[self._tensors :]
 
