@@ -12,6 +12,7 @@ import torch
 from tests.test_torch_citizenship import attend, make
 from vitkern import _C, backends
 from vitkern.ops import direct
+from vitkern.ops import ms_deform_attn as ops
 from vitkern.ops.op import forget_plans
 
 
@@ -78,3 +79,16 @@ def test_a_call_is_described_alike_with_and_without_dlpack(monkeypatch):
     inputs = make().requires_grad_()
     attend(*inputs).sum().backward()
     assert inputs.value.grad is not None
+
+
+def test_plans_may_be_forgotten_at_any_time(monkeypatch):
+    inputs, plan = make(), ops.ms_deform_attn._planned
+
+    def planned(arguments):
+        found = plan(arguments)
+        forget_plans()  # as another thread may
+        return found
+
+    monkeypatch.setattr(ops.ms_deform_attn, "_planned", planned)
+    forget_plans()
+    assert attend(*inputs).shape == (2, 5, 16)

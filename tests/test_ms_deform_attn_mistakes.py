@@ -76,6 +76,7 @@ TYPES = {
         "value": i.value.tolist(),
         "spatial_shapes": [(6, 5), (3, 2)],
     },
+    "value must be a tensor, got NoneType": lambda i: {"value": None},
     "value must be a dense tensor, got torch.sparse_coo": lambda i: {"value": i.value.to_sparse()},
     "attention_weights must be a dense tensor, got torch.sparse_coo": lambda i: {
         "attention_weights": i.attention_weights.to_sparse()
@@ -83,13 +84,16 @@ TYPES = {
     "sampling_locations must be a tensor, got list": lambda i: {
         "sampling_locations": i.sampling_locations.tolist()
     },
+    "method must be a string, got list": lambda i: {"method": ["nearest"]},
+    "backend must be a string or None, got list": lambda i: {"backend": ["cpu"]},
 }
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("message", TYPES)
-def test_a_wrong_type_is_named(message):
+def test_a_wrong_type_is_named(message, autocast):
     inputs = make()
-    with pytest.raises(TypeError) as error:
+    with torch.autocast("cpu", enabled=autocast), pytest.raises(TypeError) as error:
         vitkern.ms_deform_attn(**{**vars(inputs), **TYPES[message](inputs)})
     assert message in str(error.value)
 

@@ -260,3 +260,11 @@ def test_a_wrong_option_is_named(message, options):
     x, *parameters = _adapter(torch.float32)[:5]
     with pytest.raises(ValueError, match=f"adapter_bottleneck: {message}"):
         vitkern.adapter_bottleneck(x, *parameters, **options)
+
+
+def test_an_option_that_is_no_string_is_named():
+    x, *parameters = _adapter(torch.float32)[:5]
+    with pytest.raises(TypeError, match="adapter_bottleneck: activation must be a string, got list"):
+        vitkern.adapter_bottleneck(x, *parameters, activation=["relu"])
+    with pytest.raises(TypeError, match="token_pool: backend must be a string or None, got list"):
+        vitkern.token_pool(*_TOKENS.make_pool(recurrent=True), backend=["cpu"])

@@ -320,15 +320,15 @@ _ms_deform_attn_fused = ops.ms_deform_attn_fused.short_way
 
 
 def _autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
-    """What autocast asks value to be, or None: it is off, or has no say over float64 and integers."""
+    """What autocast asks value to be, or None: it is off, or has no say over float64, integers, what is no tensor."""
     if not _any_autocast():
+        return None
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in (value, *others)):
         return None
     device_type = value.device.type
     if not (_knows_autocast(device_type) and torch.is_autocast_enabled(device_type)):
         return None
-    if value.dtype == torch.float64 or not all(t.is_floating_point() for t in (value, *others)):
-        return None
-    return torch.get_autocast_dtype(device_type)
+    return None if value.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
 
 
 @torch.compiler.assume_constant_result  # torch 2.4 cannot trace the question

@@ -29,6 +29,14 @@ _MOST_PLANS = 4096  # of an op; then it starts afresh
 
 Spec = tuple[Sequence[int], torch.dtype]  # of an output
 
+# What an argument of a kind of the schema must be. Plans are looked up by options: these must be hashable by then.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "Tensor": ((Tensor,), "a tensor"),
+    "Tensor?": ((Tensor, type(None)), "a tensor or None"),
+    "str": ((str,), "a string"),
+    "str?": ((str, type(None)), "a string or None"),
+}
+
 
 class Op:
     """torch.ops.vitkern.<name>; called, the same by the shortest way that nobody can tell from the dispatcher's.
@@ -83,7 +91,7 @@ class Op:
         arguments = schema.split(", ")
         self._tensors = len(arguments) - len(defaults)
         tensors, options = arguments[: self._tensors], arguments[self._tensors :]
-        self._arguments = tensors
+        self._arguments = arguments
 
         self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
         first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
@@ -119,6 +127,7 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Tensor:
         if direct.is_compiling():
+            self._check_types(inputs)
             return self._through_the_dispatcher(inputs)
         output = self.short_way(*inputs)
         return self._long_way(inputs) if output is None else output
@@ -138,17 +147,23 @@ class Op:
 
     def _long_way(self, inputs: tuple) -> Tensor:
         """For what is watched, and for the first call of its kind."""
+        self._check_types(inputs)
         if direct.nothing_watches() and direct.describe(inputs[: self._tensors]) is not None:
             if self._planned(inputs) is None:
                 return self._reference(*inputs[:-1])
-            return self.short_way(*inputs)
+            output = self.short_way(*inputs)
+            if output is not None:  # else another thread has made all plans be forgotten since
+                return output
         return self._through_the_dispatcher(inputs)
 
+    def _check_types(self, inputs: tuple) -> None:
+        for argument, given in zip(self._arguments, inputs):
+            kind, name = argument.split("=")[0].split()
+            types, expected = _TYPES.get(kind, ((object,), ""))
+            if not isinstance(given, types):
+                raise TypeError(f"{self.name}: {name} must be {expected}, got {type(given).__name__}")
+
     def _through_the_dispatcher(self, inputs: tuple) -> Tensor:
-        for argument, tensor in zip(self._arguments, inputs):
-            kind, name = argument.split()
-            if not (isinstance(tensor, Tensor) or (tensor is None and kind == "Tensor?")):
-                raise TypeError(f"{self.name}: {name} must be a tensor, got {type(tensor).__name__}")
         if _runs_as_plain_torch(inputs[0].device, inputs[0].dtype, inputs[-1]):
             self._check(*inputs)
             return self._reference(*inputs[:-1])
@@ -215,7 +230,7 @@ class Op:
         inputs = self._complete(inputs, count)
         forward = (
             grad_output if tensor is None and argument.startswith("Tensor ") else tensor
-            for argument, tensor in zip(self._arguments, inputs)
+            for argument, tensor in zip(self._arguments[: self._tensors], inputs)
         )
         return (*forward, *inputs[count:]), inputs[:count]
 
