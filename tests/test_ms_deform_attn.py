@@ -149,6 +149,15 @@ def test_nearest(runner, dtype):
     check(make(small(channels=32), runner, dtype, coordinates=torch.float32), runner, method="nearest")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nearest_locations_get_no_gradient_whatever_the_weights(runner, bad):
+    inputs = make(small(channels=8), runner, torch.float32)
+    inputs.attention_weights[:, 1] = bad
+    leaves = inputs.differentiable()
+    _, _, grad_locations, _ = gradients(call(inputs, runner.backend, method="nearest"), leaves)
+    assert (grad_locations == 0).all()
+
+
 NOT_FINITE = [float("nan"), float("inf"), float("-inf"), float("nan"), float("-inf")]
 FAR = [1e30, -1e30, 3e37, -7.0, 1e9]
 

@@ -135,9 +135,10 @@ def ms_deform_attn_backward(
                         width, M * D, D, BLOCK_D, BILINEAR,
                     )  # fmt: skip
                     weights = _put(weights, step if NUMBERS == 0 else group * GROUP_POINTS + step, sample)
-                    x, y = x * weight, y * weight
-                    locations = _put_pairs(locations, step, counts, x * x_scale, y * y_scale)
-                    places = _put_pairs(places, step, counts, x * width, y * height)
+                    if BILINEAR:  # a slope of 0 times a weight that is not finite would be NaN
+                        x, y = x * weight, y * weight
+                        locations = _put_pairs(locations, step, counts, x * x_scale, y * y_scale)
+                        places = _put_pairs(places, step, counts, x * width, y * height)
                 if grad_value_ptr is not None:
                     _scatter(
                         weight[:, None] * grad_output, grad_value_ptr + origin, offset, channel, counts, left, top,
