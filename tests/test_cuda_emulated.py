@@ -200,10 +200,12 @@ def test_addresses_that_are_not_whole_vectors(deterministic):
     assert_right(args, deterministic=deterministic)
 
 
-def test_sizes_beyond_the_kernels_are_refused():
-    args = make(4, points=(1,) * 1025, queries=1)
-    args[1], args[2] = torch.zeros(1025, 2, dtype=torch.int64), torch.zeros(1025, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="ms_deform_attn on CUDA: more than 1024 levels"):
+@pytest.mark.parametrize("levels, dtype", [(1025, torch.float32), (513, torch.float64)])
+def test_levels_beyond_shared_memory_are_refused(levels, dtype):
+    args = make(4, points=(1,) * levels, queries=1, dtype=dtype)
+    args[1], args[2] = torch.zeros(levels, 2, dtype=torch.int64), torch.zeros(levels, dtype=torch.int64)
+    message = "ms_deform_attn on CUDA: more than 1024 levels, of float64 more than 512"
+    with pytest.raises(RuntimeError, match=message):
         launch_forward("cuda", *args)
 
 

@@ -186,6 +186,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   using Split = Team<T, kChannels>;
   __shared__ GradPoint<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
   __shared__ Form<T, kFused> forms[Split::kPerBlock];  // where they take no registers
+  static_assert(leaves_room_for_levels<decltype(staged), decltype(forms)>);
   VITKERN_DYNAMIC_SHARED(Level<Accumulator<T>>, levels);
   load_levels(task, levels);
   levels = settled_shared(levels);

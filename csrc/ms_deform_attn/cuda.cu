@@ -14,7 +14,6 @@ namespace vitkern {
 namespace {
 
 constexpr int64_t kMax31Bits = 0x7fffffff;
-constexpr int64_t kMaxLevels = 1024;  // their table takes 16 KB of shared memory
 
 [[noreturn]] void refuse(const char* what) {
   throw std::runtime_error(std::string("vitkern: ms_deform_attn on CUDA: ") + what);
@@ -24,7 +23,6 @@ constexpr int64_t kMaxLevels = 1024;  // their table takes 16 KB of shared memor
 // with its heads: queries, or pixels; `pixel_step` leads from pixel to pixel, in the unit of Corners::offset.
 Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int64_t pixel_step) {
   if (p.pixels > kMax31Bits) refuse("more than 2^31 - 1 pixels an image");
-  if (p.levels > kMaxLevels) refuse("more than 1024 levels");
   if (p.points > 1 << 20) refuse("more than 2^20 points a query and head");
   if (p.pixels * pixel_step > 2 * kMax31Bits) refuse("an image of value has too many elements");
   if (rows * p.heads > kMax31Bits) refuse("more than 2^31 - 1 pairs of query, or pixel, and head an image");
@@ -100,6 +98,8 @@ void dispatch(const MsDeformAttnParams& p, const Call& call) {
 template <typename T, typename Kernel, typename... Arguments>
 void launch_teams(const char* name, Kernel kernel, const MsDeformAttnParams& p, int64_t rows, int lanes,
                   int64_t pixel_step, const Arguments&... arguments) {
+  if (p.levels * sizeof(Level<Accumulator<T>>) > kLevelBytes)
+    refuse("more than 1024 levels, of float64 more than 512");
   const Task task = make_task(p, rows, lanes, pixel_step);
   launch(name, kernel, dim3(static_cast<unsigned>(p.batch * task.blocks)), dim3(kThreads),
          task.levels * sizeof(Level<Accumulator<T>>), p.stream, task, arguments...);

@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
                                      const int64_t* first, const Accumulator<T>* softmax) {
   using A = Accumulator<T>;
   __shared__ Part<A> staged[kThreads / kWarpLanes][kWarpLanes];
+  static_assert(leaves_room_for_levels<decltype(staged)>);
   VITKERN_DYNAMIC_SHARED(Level<A>, levels);
   load_levels(task, levels);
   Part<A>* parts = staged[threadIdx.x / kWarpLanes];

@@ -107,6 +107,12 @@ __device__ __forceinline__ void store_coordinate(void* data, int64_t index, bool
   }
 }
 
+// What the levels may take of shared memory, beside what the kernels declare.
+constexpr size_t kLevelBytes = 16 << 10;
+
+template <typename... Declared>
+constexpr bool leaves_room_for_levels = (sizeof(Declared) + ... + kLevelBytes) <= kSharedBytes;
+
 // A level, read once a block into shared memory. Nothing can touch an empty one: -1 < x < -1 is never true.
 template <typename A>
 struct alignas(16) Level {

@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   using Split = Team<T, kChannels>;
   // One point a lane; the odd stride puts what neighbouring teams read at the same time into different banks.
   __shared__ Corners<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];
+  static_assert(leaves_room_for_levels<decltype(staged)>);
   VITKERN_DYNAMIC_SHARED(Level<Accumulator<T>>, levels);
   const bool all_fit = load_levels(task, levels);
   levels = settled_shared(levels);
