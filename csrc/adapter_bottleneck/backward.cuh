@@ -20,7 +20,7 @@ struct AdapterBottleneckLeft {
   void* scale_part;  // [blocks], accumulator type: sums of a e; null if no gradient of scale is wanted
 };
 
-// The sum of each thread's number, in thread 0. `warps` has room for kBlockWarps.
+// The sum of each thread's number. All of the block calls it; `warps` has room for kBlockWarps.
 template <typename A>
 __device__ __forceinline__ A block_sum(A x, A* warps) {
   x = team_reduce<kWarpLanes>(x, [](A left, A right) { return left + right; });

@@ -2,6 +2,8 @@
 // adapter_bottleneck in vitkern._C. Shapes, dtypes and devices are checked in Python.
 #pragma once
 
+#include <utility>
+
 #include "adapter_bottleneck/cpu.h"
 #include "adapter_bottleneck/params.h"
 #include "common/bindings.h"
@@ -12,13 +14,13 @@
 
 namespace vitkern::bindings::adapter_bottleneck {
 
-using Inputs =
-    std::array<uintptr_t, 8>;          // x, down weight, down bias, up weight, up bias, residual, scale, seed
-using Sizes = std::array<int64_t, 3>;  // N, C, H
-using Codes = std::array<int32_t, 3>;  // activation, dtype, whether the residual is x
+// x, down weight, down bias, up weight, up bias, residual, scale, seed.
+using Inputs = std::array<uintptr_t, 8>;
+// Of x, down weight, down bias, up weight, up bias, scale; 0 = not wanted.
+using Gradients = std::array<uintptr_t, 6>;
+using Sizes = std::array<int64_t, 3>;       // N, C, H
+using Codes = std::array<int32_t, 3>;       // activation, dtype, whether the residual is x
 using Drops = std::pair<uint32_t, double>;  // threshold, rescale
-using Gradients =
-    std::array<uintptr_t, 6>;  // of x, down weight, down bias, up weight, up bias, scale; 0 = not wanted
 
 inline AdapterBottleneckParams make_params(const Inputs& inputs, const Sizes& sizes, const Codes& codes,
                                            double factor, const Drops& drops) {

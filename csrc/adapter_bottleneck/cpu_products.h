@@ -6,6 +6,7 @@
 #include "adapter_bottleneck/params.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/sizes.h"
 #include "common/tile.h"
 
 namespace vitkern::VITKERN_ISA {
@@ -13,13 +14,9 @@ namespace {
 
 using Params = AdapterBottleneckParams;
 
-constexpr int64_t kStretch =
-    256;  // channels that are summed at a time: a panel of so many is half of the first cache
+// Channels that are summed at a time: a panel of so many is half of the first cache.
+constexpr int64_t kStretch = 256;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 48;  // rows: those of x stay in the second cache
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of a task, so many that the workers end at about the same time.
 inline int64_t block_rows(int64_t rows, int64_t threads) {

@@ -9,7 +9,6 @@
 
 namespace vitkern {
 
-constexpr int64_t kBlocksWanted = 512;   // what keeps the largest cards busy, if blocks are all that counts
 constexpr int64_t kBlocksAtLeast = 256;  // two for each SM
 constexpr int kFewestRows = 16;          // of a block
 

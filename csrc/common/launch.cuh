@@ -65,6 +65,8 @@ inline std::string launch_failure(const char* name, dim3 grid, dim3 block, size_
 
 inline int64_t blocks_of(int64_t items, int64_t of_block) { return (items + of_block - 1) / of_block; }
 
+constexpr int64_t kBlocksWanted = 512;  // what keeps the largest cards busy, if blocks are all that counts
+
 // For the first axis of a grid, the only one that can be long.
 inline unsigned grid_blocks(int64_t blocks) {
   if (blocks > 0x7fffffff) throw std::runtime_error("vitkern: more than 2^31 - 1 blocks");

@@ -9,10 +9,11 @@
 
 #include <math.h>
 
-#include <stdexcept>
 #include <type_traits>
 
+#include "common/dispatch.h"
 #include "common/scratch.h"
+#include "common/sizes.h"
 #include "common/tile.h"
 
 namespace vitkern::VITKERN_ISA {
@@ -25,15 +26,6 @@ constexpr int64_t kMinBlock = 2 * kTileRows, kMaxBlock = 96;  // pixels
 
 template <typename Acc>
 constexpr Acc kInfinity = static_cast<Acc>(HUGE_VAL);
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <typename Acc>
-int64_t whole_vectors(int64_t columns) {
-  return divide_up(columns, kLanes<Acc>) * kLanes<Acc>;
-}
 
 struct PixelSplit {
   int64_t batch, pixels;
@@ -255,22 +247,6 @@ void add_sheets(const Acc* sheets, int64_t sheet_size, int64_t count, int64_t co
     for (int64_t i = 0; i < count; ++i) sums = sums + load<Acc, N>(sheets + i * sheet_size + column);
     store_some(to + column, sums, columns - column);
   }
-}
-
-// Calls run(T{}) with the element type.
-template <typename Run>
-void dispatch_dtype(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return run(float{});
-    case DType::kFloat64:
-      return run(double{});
-    case DType::kFloat16:
-      return run(Half{});
-    case DType::kBFloat16:
-      return run(BFloat16{});
-  }
-  throw std::invalid_argument("unknown dtype code");
 }
 
 }  // namespace

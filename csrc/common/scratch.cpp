@@ -58,7 +58,7 @@ void* allocate(size_t bytes) {
 
 Scratch::Scratch(size_t bytes) {
   const size_t granule = alignment_of(bytes);
-  bytes_ = (bytes + granule) / granule * granule;
+  bytes_ = (bytes / granule + 1) * granule;  // a block of its own even for nothing
   {
     Kept& store = kept();
     const std::lock_guard<std::mutex> lock(store.mutex);

@@ -21,6 +21,7 @@
 #pragma once
 
 #include "common/elements.h"
+#include "common/sizes.h"
 
 namespace vitkern::VITKERN_ISA {
 namespace {
@@ -123,14 +124,13 @@ VITKERN_INLINE void for_width(int64_t columns, const Body& body) {
 
 template <typename Acc>
 VITKERN_INLINE int64_t panels(int64_t columns) {
-  return (columns + kPanel<Acc> - 1) / kPanel<Acc>;
+  return divide_up(columns, kPanel<Acc>);
 }
 
 // How many of `columns` columns are in this panel.
 template <typename Acc>
 VITKERN_INLINE int64_t panel_columns(int64_t columns, int64_t panel) {
-  const int64_t left = columns - panel * kPanel<Acc>;
-  return left < kPanel<Acc> ? left : kPanel<Acc>;
+  return smaller(columns - panel * kPanel<Acc>, kPanel<Acc>);
 }
 
 // One panel, [depth][kPanel], of a B whose rows are stored: B[k, n] is from[k * stride + n].

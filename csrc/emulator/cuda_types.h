@@ -17,9 +17,6 @@ struct dim3 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 struct __half {
   uint16_t bits;
 };

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "common/dispatch.h"
 #include "ms_deform_attn/cpu_backward.h"
 #include "ms_deform_attn/cpu_forward.h"
 
@@ -30,18 +31,12 @@ void read_levels(const MsDeformAttnParams& p, Level* levels) {
 // Calls run(T{}, C{}) with the types of value and of coordinates.
 template <typename Run>
 void dispatch_dtypes(const MsDeformAttnParams& p, const Run& run) {
-  const bool same = p.coord_dtype == p.value_dtype;
-  switch (p.value_dtype) {
-    case DType::kFloat32:
-      return run(float{}, float{});
-    case DType::kFloat64:
-      return run(double{}, double{});
-    case DType::kFloat16:
-      return same ? run(Half{}, Half{}) : run(Half{}, float{});
-    case DType::kBFloat16:
-      return same ? run(BFloat16{}, BFloat16{}) : run(BFloat16{}, float{});
-  }
-  throw std::invalid_argument("ms_deform_attn: unknown dtype code");
+  dispatch_dtype(p.value_dtype, [&](auto value) {
+    using T = decltype(value);
+    if constexpr (sizeof(T) == 2)
+      if (p.coord_dtype != p.value_dtype) return run(value, Accumulator<T>{});
+    run(value, value);
+  });
 }
 
 // Rows are 32-bit numbers beside 32-bit floats.

@@ -10,6 +10,7 @@
 // accumulators that is written to grad_value once.
 #pragma once
 
+#include "ms_deform_attn/cpu_logits.h"
 #include "ms_deform_attn/cpu_scatter.h"
 
 namespace vitkern::VITKERN_ISA {
@@ -81,7 +82,7 @@ BackwardPlan cut_backward(const MsDeformAttnParams& p, const Level* levels, Grou
   plan.groups = groups;
   plan.group_count = p.levels;
   plan.chunks = 1;
-  plan.channels = padded_channels<Acc>(p.channels);
+  plan.channels = whole_vectors<Acc>(p.channels);
   const int64_t heads = p.batch * p.heads;
   if (heads >= 2 * p.threads || levels_overlap(levels, p.levels)) {
     plan.group_count = 1;

@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "common/parallel.h"
 #include "ms_deform_attn/cpu_fused.h"
 
 namespace vitkern::VITKERN_ISA {
@@ -22,13 +23,6 @@ constexpr int64_t kTaskQueries = 64;
 constexpr int64_t kTaskPixels = 64;
 // Points for each pixel, from which on a copy takes less time than it saves.
 constexpr int64_t kWorthPacking = 8;
-
-template <typename Acc>
-int64_t padded_channels(int64_t channels) {
-  return (channels + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
-}
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Adds the corners of a query, kVectors vectors of channels. `rows` and `out` begin at the first of them.
 template <int kVectors, int kUsed, typename AnyRows, typename Acc>
@@ -85,7 +79,7 @@ struct ForwardWorker {
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p) {
     tile.lay_out(cursor, p.points);
     fusion.lay_out(cursor, p);
-    sums = cursor.take<Acc>(padded_channels<Acc>(p.channels));
+    sums = cursor.take<Acc>(whole_vectors<Acc>(p.channels));
   }
 };
 
@@ -95,7 +89,7 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
                      int64_t image, int64_t head, int64_t begin, int64_t end) {
   using Acc = Accumulator<T>;
   Tile<Acc>& tile = worker.tile;
-  const int64_t channels = padded_channels<Acc>(p.channels), row_bytes = p.channels * sizeof(*rows.base);
+  const int64_t channels = whole_vectors<Acc>(p.channels), row_bytes = p.channels * sizeof(*rows.base);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
@@ -143,7 +137,7 @@ void pack(const MsDeformAttnParams& p, int64_t image, int64_t begin, int64_t end
 template <int kUsed, typename T, typename C>
 void forward(const MsDeformAttnParams& p, const Level* levels) {
   using Acc = Accumulator<T>;
-  const int64_t channels = padded_channels<Acc>(p.channels);
+  const int64_t channels = whole_vectors<Acc>(p.channels);
   const bool packs = channels != p.channels || p.queries * p.points >= kWorthPacking * p.pixels;
   const int64_t stretches = divide_up(p.queries, kTaskQueries);
   const int64_t images_at_once = packs ? 1 : p.batch;

@@ -4,21 +4,17 @@
 // gradients of the tile turned into those of offsets and locations, eq. (12), and of logits, eq. (11).
 //
 // The softmax runs over all levels. A backward task that sees all of them does so too; for tasks of one
-// level, a pass over the logits goes before, which leaves two numbers of each query and head, and a pass over
-// the gradients of the weights comes after.
+// level there are the passes of cpu_logits.h.
 #pragma once
 
 #include <math.h>
 
 #include "common/exp.h"
-#include "common/parallel.h"
 #include "common/prefetch.h"
 #include "ms_deform_attn/cpu_points.h"
 
 namespace vitkern::VITKERN_ISA {
 namespace {
-
-constexpr int64_t kRowsOfTask = 512;  // of logits, one row for each query and head
 
 // What makes weights of logits: w = exp(z - maximum) * scale.
 template <typename Acc>
@@ -115,7 +111,7 @@ template <typename Acc>
 void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
                   int64_t image, int64_t first, int64_t queries) {
   constexpr int N = kLanes<Acc>;
-  const int64_t padded = tile.points ? tile.padded : 0;
+  const int64_t padded = tile.padded;  // a copy, which the stores below cannot change
   read_references(fusion, tile, p.reference, image, first, queries);
   const auto scale = [&](Acc* reach, const Acc* spread) {
     for (int64_t i = 0; i < padded; i += N)
@@ -158,17 +154,6 @@ VITKERN_INLINE Acc sum_of(int64_t count, const Power& power) {
   for (int64_t i = 0; i < count; i += N)
     total = total + select(first_lanes<Acc, N>(count - i), power(i), zero);
   return sum(total);
-}
-
-// Of one row of logits. A NaN makes the scale NaN, as do infinities that have no softmax.
-template <typename Acc>
-Softmax<Acc> softmax_of(const Acc* logits, int64_t count) {
-  constexpr int N = kLanes<Acc>;
-  const Acc top = largest_of(logits, count);
-  const Acc total = sum_of<Acc>(count, [&](int64_t i) VITKERN_INLINE_LAMBDA {
-    return exp_nonpositive(load<Acc, N>(logits + i) - broadcast<Acc, N>(top));
-  });
-  return {top, 1 / total};
 }
 
 // From the logits of `rows` rows to their weights, in place, eq. (8).
@@ -248,53 +233,6 @@ void unfuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDef
   if (p.grad_locations && p.reference.numbers == 4)
     multiply(tile.xy, fusion.reach_x, fusion.reach_y, tile.xy);
   if (p.grad_weights && !fusion.known) unweigh_rows(fusion, tile.weight, queries, tile.points, grad_weight);
-}
-
-// Where the softmax of a row of logits, one of [B, Q, M], lies in [B, M, Q].
-inline int64_t softmax_index(const MsDeformAttnParams& p, int64_t row) {
-  const int64_t head = row % p.heads, query = row / p.heads % p.queries, image = row / p.heads / p.queries;
-  return (image * p.heads + head) * p.queries + query;
-}
-
-// Calls body(worker, first, count) for all rows of logits of the call, as many at once as a tile holds.
-template <typename Body>
-void for_rows(const MsDeformAttnParams& p, int workers, const Body& body) {
-  if (p.points == 0) return;
-  const int64_t rows = p.batch * p.queries * p.heads;
-  const int64_t fitting = p.points < kTilePoints ? kTilePoints / p.points : 1;
-  const int64_t step = fitting < kTileQueries ? fitting : kTileQueries;
-  parallel_for((rows + kRowsOfTask - 1) / kRowsOfTask, workers, [&](int64_t task, int who) {
-    const int64_t end = rows < (task + 1) * kRowsOfTask ? rows : (task + 1) * kRowsOfTask;
-    for (int64_t row = task * kRowsOfTask; row < end; row += step)
-      body(who, row, end - row < step ? end - row : step);
-  });
-}
-
-// The pass before: what makes weights of the logits, for every query and head.
-template <typename C, typename Worker, typename Acc>
-void measure_logits(const MsDeformAttnParams& p, Worker* workers, int count, Softmax<Acc>* known) {
-  for_rows(p, count, [&](int who, int64_t first, int64_t rows) {
-    Acc* const logits = workers[who].tile.weight;
-    widen_array(static_cast<const C*>(p.weights) + first * p.points, rows * p.points, logits);
-    for (int64_t row = 0; row < rows; ++row)
-      known[softmax_index(p, first + row)] = softmax_of(logits + row * p.points, p.points);
-  });
-}
-
-// The pass after: from gradients of weights to those of logits; both may be the same array.
-template <typename C, typename Worker, typename Acc>
-void finish_logits(const MsDeformAttnParams& p, Worker* workers, int count, const Softmax<Acc>* known) {
-  for_rows(p, count, [&](int who, int64_t first, int64_t rows) {
-    const Fusion<Acc>& fusion = workers[who].fusion;
-    Acc *const weights = workers[who].tile.weight, *const grads = workers[who].tile.x;
-    const int64_t points = rows * p.points;
-    widen_array(static_cast<const C*>(p.weights) + first * p.points, points, weights);
-    widen_array(fusion.grad_weights + first * p.points, points, grads);
-    for (int64_t row = 0; row < rows; ++row) fusion.softmax[row] = known[softmax_index(p, first + row)];
-    weigh_rows(fusion, fusion.softmax, rows, p.points, weights);
-    unweigh_rows(fusion, weights, rows, p.points, grads);
-    narrow_array(grads, points, static_cast<C*>(p.grad_weights) + first * p.points);
-  });
 }
 
 }  // namespace

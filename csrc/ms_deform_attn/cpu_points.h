@@ -5,6 +5,7 @@
 
 #include "common/elements.h"
 #include "common/scratch.h"
+#include "common/sizes.h"
 #include "ms_deform_attn/params.h"
 
 namespace vitkern::VITKERN_ISA {
@@ -76,7 +77,7 @@ void set_levels(Tile<Acc>& tile, const Level* levels, int64_t level_count, int64
   tile.points = level_count ? levels[level_count - 1].last_point - first_point : 0;
   tile.queries = tile.points ? kTilePoints / tile.points : kTileQueries;
   tile.queries = tile.queries < 1 ? 1 : tile.queries > kTileQueries ? kTileQueries : tile.queries;
-  tile.padded = (tile.queries * tile.points + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+  tile.padded = whole_vectors<Acc>(tile.queries * tile.points);
   for (int64_t i = 0; i < tile.padded; ++i) {
     tile.width[i] = tile.height[i] = 0;
     tile.columns[i] = tile.rows[i] = tile.start[i] = 0;

@@ -4,6 +4,7 @@
 // those rows, eq. (5). cpu_backward.h says who runs it on what.
 #pragma once
 
+#include "common/shuffle.h"
 #include "ms_deform_attn/cpu_forward.h"
 
 namespace vitkern::VITKERN_ISA {

@@ -12,6 +12,7 @@
 
 namespace vitkern {
 
+// Mirrored by SAMPLING_CODES in python/vitkern/ops/ms_deform_attn_checks.py.
 enum class Sampling : int32_t { kBilinear = 0, kNearest = 1 };
 
 // Levels of unequal point counts are described by value, so that no launch has to copy a table to the device.

@@ -14,8 +14,6 @@
 namespace vitkern {
 namespace {
 
-constexpr int64_t kBlocksWanted = 512;  // what keeps the largest cards busy
-
 // The workspace of either pass. Each image's pixels are split where there are few images, as long as the parts
 // stay a quarter of x.
 struct Layout {

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// From the number of an element type to CPU kernels that were compiled for it.
+#pragma once
+
+#include <stdexcept>
+
+#include "common/elements.h"
+
+namespace vitkern::VITKERN_ISA {
+namespace {
+
+// Calls run(T{}) with the element type.
+template <typename Run>
+void dispatch_dtype(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return run(float{});
+    case DType::kFloat64:
+      return run(double{});
+    case DType::kFloat16:
+      return run(Half{});
+    case DType::kBFloat16:
+      return run(BFloat16{});
+  }
+  throw std::invalid_argument("unknown dtype code");
+}
+
+}  // namespace
+}  // namespace vitkern::VITKERN_ISA
