@@ -115,6 +115,14 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str | None) -> s
     return backend
 
 
+@torch.compiler.assume_constant_result
+def falls_to_reference(device: torch.device, dtype: torch.dtype, requested: str | None) -> bool:
+    """Whether the choice is the reference, which is no op but differentiable torch code."""
+    if device.type == "meta" or dtype not in DTYPES:
+        return False  # an op's own check has the better message
+    return choose(device, dtype, requested) == "reference"
+
+
 def explain(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, str | None]:

@@ -16,6 +16,7 @@ from vitkern.ops import ms_deform_attn as ops
 from vitkern.ops import native
 from vitkern.ops import token_pool as token_pool_ops
 from vitkern.ops import token_project as token_project_ops
+from vitkern.ops.autocast import any_autocast, autocast_dtype
 
 # Above all seeds that dropout draws.
 _SEEDS = 2**63 - 1
@@ -68,14 +69,14 @@ def ms_deform_attn(
         >>> vitkern.ms_deform_attn(value, shapes, None, locations, weights).shape
         torch.Size([1, 5, 32])
     """
-    if not (_is_compiling() or _any_autocast()):
+    if not (_is_compiling() or any_autocast()):
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         output = _ms_deform_attn(*inputs, points_per_level, method, backend)
         if output is not None:
             return output
 
     spatial_shapes, level_start_index = as_levels("ms_deform_attn", spatial_shapes, level_start_index, value)
-    lowered = _autocast_dtype(value, sampling_locations, attention_weights)
+    lowered = autocast_dtype(value, sampling_locations, attention_weights)
     if lowered is not None:
         value = value.to(lowered)
         sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
@@ -126,7 +127,7 @@ def ms_deform_attn_fused(
         >>> vitkern.ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits).shape
         torch.Size([1, 5, 32])
     """
-    if not (_is_compiling() or _any_autocast()):
+    if not (_is_compiling() or any_autocast()):
         inputs = (
             value,
             spatial_shapes,
@@ -142,7 +143,7 @@ def ms_deform_attn_fused(
     spatial_shapes, level_start_index = as_levels(
         "ms_deform_attn_fused", spatial_shapes, level_start_index, value
     )
-    lowered = _autocast_dtype(value, reference_points, sampling_offsets, attention_logits)
+    lowered = autocast_dtype(value, reference_points, sampling_offsets, attention_logits)
     if lowered is not None:
         value = value.to(lowered)
 
@@ -199,7 +200,7 @@ def adapter_bottleneck(
     """
     parameters = (down_weight, down_bias, up_weight, up_bias)
     adapter_ops.check_tensors(x, *parameters, residual)
-    lowered = _autocast_dtype(x, *(tensor for tensor in parameters if tensor is not None))
+    lowered = autocast_dtype(x, *(tensor for tensor in parameters if tensor is not None))
     if lowered is not None:
         x = x.to(lowered)
     residual_is_x, beside = residual is x, None
@@ -208,8 +209,9 @@ def adapter_bottleneck(
     elif residual is not None and residual.dtype != x.dtype:
         residual, beside = None, residual
 
-    dropout_p = _number("dropout_p", dropout_p)
-    factor, learnable = (1.0, scale) if isinstance(scale, Tensor) else (_number("scale", scale), None)
+    dropout_p = adapter_ops.number("dropout_p", dropout_p)
+    learnable = scale if isinstance(scale, Tensor) else None
+    factor = adapter_ops.number("scale", scale) if learnable is None else 1.0
     seed = None
     if training and dropout_p > 0:
         seed = torch.randint(_SEEDS, (1,), device=x.device, dtype=torch.int64)
@@ -237,14 +239,6 @@ def adapter_bottleneck(
     return output if beside is None else beside + output
 
 
-def _number(name: str, value: float) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        message = f"adapter_bottleneck: {name} must be a number, got {value!r}"
-        raise TypeError(message) from None
-
-
 def token_pool(
     x: Tensor, weight: Tensor, *, return_attention: bool = False, backend: str | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -268,7 +262,7 @@ def token_pool(
         >>> vitkern.token_pool(torch.randn(8, 3136, 256), torch.randn(16, 256)).shape
         torch.Size([8, 16, 256])
     """
-    lowered = _autocast_dtype(x, weight)
+    lowered = autocast_dtype(x, weight)
     if lowered is not None:
         x, weight = x.to(lowered), weight.to(lowered)
     tokens = token_pool_ops.token_pool(x, weight, backend)
@@ -305,33 +299,13 @@ def token_project(
         >>> vitkern.token_project(x, query, key, tokens).shape
         torch.Size([8, 196, 256])
     """
-    lowered = _autocast_dtype(x, query, key, tokens)
+    lowered = autocast_dtype(x, query, key, tokens)
     if lowered is not None:
         x, query, key, tokens = (tensor.to(lowered) for tensor in (x, query, key, tokens))
     return token_project_ops.token_project(x, query, key, tokens, backend)
 
 
-# Whether autocast is on for any device.
-_any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 # To the results of calls whose like there has been; None for others.
 _ms_deform_attn = ops.ms_deform_attn.short_way
 _ms_deform_attn_fused = ops.ms_deform_attn_fused.short_way
-
-
-def _autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
-    """What autocast asks value to be, or None: it is off, or has no say over float64, integers, what is no tensor."""
-    if not _any_autocast():
-        return None
-    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in (value, *others)):
-        return None
-    device_type = value.device.type
-    if not (_knows_autocast(device_type) and torch.is_autocast_enabled(device_type)):
-        return None
-    return None if value.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
-
-
-@torch.compiler.assume_constant_result  # torch 2.4 cannot trace the question
-def _knows_autocast(device_type: str) -> bool:
-    """Asking a device type without autocast ("meta", others in older releases) for its state would raise."""
-    return torch.amp.is_autocast_available(device_type)

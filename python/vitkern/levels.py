@@ -67,12 +67,9 @@ def _made(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Te
     for height, width in shapes:
         starts.append(first)
         first += height * width
-    with torch.inference_mode(
-        False
-    ):  # a tensor made in inference mode could not be saved for a later backward
-        return torch.tensor(shapes, device=device).view(-1, 2).long(), torch.tensor(
-            starts, device=device
-        ).long()
+    with torch.inference_mode(False):  # made in inference mode they could not be saved for a later backward
+        sizes = torch.tensor(shapes, device=device).view(-1, 2).long()
+        return sizes, torch.tensor(starts, device=device).long()
 
 
 _kept = functools.lru_cache(maxsize=256)(_made)

@@ -40,10 +40,8 @@ def ms_deform_attn(
         first += points
         corners = _bilinear_corners if method == "bilinear" else _nearest_pixel
         for x, y, coefficient, inside in corners(xy[..., 0], xy[..., 1], width, height):
-            pixel = torch.where(inside, level_start_index[level] + y * width + x, 0).flatten(
-                2
-            )  # [B, M, Q * P]
-            sample = value_of_head.gather(2, pixel[..., None].expand(-1, -1, -1, channels))
+            pixel = torch.where(inside, level_start_index[level] + y * width + x, 0)  # [B, M, Q, P]
+            sample = value_of_head.gather(2, pixel.flatten(2)[..., None].expand(-1, -1, -1, channels))
             sample = sample.unflatten(2, (queries, points))
             # A corner outside is no sample: its value must not be read, lest a NaN there times 0 come through.
             share = torch.where(inside, weight * coefficient, 0)[..., None]

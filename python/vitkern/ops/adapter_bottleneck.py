@@ -54,6 +54,13 @@ def check_tensors(x, down_weight, down_bias, up_weight, up_bias, residual) -> No
         _CONTRACT.check_shape("residual", residual, x.shape, f"{list(x.shape)}, like x")
 
 
+def number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"adapter_bottleneck: {name} must be a number, got {value!r}") from None
+
+
 def _check(
     x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed,
     factor, dropout_p, activation, residual_is_x, keep, backend,

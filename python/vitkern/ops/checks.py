@@ -11,6 +11,23 @@ from torch import Tensor
 
 from vitkern import backends
 
+# What an argument has to be, by its kind in a schema.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "Tensor": ((Tensor,), "a tensor"),
+    "Tensor?": ((Tensor, type(None)), "a tensor or None"),
+    "str": ((str,), "a string"),
+    "str?": ((str, type(None)), "a string or None"),
+}
+
+
+def check_types(op: str, arguments: Sequence[str], given: Sequence[object]) -> None:
+    """That tensors and names are what they should be; `arguments` as a schema writes them."""
+    for argument, one in zip(arguments, given):
+        kind, name = argument.split("=")[0].split()
+        types, expected = _TYPES.get(kind, ((object,), ""))
+        if not isinstance(one, types):
+            raise TypeError(f"{op}: {name} must be {expected}, got {type(one).__name__}")
+
 
 class Contract:
     """The checks of one op. They read no elements, and so serve real and fake tensors alike."""

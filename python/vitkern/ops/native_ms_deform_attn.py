@@ -22,9 +22,7 @@ class Layout(NamedTuple):
     """What a kernel is told besides addresses: follows from shapes, strides, dtypes and options."""
 
     sizes: tuple[int, ...]  # B, S, M, D, Q, L, K
-    anchors: tuple[
-        int, ...
-    ]  # address of the reference points, numbers, strides, 0 along an axis that is broadcast
+    anchors: tuple[int, ...]  # address of the reference points, numbers, strides (0 along a shared axis)
     point_end: list[int]  # where each level's points end; empty where all levels have the same number
     codes: tuple[int, ...]  # of method and dtypes
 

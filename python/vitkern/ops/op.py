@@ -19,6 +19,7 @@ from torch._library import autograd as dispatched
 
 from vitkern import _C, backends
 from vitkern.ops import direct
+from vitkern.ops.checks import check_types
 
 _library = torch.library.Library("vitkern", "FRAGMENT")
 
@@ -28,14 +29,6 @@ BACKEND = "str? backend=None"
 _MOST_PLANS = 4096  # of an op; then it starts afresh
 
 Spec = tuple[Sequence[int], torch.dtype]  # of an output
-
-# What an argument of a kind of the schema must be. Plans are looked up by options: these must be hashable by then.
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "Tensor": ((Tensor,), "a tensor"),
-    "Tensor?": ((Tensor, type(None)), "a tensor or None"),
-    "str": ((str,), "a string"),
-    "str?": ((str, type(None)), "a string or None"),
-}
 
 
 class Op:
@@ -127,7 +120,7 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Tensor:
         if direct.is_compiling():
-            self._check_types(inputs)
+            check_types(self.name, self._arguments, inputs)
             return self._through_the_dispatcher(inputs)
         output = self.short_way(*inputs)
         return self._long_way(inputs) if output is None else output
@@ -147,7 +140,7 @@ class Op:
 
     def _long_way(self, inputs: tuple) -> Tensor:
         """For what is watched, and for the first call of its kind."""
-        self._check_types(inputs)
+        check_types(self.name, self._arguments, inputs)  # before plans are looked up by what must be hashable
         if direct.nothing_watches() and direct.describe(inputs[: self._tensors]) is not None:
             if self._planned(inputs) is None:
                 return self._reference(*inputs[:-1])
@@ -156,15 +149,8 @@ class Op:
                 return output
         return self._through_the_dispatcher(inputs)
 
-    def _check_types(self, inputs: tuple) -> None:
-        for argument, given in zip(self._arguments, inputs):
-            kind, name = argument.split("=")[0].split()
-            types, expected = _TYPES.get(kind, ((object,), ""))
-            if not isinstance(given, types):
-                raise TypeError(f"{self.name}: {name} must be {expected}, got {type(given).__name__}")
-
     def _through_the_dispatcher(self, inputs: tuple) -> Tensor:
-        if _runs_as_plain_torch(inputs[0].device, inputs[0].dtype, inputs[-1]):
+        if backends.falls_to_reference(inputs[0].device, inputs[0].dtype, inputs[-1]):
             self._check(*inputs)
             return self._reference(*inputs[:-1])
         direct.refuse_transforms(self.name)
@@ -316,14 +302,6 @@ def forget_plans() -> None:
     backends.choose.cache_clear()
     for op in _ops:
         op._plans.clear()
-
-
-@torch.compiler.assume_constant_result
-def _runs_as_plain_torch(device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
-    """Whether the choice falls on the reference, which is no op but differentiable torch code."""
-    if device.type == "meta" or dtype not in backends.DTYPES:
-        return False  # the op's own check has the better message
-    return backends.choose(device, dtype, backend) == "reference"
 
 
 @functools.cache

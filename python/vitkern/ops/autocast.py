@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which dtype autocast asks of a call. The public functions see to it: below them no op knows of autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Whether autocast is on for any device.
+any_autocast = torch._C._is_any_autocast_enabled
+
+
+def autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
+    """What autocast asks value to be, or None: it is off, or has no say over float64, integers, what is no tensor."""
+    if not any_autocast():
+        return None
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in (value, *others)):
+        return None
+    device_type = value.device.type
+    if not (_knows_autocast(device_type) and torch.is_autocast_enabled(device_type)):
+        return None
+    return None if value.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+
+
+@torch.compiler.assume_constant_result  # torch 2.4 cannot trace the question
+def _knows_autocast(device_type: str) -> bool:
+    """Asking a device type without autocast ("meta", others in older releases) for its state would raise."""
+    return torch.amp.is_autocast_available(device_type)
