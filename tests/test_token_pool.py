@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vitkern
-from tests.helpers import assert_matches_oracle, gradients, guarded_memory
+from tests.helpers import assert_as_exact_as, assert_matches_oracle, gradients, guarded_memory
 from tests.runners import RUNNERS
 from vitkern.cases import TOKEN_CASES, TokenCase
 
@@ -87,6 +87,26 @@ def test_logits_of_any_size(runner, size):
     torch.testing.assert_close(tokens, x.mean(1, keepdim=True).expand(2, 3, 4))
 
 
+@pytest.mark.parametrize(
+    "size, dtype", [(3000, torch.float32), *((3000, low) for low in LOW), (300, torch.float32)], ids=str
+)
+def test_gradients_where_one_pixel_is_nearly_all_of_a_token(runner, size, dtype):
+    """The gradient of the weight is a difference of huge numbers, all but 0, that plain torch has exactly."""
+    x, weight = make(SMALL, runner, torch.float64)
+    x, weight = (x * size).to(dtype), weight.to(dtype)
+    grad_output = make(SMALL, runner, dtype, recurrent=True, seed=1)[1]
+    tensors = (x, weight)
+    actual, plain = (
+        gradients(call(backend), tensors, grad_output) for backend in (runner.backend, "reference")
+    )
+    exact = gradients(call("reference"), tuple(t.double() for t in tensors), grad_output.double())
+    dots = (grad_output.double() @ x.double().mT).abs().max().item()  # of eq. (6), rounded to float
+    eps = torch.finfo(torch.float32).eps
+    granted = (0.0, eps * dots * weight.abs().max().item(), eps**2 * dots * x.abs().max().item())
+    for name, a, p, e, grant in zip(NAMES, actual, plain, exact, granted):
+        assert_as_exact_as(a, p, e, what=name, granted=grant)
+
+
 def test_the_greatest_logits_come_last(runner):
     """Every block of pixels makes what came before negligible, or nearly so."""
     x, weight = make(TokenCase("rising", "", 1, 200, 8, 4), runner)
@@ -95,7 +115,7 @@ def test_the_greatest_logits_come_last(runner):
     actual = gradients(call(runner.backend), (x, weight))
     exact = gradients(call("reference"), (x.double(), weight.double()))
     for name, a, e in zip(NAMES, actual, exact):
-        # Backward has lambda, up to 1000 here, as one float: so exact its exponents are.
+        # Logits, up to 1000 here, are rounded to floats: so exact exponents are.
         atol = 1000 * torch.finfo(torch.float32).eps * e.abs().max().item()
         torch.testing.assert_close(a.double(), e, rtol=0, atol=atol, msg=name)
 

@@ -10,7 +10,7 @@ Memory: x comes from memory once. Where all channels fit one tile it is on the c
 summed over tiles of BLOCK_K channels and the tile of the result is read again, from L2.
 Offsets of pixels are int64.
 Numerics: logits, exponents and sums are float, the factors of products of the type of x, to which a pixel's share of
-the sum so far is rounded. No exponent is positive. A NaN or infinity in x spoils what it does in torch.
+the sum so far is rounded. No exponent of forward is positive. A NaN or infinity in x spoils what it does in torch.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _share_of(part, largest_ptr, sum_ptr, image, token, shift, PARTS, T: tl.cons
 @triton.jit
 def token_pool_merge(
     tokens_ptr,  # [B, T, C]
-    logsumexp_ptr,  # [B, T] float
+    statistics_ptr,  # [B, 2, T] float, m and l
     largest_ptr,  # [B, PARTS, T]; the parts as token_pool_forward leaves them
     sum_ptr,
     pooled_ptr,
@@ -181,20 +181,25 @@ def token_pool_merge(
         tokens += tl.sum(share[:, None] * pooled, axis=0)
     tl.store(tokens_ptr + row * C + channel, tokens.to(tokens_ptr.dtype.element_ty), mask=channel < C)
     if tl.program_id(1) == 0:
-        tl.store(logsumexp_ptr + row, all_largest + tl.log(total))
+        tl.store(statistics_ptr + image * 2 * T + token, all_largest)
+        tl.store(statistics_ptr + image * 2 * T + T + token, total)
 
 
 @triton.jit
 def _deltas(
     grad_output_ptr, tokens_ptr, token, channel, T: tl.constexpr, C: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (5), with tokens in the place of pixels: where a token is one, the sums of (6) cancel."""
-    tokens = read_tile(tokens_ptr, token, token < T, channel, C)
-    dots = _against_pixels(
-        grad_output_ptr, tokens_ptr, tokens, token, token, token < T, T, C, DOT, PRECISION, WHOLE, BLOCK_K
-    )
-    return tl.sum(tl.where(token[:, None] == token[None, :], dots, 0.0), axis=1)
+    """Eq. (5), with tokens in the place of a block of pixels: where a token is one pixel, the sums of (6) cancel."""
+    delta = tl.zeros([token.shape[0]], dtype=tl.float32)
+    for first in range(0, T, BLOCK_N):
+        other = first + tl.arange(0, BLOCK_N)
+        tokens = read_tile(tokens_ptr, other, other < T, channel, C)
+        dots = _against_pixels(
+            grad_output_ptr, tokens_ptr, tokens, token, other, other < T, T, C, DOT, PRECISION, WHOLE, BLOCK_K
+        )
+        delta += tl.sum(tl.where(token[:, None] == other[None, :], dots, 0.0), axis=1)
+    return delta
 
 
 @triton.jit
@@ -203,23 +208,27 @@ def token_pool_backward(
     grad_weight_ptr,  # [B, PARTS, T, C] float, of each part; None where nobody wants it
     grad_output_ptr,  # [B, T, C]
     tokens_ptr,  # [B, T, C], what forward gave
-    logsumexp_ptr,  # [B, T] float
+    statistics_ptr,  # [B, 2, T] float, m and l
     x_ptr, weight_ptr, weight_stride, N, PARTS, T: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Eqs. (5) to (8) over one part of the pixels, in one pass."""
+    """Eqs. (5) to (9) over one part of the pixels, in one pass."""
     part, tile = _part_and_tile(C, BLOCK_C)
     image, begin, end = part_of(part, PARTS, N, BLOCK_N)
     weight_ptr += image * weight_stride
     grad_output_ptr += image * T * C
+    tokens_ptr += image * T * C
+    statistics_ptr += image * 2 * T
     token = tl.arange(0, BLOCK_T)
     channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    logsumexp = tl.load(logsumexp_ptr + image * T + token, mask=token < T, other=0.0)
+    largest = tl.load(statistics_ptr + token, mask=token < T, other=0.0)
+    inverse = 1 / tl.load(statistics_ptr + T + token, mask=token < T, other=1.0)
     delta = _deltas(
-        grad_output_ptr, tokens_ptr + image * T * C, token, channel, T, C, DOT, PRECISION, WHOLE, BLOCK_K
+        grad_output_ptr, tokens_ptr, token, channel, T, C, DOT, PRECISION, WHOLE, BLOCK_K, BLOCK_N
     )
     grad_weight = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+    f_sum = tl.zeros([BLOCK_T], dtype=tl.float32)
     for first in range(begin, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         pixel = image * N + n
@@ -230,12 +239,13 @@ def token_pool_backward(
         dots = _against_pixels(
             grad_output_ptr, x_ptr, x, token, pixel, n < N, T, C, DOT, PRECISION, WHOLE, BLOCK_K
         )
-        # Tokens and pixels that are none: beside an infinite x, or for a very negative logsumexp, they are not 0.
+        # Tokens and pixels that are none: beside an infinite x, or very negative logits, they are not 0.
         counts = (token < T)[:, None] & (n < N)[None, :]
-        attention = tl.where(counts, tl.exp(logits - logsumexp[:, None]), 0.0)
-        f = tl.where(counts, attention * (dots - delta[:, None]), 0.0)
+        attention = tl.where(counts, tl.exp(logits - largest[:, None]) * inverse[:, None], 0.0)
+        f = tl.where(counts, attention * (dots - delta[:, None]), 0.0).to(DOT)
         if grad_weight_ptr is not None:
             grad_weight += product(f, x, DOT, PRECISION)
+            f_sum += tl.sum(f.to(tl.float32), axis=1)
         if grad_x_ptr is not None:
             grad_output = read_tile(grad_output_ptr, token, token < T, channel, C)
             weight = read_tile(weight_ptr, token, token < T, channel, C)
@@ -243,4 +253,5 @@ def token_pool_backward(
             grad_x += product(tl.trans(f), weight, DOT, PRECISION)
             write_tile(grad_x_ptr, pixel, n < N, channel, grad_x, C)
     if grad_weight_ptr is not None:
+        grad_weight -= f_sum[:, None] * read_tile(tokens_ptr, token, token < T, channel, C).to(tl.float32)
         write_tile(grad_weight_ptr, part * T + token, token < T, channel, grad_weight, C)

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// token_pool backward, eqs. (5) to (8) of docs/derivations/token_pool.md.
+// token_pool backward, eqs. (5) to (9) of docs/derivations/token_pool.md.
 //
 // Work split: a block (pool.cuh) goes over its pixels once: it makes A and f of them, writes the gradient of the
 // pixels, and keeps that of the weight in registers until the end. Beyond kTokens tokens it does so for one
 // group of tokens after the other.
 // Memory: pixels are read once and their gradient written once, where the channels fit a window and the tokens
 // a group; the parts of the weight's gradient are small beside x.
-// Numerics: A and f in the accumulator type, rounded to the type of x before the products. No atomics: parts are
-// added in a fixed order.
+// Numerics: A and f in the accumulator type, rounded to the type of x before the products. (5) is made by the code of
+// the products of (6), so that f is 0 where one pixel is all of a token. No atomics: parts are added in a fixed order.
 #pragma once
 
 #include "token_pool/pool.cuh"
@@ -17,10 +17,11 @@ namespace vitkern {
 // Where a block of backward keeps what in shared memory.
 template <typename Tile>
 struct PoolBackwardShared {
-  typename Tile::A *logits, *products, *logsumexp, *delta;  // products: <g, x>
+  typename Tile::A *logits, *products;                   // products: <g, x>
+  typename Tile::A *greatest, *inverse, *delta, *f_sum;  // of each token: m, 1 / l, eq. (5), sum of f
   typename Tile::T *rows, *grads, *pixels, *shares, *f;
 
-  static constexpr int kNumbers = 2 * Tile::kLogits + 2 * Tile::kTokens;
+  static constexpr int kNumbers = 2 * Tile::kLogits + 4 * Tile::kTokens;
   static constexpr int kElements =
       (2 * Tile::kTokens + Tile::kPixels) * Tile::kRowStride + 2 * Tile::kTokens * Tile::kShareStride;
   static constexpr int kBytes =
@@ -29,9 +30,11 @@ struct PoolBackwardShared {
   __device__ __forceinline__ explicit PoolBackwardShared(unsigned char* bytes) {
     logits = reinterpret_cast<typename Tile::A*>(bytes);
     products = logits + Tile::kLogits;
-    logsumexp = products + Tile::kLogits;
-    delta = logsumexp + Tile::kTokens;
-    rows = reinterpret_cast<typename Tile::T*>(delta + Tile::kTokens);
+    greatest = products + Tile::kLogits;
+    inverse = greatest + Tile::kTokens;
+    delta = inverse + Tile::kTokens;
+    f_sum = delta + Tile::kTokens;
+    rows = reinterpret_cast<typename Tile::T*>(f_sum + Tile::kTokens);
     grads = rows + Tile::kTokens * Tile::kRowStride;
     pixels = grads + Tile::kTokens * Tile::kRowStride;
     shares = pixels + Tile::kPixels * Tile::kRowStride;
@@ -39,29 +42,42 @@ struct PoolBackwardShared {
   }
 };
 
-// Eq. (5), and what forward kept, of the group's tokens.
-template <typename Tile>
-__device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const PoolPlace& place,
-                                            const PoolBackwardShared<Tile>& shared) {
-  using T = typename Tile::T;
+// Eq. (5), with tokens in the place of pixels, and what forward kept, of the group's tokens.
+template <typename Tile, typename T>
+__device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const PoolPlace& place, int64_t windows,
+                                            const Matrix<T>& grad, const PoolBackwardShared<Tile>& shared) {
   using A = typename Tile::A;
-  const int64_t token = place.group * Tile::kTokens + Tile::token(), index = place.image * p.tokens + token;
-  const bool exists = token < p.tokens;
-  const T* grad = static_cast<const T*>(p.grad_output) + index * p.channels;
-  const T* pooled = static_cast<const T*>(p.pooled) + index * p.channels;
-  A delta = 0;
-  for (int64_t c = Tile::lane(); exists && c < p.channels; c += Tile::kLanes)
-    delta += widen(__ldg(grad + c)) * widen(__ldg(pooled + c));
-  delta = team_reduce<Tile::kLanes>(delta, [](A one, A other) { return one + other; });
+  const int64_t first = place.group * Tile::kTokens, token = first + Tile::token();
+  const Matrix<T> pooled(static_cast<const T*>(p.pooled) + place.image * p.tokens * p.channels, p.tokens,
+                         p.channels);
+  for (int begin = 0; begin < Tile::kTokens; begin += Tile::kPixels) {
+    Sums<A> products[2] = {};
+    for (int64_t i = 1; i <= windows; ++i) {
+      const int64_t window = (place.window + i) % windows;
+      __syncthreads();  // nobody reads the last rows any more
+      copy_tile<Tile::kTokens, Tile::kWindow>(shared.grads, grad, first, window * Tile::kWindow);
+      copy_tile<Tile::kPixels, Tile::kWindow>(shared.pixels, pooled, first + begin, window * Tile::kWindow);
+      wait_for_copies();
+      __syncthreads();
+      add_logits<Tile>(shared.grads, shared.pixels, window_depth<Tile>(p, window), products);
+    }
+    store_logits<Tile>(products, shared.products);
+    __syncthreads();
+    const int own = Tile::token() - begin;
+    if (Tile::lane() == 0 && own >= 0 && own < Tile::kPixels)
+      shared.delta[Tile::token()] = logit<Tile>(shared.products, own);
+  }
   if (Tile::lane() != 0) return;
-  shared.delta[Tile::token()] = delta;
-  shared.logsumexp[Tile::token()] = exists ? static_cast<const A*>(p.logsumexp)[index] : A{0};
+  const A* statistics = static_cast<const A*>(p.statistics) + place.image * 2 * p.tokens + token;
+  shared.greatest[Tile::token()] = token < p.tokens ? statistics[0] : A{0};
+  shared.inverse[Tile::token()] = token < p.tokens ? 1 / statistics[p.tokens] : A{0};
 }
 
-// A and f of eqs. (2) and (6); zero for pixels and tokens that do not exist.
+// A and f of eqs. (2) and (6), zero for pixels and tokens that do not exist; f is added to the lane's sum, too.
 template <typename Tile>
 __device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Tile>& shared,
-                                                    int64_t pixels_left, int64_t tokens_left) {
+                                                    int64_t pixels_left, int64_t tokens_left,
+                                                    typename Tile::A& f_sum) {
   using T = typename Tile::T;
   using A = typename Tile::A;
   const int token = Tile::token();
@@ -70,11 +86,13 @@ __device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Til
     const int pixel = Tile::lane() + i * Tile::kLanes;
     A share = 0, f = 0;
     if (pixel < pixels_left && token < tokens_left) {
-      share = exp(logit<Tile>(shared.logits, pixel) - shared.logsumexp[token]);
+      share = exp(logit<Tile>(shared.logits, pixel) - shared.greatest[token]) * shared.inverse[token];
       f = share * (logit<Tile>(shared.products, pixel) - shared.delta[token]);
     }
+    const T rounded = narrow<T>(f);
+    f_sum += widen(rounded);
     shared.shares[token * Tile::kShareStride + pixel] = narrow<T>(share);
-    shared.f[token * Tile::kShareStride + pixel] = narrow<T>(f);
+    shared.f[token * Tile::kShareStride + pixel] = rounded;
   }
 }
 
@@ -131,6 +149,21 @@ __device__ __forceinline__ void write_pixels(const TokenPoolParams& p, const Poo
   }
 }
 
+// Eq. (9) from the sums of (8) over the block's pixels.
+template <typename Tile>
+__device__ __forceinline__ void store_weight_gradient(
+    const TokenPoolTask& task, const PoolPlace& place, const PoolBackwardShared<Tile>& shared,
+    typename Tile::A f_sum, const Sums<typename Tile::A> (&sums)[Tile::kTokenStrips][Tile::kColumnTiles]) {
+  using T = typename Tile::T;
+  using A = typename Tile::A;
+  f_sum = team_reduce<Tile::kLanes>(f_sum, [](A one, A other) { return one + other; });
+  if (Tile::lane() == 0) shared.f_sum[Tile::token()] = f_sum;
+  __syncthreads();
+  store_part_of_tokens<Tile>(task, place, sums, [&](int token, int64_t index) {
+    return shared.f_sum[token] * widen(__ldg(static_cast<const T*>(task.p.pooled) + index));
+  });
+}
+
 // One group of tokens over all of the block's pixels.
 template <typename Tile>
 __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const PoolPlace& place,
@@ -144,8 +177,9 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
   const Matrix<T> grad(static_cast<const T*>(p.grad_output) + image_tokens, p.tokens, p.channels);
   const Matrix<T> x(static_cast<const T*>(p.x) + place.image * p.pixels * p.channels, place.end, p.channels);
   const bool has_columns = Tile::column() < window_depth<Tile>(p, place.window);
-  load_tokens<Tile>(p, place, shared);
+  load_tokens<Tile>(p, place, windows, grad, shared);
 
+  A f_sum = 0;
   Sums<A> sums[Tile::kTokenStrips][Tile::kColumnTiles] = {};
   for (int64_t pixel = place.begin; pixel < place.end; pixel += Tile::kPixels) {
     Sums<A> logits[2] = {}, products[2] = {};
@@ -165,7 +199,7 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
     store_logits<Tile>(logits, shared.logits);
     store_logits<Tile>(products, shared.products);
     __syncthreads();
-    attention_gradients<Tile>(shared, place.end - pixel, p.tokens - token);
+    attention_gradients<Tile>(shared, place.end - pixel, p.tokens - token, f_sum);
     __syncthreads();
 
     if (has_columns && p.grad_weight) {  // eq. (8)
@@ -181,7 +215,7 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
     __syncthreads();
     write_pixels<Tile>(p, place, pixel, shared.pixels);
   }
-  if (p.grad_weight) store_part_of_tokens<Tile>(task, place, sums);
+  if (p.grad_weight) store_weight_gradient<Tile>(task, place, shared, f_sum, sums);
 }
 
 template <typename T, int kTokenStrips, int kWindow>

@@ -13,7 +13,7 @@
 namespace vitkern::bindings::token_pool {
 
 using Inputs = std::array<uintptr_t, 2>;     // x, weight
-using Forward = std::array<uintptr_t, 3>;    // grad_output, and what forward gave: tokens, logsumexp
+using Forward = std::array<uintptr_t, 3>;    // grad_output, and what forward gave: tokens, statistics
 using Gradients = std::array<uintptr_t, 2>;  // of x, weight; 0 = not wanted
 using Sizes = std::array<int64_t, 4>;        // B, N, C, T
 using Codes = std::array<int32_t, 2>;        // whether there is a weight per image, dtype
@@ -34,17 +34,17 @@ inline TokenPoolParams make_params(const Inputs& inputs, const Sizes& sizes, con
 inline void set_gradients(TokenPoolParams& params, const Forward& forward, const Gradients& gradients) {
   params.grad_output = pointer<const void>(forward[0]);
   params.pooled = pointer<const void>(forward[1]);
-  params.logsumexp = pointer<void>(forward[2]);
+  params.statistics = pointer<void>(forward[2]);
   params.grad_x = pointer<void>(gradients[0]);
   params.grad_weight = pointer<void>(gradients[1]);
 }
 
 #ifndef VITKERN_EMULATED
-inline void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t logsumexp, const Sizes& sizes,
+inline void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t statistics, const Sizes& sizes,
                         const Codes& codes, int threads) {
   TokenPoolParams params = make_params(inputs, sizes, codes);
   params.output = pointer<void>(output);
-  params.logsumexp = pointer<void>(logsumexp);
+  params.statistics = pointer<void>(statistics);
   params.threads = threads;
   VITKERN_DISPATCH_ISA(token_pool_forward(params));
 }
@@ -59,11 +59,11 @@ inline void backward_cpu(const Inputs& inputs, const Forward& forward, const Gra
 #endif
 
 #ifdef VITKERN_WITH_CUDA
-inline void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t logsumexp, uintptr_t workspace,
+inline void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t statistics, uintptr_t workspace,
                          const Sizes& sizes, const Codes& codes, int device, uintptr_t stream) {
   TokenPoolParams params = make_params(inputs, sizes, codes);
   params.output = pointer<void>(output);
-  params.logsumexp = pointer<void>(logsumexp);
+  params.statistics = pointer<void>(statistics);
   params.device = device;
   params.stream = pointer<void>(stream);
   token_pool_forward_cuda(params, pointer<void>(workspace));

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: the attention weights again from x, the weight and what is kept of lambda; then both gradients.
+// Backward: the attention weights again from x, the weight, m and l; then both gradients.
 //
 // Work split: a task is a part of the pixels of an image. Its share of the weight's gradient goes to a sheet of its
 // own; one row of the weight is then a task that adds up the sheets in their order.
 // Memory: x is read once. A block of pixels gives the products with weights and gradients, lanes along the tokens,
 // from which follow A and f, eqs. (2) and (6). Then panel by panel of channels the gradient of the weight takes f x,
 // eq. (8), and that of x is written, eq. (7): one product of [A, f] with the stacked rows of gradient and weight.
+// Numerics: logits have the bits they have in forward, and the products of (5) are made as those of (6), so that f is
+// exactly 0 where one pixel is all of a token.
 #pragma once
 
 #include "token_pool/cpu_forward.h"
@@ -16,12 +18,14 @@ namespace {
 template <typename T>
 struct PoolBackwardWorker {
   using Acc = Accumulator<T>;
-  int64_t image;  // that the next six are of
+  int64_t image;  // that the next seven are of
   PackedColumns<Acc> weight, gradient;
-  PackedRows<Acc> stacked;  // gradients of T tokens, then their weights
-  Acc *own, *rest, *delta;  // [stride]: <y, w>, lambda less that, eq. (5)
-  int64_t stride;           // T in whole vectors
-  RowBlock<T> rows, grad_rows;
+  PackedRows<Acc> stacked;          // gradients of T tokens, then their weights
+  const Acc* pooled;                // [T, C in whole vectors]
+  Acc *greatest, *inverse, *delta;  // [stride]: m, 1 / l, eq. (5)
+  Acc* f_sums;                      // [stride]: of f, over a part of the pixels
+  int64_t stride;                   // T in whole vectors
+  RowBlock<T> rows, grad_rows, tokens;
   Acc *logits, *dots;  // [pixels of a block, stride]: products with weight and gradient
   Acc* attention;      // [pixels of a block, attention_stride]: A of T tokens, then f of T tokens
   int64_t attention_stride;
@@ -32,9 +36,11 @@ struct PoolBackwardWorker {
     gradient.lay_out(cursor, p.tokens, p.channels);
     stacked.lay_out(cursor, p.grad_x ? 2 * p.tokens : 0, p.channels);
     stride = whole_vectors<Acc>(p.tokens);
-    own = cursor.take<Acc>(stride);
-    rest = cursor.take<Acc>(stride);
+    greatest = cursor.take<Acc>(stride);
+    inverse = cursor.take<Acc>(stride);
     delta = cursor.take<Acc>(stride);
+    f_sums = cursor.take<Acc>(stride);
+    tokens.lay_out(cursor, p.tokens, p.channels);
     rows.lay_out(cursor, split.block, p.channels);
     grad_rows.lay_out(cursor, p.grad_x ? split.block : 0, p.channels);
     logits = cursor.take<Acc>(split.block * stride);
@@ -44,30 +50,44 @@ struct PoolBackwardWorker {
   }
 };
 
+// Eq. (5): products with gradients, as those of a block, of tokens in the place of pixels.
+template <typename T>
+void take_deltas(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t block) {
+  const int64_t channels = worker.tokens.stride;
+  for (int64_t first = 0; first < tokens; first += block) {
+    const int64_t count = smaller(block, tokens - first);
+    worker.gradient.multiply(worker.pooled + first * channels, channels, count, worker.dots, worker.stride);
+    for (int64_t i = 0; i < count; ++i) worker.delta[first + i] = worker.dots[i * worker.stride + first + i];
+  }
+}
+
 // What all pixels of an image need.
 template <typename T>
-void take_image(const TokenPoolParams& p, PoolBackwardWorker<T>& worker, int64_t image) {
+void take_image(const TokenPoolParams& p, const PixelSplit& split, PoolBackwardWorker<T>& worker,
+                int64_t image) {
+  using Acc = Accumulator<T>;
   if (worker.image == image) return;
   worker.image = image;
   const int64_t first = image * p.tokens, channels = p.channels;
   const T* const weight = weight_of_image<T>(p, image);
   const T* const gradient = static_cast<const T*>(p.grad_output) + first * channels;
-  const T* const pooled = static_cast<const T*>(p.pooled) + first * channels;
+  const Acc* const statistics = static_cast<const Acc*>(p.statistics) + 2 * first;
+  worker.pooled = worker.tokens.read(static_cast<const T*>(p.pooled) + first * channels, p.tokens);
   worker.weight.pack(weight);
   worker.gradient.pack(gradient);
+  memset(worker.delta, 0, worker.stride * sizeof(Acc));
+  take_deltas(worker, p.tokens, split.block);
   for (int64_t token = 0; token < worker.stride; ++token) {
     const bool there = token < p.tokens;
-    const T* const own = pooled + token * channels;
-    worker.own[token] = there ? dot(own, weight + token * channels, channels) : 0;
-    worker.delta[token] = there ? dot(own, gradient + token * channels, channels) : 0;
-    worker.rest[token] = there ? static_cast<const Accumulator<T>*>(p.logsumexp)[first + token] : 0;
+    worker.greatest[token] = there ? statistics[token] : 0;
+    worker.inverse[token] = there ? 1 / statistics[p.tokens + token] : 0;
   }
   if (!p.grad_x) return;
   worker.stacked.pack_some(gradient, 0, p.tokens);
   worker.stacked.pack_some(weight, p.tokens, p.tokens);
 }
 
-// Rows of [A, f]. What whole vectors write beyond the T numbers of A, those of f overwrite.
+// Rows of [A, f], and the sums of f. What whole vectors write beyond the T numbers of A, those of f overwrite.
 template <typename T>
 void attend_again(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t count) {
   using Acc = Accumulator<T>;
@@ -77,14 +97,27 @@ void attend_again(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t c
     const Acc* const logits = worker.logits + row * worker.stride;
     const Acc* const dots = worker.dots + row * worker.stride;
     for (int64_t token = 0; token < worker.stride; token += N) {
-      const auto difference = load<Acc, N>(logits + token) - load<Acc, N>(worker.own + token);
-      store(attention + token, exp_nonpositive(difference - load<Acc, N>(worker.rest + token)));
+      const auto weight =
+          exp_nonpositive(load<Acc, N>(logits + token) - load<Acc, N>(worker.greatest + token));
+      store(attention + token, weight * load<Acc, N>(worker.inverse + token));
     }
     for (int64_t token = 0; token < worker.stride; token += N) {
       const auto difference = load<Acc, N>(dots + token) - load<Acc, N>(worker.delta + token);
-      store(attention + tokens + token, load<Acc, N>(attention + token) * difference);
+      const auto f = load<Acc, N>(attention + token) * difference;
+      store(attention + tokens + token, f);
+      store(worker.f_sums + token, load<Acc, N>(worker.f_sums + token) + f);
     }
   }
+}
+
+// Eq. (9): takes the tokens off the pixels that f has been multiplied with, which rids the sums of what f rounds.
+template <typename Acc>
+void subtract_tokens(const Acc* f_sums, const Acc* pooled, int64_t tokens, int64_t channels, Acc* sheet) {
+  constexpr int N = kLanes<Acc>;
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t at = token * channels; at < (token + 1) * channels; at += N)
+      store(sheet + at,
+            load<Acc, N>(sheet + at) - broadcast<Acc, N>(f_sums[token]) * load<Acc, N>(pooled + at));
 }
 
 // A part of the pixels: their gradient, and in `sheet` [T, C in whole vectors] their share of that of the weight.
@@ -94,16 +127,15 @@ void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwa
   using Acc = Accumulator<T>;
   const int64_t channels = worker.rows.stride;
   if (sheet) memset(sheet, 0, p.tokens * channels * sizeof(Acc));
-  split.for_blocks(task, [&](int64_t image, int64_t first, int64_t count) {
-    take_image(p, worker, image);
+  memset(worker.f_sums, 0, worker.stride * sizeof(Acc));
+  take_image(p, split, worker, task / split.parts);
+  split.for_blocks(task, [&](int64_t, int64_t first, int64_t count) {
     const T* const x = static_cast<const T*>(p.x) + first * p.channels;
     T* const grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + first * p.channels : nullptr;
     const Acc* const rows = worker.rows.read(x, count);
     Acc* const grad_rows = worker.grad_rows.target(grad_x);
     worker.weight.multiply(rows, channels, count, worker.logits, worker.stride);
     worker.gradient.multiply(rows, channels, count, worker.dots, worker.stride);
-    // The token of a single pixel is that pixel: what (5) rounds otherwise than a product with it is no gradient.
-    if (p.pixels == 1) memcpy(worker.delta, worker.dots, worker.stride * sizeof(Acc));
     attend_again(worker, p.tokens, count);
     for (int64_t channel = 0; channel < channels; channel += kPanel<Acc>) {
       prefetch_panel(x, p.channels, count, channel);
@@ -116,6 +148,7 @@ void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwa
     }
     if (p.grad_x) worker.grad_rows.write(grad_x, count);
   });
+  if (sheet) subtract_tokens(worker.f_sums, worker.pooled, p.tokens, channels, sheet);
 }
 
 template <typename T>

@@ -17,9 +17,6 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-inline float natural_log(float x) { return logf(x); }
-inline double natural_log(double x) { return log(x); }
-
 template <typename T>
 const T* weight_of_image(const TokenPoolParams& p, int64_t image) {
   return static_cast<const T*>(p.weight) + (p.weight_per_image ? image * p.tokens * p.channels : 0);
@@ -155,12 +152,10 @@ void merge_parts(const TokenPoolParams& p, const Summary<Accumulator<T>>* parts,
       store(sums + channel, i == 0 ? part : load<Acc, N>(sums + channel) + part);
     }
   }
-  T* const output = static_cast<T*>(p.output) + row * p.channels;
-  narrow_array(sums, p.channels, output);
-  // The token's own logit is a mean of its pixels', so that lambda is little more: kept as the difference, it has all
-  // its bits where they matter, also among logits of a thousand.
-  const Acc own = dot(output, weight_of_image<T>(p, image) + token * p.channels, p.channels);
-  static_cast<Acc*>(p.logsumexp)[row] = sum(greatest) - own + natural_log(sum(total));
+  narrow_array(sums, p.channels, static_cast<T*>(p.output) + row * p.channels);
+  Acc* const statistics = static_cast<Acc*>(p.statistics) + image * 2 * p.tokens + token;
+  statistics[0] = sum(greatest);
+  statistics[p.tokens] = sum(total);
 }
 
 template <typename T>

@@ -10,7 +10,7 @@ namespace vitkern {
 // the sums takes for each image.
 int64_t token_pool_workspace_cuda(const TokenPoolParams& params, bool backward);
 
-// Writes params.output and params.logsumexp. `workspace` is 256-byte aligned and need not be initialised.
+// Writes params.output and params.statistics. `workspace` is 256-byte aligned and need not be initialised.
 void token_pool_forward_cuda(const TokenPoolParams& params, void* workspace);
 
 // Writes the gradients that are not null, the same bits at each call.

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
     }
   }
 
-  store_part_of_tokens<Tile>(task, place, sums);
+  store_part_of_tokens<Tile>(task, place, sums, [](int, int64_t) { return A{0}; });
   const int64_t token = place.group * Tile::kTokens + Tile::token();
   if (place.window == 0 && Tile::lane() == 0 && token < p.tokens) {
     const int64_t index = (place.image * task.splits + place.split) * p.tokens + token;
@@ -153,7 +153,10 @@ __global__ void __launch_bounds__(kBlockThreads)
     // Without pixels there is nothing to take the mean of.
     static_cast<T*>(p.output)[blockIdx.x * p.channels + c] = narrow<T>(p.pixels ? mean / sum : A{0});
   }
-  if (threadIdx.x == 0) static_cast<A*>(p.logsumexp)[blockIdx.x] = greatest + log(sum);
+  if (threadIdx.x > 0) return;
+  A* statistics = static_cast<A*>(p.statistics) + image * 2 * p.tokens + token;
+  statistics[0] = greatest;
+  statistics[p.tokens] = sum;
 }
 
 }  // namespace vitkern

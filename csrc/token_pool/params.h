@@ -28,9 +28,9 @@ struct TokenPoolParams {
 
   // Outputs, all fully written. A gradient that nobody wants is a null pointer.
   void* output;  // [B, T, C], forward only
-  // [B, T], accumulator type: lambda of eq. (2), on the CPU less <y, w>. Forward writes it, backward reads it.
-  void* logsumexp;
-  void* grad_x;       // [B, N, C]
+  void*
+      statistics;  // [B, 2, T], accumulator type: m, then l of eq. (4). Forward writes it, backward reads it.
+  void* grad_x;    // [B, N, C]
   void* grad_weight;  // like weight, accumulator type
 
   int32_t threads;  // cpu: how many threads may be used

@@ -124,11 +124,11 @@ __device__ __forceinline__ typename Tile::A logit(const typename Tile::A* logits
   return sum;
 }
 
-// Writes the block's window of its part [T, C] of a sum over pixels.
-template <typename Tile>
+// Writes the block's window of its part [T, C] of a sum over pixels, less(token of the group, index in [B, T, C]).
+template <typename Tile, typename Less>
 __device__ __forceinline__ void store_part_of_tokens(
     const TokenPoolTask& task, const PoolPlace& place,
-    const Sums<typename Tile::A> (&sums)[Tile::kTokenStrips][Tile::kColumnTiles]) {
+    const Sums<typename Tile::A> (&sums)[Tile::kTokenStrips][Tile::kColumnTiles], const Less& less) {
   using A = typename Tile::A;
   const int64_t tokens = task.p.tokens, channels = task.p.channels,
                 part = place.image * task.splits + place.split;
@@ -138,11 +138,13 @@ __device__ __forceinline__ void store_part_of_tokens(
     for (int tile = 0; tile < Tile::kColumnTiles; ++tile)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t t = place.group * Tile::kTokens + strip * kStrip + row_of_sum(i);
+        const int token = strip * kStrip + row_of_sum(i);
+        const int64_t t = place.group * Tile::kTokens + token;
         const int column = Tile::column() + tile * kTileColumns + column_of_sum(i);
         const int64_t c = place.window * Tile::kWindow + column;
         if (t < tokens && column < Tile::kWindow && c < channels)
-          static_cast<A*>(task.parts)[(part * tokens + t) * channels + c] = sums[strip][tile].at[i];
+          static_cast<A*>(task.parts)[(part * tokens + t) * channels + c] =
+              sums[strip][tile].at[i] - less(token, (place.image * tokens + t) * channels + c);
       }
 }
 

@@ -22,8 +22,8 @@ def _describe(call: TokenPoolCall) -> Any:
 def _new_outputs(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
     batch, _, channels = call.x.shape
     tokens = call.weight.shape[-2]
-    logsumexp = call.x.new_empty((batch, tokens), dtype=native.accumulator(call.x.dtype))
-    return call.x.new_empty((batch, tokens, channels)), logsumexp
+    statistics = call.x.new_empty((batch, 2, tokens), dtype=native.accumulator(call.x.dtype))
+    return call.x.new_empty((batch, tokens, channels)), statistics
 
 
 def _new_gradients(call: TokenPoolCall, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -44,10 +44,10 @@ def token_pool_forward_cpu(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
 
 
 def token_pool_backward_cpu(
-    call: TokenPoolCall, grad_output: Tensor, tokens: Tensor, logsumexp: Tensor, needed: Sequence[bool]
+    call: TokenPoolCall, grad_output: Tensor, tokens: Tensor, statistics: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     gradients = _new_gradients(call, needed)
-    given, to = native.addresses((grad_output, tokens, logsumexp)), native.addresses(gradients)
+    given, to = native.addresses((grad_output, tokens, statistics)), native.addresses(gradients)
     native._C.token_pool_backward_cpu(
         native.addresses(call), given, to, *_describe(call), torch.get_num_threads()
     )
@@ -66,13 +66,13 @@ def token_pool_forward_cuda(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
 
 
 def token_pool_backward_cuda(
-    call: TokenPoolCall, grad_output: Tensor, tokens: Tensor, logsumexp: Tensor, needed: Sequence[bool]
+    call: TokenPoolCall, grad_output: Tensor, tokens: Tensor, statistics: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     gradients, described = _new_gradients(call, needed), _describe(call)
     workspace = native.workspace(
         native.cuda_module.token_pool_workspace_cuda(*described, True), call.x.device
     )
-    given, to = native.addresses((grad_output, tokens, logsumexp)), native.addresses(gradients)
+    given, to = native.addresses((grad_output, tokens, statistics)), native.addresses(gradients)
     native.cuda_module.token_pool_backward_cuda(
         native.addresses(call), given, to, workspace.data_ptr(), *described, *native.cuda_target(call.x)
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.ops.vitkern.token_pool: what it asks of its arguments, and its launches.
 
-The public, documented function is in ``vitkern.functional``. The second output is lambda of eq. (2), which backward
-needs, as it needs the tokens.
+The public, documented function is in ``vitkern.functional``. The second output is m and l of eq. (4) over all pixels,
+which backward needs, as it needs the tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _check(x, weight, backend):
     if len(images) > 1 or weight.shape != (*((batch,) if images else ()), tokens, channels):
         expected = f"[T, C] or [B, T, C] with B={batch}, C={channels}"
         contract.fail("weight", expected, list(weight.shape))
-    return ((batch, tokens, channels), x.dtype), ((batch, tokens), native.accumulator(x.dtype))
+    return ((batch, tokens, channels), x.dtype), ((batch, 2, tokens), native.accumulator(x.dtype))
 
 
 def _plan(backend, *_) -> str:
@@ -55,9 +55,9 @@ def _forward(backend):
     return lambda *tensors: launch(_call(*tensors))
 
 
-def _backward(backend, grad_output, needed, x, weight, tokens, logsumexp):
+def _backward(backend, grad_output, needed, x, weight, tokens, statistics):
     launch = kernel("token_pool", "backward", backend)
-    return launch(_call(x, weight), grad_output, tokens, logsumexp, needed)
+    return launch(_call(x, weight), grad_output, tokens, statistics, needed)
 
 
 def _reference(x, weight):

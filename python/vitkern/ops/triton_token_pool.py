@@ -37,15 +37,15 @@ def _parts(call: TokenPoolCall, blocks: dict[str, Any]) -> tuple[int, int]:
 
 
 def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T, C], and the log of the sum of each one's exponentials [B, T]."""
+    """Tokens [B, T, C], and of each one [B, 2, T] the greatest logit and the sum of exponentials."""
     from vitkern.triton_kernels import token_pool as kernels
 
     x, (batch, pixels, channels), tokens = call.x, call.x.shape, call.weight.shape[-2]
     blocks = _blocks(call)
     output = x.new_empty((batch, tokens, channels))
-    logsumexp = x.new_empty((batch, tokens), dtype=torch.float32)
+    statistics = x.new_empty((batch, 2, tokens), dtype=torch.float32)
     if call.x.numel() == 0 or tokens == 0:
-        return output.zero_(), logsumexp.fill_(float("-inf"))
+        return output.zero_(), statistics.zero_()
 
     parts, tiles = _parts(call, blocks)
     largest = x.new_empty((batch, parts, tokens), dtype=torch.float32)
@@ -69,7 +69,7 @@ def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
         merged = kernels.merge_table(channels)
         kernels.token_pool_merge[(batch * tokens, cdiv(channels, merged["BLOCK_C"]))](
             output,
-            logsumexp,
+            statistics,
             largest,
             total,
             pooled,
@@ -78,11 +78,11 @@ def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
             channels,
             **merged,
         )
-    return output, logsumexp
+    return output, statistics
 
 
 def token_pool_backward_triton(
-    call: TokenPoolCall, grad_output: Tensor, tokens: Tensor, logsumexp: Tensor, needed: tuple[bool, ...]
+    call: TokenPoolCall, grad_output: Tensor, tokens: Tensor, statistics: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Gradients of x and, float, of the weight."""
     from vitkern.triton_kernels import token_pool as kernels
@@ -106,7 +106,7 @@ def token_pool_backward_triton(
             grad_weight,
             grad_output,
             tokens,
-            logsumexp,
+            statistics,
             x,
             weight,
             _weight_stride(call),
