@@ -22,10 +22,11 @@ NAMES = {
     "token_pool": ("tokens", "grad_x", "grad_weight"),
     "token_project": ("y", "grad_x", "grad_query", "grad_key", "grad_tokens"),
 }
-# Whole and broken blocks; an image in one part, in several of which the last is short, and in as many as there can be.
+# Whole and broken blocks; an image in one part, in several, and in as many as there can be.
 SPLITS = {
-    "part": (3, 250, 64, 16),
+    "part": (8, 250, 64, 16),
     "parts": (2, 1100, 40, 5),
+    "parts-of-few-images": (1, 250, 64, 16),
     "most-parts": (1, 40000, 3, 2),
     "blocks-of-few-pixels": (1, 290, 2100, 3),
 }

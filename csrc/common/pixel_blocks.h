@@ -21,6 +21,9 @@ namespace {
 
 constexpr int64_t kPartPixels = 256;  // at least: what a part leaves behind is then little beside its pixels
 constexpr int64_t kTasks = 128;       // more are not needed
+constexpr int64_t kFewPartPixels =
+    48;                           // at least where there are fewer tasks than kFewTasks: a thread without
+constexpr int64_t kFewTasks = 8;  // any costs more than parts do
 constexpr int64_t kBlockBytes = 24 << 10;
 constexpr int64_t kMinBlock = 2 * kTileRows, kMaxBlock = 96;  // pixels
 
@@ -29,18 +32,21 @@ constexpr Acc kInfinity = static_cast<Acc>(HUGE_VAL);
 
 struct PixelSplit {
   int64_t batch, pixels;
-  int64_t block;        // pixels of a block
-  int64_t parts;        // of an image
-  int64_t part_pixels;  // of a part, but the last of an image may have fewer
+  int64_t block;  // pixels of a block
+  int64_t parts;  // of an image
 
   int64_t tasks() const { return batch * parts; }
+
+  // Parts are whole tiles, but for the last.
+  int64_t begin_of(int64_t part) const {
+    return part == parts ? pixels : pixels * part / parts / kTileRows * kTileRows;
+  }
 
   // Calls body(image, first pixel counted from the first image, pixels) for each block of a task.
   template <typename Body>
   VITKERN_INLINE void for_blocks(int64_t task, const Body& body) const {
-    const int64_t image = task / parts, begin = task % parts * part_pixels;
-    const int64_t end = smaller(begin + part_pixels, pixels);
-    for (int64_t first = begin; first < end; first += block)
+    const int64_t image = task / parts, end = begin_of(task % parts + 1);
+    for (int64_t first = begin_of(task % parts); first < end; first += block)
       body(image, image * pixels + first, smaller(block, end - first));
   }
 };
@@ -48,14 +54,13 @@ struct PixelSplit {
 // `columns` numbers of type Acc belong to each pixel of a block.
 template <typename Acc>
 PixelSplit split_pixels(int64_t batch, int64_t pixels, int64_t columns) {
-  PixelSplit split{batch, pixels, 0, 0, 0};
+  PixelSplit split{batch, pixels, 0, 1};
   const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(Acc));
   const int64_t fitting = kBlockBytes / larger(row_bytes, 1) / kTileRows * kTileRows;
   split.block = smaller(larger(fitting, kMinBlock), kMaxBlock);
-  const int64_t parts =
-      larger(smaller(divide_up(pixels, kPartPixels), divide_up(kTasks, larger(batch, 1))), 1);
-  split.part_pixels = larger(divide_up(divide_up(pixels, parts), split.block), 1) * split.block;
-  split.parts = larger(divide_up(pixels, split.part_pixels), 1);
+  const int64_t many = smaller(divide_up(pixels, kPartPixels), divide_up(kTasks, larger(batch, 1)));
+  const int64_t few = smaller(pixels / kFewPartPixels, divide_up(kFewTasks, larger(batch, 1)));
+  split.parts = larger(larger(many, few), 1);
   return split;
 }
 
