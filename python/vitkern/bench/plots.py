@@ -11,6 +11,7 @@ from vitkern.bench.store import Record, Row, milliseconds, short
 from vitkern.bench.svg import Canvas, Log, number
 
 BACKEND_COLOURS = {"cpu": "c0", "cuda": "c2", "triton": "c1", "reference": "c3", "torch": "plain"}
+COLOUR_OF_OTHERS = "c4"  # which are told apart by pointing at them
 OP_COLOURS = ("c0", "c1", "c2", "c3", "c4")
 
 
@@ -24,6 +25,10 @@ def of(rows: Sequence[Row], **wanted: str) -> list[Row]:
     return [
         row for row in rows if row["verified"] and all(row[name] == value for name, value in wanted.items())
     ]
+
+
+def colour_of_backend(backend: str) -> str:
+    return BACKEND_COLOURS.get(backend, COLOUR_OF_OTHERS)
 
 
 def colour_of_op(rows: Sequence[Row], op: str) -> str:
@@ -69,7 +74,7 @@ def _speedup_panel(
         for row in (bar for bar in bars if bar["case"] == case):
             ratio = ratios[id(row)] or 1.0
             left, right = sorted((scale(1), scale(ratio)))
-            look = BACKEND_COLOURS[row["backend"]] if ratio >= 1 else "bad"
+            look = colour_of_backend(row["backend"]) if ratio >= 1 else "bad"
             faint = " faint" if row["pass"] == "backward" else ""
             canvas.bar(left, y, right - left, 12, f"fill-{look}{faint}", says(row))
             canvas.text(right + 5, y + 10, f"{ratio:.3g}x")
@@ -97,7 +102,7 @@ def _time_panel(op: str, what: str, rows: Sequence[Row]) -> Canvas:
             line = sorted(of(rows, dtype=dtype, backend=backend), key=lambda row: row["flops"])
             if not line:
                 continue
-            look = BACKEND_COLOURS[backend]
+            look = colour_of_backend(backend)
             canvas.line([(x(row["flops"]), y(milliseconds(row))) for row in line], f"line-{look}{dashed}")
             for row in line:
                 mark = "fill" if dtype == "float32" else "ring"

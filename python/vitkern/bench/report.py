@@ -183,7 +183,7 @@ def page(record: store.Record) -> str:
 def _legend(rows: Sequence[store.Row]) -> str:
     names = {"torch": "plain torch"}
     entries = "".join(
-        f'<span><i style="background:var(--{plots.BACKEND_COLOURS[backend]})"></i>'
+        f'<span><i style="background:var(--{plots.colour_of_backend(backend)})"></i>'
         f"{escape(names.get(backend, backend))}</span>"
         for backend in plots.distinct(rows, "backend")
     )

@@ -57,7 +57,7 @@ def run(
     def save(status: str) -> None:
         for row in record["rows"]:
             if row["verified"]:
-                _summarize(row, record["ceilings"])
+                summarize(row, record["ceilings"])
         record.update(status=status, seconds=round(time.monotonic() - started, 1))
         if path is not None:
             store.write(path, record)
@@ -210,7 +210,7 @@ def call(work: Work, backend: str, what: str) -> Run:
     return (backward_alone if what == "backward" else forward_backward)(function, leaves)
 
 
-def _summarize(row: store.Row, ceiling: Ceilings) -> None:
+def summarize(row: store.Row, ceiling: Ceilings) -> None:
     """What follows from samples, and from what the machine has been seen to do so far."""
     times = [time for visit in row["samples_ms"] for time in visit]
     low, *_, high = statistics.quantiles(times, n=5)

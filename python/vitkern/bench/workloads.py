@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,10 +36,13 @@ class Work:
     torch: Function  # what one writes without vitkern
     formula: Function  # in float64, the oracle
     comparable: Mapping[str, Tensor]  # of which gradients only a part can be compared, and which
+    others: Mapping[str, Function] = field(default_factory=dict)  # further contenders, by name
 
     def implementation(self, backend: str) -> Function:
         if backend == "torch":
             return self.torch
+        if backend in self.others:
+            return self.others[backend]
         return lambda *tensors: self.vitkern(*tensors, backend=backend)
 
 
