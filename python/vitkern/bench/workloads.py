@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import vitkern
 from vitkern import reference
@@ -89,9 +91,13 @@ def _by_grid_sample(sizes: list[tuple[int, int]], *tensors: Tensor) -> Tensor:
 
 
 def _head_by_head(function: Function, *tensors: Tensor) -> Tensor:
-    """Heads do not meet, and one at a time takes a fraction of the memory: [B, ., M, ...] each, [B, Q, M * D]."""
+    """Heads do not meet, and one at a time takes a fraction of the memory: [B, ., M, ...] each, [B, Q, M * D].
+
+    On a card, of which memory is the scarce part, what one needs for its gradients is computed again.
+    """
     heads = range(tensors[0].shape[2])
-    return torch.cat([function(*(tensor[:, :, head, None] for tensor in tensors)) for head in heads], -1)
+    one = functools.partial(checkpoint, function, use_reentrant=False) if tensors[0].is_cuda else function
+    return torch.cat([one(*(tensor[:, :, head, None] for tensor in tensors)) for head in heads], -1)
 
 
 def _ms_deform_attn_fused(case: Case, dtype: torch.dtype, device: str) -> Work:
