@@ -75,7 +75,7 @@ def _speedup_panel(
             ratio = ratios[id(row)] or 1.0
             left, right = sorted((scale(1), scale(ratio)))
             look = colour_of_backend(row["backend"]) if ratio >= 1 else "bad"
-            faint = " faint" if row["pass"] == "backward" else ""
+            faint = "" if row["pass"] == "forward" else " faint"
             canvas.bar(left, y, right - left, 12, f"fill-{look}{faint}", says(row))
             canvas.text(right + 5, y + 10, f"{ratio:.3g}x")
             y += 15
@@ -121,7 +121,7 @@ def roofline(record: Record) -> Canvas | None:
         return None
     products = record["ceilings"]["product"]
     copies = sorted((int(size), rate) for size, rate in record["ceilings"]["copy"].items())
-    ours = [row for row in rows if row["backend"] != "torch"] or rows
+    ours = set(distinct(rows, "backend")) & set(BACKEND_COLOURS) - {"torch"} or {"torch"}
     shown = [row for row in rows if row["gflop_per_s"] > 0]
     intensity = [row["flops"] / row["bytes"] for row in shown]
     canvas = Canvas(760, 470, "Roofline")
@@ -131,17 +131,17 @@ def roofline(record: Record) -> Canvas | None:
     _roofs(canvas, x, y, copies, products)
     for row in shown:
         place = x(row["flops"] / row["bytes"]), y(row["gflop_per_s"])
-        colour = colour_of_op(rows, row["op"]) if row in ours else "plain"
+        colour = colour_of_op(rows, row["op"]) if row["backend"] in ours else "plain"
         mark = "fill" if row["dtype"] == "float32" else "ring"
         shape = "circle" if row["pass"] == "forward" else "diamond"
-        canvas.mark(shape, *place, f"{mark}-{colour}", says(row), size=4.5 if row in ours else 2.2)
+        canvas.mark(shape, *place, f"{mark}-{colour}", says(row), size=4.5 if row["backend"] in ours else 2.2)
     across = 52.0
     for op in distinct(rows, "op"):
         canvas.mark("circle", across + 5, 456, f"fill-{colour_of_op(rows, op)}")
         canvas.text(across + 14, 460, op, "tick")
         across += 30 + 6.3 * len(op)
     canvas.mark("circle", across + 5, 456, "fill-plain", size=2.2)
-    canvas.text(across + 14, 460, "plain torch", "tick")
+    canvas.text(across + 14, 460, "plain torch and others", "tick")
     return canvas
 
 

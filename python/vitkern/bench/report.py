@@ -144,7 +144,7 @@ def page(record: store.Record) -> str:
     sections = [
         (
             "How many times as fast as plain torch",
-            "Full colour: forward; pale: backward.",
+            "Full colour: forward; pale: with or of backward.",
             "plots",
             "speedup",
         ),

@@ -128,7 +128,7 @@ class Group:
     rows: list[store.Row]
     calls: dict[str, int] = field(default_factory=dict)  # of a sample, the same in all visits
 
-    def measure(self, work: Work, seconds: float) -> None:
+    def measure(self, work: Work, seconds: float, rounds: int | None = None) -> None:
         """Another visit, of those that are right; the first asks for memory too."""
         right = [row for row in self.rows if row["verified"]]
         if not right:
@@ -137,7 +137,7 @@ class Group:
         runs = {row["backend"]: call(work, row["backend"], self.what) for row in right}
         samples = interleaved(
             runs | {"anchor": anchor(kind, device)},
-            rounds=ROUNDS,
+            rounds=rounds or ROUNDS,
             least=LEAST_ROUNDS,
             seconds=seconds,
             clock=clock_of(device),
@@ -237,8 +237,10 @@ def line(row: store.Row, rows: Sequence[store.Row]) -> str:
 
 def speedup(row: store.Row, rows: Sequence[store.Row]) -> float | None:
     """How many times as fast as plain torch in the same rounds; None for plain torch, or where that has no time."""
-    same = [other for other in rows if store.key(other)[:-1] == store.key(row)[:-1]]
-    plain = next((other for other in same if other["backend"] == "torch" and other["verified"]), None)
-    if plain is None or row["backend"] == "torch" or not row["verified"]:
+    if row["backend"] == "torch" or not row["verified"]:
         return None
-    return store.milliseconds(plain) / store.milliseconds(row)
+    plain = (other for other in rows if other["backend"] == "torch" and other["verified"])
+    same = next((other for other in plain if store.key(other)[:-1] == store.key(row)[:-1]), None)
+    if same is None:
+        return None
+    return store.milliseconds(same) / store.milliseconds(row)

@@ -51,10 +51,18 @@ def write(path: Path, record: Record) -> None:
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(_finite(record), indent=1) + "\n")
+        beside.write_text(_text(_finite(record)) + "\n")
         os.replace(beside, path)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error}") from None
+
+
+def _text(record: Record) -> str:
+    """A row a line: files of thousands of them stay small, quick to write, and their differences can be read."""
+    rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
+    head = json.dumps({**record, "rows": []}, indent=1)
+    before, _, after = head.rpartition('"rows": []')
+    return f'{before}"rows": [\n  {rows}\n ]{after}' if rows else head
 
 
 def _finite(value: Any) -> Any:

@@ -58,9 +58,9 @@ class Op:
     make: Callable[[Case, torch.dtype, str], Work]
 
 
-def _ms_deform_attn(case: Case, dtype: torch.dtype, device: str) -> Work:
+def _ms_deform_attn(case: Case, dtype: torch.dtype, device: str, locations: str = "near") -> Work:
     assert isinstance(case, MsDeformAttnCase)
-    inputs = make_inputs(case, dtype=dtype, device=device)
+    inputs = make_inputs(case, locations=locations, dtype=dtype, device=device)
     tables = inputs.spatial_shapes, inputs.level_start_index
 
     def formula(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
