@@ -31,7 +31,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(ceilings.COPIED, "cpu", [2**12, 2**14])
     monkeypatch.setitem(ceilings.PRODUCT, "cpu", 16)
     sizes = {what: {"cpu": 4} for what in ("gather", "product")}
-    monkeypatch.setattr(ceilings, "_ANCHOR_SIZE", sizes)
+    monkeypatch.setattr(ceilings, "ANCHOR_SIZE", sizes)
     monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(run, "ROUNDS", 3)
 

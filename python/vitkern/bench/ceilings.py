@@ -132,14 +132,14 @@ ANCHORS = {
     "gather": "torch.nn.functional.grid_sample, float32, 32 channels, random places",
     "product": "torch.mm, float32, square",
 }
-_ANCHOR_SIZE = {
+ANCHOR_SIZE = {
     "gather": {"cpu": 96, "cuda": 1024},
     "product": {"cpu": 384, "cuda": 4096},
 }  # rows and columns
 
 
 def anchor(name: str, device: torch.device) -> Run:
-    size = _ANCHOR_SIZE[name][device.type]
+    size = ANCHOR_SIZE[name][device.type]
     generator = torch.Generator().manual_seed(0)
     if name == "product":
         left, right = torch.randn(2, size, size, generator=generator).to(device)
