@@ -353,6 +353,8 @@ def test_compiles_whole(name):
         ("tuning_config must be a dict, a Namespace or .*, got '64'", lambda: image_model("64")),
         ("bottleneck must be at least 1, got -1", lambda: image_model(dict(ffn_num=-1))),
         ("tuning_config has 'ffn_nun'", lambda: image_model(dict(ffn_nun=8))),
+        ("all_frames must be at least tubelet_size=2, got 1", lambda: video_model(all_frames=1)),
+        ("depths and num_heads must be of as many stages", lambda: swin_model(num_heads=(2, 4, 8))),
         ("ffn_option must be one of", lambda: image_model(dict(ffn_option="beside"))),
         ("vpt_num must be at least 1", lambda: image_model(dict(vpt_on=True, vpt_num=0))),
         ("some of the blocks 0 to 1", lambda: image_model(dict(ffn_layers=[2]))),

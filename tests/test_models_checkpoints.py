@@ -190,6 +190,19 @@ def test_resized_tables_keep_the_centre_and_a_table_of_the_same_window():
     torch.testing.assert_close(larger[39, 39], table[:-3].view(27, 27, 2)[13, 13])
 
 
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (9, "9 relative positions is too small"),
+        (1, "1 relative positions is too small"),
+        (2, "no square window"),
+    ],
+)
+def test_tables_that_cannot_be_resized(rows, message):
+    with pytest.raises(ValueError, match=message):
+        resize_table(torch.zeros(rows, 3), 49)
+
+
 def test_splines_are_those_of_scipy():
     interpolate = pytest.importorskip("scipy.interpolate")
     knots = torch.tensor([-9.0, -4, -1.5, 0, 1.5, 4, 9], dtype=torch.float64)
@@ -246,6 +259,10 @@ def test_a_whole_segmentor_and_back(file, tmp_path):
             {"conv1.weight": torch.ones(7)},
         ),
         ("a dict of tensors, got list", []),
+        (
+            "names of AugReg, but lacks 'embedding/kernel'",
+            {"Transformer/encoder_norm/scale": torch.ones(D)},
+        ),
         ("lacks", {"pos_embed": torch.zeros(1, 197, D)}),
     ],
 )

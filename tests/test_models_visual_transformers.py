@@ -255,6 +255,7 @@ def test_grad_cam_needs_a_layer_that_is_called():
             lambda: classifier()(torch.zeros(1, 4, 64, 64)),
         ),
         ("some of the maps 0 to 3, got", lambda: segmentor(num_classes=0, out_indices=())),
+        ("tokens must be at least 1, got 0", lambda: classifier(tokens=0)),
         ("tokenizer must be one of", lambda: classifier(tokenizer="fourier")),
         ("projector=False needs recurrent=True", lambda: classifier(projector=False, recurrent=False)),
         ("no module of PoolingTokenizer", lambda: token_attention(PoolingTokenizer(4, 4), image(64, 96))),

@@ -346,6 +346,8 @@ def test_compiles_whole(name):
         ("blocks 0 to 3", lambda: build(interaction_indexes=[[0, 4]], add_vit_feature=False)),
         ("interaction_indexes must be given", lambda: build(depth=3)),
         ("window_attn must be one value or one for each of the 4", lambda: build(window_attn=[True])),
+        ("drop_path_rate must be .* got 1.5", lambda: build(drop_path_rate=1.5)),
+        ("window_size of block 0 must be at least 1", lambda: build(window_attn=True, window_size=0)),
         ("window_size of block 0", lambda: build(window_attn=True, window_size=None)),
         ("divisible by num_heads", lambda: build(num_heads=5)),
         ("patch_size must be 16", lambda: build(patch_size=14)),

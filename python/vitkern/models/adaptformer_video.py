@@ -58,6 +58,8 @@ class TubeletEmbed(nn.Module):
         tubelet_size: int,
     ) -> None:
         super().__init__()
+        if frames < tubelet_size:
+            raise ValueError(f"all_frames must be at least tubelet_size={tubelet_size}, got {frames}")
         self.img_size, self.patch_size, self.tubelet_size = pair(img_size), pair(patch_size), tubelet_size
         grid = self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
         self.num_patches = grid[0] * grid[1] * (frames // tubelet_size)

@@ -9,6 +9,13 @@ from torch import Tensor
 
 def from_augreg(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     """To the names and layouts of timm: Linear [out, in], convolutions [out, in, height, width]."""
+    try:
+        return _translated(arrays)
+    except KeyError as error:
+        raise ValueError(f"the checkpoint has the names of AugReg, but lacks {error}") from error
+
+
+def _translated(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     arrays = {name.removeprefix("params/"): array for name, array in arrays.items()}
     kernel = arrays["embedding/kernel"]  # [16, 16, 3, D]
     weights = {
@@ -34,7 +41,10 @@ def _block(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """One block. The numbers in its names count all layers in older files, those of a kind in newer ones."""
 
     def found(kind: str, place: int) -> str:
-        return sorted({name.split("/")[0] for name in parts if name.startswith(kind)})[place]
+        layers = sorted({name.split("/")[0] for name in parts if name.startswith(kind)})
+        if place >= len(layers):
+            raise KeyError(f"{kind}{place}")
+        return layers[place]
 
     attention, mlp = found("MultiHeadDotProductAttention_", 0), found("MlpBlock_", 0)
     heads = [parts[f"{attention}/{name}/kernel"] for name in ("query", "key", "value")]  # [D, M, D / M]

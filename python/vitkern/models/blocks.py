@@ -48,6 +48,8 @@ def window_sizes(window_attn: Any, window_size: Any, depth: int) -> list[int | N
     for block, (is_windowed, size) in enumerate(zip(windowed, sizes)):
         if is_windowed and size is None:
             raise ValueError(f"window_size of block {block} must be a number: its window_attn is set")
+        if is_windowed and size < 1:
+            raise ValueError(f"window_size of block {block} must be at least 1, got {size}")
     return [size if is_windowed else None for is_windowed, size in zip(windowed, sizes)]
 
 
@@ -83,6 +85,8 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"drop_path_rate must be a probability between 0 and 1, got {p}")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:

@@ -56,6 +56,11 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
         )
     distances, cls = table[: old * old], table[old * old : old * old + new_cls]
     if old != new:
+        if old < 5:
+            raise ValueError(
+                f"a table of {table.shape[0]} relative positions is too small for a spline: that of a window of 3 x 3 "
+                "is the smallest one that can be resized"
+            )
         matrix = spline_matrix(_knots(old, new), torch.arange(new, dtype=torch.float64) - new // 2)
         maps = distances.double().T.unflatten(1, (old, old))  # [M, old, old]
         distances = (matrix @ maps @ matrix.T).flatten(1).T.to(table.dtype)
@@ -65,8 +70,8 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
 def _side(rows: int) -> tuple[int, int]:
     """Rows and columns of the square of distances, and the rows after it."""
     for cls in (0, CLS_ROWS):
-        side = math.isqrt(rows - cls)
-        if side * side == rows - cls:
+        side = math.isqrt(max(rows - cls, 0))
+        if side and side * side == rows - cls:
             return side, cls
     raise ValueError(f"a table of {rows} relative positions is that of no square window")
 

@@ -204,6 +204,8 @@ class SwinTransformer(Classifier):
         sequential: bool = False,
     ) -> None:
         super().__init__()
+        if len(depths) != len(num_heads):
+            raise ValueError(f"depths and num_heads must be of as many stages, got {depths} and {num_heads}")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.embed_dim, self.num_features = embed_dim, embed_dim << (len(depths) - 1)
         self._add_patches(img_size, patch_size, norm_layer if patch_norm else None, ape, len(depths))

@@ -34,6 +34,8 @@ TOKENIZERS = ("filter", "pooling", "clustering")
 def tokenizer_of(
     kind: str, channels: int, tokens: int, token_channels: int, backend: str | None
 ) -> nn.Module:
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
     if kind == "filter":
         return FilterTokenizer(channels, tokens, token_channels, backend=backend)
     if kind == "pooling":
