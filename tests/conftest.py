@@ -8,6 +8,9 @@ import sys
 # next worker of pytest-xdist first of all: many small calls, as gradcheck makes them, then take twenty times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# What cuBLAS, which the oracle calls, needs in torch's deterministic mode. Read when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a real card can show: streams, a second device, graphs, images. Correctness itself is in the other files,
-whose tests run on the card too (`-m gpu`)."""
+"""What only a card can show, of every op and GPU backend: each dtype free and deterministic, streams, a second device,
+graphs, torch.compile. More inputs than here are in the other files, whose tests run on the card too (`-m gpu`)."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -8,85 +10,158 @@ import torch
 import vitkern
 from tests.helpers import gradients
 from vitkern import backends
-from vitkern.cases import ATTENTION_CASES, make_inputs
+from vitkern.bench.verify import complaint, errors_of, exact_results
+from vitkern.bench.workloads import OPS, Work
+from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES, make_inputs
+from vitkern.check.examine import examine
+from vitkern.check.plan import Request, plan
+from vitkern.commands.choices import DTYPES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-BACKENDS = ["cuda", "triton"]
-CASE = ATTENTION_CASES["injector-B512"].with_batch(1)
+ATTENTION = ATTENTION_CASES["injector-B512"].with_batch(1)
+SHAPES = {
+    "ms_deform_attn": ATTENTION,
+    "ms_deform_attn_fused": ATTENTION,
+    "adapter_bottleneck": ADAPTER_CASES["adaptformer-image"],
+    "token_pool": TOKEN_CASES["vt-64"].with_batch(2),
+    "token_project": TOKEN_CASES["vt-64"].with_batch(2),
+}
+SLEEP = 100_000_000  # cycles: what follows on another stream would run before this ends
 
 
-def attend(inputs, backend):
-    return lambda *tensors: vitkern.ms_deform_attn(
-        tensors[0], inputs.spatial_shapes, inputs.level_start_index, *tensors[1:], backend=backend
-    )
+def make(op: str, device: str = "cuda") -> Work:
+    return OPS[op].make(SHAPES[op], torch.float32, device)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
+def leaves_of(work: Work) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.detach().clone().requires_grad_() for tensor in work.inputs.values())
+
+
+@pytest.fixture(params=OPS)
+def op(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request) -> str:
     reason = backends.can_run(request.param, torch.device("cuda"), torch.float32)
     if reason is not None:
         pytest.skip(reason)
     return request.param
 
 
-def test_the_current_stream_is_used(backend):
-    inputs = make_inputs(CASE, device="cuda")
-    expected = attend(inputs, backend)(*inputs.differentiable())
+@pytest.mark.parametrize("kind", ["oracle", "repeat"], ids=["free", "deterministic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_backward_match_the_oracle(op, backend, dtype, kind):
+    """Deterministic: the same bits again, besides."""
+    request = Request([op], (), [f"{backend}-gpu"], [dtype], "cuda", quick=True, kinds=[kind])
+    tasks = plan(request).tasks
+    if not tasks:
+        pytest.skip(str(backends.can_run(backend, torch.device("cuda"), DTYPES[dtype])))
+    assert [outcome.failures for task in tasks if (outcome := examine(task)).failures] == []
+
+
+def test_the_current_stream_is_used(op, backend):
+    work = make(op)
+    function, inputs = work.implementation(backend), tuple(work.inputs.values())
+    expected = gradients(function, inputs)  # compiles, too
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # what follows on another stream would run before this ends
-        late = inputs.value * 2
-        output = attend(inputs, backend)(late, *inputs.differentiable()[1:])
+        torch.cuda._sleep(SLEEP)
+        late = tuple(tensor.clone() for tensor in inputs)
+        found = gradients(function, late)
     stream.synchronize()
-    torch.testing.assert_close(output, expected * 2)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_a_device_that_is_not_the_current_one(backend):
-    on_cpu = make_inputs(CASE)
-    expected = gradients(attend(on_cpu, "cpu"), on_cpu.differentiable())
-    inputs = make_inputs(CASE, device="cuda:1")
-    assert torch.cuda.current_device() == 0
-    for ours, theirs in zip(gradients(attend(inputs, backend), inputs.differentiable()), expected):
-        torch.testing.assert_close(ours.cpu(), theirs, atol=1e-3, rtol=1e-3)
-    assert torch.cuda.current_device() == 0
-
-
-def test_forward_and_backward_are_captured_in_a_graph(backend):
-    inputs = make_inputs(CASE, device="cuda").requires_grad_()
-    tensors = inputs.differentiable()
-
-    def step():
-        return torch.autograd.grad(attend(inputs, backend)(*tensors).square().sum(), tensors)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            expected = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        inputs.value.mul_(1.0)
-    graph.replay()
-    for ours, theirs in zip(captured, expected):
+    for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_no_call_waits_for_the_device(backend):
-    inputs = make_inputs(CASE, device="cuda").requires_grad_()
-    attend(inputs, backend)(*inputs.differentiable())  # compiles, caches
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_device_that_is_not_the_current_one(op, backend):
+    work = make(op, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    errors = errors_of(work.implementation(backend), work, exact_results(work))
+    assert complaint(errors, torch.float32) is None
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
+def test_forward_and_backward_are_captured_in_a_graph(op, backend, deterministic):
+    """And a replay computes anew, of what the inputs are then."""
+    work = make(op)
+    function, leaves = work.implementation(backend), leaves_of(work)
+
+    def step() -> list[torch.Tensor]:
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                before = step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.mul_(0.9)
+        graph.replay()
+        expected = step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, theirs, old in zip(captured, expected, before):
+        assert not torch.equal(theirs, old)
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * scale, rtol=1e-4)
+
+
+def test_each_replay_of_a_graph_draws_another_mask(backend):
+    tensors = tuple(make("adapter_bottleneck").inputs.values())
+
+    def step() -> torch.Tensor:
+        return vitkern.adapter_bottleneck(*tensors, dropout_p=0.5, training=True, backend=backend)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    graph.replay()
+    first = output.clone()
+    graph.replay()
+    assert not torch.equal(first, output)
+
+
+def test_no_call_waits_for_the_device(op, backend):
+    work = make(op)
+    function, leaves = work.implementation(backend), leaves_of(work)
+    function(*leaves).sum().backward()  # compiles, caches
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend(inputs, backend)(*inputs.differentiable()).sum().backward()
+        function(*leaves).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_compiled_in_one_graph_it_is_the_same(op, backend):
+    work = make(op)
+    function = work.implementation(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    inputs = tuple(work.inputs.values())
+    for ours, theirs in zip(gradients(compiled, inputs), gradients(function, inputs)):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_levels_that_do_not_add_up_are_found_on_request(backend, monkeypatch):
-    inputs = make_inputs(CASE, device="cuda")
-    inputs.value = inputs.value[:, :-1]
+    inputs = make_inputs(ATTENTION, device="cuda")
     monkeypatch.setenv("VITKERN_VALIDATE", "1")
+    tables = inputs.spatial_shapes, inputs.level_start_index
     with pytest.raises(ValueError, match="spatial_shapes"):
-        attend(inputs, backend)(*inputs.differentiable())
+        vitkern.ms_deform_attn(inputs.value[:, :-1], *tables, *inputs.differentiable()[1:], backend=backend)

@@ -46,6 +46,87 @@ def test_gpu_forward_and_backward_beyond_32_bit_offsets(backend):
     check_far_corner(backend, "cuda")
 
 
+ROWS = 2**31 // 1024 + 2  # of 1024 channels: a little more than 2^31 elements
+FEW = 100
+
+
+def row_inputs(
+    op: str, dtype: torch.dtype, device: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Of two rows, or pixels: what has a row for each of them, and the rest."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    rows, rest = {"x": normal(2, 1024)}, {}
+    if op == "adapter_bottleneck":
+        rest = {"down": normal(8, 1024) / 32, "up": normal(1024, 8)}
+    elif op == "token_pool":
+        # Both rows have logits of 40: beside them all the rows of zeros weigh nothing.
+        rows["x"][:, :512] = 1
+        rest = {"weight": torch.zeros(16, 1024, device=device, dtype=dtype)}
+        rest["weight"][:, :512] = 40 / 512
+    else:
+        rows["query"] = normal(2, 16)
+        rest = {"key": normal(16, 16), "tokens": normal(16, 1024)}
+    return rows, rest
+
+
+def of_rows(op: str, backend: str):
+    """The op on rows [N, .] of one image."""
+
+    def run(x, *others):
+        if op == "adapter_bottleneck":
+            down, up = others
+            return vitkern.adapter_bottleneck(x, down, None, up, None, residual=x, backend=backend)
+        if op == "token_pool":
+            return vitkern.token_pool(x[None], *others, backend=backend)[0]
+        query, key, tokens = others
+        return vitkern.token_project(x[None], query[None], key[None], tokens[None], backend=backend)[0]
+
+    return run
+
+
+def check_rows(op: str, backend: str, device: str, count: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Two rows, first and last of many that are zero, give what they give alone, output and every gradient."""
+    rows, rest = row_inputs(op, dtype, device)
+    function = of_rows(op, backend)
+    alone = gradients(function, (*rows.values(), *rest.values()))
+    many = {name: row.new_zeros(count, row.shape[1]) for name, row in rows.items()}
+    for name, row in rows.items():
+        many[name][0], many[name][-1] = row[0], row[1]
+    grad_output = torch.ones_like
+    if op != "token_pool":
+        grad_output = torch.zeros_like(many["x"])
+        grad_output[0] = grad_output[-1] = 1
+    found = gradients(function, (*many.values(), *rest.values()), grad_output)
+    for name, ours, theirs in zip(("output", *rows, *rest), found, alone):
+        if len(ours) == count:
+            middle = ours[1:-1]
+            ours = torch.stack([ours[0], ours[-1]])
+            if name != "output":
+                assert middle.abs().amax() <= 1e-6 * theirs.abs().amax(), name
+        error = (ours.double() - theirs.double()).abs().max() / theirs.abs().max()
+        assert error <= 1e-2, name
+
+
+@pytest.mark.parametrize("op", ["adapter_bottleneck", "token_pool", "token_project"])
+def test_rows_among_a_few(op):
+    """What the next test asks of a card, of so few rows that it can be asked of a CPU."""
+    check_rows(op, "cpu", "cpu", FEW, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("op", ["adapter_bottleneck", "token_pool", "token_project"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gpu_rows_beyond_32_bit_offsets(backend, op):
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB of free device memory")
+    check_rows(op, backend, "cuda", ROWS)
+
+
 def check_far_corner(backend, device):
     value, locations, weights = corner_inputs(device)
 
