@@ -17,7 +17,7 @@ CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 
 
 def environment() -> Environment:
-    return examine() | {"commit": commit(Path(vitkern.__file__).parent), "gpu_clocks": _gpu_clocks()}
+    return examine() | {"commit": commit(Path(vitkern.__file__).parent), "gpu_clocks": gpu_clocks()}
 
 
 def commit(package: Path) -> dict[str, Any] | None:
@@ -35,7 +35,7 @@ def commit(package: Path) -> dict[str, Any] | None:
     return {"id": built_from, "dirty": False} if built_from else None
 
 
-def _gpu_clocks() -> list[str]:
+def gpu_clocks() -> list[str]:
     """A line for each card: what decides how fast it runs, which a driver may change."""
     answer = _output("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
     return answer.splitlines() if answer else []
