@@ -44,6 +44,21 @@ tables: setup  ## The tables of the README: vitkern, plain torch and every peer 
 	  $(BIN)/python -m benchmarks.bench_$$what $(BENCH_ARGS) || exit 1; done
 	$(BIN)/python -m benchmarks.bench_host_cost
 
+# The time limit of a call: what is left goes on with the next. BORROW=1: PYTHON's own packages, torch first of all, serve
+# where there is no network.
+PART := correct
+SECONDS := 540
+gpu:  ## On a card, PART=correct|sanitize|bench|tune, in calls of SECONDS=540 that go on; DRY=1 lists what would run
+ifdef DRY
+	@$(MAKE) --silent setup
+	@$(BIN)/python -m benchmarks.gpu $(PART) --dry $(GPU_ARGS)
+else
+	@architectures=$$(tools/gpu_architectures) && $(MAKE) --silent VENV=.venv-gpu VITKERN_CUDA=ON \
+	  VITKERN_CUDA_ARCHITECTURES=$$architectures .venv-gpu/.built
+	@test $(PART) = build || .venv-gpu/bin/python -m benchmarks.gpu $(PART) --seconds $(SECONDS) \
+	  $(if $(FRESH),--fresh) $(GPU_ARGS)
+endif
+
 ##@ Check
 
 check: lint typecheck setup  ## The quick half of ci: lint, types and the tests that are not slow
@@ -98,29 +113,31 @@ clean:  ## Remove what was built, keep .venv
 	find $(PYTHON_FILES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## Remove .venv too
-	rm -rf $(VENV) .venv-ecosystem .venv-kernels .venv-docs
+	rm -rf $(VENV) .venv-ecosystem .venv-kernels .venv-docs .venv-gpu
 
 help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench tables check emulate sanitize lint typecheck ci docs setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench tables gpu check emulate sanitize lint typecheck ci docs setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is
 # not, so .unfinished stands while pip writes; where it is still there, it is newer than .made and .venv starts afresh.
 
 $(VENV)/.made: $(wildcard $(VENV)/.unfinished)
-	@PYTHON="$(PYTHON)" tools/make_venv $(VENV)
+	@PYTHON="$(PYTHON)" BORROW="$(BORROW)" tools/make_venv $(VENV)
 	@touch $@
 
-$(VENV)/.requirements: $(VENV)/.made $(wildcard requirements/*.txt)
+$(VENV)/.requirements: $(VENV)/.made $(if $(BORROW),,$(wildcard requirements/*.txt))
+ifndef BORROW
 	@echo "Installing torch, tools and test requirements into $(VENV): minutes, once"
 	@touch $(VENV)/.unfinished
 	@$(PIP) install -r requirements/torch.txt
 	@$(PIP) install -c requirements/torch.txt -r requirements/build.txt -r requirements/dev.txt
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install -c requirements/torch.txt -r requirements/triton.txt
 	@rm $(VENV)/.unfinished
+endif
 	@touch $@
 
 # Python files are read where they lie, so only what is compiled or describes the package asks for a new build; and so

@@ -42,20 +42,25 @@ class Peer:
     def attention(self, inputs: MsDeformAttnInputs) -> Attention:
         return self.bind(_loaded(self), inputs)
 
+    def objection(self, device: str) -> str | None:
+        """Why it cannot be called on a device, if it cannot."""
+        try:
+            self._check_version()
+            _loaded(self)
+        except Exception as error:  # a peer may fail to load in any way; which one it was is the verdict
+            return f"absent: {_first_line(error)}"
+        return None if device in self.devices else f"unsupported: {device}"
+
     def verdict(self, inputs: MsDeformAttnInputs, oracle: list[Tensor] | None = None) -> str:
         """ "right", or why its time is not to be had: absent, unsupported or wrong, with the error.
 
         `oracle`: what oracle_of(inputs) gives, or what takes its place.
         """
+        objection = self.objection(inputs.value.device.type)
+        if objection is not None:
+            return objection
         try:
-            self._check_version()
-            attention = self.attention(inputs)
-        except Exception as error:  # a peer may fail to load in any way; which one it was is the verdict
-            return f"absent: {_first_line(error)}"
-        if inputs.value.device.type not in self.devices:
-            return f"unsupported: {inputs.value.device.type}"
-        try:
-            results = _results(attention, inputs)
+            results = _results(self.attention(inputs), inputs)
         except Exception as error:
             return f"unsupported: {_first_line(error)}"
         errors = map(relative_error, results, oracle_of(inputs) if oracle is None else oracle)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m benchmarks.gpu: tests, sanitizers, figures and block sizes of a card, in runs of some minutes.
+
+Each call goes on where the last one stopped. It exits with 0 if all is done and right, 1 if something failed, 2 if what
+was asked for cannot be had, 3 if something is left for the next call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks.gpu import bench, correct, table, tune
+from benchmarks.gpu.common import (
+    DONE,
+    REFUSED,
+    RESULTS,
+    SECONDS,
+    STATE,
+    Budget,
+    GpuError,
+    demand_a_card,
+    environment,
+    file_for,
+    folder_of,
+    version_of,
+)
+
+PARTS = ("correct", "sanitize", "bench", "tune", "table")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__.split(": ", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    several = {"nargs": "+", "default": [], "metavar": "NAME"}
+    parser.add_argument("part", choices=PARTS, help="table: the README's, from the files that there are")
+    parser.add_argument("--dry", action="store_true", help="list what would run; needs no card")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"limit of this call (default {SECONDS:.0f})"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget what earlier calls did at this commit")
+    parser.add_argument("--commit", help="written into results where no repository tells it")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--op", **several, help="bench, tune: only these ops")
+    parser.add_argument("--case", **several, help="bench, tune: only these shapes, such as 'injector-*'")
+    parser.add_argument("--dtype", **several, help="bench, tune: fp16, bf16, fp32")
+    parser.add_argument(
+        "--without", **several, help="bench: leave these contenders out, such as 'torch compiled'"
+    )
+    parser.add_argument("--check", action="store_true", help="table: fail where the README has another")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        return started(options)
+    except GpuError as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return REFUSED
+
+
+def started(options: argparse.Namespace) -> int:
+    if options.part == "table":
+        return table.main(options.results, check=options.check)
+    if options.part in ("correct", "sanitize"):
+        steps = correct.correct() if options.part == "correct" else correct.sanitized()
+        if options.dry:
+            correct.listing(steps)
+            return DONE
+        demand_a_card()
+        if options.part == "sanitize":
+            correct.demand_the_sanitizer()
+        folder = STATE / version_of(environment(options.commit)) / options.part
+        if options.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        return correct.run(steps, folder, Budget(options.seconds))
+    part = {"bench": bench, "tune": tune}[options.part]
+    wanted = part.subjects(options.op, options.case, options.dtype)
+    if options.dry:
+        part.listing(wanted, options.without)
+        return DONE
+    demand_a_card()
+    found = environment(options.commit)
+    path = file_for(options.results / folder_of(found) / part.FOLDER, version_of(found), bench.today())
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    return part.run(wanted, path, found, Budget(options.seconds), options.without)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

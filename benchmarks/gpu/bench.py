@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PART=bench: all shapes, ours against every contender, forward and a training step, in three dtypes.
+
+The work is that of `vitkern bench run`, op by op and case by case, with more contenders; the file is of its kind, so
+`vitkern bench report` and `compare` read it. What a file has is not measured again.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import contenders
+from benchmarks.gpu.common import DONE, FAILED, LEFT, Budget, GpuError
+from benchmarks.gpu.resume import BROKEN
+from vitkern import backends
+from vitkern.bench import store
+from vitkern.bench.ceilings import ANCHORS, Machine
+from vitkern.bench.environment import gpu_clocks
+from vitkern.bench.plan import Subject
+from vitkern.bench.report import write_reports
+from vitkern.bench.run import ROUNDS_OF_CEILINGS, VISITS, Group, checked_groups, summarize
+from vitkern.bench.workloads import OPS, Op, Work
+from vitkern.commands.choices import DTYPES
+
+FOLDER = ""
+USUAL_DTYPES = ("bf16", "fp16", "fp32")
+PASSES = ("forward", "both")
+SECONDS = 1.5  # of all visits and contenders of a pass
+TIMING = "one of those timed in turn"
+ROUNDS = 10  # of a visit, each the median of some calls
+_PLAIN = OPS["ms_deform_attn"]
+_UNIFORM = replace(
+    _PLAIN, name="ms_deform_attn_uniform", make=functools.partial(_PLAIN.make, locations="uniform")
+)
+# Real places lie near the query's own; places anywhere are the worst for caches, and spread the atomics.
+ALL_OPS = {op.name: op for op in (*OPS.values(), _UNIFORM)}
+
+
+def today() -> str:
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def subjects(
+    ops: Sequence[str] = (), cases: Sequence[str] = (), dtypes: Sequence[str] = (), device: str = "cuda"
+) -> list[Subject]:
+    """What to measure, the shapes that tell most first."""
+    for kind, asked, known in (("op", ops, ALL_OPS), ("dtype", dtypes, USUAL_DTYPES)):
+        for name in asked:
+            if name not in known:
+                raise GpuError(f"no {kind} is called {name}; there are {', '.join(known)}")
+    found = [
+        _subject(op, name, DTYPES[dtype], device)
+        for usual in (True, False)
+        for op in ALL_OPS.values()
+        if not ops or op.name in ops
+        for name in op.cases
+        if (name in op.usual) == usual and _asked(name, cases)
+        for dtype in dtypes or USUAL_DTYPES
+    ]
+    if not found:
+        raise GpuError(f"no case is called {', '.join(cases)}; `vitkern bench run --case x` lists them")
+    return found
+
+
+def _asked(name: str, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _subject(op: Op, name: str, dtype: torch.dtype, device: str) -> Subject:
+    case = op.cases[name]
+    return Subject(op, case, dtype, torch.device(device), (), PASSES, case.batch)
+
+
+def listing(wanted: Iterable[Subject], without: Sequence[str] = ()) -> None:
+    """Without a card: what would be measured, and of whom it is known here that they would take part."""
+    number = 0
+    for subject in wanted:
+        number += 1
+        dtype = store.short(str(subject.dtype)[6:])
+        case = f"{subject.case.name} x{subject.batch}"
+        print(f"{subject.op.name:<24}{case:<22}{dtype:<6}{' '.join(subject.passes):<15}{subject.case.what}")
+    print(f"\n{number} subjects, each with {', '.join((*contenders.OURS, 'torch'))} and")
+    for op in OPS.values():
+        there, absent = contenders.names(op, "cuda", without)
+        print(f"  {op.name}: {', '.join(there)}")
+        for name, reason in absent.items():
+            print(f"    not {name}: {reason}")
+
+
+def run(
+    wanted: Sequence[Subject],
+    path: Path,
+    environment: Mapping[str, object],
+    budget: Budget,
+    without: Sequence[str] = (),
+) -> int:
+    """Adds to the file until all is there or the time is over; then a table and plots beside it."""
+    record = opened(path, environment)
+    session = {"started": _now(), "clocks_before": gpu_clocks(), "seconds": 0.0}
+    record["sessions"].append(session)
+    bench = Bench(record, path, budget, without)
+    left, record["status"] = list(wanted), "interrupted"
+    try:
+        left = bench.measure(wanted)
+    except KeyboardInterrupt:
+        left = bench.open(wanted)
+    finally:
+        session |= {"clocks_after": gpu_clocks(), "seconds": round(budget.seconds - budget.left(), 1)}
+        record["seconds"] = round(sum(one["seconds"] for one in record["sessions"]), 1)
+        bench.save()
+    if not left:
+        record["status"] = "complete"
+        bench.save()
+    if record["rows"]:
+        write_reports(path, path.with_suffix(".md"))
+    failed = [row for row in record["rows"] if not row["verified"] and row["backend"] in backends.BACKENDS]
+    print(f"{path}: {len(record['rows'])} rows, {len(left)} subjects left, {len(failed)} of ours FAILED")
+    for row in failed:
+        print(f"FAILED {store.in_words(store.key(row))}: {row['reason']}")
+    return FAILED if failed else LEFT if left else DONE
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def opened(path: Path, environment: Mapping[str, object]) -> store.Record:
+    """The record of an earlier call, if it was made with the same software, or a new one."""
+    if not path.exists():
+        head = {"schema": store.SCHEMA, "status": "running", "started": _now(), "seconds": 0.0}
+        head |= {"command": ["make", "gpu", "PART=bench"], "environment": dict(environment), "ceilings": None}
+        return head | {"anchors": ANCHORS, "absent": {}, "sessions": [], "rows": []}
+    record = store.read(path)
+    for what in ("torch", "triton", "vitkern"):
+        before, now = record["environment"][what]["version"], environment[what]["version"]
+        if before != now:
+            raise GpuError(f"{path} was begun with {what} {before}, this is {now}: FRESH=1 begins it anew")
+    return record
+
+
+class Bench:
+    """A record that grows, on disk after each subject."""
+
+    def __init__(self, record: store.Record, path: Path, budget: Budget, without: Sequence[str] = ()) -> None:
+        self.record, self.path, self.budget, self.without = record, path, budget, without
+        self.machine: Machine | None = None
+
+    def open(self, wanted: Sequence[Subject]) -> list[Subject]:
+        """What is not all there, with those who lack a row."""
+        there = {store.key(row) for row in self.record["rows"]}
+        found = []
+        for subject in wanted:
+            names, absent = contenders.names(subject.op, subject.device.type, self.without)
+            self.record["absent"] |= absent
+            lacking = [
+                name
+                for name in (*_ours(subject), "torch", *names)
+                if any(key_of(subject, what, name) not in there for what in subject.passes)
+            ]
+            if lacking:
+                found.append(replace(subject, backends=tuple(lacking)))
+        return found
+
+    def measure(self, wanted: Sequence[Subject]) -> list[Subject]:
+        """What the time did not suffice for."""
+        left = self.open(wanted)
+        if left:
+            self.machine = Machine(left[0].device, [DTYPES[name] for name in USUAL_DTYPES])
+            self.machine.measure(ROUNDS_OF_CEILINGS)
+        while left and self.budget.allows_more():
+            subject = left.pop(0)
+            print(f"{self.budget.left():>5.0f} s left  {_label(subject)}", flush=True)
+            rows = self.budget.timed(functools.partial(self.rows_of, subject))
+            self._add(rows)
+            broken = [row for row in rows if _is_broken(row)]
+            if broken:
+                raise GpuError(
+                    f"{broken[0]['backend']} left the card in no defined state at {_label(subject)} "
+                    f"({broken[0]['reason']}): call again to go on without it"
+                )
+        return left
+
+    def rows_of(self, subject: Subject) -> list[store.Row]:
+        """All passes of the contenders, measured in turn in some visits on inputs made anew."""
+        names, _ = contenders.names(subject.op, subject.device.type, self.without)
+        work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+        names = {name: peer for name, peer in names.items() if name in subject.backends}
+        others = contenders.functions(subject.op, subject.case, work, names)
+        work = replace(work, others=others)
+        groups = checked_groups(subject, work)
+        if not any(_is_broken(row) for group in groups for row in group.rows):
+            for visit in range(VISITS):
+                work = work if visit == 0 else _made_anew(subject, work)
+                for group in groups:
+                    _measured(group, work)
+        return [row for group in groups for row in group.rows]
+
+    def _add(self, rows: list[store.Row]) -> None:
+        """After an error of the card the one that was checked then has rows: the others are tried again."""
+        broken = [row for row in rows if _is_broken(row)]
+        guilty = {broken[0]["backend"]} if broken and TIMING not in broken[0]["reason"] else None
+        self.record["rows"] += [row for row in rows if guilty is None or row["backend"] in guilty]
+        if not broken and self.machine is not None:
+            self.machine.measure()
+        self.save()
+
+    def save(self) -> None:
+        if self.machine is not None:
+            self.record["ceilings"] = best(self.record["ceilings"], self.machine.ceilings)
+        for row in self.record["rows"]:
+            if row["verified"]:
+                row["samples_ms"], row["anchor_ms"] = _short(row["samples_ms"]), _short(row["anchor_ms"])
+                summarize(row, self.record["ceilings"])
+        store.write(self.path, self.record)
+
+
+def _ours(subject: Subject) -> list[str]:
+    names = contenders.OURS if subject.device.type == "cuda" else ("cpu",)
+    return [name for name in names if backends.can_run(name, subject.device, subject.dtype) is None]
+
+
+def _label(subject: Subject) -> str:
+    return f"{subject.op.name} {subject.case.name} {store.short(str(subject.dtype)[6:])}"
+
+
+def key_of(subject: Subject, what: str, backend: str) -> tuple[object, ...]:
+    return store.key({**subject.key, "pass": what, "backend": backend})
+
+
+def _made_anew(subject: Subject, work: Work) -> Work:
+    return replace(subject.op.make(subject.case, subject.dtype, subject.device.type), others=work.others)
+
+
+def _measured(group: Group, work: Work) -> None:
+    """What raises when it is timed, after it was right, spoils the pass for all who took turns."""
+    try:
+        group.measure(work, SECONDS / VISITS, ROUNDS)
+    except Exception as error:
+        for row in group.rows:
+            for figure in ("samples_ms", "anchor_ms", "anchor", "peak_bytes", "bytes", "flops"):
+                row.pop(figure, None)
+            reason = row["reason"] or f"{TIMING} raised {type(error).__name__}: {error}"[:200]
+            row |= {"verified": False, "reason": reason}
+
+
+def _is_broken(row: store.Row) -> bool:
+    return not row["verified"] and any(sign in row["reason"] for sign in BROKEN)
+
+
+def best(one: Mapping | None, other: Mapping) -> dict:
+    """Of the rates of several sessions the highest."""
+    if one is None:
+        return {what: dict(rates) for what, rates in other.items()}
+    return {
+        what: {name: max(rate, one[what].get(name, 0.0)) for name, rate in rates.items()}
+        for what, rates in other.items()
+    }
+
+
+def _short(visits: list[list[float]]) -> list[list[float]]:
+    return [[float(f"{sample:.5g}") for sample in visit] for visit in visits]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all parts share: the card, the commit, the time limit, and what the process exits with."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vitkern.bench.environment import environment as facts_of_the_machine
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+STATE = ROOT / "build" / "gpu"
+DONE, FAILED, REFUSED, LEFT = 0, 1, 2, 3  # what the process exits with
+SECONDS = 540.0
+
+
+class GpuError(Exception):
+    """What was asked for cannot be had; the message is the one sentence that says why and what to do."""
+
+
+class Budget:
+    """The seconds that a run may take. No work is begun that took longer before than is left now."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock, self.end = seconds, clock, clock() + seconds
+        self.longest = 0.0
+
+    def left(self) -> float:
+        return self.end - self.clock()
+
+    def allows_more(self) -> bool:
+        return self.left() > self.longest
+
+    def timed(self, work: Callable[[], Any]) -> Any:
+        began = self.clock()
+        try:
+            return work()
+        finally:
+            self.longest = max(self.longest, self.clock() - began)
+
+
+def demand_a_card() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise GpuError(
+            "torch finds no usable GPU here (`vitkern doctor` says more); DRY=1 lists what would run on one"
+        )
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Of vitkern bench, with the commit that the user names where no repository tells it."""
+    found = facts_of_the_machine()
+    if found["commit"] is None and commit:
+        found["commit"] = {"id": commit, "dirty": False}
+    return found
+
+
+def folder_of(environment: dict[str, Any]) -> str:
+    """The first card's name as a folder: nvidia-h100-80gb-hbm3."""
+    name = environment["cuda"]["devices"][0]["name"]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def version_of(environment: dict[str, Any]) -> str:
+    """The commit, and with changes to it, a digest of them: what figures of one file have in common."""
+    commit = environment["commit"]
+    if commit is None:
+        return "unknown"
+    if not commit["dirty"]:
+        return str(commit["id"])[:10]
+    changes = subprocess.run(["git", "diff", "HEAD"], cwd=ROOT, capture_output=True, check=False).stdout
+    return f"{commit['id'][:10]}-changed-{hashlib.sha256(changes).hexdigest()[:6]}"
+
+
+def file_for(folder: Path, version: str, today: str) -> Path:
+    """The file of this version that an earlier run has begun, or a new one of today."""
+    begun = sorted(folder.glob(f"????-??-??-{version}.json"))
+    return begun[-1] if begun else folder / f"{today}-{version}.json"

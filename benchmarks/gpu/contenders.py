@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whom vitkern's kernels are compared with, beside plain torch: torch.compile, torch's fused attention, every peer.
+
+All take the inputs of a workload, and each is checked against the formula before it is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench_token_pool import pool_by_attention, project_by_attention
+from benchmarks.peers import PEERS, Peer
+from vitkern.bench.workloads import Op, Work, near_fused_inputs
+from vitkern.cases import Case, Function, MsDeformAttnCase, MsDeformAttnInputs, levels_of, locations_of
+
+OURS = ("cuda", "triton")
+COMPILED, OURS_COMPILED, ATTENTION = "torch compiled", "vitkern compiled", "torch attention"
+BY_ATTENTION = {"token_pool": pool_by_attention, "token_project": project_by_attention}
+# These stand under the names above already.
+OTHER_PEERS = {name: peer for name, peer in PEERS.items() if not name.startswith("grid_sample")}
+
+
+def names(op: Op, device: str, without: Sequence[str] = ()) -> tuple[dict[str, Peer | None], dict[str, str]]:
+    """Of an op: who there is, with the peer where it is one; and of the others, why not."""
+    found: dict[str, Peer | None] = {}
+    absent = {}
+    reason = _no_compiler(device)
+    for name in (COMPILED, OURS_COMPILED):
+        if reason is None:
+            found[name] = None
+        else:
+            absent[name] = reason
+    if op.name in BY_ATTENTION:
+        found[ATTENTION] = None
+    if op.name.startswith("ms_deform_attn"):
+        for name, peer in OTHER_PEERS.items():
+            objection = _objection(peer, device)
+            if objection is None:
+                found[name] = peer
+            else:
+                absent[name] = objection
+    absent |= {name: "left out by --without" for name in found if name in without}
+    return {name: peer for name, peer in found.items() if name not in without}, absent
+
+
+@functools.cache  # some look for a network before they give up
+def _objection(peer: Peer, device: str) -> str | None:
+    return peer.objection(device)
+
+
+def _no_compiler(device: str) -> str | None:
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "absent: torch.compile needs triton for a GPU"
+    return None
+
+
+def functions(op: Op, case: Case, work: Work, found: dict[str, Peer | None]) -> dict[str, Function]:
+    """Of the work's inputs. They may be kept for work that is made anew: inputs of a case are always the same."""
+    torch.compiler.reset()
+    made: dict[str, Function] = {}
+    for name, peer in found.items():
+        if peer is not None:
+            made[name] = _of_peer(op, case, work, peer)
+        elif name == ATTENTION:
+            made[name] = BY_ATTENTION[op.name]
+        elif name == COMPILED:
+            made[name] = torch.compile(work.torch, dynamic=False)
+        else:
+            made[name] = torch.compile(functools.partial(work.vitkern, backend=None), dynamic=False)
+    return made
+
+
+def _of_peer(op: Op, case: Case, work: Work, peer: Peer) -> Function:
+    """No peer has the fused form: it is called as their layers call it, after softmax and locations in torch."""
+    assert isinstance(case, MsDeformAttnCase)
+    value, *rest = work.inputs.values()
+    levels = levels_of(case, str(value.device))
+    attention = peer.attention(MsDeformAttnInputs(value, *levels, *rest))
+    if op.name != "ms_deform_attn_fused":
+        return attention
+    points = _reference_points(case, value.dtype, str(value.device))
+
+    def fused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        weights = logits.softmax(-1).view(offsets.shape[:-1])
+        return attention(value, locations_of(points, offsets, levels[0]).to(value.dtype), weights)
+
+    return fused
+
+
+@functools.lru_cache(maxsize=1)  # to draw them takes seconds, and all peers have the same
+def _reference_points(case: MsDeformAttnCase, dtype: torch.dtype, device: str) -> Tensor:
+    (_, points, _, _), _ = near_fused_inputs(case, dtype, device)
+    return points
