@@ -154,10 +154,12 @@ class Group:
             )
 
 
-def checked_groups(subject: Subject, work: Work) -> list[Group]:
-    """Of each pass, with what was found out about every backend and what the pass costs."""
+def checked_groups(
+    subject: Subject, work: Work, costs: dict[str, tuple[int, int]] | None = None
+) -> list[Group]:
+    """Of each pass, with what was found out about every backend and what the pass costs, where that is not known."""
     checks = check(subject, work)
-    costs = cost(subject.op, subject.case, subject.dtype)
+    costs = costs or cost(subject.op, subject.case, subject.dtype)
     groups = []
     for what in subject.passes:
         rows = [checked_row(subject, what, backend, checks[backend]) for backend in subject.backends]
