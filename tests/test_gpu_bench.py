@@ -14,6 +14,7 @@ from benchmarks.peers import OURS
 from tests import bench_records
 from tests.test_bench_run import TINY, quick  # noqa: F401 - a fixture of all tests here
 from vitkern.bench import plots, run, store
+from vitkern.bench.ceilings import cost
 from vitkern.bench.plan import Subject
 from vitkern.bench.run import check
 from vitkern.bench.verify import complaint
@@ -42,6 +43,14 @@ def test_further_contenders_are_drawn():
     (bars,) = plots.speedup_bars(rows)
     assert "fill-c2" in bars.markup()
     assert f"fill-{plots.COLOUR_OF_OTHERS}" in bars.markup()
+
+
+@pytest.mark.parametrize("op", bench.ALL_OPS.values(), ids=lambda op: op.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_costs_are_those_of_vitkern_bench(op, dtype):
+    case = SMALL[op.name.removesuffix("_uniform")]
+    subject = Subject(op, case, dtype, torch.device("cpu"), (), bench.PASSES, 1)
+    assert bench.costs(subject) == cost(op, case, dtype)
 
 
 # ---- What is measured is kept, and nothing is measured twice

@@ -21,12 +21,13 @@ from benchmarks.gpu.common import DONE, FAILED, LEFT, Budget, GpuError
 from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
 from vitkern.bench import store
-from vitkern.bench.ceilings import ANCHORS, Machine
+from vitkern.bench.ceilings import ANCHORS, Machine, cost
 from vitkern.bench.environment import gpu_clocks
 from vitkern.bench.plan import Subject
 from vitkern.bench.report import write_reports
 from vitkern.bench.run import ROUNDS_OF_CEILINGS, VISITS, Group, checked_groups, summarize
 from vitkern.bench.workloads import OPS, Op, Work
+from vitkern.cases import Case
 from vitkern.commands.choices import DTYPES
 
 FOLDER = ""
@@ -188,16 +189,16 @@ class Bench:
         return left
 
     def rows_of(self, subject: Subject) -> list[store.Row]:
-        """All passes of the contenders, measured in turn in some visits on inputs made anew."""
+        """All passes of the contenders, measured in turn in some visits, on inputs that lie elsewhere each time."""
         names, _ = contenders.names(subject.op, subject.device.type, self.without)
         work = subject.op.make(subject.case, subject.dtype, subject.device.type)
         names = {name: peer for name, peer in names.items() if name in subject.backends}
         others = contenders.functions(subject.op, subject.case, work, names)
         work = replace(work, others=others)
-        groups = checked_groups(subject, work)
+        groups = checked_groups(subject, work, costs(subject))
         if not any(_is_broken(row) for group in groups for row in group.rows):
             for visit in range(VISITS):
-                work = work if visit == 0 else _made_anew(subject, work)
+                work = work if visit == 0 else _elsewhere(work)
                 for group in groups:
                     _measured(group, work)
         return [row for group in groups for row in group.rows]
@@ -234,8 +235,23 @@ def key_of(subject: Subject, what: str, backend: str) -> tuple[object, ...]:
     return store.key({**subject.key, "pass": what, "backend": backend})
 
 
-def _made_anew(subject: Subject, work: Work) -> Work:
-    return replace(subject.op.make(subject.case, subject.dtype, subject.device.type), others=work.others)
+def costs(subject: Subject) -> dict[str, tuple[int, int]]:
+    """Bytes and operations of each pass. Counting takes as long as making inputs, so dtypes of a case share it."""
+    size = subject.dtype.itemsize
+    return {
+        what: (moved // 8 * size, operations)
+        for what, (moved, operations) in _costs_in_float64(subject.op, subject.case).items()
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _costs_in_float64(op: Op, case: Case) -> dict[str, tuple[int, int]]:
+    return cost(op, case, torch.float64)
+
+
+def _elsewhere(work: Work) -> Work:
+    """The same numbers in other memory: to draw them anew would take longer than to measure."""
+    return replace(work, inputs={name: tensor.clone() for name, tensor in work.inputs.items()})
 
 
 def _measured(group: Group, work: Work) -> None:
