@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -31,8 +32,8 @@ def colour_of_backend(backend: str) -> str:
     return BACKEND_COLOURS.get(backend, COLOUR_OF_OTHERS)
 
 
-def colour_of_op(rows: Sequence[Row], op: str) -> str:
-    return OP_COLOURS[distinct(rows, "op").index(op) % len(OP_COLOURS)]
+def colours_of_ops(rows: Sequence[Row]) -> dict[str, str]:
+    return dict(zip(distinct(rows, "op"), itertools.cycle(OP_COLOURS)))
 
 
 def says(row: Row) -> str:
@@ -124,6 +125,7 @@ def roofline(record: Record) -> Canvas | None:
     ours = set(distinct(rows, "backend")) & set(BACKEND_COLOURS) - {"torch"} or {"torch"}
     shown = [row for row in rows if row["gflop_per_s"] > 0]
     intensity = [row["flops"] / row["bytes"] for row in shown]
+    colours = colours_of_ops(rows)
     canvas = Canvas(760, 470, "Roofline")
     x = Log(min(intensity) / 3, max(intensity) * 4, 52, 745)
     y = Log.over([*(row["gflop_per_s"] for row in shown), *products.values()], 400, 44, 1.9)
@@ -131,13 +133,13 @@ def roofline(record: Record) -> Canvas | None:
     _roofs(canvas, x, y, copies, products)
     for row in shown:
         place = x(row["flops"] / row["bytes"]), y(row["gflop_per_s"])
-        colour = colour_of_op(rows, row["op"]) if row["backend"] in ours else "plain"
+        colour = colours[row["op"]] if row["backend"] in ours else "plain"
         mark = "fill" if row["dtype"] == "float32" else "ring"
         shape = "circle" if row["pass"] == "forward" else "diamond"
         canvas.mark(shape, *place, f"{mark}-{colour}", says(row), size=4.5 if row["backend"] in ours else 2.2)
     across = 52.0
-    for op in distinct(rows, "op"):
-        canvas.mark("circle", across + 5, 456, f"fill-{colour_of_op(rows, op)}")
+    for op, colour in colours.items():
+        canvas.mark("circle", across + 5, 456, f"fill-{colour}")
         canvas.text(across + 14, 460, op, "tick")
         across += 30 + 6.3 * len(op)
     canvas.mark("circle", across + 5, 456, "fill-plain", size=2.2)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -38,10 +38,11 @@ def write_reports(path: Path, output: Path | None) -> list[Path]:
         if target.suffix == ".html":
             target.write_text(page(record), encoding="utf-8")
         else:
-            for name, picture in pictures(record).items():
+            drawn = pictures(record)
+            for name, picture in drawn.items():
                 beside = target.with_name(f"{target.stem}-{name}.svg")
                 beside.write_text(picture.markup(style.SVG), encoding="utf-8")
-            target.write_text(markdown(record, target.stem), encoding="utf-8")
+            target.write_text(markdown(record, target.stem, drawn), encoding="utf-8")
         written.append(target)
     return written
 
@@ -203,7 +204,7 @@ def _table(rows: Sequence[store.Row]) -> str:
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def markdown(record: store.Record, stem: str) -> str:
+def markdown(record: store.Record, stem: str, drawn: Mapping[str, Canvas]) -> str:
     rows = record["rows"]
     lines = ["# vitkern bench", ""]
     for text in [*facts(record), *(f"**{text}**" for text in alarms(record))]:
@@ -215,7 +216,7 @@ def markdown(record: store.Record, stem: str) -> str:
         for dtype, ratio in means.items()
     ]
     lines.append("")
-    lines += [f"![{canvas.title}]({stem}-{name}.svg)" for name, canvas in pictures(record).items()]
+    lines += [f"![{canvas.title}]({stem}-{name}.svg)" for name, canvas in drawn.items()]
     lines += ["", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
     for row in rows:
         texts = [text.replace("|", "\\|") for text in cells(row, rows)]

@@ -241,8 +241,10 @@ def speedup(row: store.Row, rows: Sequence[store.Row]) -> float | None:
     """How many times as fast as plain torch in the same rounds; None for plain torch, or where that has no time."""
     if row["backend"] == "torch" or not row["verified"]:
         return None
-    plain = (other for other in rows if other["backend"] == "torch" and other["verified"])
-    same = next((other for other in plain if store.key(other)[:-1] == store.key(row)[:-1]), None)
+    wanted = store.key(row)[:-1]
+    # The cheap comparisons first: there may be thousands of rows.
+    plain = (other for other in rows if other["backend"] == "torch" and other["case"] == row["case"])
+    same = next((other for other in plain if other["verified"] and store.key(other)[:-1] == wanted), None)
     if same is None:
         return None
     return store.milliseconds(same) / store.milliseconds(row)
