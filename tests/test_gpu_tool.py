@@ -375,6 +375,27 @@ def test_what_is_wrong_with_another_size_has_no_time(monkeypatch, tmp_path, caps
     assert len(tune.json.loads(path.read_text())["rows"]) == 1
 
 
+def test_a_size_that_breaks_the_card_ends_the_call_and_is_not_tried_again(monkeypatch, tmp_path):
+    table = tune.Table("token_project", "token_project", "launch_table", False, ("BLOCK_N",))
+    broken = {
+        "change": ["BLOCK_N", "doubled"],
+        "ms": None,
+        "reason": "raised AcceleratorError: CUDA error: bad",
+    }
+    measured = []
+    monkeypatch.setattr(tune, "TABLES", (table,))
+    monkeypatch.setattr(tune.backends, "can_run", lambda *_: None)
+    monkeypatch.setattr(
+        tune, "measure", lambda *_: measured.append(1) or {"alternatives": [{"ms": 1.0}, broken]}
+    )
+    path = tmp_path / "file.json"
+    wanted = [tiny("token_project", "forward")]
+    with pytest.raises(GpuError, match="BLOCK_N.*left the card in no defined state: call again"):
+        tune.run(wanted, path, {}, Budget(1e4))
+    assert tune.run(wanted, path, {}, Budget(1e4)) == DONE
+    assert len(measured) == 1
+
+
 def test_bench_refuses_a_file_of_other_software(tmp_path):
     software = {what: {"version": "1"} for what in ("torch", "triton", "vitkern")}
     path = tmp_path / "file.json"

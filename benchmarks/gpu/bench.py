@@ -207,17 +207,21 @@ class Bench:
         """After an error of the card the one that was checked then has rows: the others are tried again."""
         broken = [row for row in rows if _is_broken(row)]
         guilty = {broken[0]["backend"]} if broken and TIMING not in broken[0]["reason"] else None
-        self.record["rows"] += [row for row in rows if guilty is None or row["backend"] in guilty]
+        rows = [row for row in rows if guilty is None or row["backend"] in guilty]
         if not broken and self.machine is not None:
             self.machine.measure()
-        self.save()
-
-    def save(self) -> None:
-        if self.machine is not None:
-            self.record["ceilings"] = best(self.record["ceilings"], self.machine.ceilings)
-        for row in self.record["rows"]:
+        for row in rows:
             if row["verified"]:
                 row["samples_ms"], row["anchor_ms"] = _short(row["samples_ms"]), _short(row["anchor_ms"])
+        self.record["rows"] += rows
+        self.save(rows)
+
+    def save(self, rows: Sequence[store.Row] | None = None) -> None:
+        """`rows`: those that are new; if none are given all are brought up to date with the best that was measured."""
+        if self.machine is not None:
+            self.record["ceilings"] = best(self.record["ceilings"], self.machine.ceilings)
+        for row in self.record["rows"] if rows is None else rows:
+            if row["verified"]:
                 summarize(row, self.record["ceilings"])
         store.write(self.path, self.record)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import bench
-from benchmarks.gpu.common import DONE, LEFT, Budget
+from benchmarks.gpu.common import DONE, LEFT, Budget, GpuError
+from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
 from vitkern.bench import store
 from vitkern.bench.measure import clock_of, interleaved
@@ -189,11 +190,18 @@ def run(
         row = budget.timed(functools.partial(measure, subject, table))
         record["rows"].append({"key": [_label(subject), table.name], **row})
         store.write(path, record)
+        demand_a_whole_card(row)
     text = in_words(record["rows"])
     path.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n{path}: {len(record['rows'])} rows, {len(left)} left")
     return LEFT if left else DONE
+
+
+def demand_a_whole_card(row: Mapping[str, Any]) -> None:
+    for one in row["alternatives"]:
+        if any(sign in one.get("reason", "") for sign in BROKEN):
+            raise GpuError(f"{one['change']} left the card in no defined state: call again to go on after it")
 
 
 def _tables_of(subject: Subject) -> list[Table]:
