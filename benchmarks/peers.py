@@ -158,6 +158,26 @@ def _hub_kernel() -> Callable:
     return layers.MultiScaleDeformableAttentionFunction.apply
 
 
+def _deformable_detr() -> Callable:
+    """Its extension, as its ms_deform_attn_func.py calls it: the extension's own package has no autograd."""
+    extension = importlib.import_module("MultiScaleDeformableAttention")
+
+    class MSDeformAttnFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value, shapes, starts, locations, weights, im2col_step):
+            ctx.im2col_step = im2col_step
+            ctx.save_for_backward(value, shapes, starts, locations, weights)
+            return extension.ms_deform_attn_forward(value, shapes, starts, locations, weights, im2col_step)
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            tensors = (*ctx.saved_tensors, grad_output.contiguous())
+            value, locations, weights = extension.ms_deform_attn_backward(*tensors, ctx.im2col_step)
+            return value, None, None, locations, weights, None
+
+    return MSDeformAttnFunction.apply
+
+
 OURS = Peer("vitkern", "vitkern", "", lambda: vitkern.ms_deform_attn, _like_ours)
 
 PEERS = {
@@ -170,6 +190,14 @@ PEERS = {
             "",
             lambda: torch.compile(reference.ms_deform_attn_by_grid_sample),
             _by_grid_sample,
+        ),
+        Peer(
+            "Deformable-DETR",
+            "MultiScaleDeformableAttention",
+            "1.0",
+            _deformable_detr,
+            _like_deformable_detr,
+            devices=("cuda",),
         ),
         Peer(
             "torch-ms-deform-attn",

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.peers import OURS, PEERS, Peer
 from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, make_inputs
+from vitkern.compat import deformable_detr
 
 INPUTS = make_inputs(
     MsDeformAttnCase("small", "", 1, ((6, 5), (3, 2)), 40, 2, 8, 3), locations="uniform", dtype=torch.float32
@@ -49,6 +54,14 @@ def test_vitkern_and_its_yardstick_are_right():
     for locations in ("uniform", "near"):
         inputs = make_inputs(ATTENTION_CASES["bev-tiny"].with_batch(1).shrunk(), locations=locations)
         assert OURS.verdict(inputs) == PEERS["grid_sample"].verdict(inputs) == "right"
+
+
+def test_the_extension_of_deformable_detr_is_called_as_its_own_python_calls_it(monkeypatch):
+    """By one that has its two functions."""
+    monkeypatch.setitem(sys.modules, "MultiScaleDeformableAttention", deformable_detr)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.0")
+    peer = replace(PEERS["Deformable-DETR"], devices=("cpu",))
+    assert peer.verdict(INPUTS) == "right"
 
 
 def test_another_version_than_the_known_one_is_absent():
