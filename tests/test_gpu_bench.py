@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import bench, contenders, table
-from benchmarks.gpu.common import DONE, FAILED, LEFT, RESULTS, Budget, GpuError, environment
+from benchmarks.gpu.common import DONE, FAILED, LEFT, RESULTS, Budget, environment
 from benchmarks.peers import OURS
 from tests import bench_records
 from tests.test_bench_run import TINY, quick  # noqa: F401 - a fixture of all tests here
@@ -20,6 +20,7 @@ from vitkern.bench.run import check
 from vitkern.bench.verify import complaint
 from vitkern.bench.workloads import OPS
 from vitkern.cases import MsDeformAttnCase
+from vitkern.commands.errors import CommandError
 
 SMALL = TINY | {
     name: MsDeformAttnCase("small", "", 1, ((6, 5), (3, 2)), 40, 2, 8, 3)
@@ -181,10 +182,10 @@ def test_after_an_error_of_the_card_the_guilty_one_is_left_out(small, tmp_path, 
 
     monkeypatch.setattr(contenders, "functions", functions)
     path = tmp_path / "file.json"
-    with pytest.raises(GpuError, match="wrong left the card in no defined state at token_pool"):
+    with pytest.raises(CommandError, match="wrong left the card in no defined state at token_pool"):
         measure(path, cases=["two"])
     assert [row["backend"] for row in store.read(path)["rows"]] == ["wrong", "wrong"]
-    with pytest.raises(GpuError, match="at token_project"):
+    with pytest.raises(CommandError, match="at token_project"):
         measure(path, cases=["two"])
     assert measure(path, cases=["two"]) == DONE
     assert len(store.read(path)["rows"]) == 16

@@ -17,12 +17,13 @@ import torch
 
 from benchmarks.gpu import bench, common, correct, resume, tune
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.common import DONE, FAILED, LEFT, REFUSED, ROOT, Budget, GpuError
+from benchmarks.gpu.common import DONE, FAILED, LEFT, REFUSED, ROOT, Budget
 from tests.test_bench_run import TINY
 from vitkern.bench.plan import Subject
 from vitkern.bench.workloads import OPS
 from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES
 from vitkern.commands.choices import DTYPES
+from vitkern.commands.errors import CommandError
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is refused here")
 
@@ -140,7 +141,7 @@ def test_without_a_card_it_is_one_sentence(part, capsys):
     "arguments, message",
     [
         (["--op", "conv"], "no op is called conv; there are ms_deform_attn, "),
-        (["--case", "nothing-*"], "no case is called nothing-*; "),
+        (["--case", "nothing-*"], "no case is called nothing-*; there are "),
         (["--dtype", "fp8"], "no dtype is called fp8; there are bf16, fp16, fp32"),
     ],
 )
@@ -390,7 +391,7 @@ def test_a_size_that_breaks_the_card_ends_the_call_and_is_not_tried_again(monkey
     )
     path = tmp_path / "file.json"
     wanted = [tiny("token_project", "forward")]
-    with pytest.raises(GpuError, match="BLOCK_N.*left the card in no defined state: call again"):
+    with pytest.raises(CommandError, match="BLOCK_N.*left the card in no defined state: call again"):
         tune.run(wanted, path, {}, Budget(1e4))
     assert tune.run(wanted, path, {}, Budget(1e4)) == DONE
     assert len(measured) == 1
@@ -401,5 +402,5 @@ def test_bench_refuses_a_file_of_other_software(tmp_path):
     path = tmp_path / "file.json"
     bench.store.write(path, bench.opened(path, software))
     assert bench.opened(path, software)["rows"] == []
-    with pytest.raises(GpuError, match="was begun with torch 1, this is 2: FRESH=1"):
+    with pytest.raises(CommandError, match="was begun with torch 1, this is 2: FRESH=1"):
         bench.opened(path, software | {"torch": {"version": "2"}})

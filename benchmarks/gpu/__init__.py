@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evidence from a card, in runs that go on where the last one stopped: what `make gpu` starts.
 
-errors of the user and the time limit are common.py's; correct.py runs tests and checks, by resume.py test by test;
-bench.py measures, with the contenders of contenders.py; tune.py tries other block sizes; table.py tells the README.
+common.py has the time limit and names of files; correct.py runs tests and checks, by resume.py test by test; bench.py
+measures, with the contenders of contenders.py; tune.py tries other block sizes; table.py tells the README.
 """

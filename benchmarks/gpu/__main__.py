@@ -20,13 +20,13 @@ from benchmarks.gpu.common import (
     SECONDS,
     STATE,
     Budget,
-    GpuError,
     demand_a_card,
     environment,
     file_for,
     folder_of,
     version_of,
 )
+from vitkern.commands.errors import CommandError
 
 PARTS = ("correct", "sanitize", "bench", "tune", "table")
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         return started(options)
-    except GpuError as error:
+    except CommandError as error:
         print(f"make gpu: {error}", file=sys.stderr)
         return REFUSED
 

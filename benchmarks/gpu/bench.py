@@ -7,7 +7,6 @@ The work is that of `vitkern bench run`, op by op and case by case, with more co
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import contenders
-from benchmarks.gpu.common import DONE, FAILED, LEFT, Budget, GpuError
+from benchmarks.gpu.common import DONE, FAILED, LEFT, Budget
 from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
 from vitkern.bench import store
@@ -28,7 +27,8 @@ from vitkern.bench.report import write_reports
 from vitkern.bench.run import ROUNDS_OF_CEILINGS, VISITS, Group, checked_groups, summarize
 from vitkern.bench.workloads import OPS, Op, Work
 from vitkern.cases import Case
-from vitkern.commands.choices import DTYPES
+from vitkern.commands.choices import DTYPES, cases_exist, chosen, dtype_name, matches
+from vitkern.commands.errors import CommandError
 
 FOLDER = ""
 USUAL_DTYPES = ("bf16", "fp16", "fp32")
@@ -52,26 +52,17 @@ def subjects(
     ops: Sequence[str] = (), cases: Sequence[str] = (), dtypes: Sequence[str] = (), device: str = "cuda"
 ) -> list[Subject]:
     """What to measure, the shapes that tell most first."""
-    for kind, asked, known in (("op", ops, ALL_OPS), ("dtype", dtypes, USUAL_DTYPES)):
-        for name in asked:
-            if name not in known:
-                raise GpuError(f"no {kind} is called {name}; there are {', '.join(known)}")
-    found = [
+    wanted = [ALL_OPS[name] for name in chosen("op", ops, tuple(ALL_OPS)) or ALL_OPS]
+    dtypes = chosen("dtype", dtypes, USUAL_DTYPES) or USUAL_DTYPES
+    cases_exist(cases, (name for op in wanted for name in op.cases))
+    return [
         _subject(op, name, DTYPES[dtype], device)
         for usual in (True, False)
-        for op in ALL_OPS.values()
-        if not ops or op.name in ops
+        for op in wanted
         for name in op.cases
-        if (name in op.usual) == usual and _asked(name, cases)
-        for dtype in dtypes or USUAL_DTYPES
+        if (name in op.usual) == usual and (not cases or matches(name, cases))
+        for dtype in dtypes
     ]
-    if not found:
-        raise GpuError(f"no case is called {', '.join(cases)}; `vitkern bench run --case x` lists them")
-    return found
-
-
-def _asked(name: str, patterns: Sequence[str]) -> bool:
-    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _subject(op: Op, name: str, dtype: torch.dtype, device: str) -> Subject:
@@ -84,7 +75,7 @@ def listing(wanted: Iterable[Subject], without: Sequence[str] = ()) -> None:
     number = 0
     for subject in wanted:
         number += 1
-        dtype = store.short(str(subject.dtype)[6:])
+        dtype = store.short(dtype_name(subject.dtype))
         case = f"{subject.case.name} x{subject.batch}"
         print(f"{subject.op.name:<24}{case:<22}{dtype:<6}{' '.join(subject.passes):<15}{subject.case.what}")
     print(f"\n{number} subjects, each with {', '.join((*contenders.OURS, 'torch'))} and")
@@ -142,7 +133,9 @@ def opened(path: Path, environment: Mapping[str, object]) -> store.Record:
     for what in ("torch", "triton", "vitkern"):
         before, now = record["environment"][what]["version"], environment[what]["version"]
         if before != now:
-            raise GpuError(f"{path} was begun with {what} {before}, this is {now}: FRESH=1 begins it anew")
+            raise CommandError(
+                f"{path} was begun with {what} {before}, this is {now}: FRESH=1 begins it anew"
+            )
     return record
 
 
@@ -182,7 +175,7 @@ class Bench:
             self._add(rows)
             broken = [row for row in rows if _is_broken(row)]
             if broken:
-                raise GpuError(
+                raise CommandError(
                     f"{broken[0]['backend']} left the card in no defined state at {_label(subject)} "
                     f"({broken[0]['reason']}): call again to go on without it"
                 )
@@ -232,7 +225,7 @@ def _ours(subject: Subject) -> list[str]:
 
 
 def _label(subject: Subject) -> str:
-    return f"{subject.op.name} {subject.case.name} {store.short(str(subject.dtype)[6:])}"
+    return f"{subject.op.name} {subject.case.name} {store.short(dtype_name(subject.dtype))}"
 
 
 def key_of(subject: Subject, what: str, backend: str) -> tuple[object, ...]:

@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from vitkern.bench.environment import environment as facts_of_the_machine
+from vitkern.commands.errors import CommandError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 STATE = ROOT / "build" / "gpu"
 DONE, FAILED, REFUSED, LEFT = 0, 1, 2, 3  # what the process exits with
 SECONDS = 540.0
-
-
-class GpuError(Exception):
-    """What was asked for cannot be had; the message is the one sentence that says why and what to do."""
 
 
 class Budget:
@@ -49,7 +46,7 @@ def demand_a_card() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise GpuError(
+        raise CommandError(
             "torch finds no usable GPU here (`vitkern doctor` says more); DRY=1 lists what would run on one"
         )
 

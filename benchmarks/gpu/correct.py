@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.gpu import resume
-from benchmarks.gpu.common import DONE, FAILED, LEFT, ROOT, Budget, GpuError
+from benchmarks.gpu.common import DONE, FAILED, LEFT, ROOT, Budget
 from vitkern.bench.workloads import OPS
 from vitkern.check import sanitize
+from vitkern.commands.errors import CommandError
 
 ROUTES = ("cuda-gpu", "triton-gpu")
 CHECK = ("check", "--device", "cuda")
@@ -75,7 +76,7 @@ def sanitized() -> list[Step]:
 
 def demand_the_sanitizer() -> None:
     if shutil.which("compute-sanitizer") is None:
-        raise GpuError("PART=sanitize needs compute-sanitizer of the CUDA toolkit in PATH")
+        raise CommandError("PART=sanitize needs compute-sanitizer of the CUDA toolkit in PATH")
 
 
 def listing(steps: Sequence[Step]) -> None:
@@ -89,7 +90,7 @@ def listing(steps: Sequence[Step]) -> None:
         )
         print(done.stdout, end="")
         if done.returncode:
-            raise GpuError(f"pytest could not collect the tests: {done.stderr.strip() or 'see above'}")
+            raise CommandError(f"pytest could not collect the tests: {done.stderr.strip() or 'see above'}")
 
 
 def run(steps: Sequence[Step], folder: Path, budget: Budget) -> int:

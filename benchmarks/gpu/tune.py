@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import bench
-from benchmarks.gpu.common import DONE, LEFT, Budget, GpuError
+from benchmarks.gpu.common import DONE, LEFT, Budget
 from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
 from vitkern.bench import store
@@ -28,6 +28,8 @@ from vitkern.bench.plan import Subject
 from vitkern.bench.run import call
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import OPS, Work
+from vitkern.commands.choices import dtype_name
+from vitkern.commands.errors import CommandError
 
 FOLDER = "tune"
 SECONDS = 1.0  # of all alternatives of a table, after they were compiled
@@ -201,7 +203,9 @@ def run(
 def demand_a_whole_card(row: Mapping[str, Any]) -> None:
     for one in row["alternatives"]:
         if any(sign in one.get("reason", "") for sign in BROKEN):
-            raise GpuError(f"{one['change']} left the card in no defined state: call again to go on after it")
+            raise CommandError(
+                f"{one['change']} left the card in no defined state: call again to go on after it"
+            )
 
 
 def _tables_of(subject: Subject) -> list[Table]:
@@ -209,7 +213,7 @@ def _tables_of(subject: Subject) -> list[Table]:
 
 
 def _label(subject: Subject) -> str:
-    dtype = store.short(str(subject.dtype)[6:])
+    dtype = store.short(dtype_name(subject.dtype))
     return f"{subject.op.name} {subject.case.name} x{subject.batch} {dtype}"
 
 
