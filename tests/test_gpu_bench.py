@@ -58,13 +58,14 @@ def test_costs_are_those_of_vitkern_bench(op, dtype):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, tmp_path):
     """The real thing on a CPU: two cases of two ops in one dtype, a contender that is right and one that is wrong."""
     case = TINY["token_pool"]
     cases = {"one": replace(case, name="one"), "two": replace(case, name="two", tokens=2)}
     for name in ("token_pool", "token_project"):
         monkeypatch.setitem(bench.ALL_OPS, name, replace(OPS[name], cases=cases, usual=("two",)))
     monkeypatch.setattr(bench, "SECONDS", 0.01)
+    monkeypatch.setattr(bench, "STATE", tmp_path / "state")
     monkeypatch.setattr(contenders, "OTHER_PEERS", {})
 
     def functions(op, case, work, found):
@@ -161,6 +162,25 @@ def test_a_kill_loses_no_more_than_what_was_under_way(small, tmp_path, monkeypat
     monkeypatch.setattr(bench.Bench, "rows_of", killed)
     assert measure(path) == LEFT
     assert len(store.read(path)["rows"]) == 8
+
+
+def test_what_ended_the_process_comes_last_the_next_time(small, tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    rows_of = bench.Bench.rows_of
+    seen = []
+
+    def ends(self, subject):
+        seen.append((subject.op.name, subject.case.name))
+        if len(seen) == 1:
+            raise SystemExit  # as near as a test can come to a crash
+        return rows_of(self, subject)
+
+    monkeypatch.setattr(bench.Bench, "rows_of", ends)
+    with pytest.raises(SystemExit):
+        measure(path)
+    assert measure(path) == DONE
+    assert len(seen) == 5 and seen[0] == seen[-1] == ("token_pool", "two")
+    assert next((tmp_path / "state").iterdir()).read_text() == ""
 
 
 def test_a_contender_that_comes_later_is_measured_alone(small, tmp_path, monkeypatch):

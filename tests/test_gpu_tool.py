@@ -273,6 +273,17 @@ def test_an_error_of_the_card_ends_the_process(tmp_path):
     assert (tmp_path / "log").read_text() == "135"
 
 
+def test_a_test_that_ends_the_process_does_not_keep_the_rest_from_running(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        dedent(TESTS).replace("raise RuntimeError", "import os; os.abort() or str")
+    )
+    assert pytest_in(tmp_path, seconds=60).returncode < 0
+    assert (tmp_path / "log").read_text() == "1"
+    assert resume.read(tmp_path / "outcomes.jsonl")["test_it.py::test_two"] == "failed"
+    pytest_in(tmp_path, seconds=60)
+    assert (tmp_path / "log").read_text() == "135"
+
+
 def test_a_step_of_tests_says_how_many_are_left(tmp_path, monkeypatch):
     monkeypatch.setattr(correct, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

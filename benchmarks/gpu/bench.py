@@ -7,8 +7,9 @@ The work is that of `vitkern bench run`, op by op and case by case, with more co
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import contenders
-from benchmarks.gpu.common import DONE, FAILED, LEFT, Budget
+from benchmarks.gpu.common import DONE, FAILED, LEFT, STATE, Budget
 from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
 from vitkern.bench import store
@@ -145,6 +146,7 @@ class Bench:
     def __init__(self, record: store.Record, path: Path, budget: Budget, without: Sequence[str] = ()) -> None:
         self.record, self.path, self.budget, self.without = record, path, budget, without
         self.machine: Machine | None = None
+        self.ended = STATE / f"{path.stem}.ended"
 
     def open(self, wanted: Sequence[Subject]) -> list[Subject]:
         """What is not all there, with those who lack a row."""
@@ -160,7 +162,20 @@ class Bench:
             ]
             if lacking:
                 found.append(replace(subject, backends=tuple(lacking)))
-        return found
+        # What ended a process comes last, so that it cannot keep the rest from being measured.
+        return sorted(found, key=lambda subject: _label(subject) in self._ended())
+
+    def _ended(self) -> list[str]:
+        return self.ended.read_text().splitlines() if self.ended.exists() else []
+
+    @contextlib.contextmanager
+    def _in(self, subject: Subject) -> Iterator[None]:
+        """Whatever ends the process inside, a note of the subject stays."""
+        before = self._ended()
+        self.ended.parent.mkdir(parents=True, exist_ok=True)
+        self.ended.write_text("".join(f"{label}\n" for label in {*before, _label(subject)}))
+        yield
+        self.ended.write_text("".join(f"{label}\n" for label in before if label != _label(subject)))
 
     def measure(self, wanted: Sequence[Subject]) -> list[Subject]:
         """What the time did not suffice for."""
@@ -171,7 +186,8 @@ class Bench:
         while left and self.budget.allows_more():
             subject = left.pop(0)
             print(f"{self.budget.left():>5.0f} s left  {_label(subject)}", flush=True)
-            rows = self.budget.timed(functools.partial(self.rows_of, subject))
+            with self._in(subject):
+                rows = self.budget.timed(functools.partial(self.rows_of, subject))
             self._add(rows)
             broken = [row for row in rows if _is_broken(row)]
             if broken:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """pytest -p benchmarks.gpu.resume --outcomes FILE --until TIME: goes on with the tests that have no outcome yet.
 
-FILE has a line of JSON for each test that ran. What passed or was skipped is not run again; what failed comes last. An
-error of the card itself makes all later tests of a process fail, so it ends the run: the next one has a new process.
+FILE has lines of JSON for each test that ran, of which the last counts. What passed or was skipped is not run again;
+what failed, or ended the process, comes last. An error of the card itself makes all later tests of a process fail, so
+it ends the run: the next one has a new process.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Resume:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> object:
+        self._write(test=item.nodeid, outcome="failed")  # that is what stands there if the process ends in it
         done = yield
         if time.time() > self.until:
             item.session.shouldstop = item.session.shouldstop or "the time is over"
