@@ -91,9 +91,8 @@ def test_the_dry_run_says_what_cannot_be_tuned_at_run_time(capsys):
     assert main(["tune", "--dry", "--op", "token_pool", "--case", "vt-64", "--dtype", "bf16"]) == DONE
     said = capsys.readouterr().out
     assert "token_pool vt-64 x8 bf16" in said and "token_pool.launch_table, backward" in said
-    for file, constant in tune.COMPILED_IN:
-        assert constant in said
-        assert f"{constant} =" in (ROOT / file).read_text(), (file, constant)
+    for constant in tune.COMPILED_IN:
+        assert f"  {constant:<16}csrc/" in said
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

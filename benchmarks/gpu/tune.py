@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import bench
-from benchmarks.gpu.common import DONE, LEFT, Budget
+from benchmarks.gpu.common import DONE, LEFT, ROOT, Budget
 from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
 from vitkern.bench import store
@@ -81,21 +82,11 @@ TABLES = (
     Table("token_project", "token_project", "launch_table", True, _TILES),
     Table("token_project", "tiles", "products_table", True, _PRODUCTS),
 )
-# File and constant: what a build is made with.
+# Of csrc/: what a build is made with.
 COMPILED_IN = (
-    ("csrc/ms_deform_attn/device.cuh", "kThreads"),
-    ("csrc/ms_deform_attn/device.cuh", "kMinBlocks"),
-    ("csrc/ms_deform_attn/forward.cuh", "kAtOnce"),
-    ("csrc/ms_deform_attn/deterministic.cuh", "kFilingLanes"),
-    ("csrc/common/block_product.cuh", "kBlockThreads"),
-    ("csrc/common/block_product.cuh", "kColumns"),
-    ("csrc/common/block_product.cuh", "kChunkBytes"),
-    ("csrc/common/launch.cuh", "kBlocksWanted"),
-    ("csrc/common/dispatch_rows.cuh", "kBlocksAtLeast"),
-    ("csrc/token_pool/pool.cuh", "kPoolMinBlocks"),
-    ("csrc/token_pool/cuda.cu", "kUsual"),
-    ("csrc/token_pool/cuda.cu", "kWide"),
-    ("csrc/token_pool/cuda.cu", "kOfManyTokens"),
+    *("kThreads", "kMinBlocks", "kAtOnce", "kFilingLanes"),
+    *("kBlockThreads", "kColumns", "kChunkBytes", "kBlocksWanted", "kBlocksAtLeast"),
+    *("kPoolMinBlocks", "kUsual", "kWide", "kOfManyTokens"),
 )
 
 
@@ -164,8 +155,15 @@ def listing(wanted: Sequence[Subject], without: Sequence[str] = ()) -> None:
         for table in _tables_of(subject):
             print(f"{_label(subject):<48}{table.name:<44}{', '.join(table.free)}")
     print("\nNot to be tried at run time, since every CUDA kernel is compiled for them:")
-    for file, constant in COMPILED_IN:
-        print(f"  {constant:<16}{file}")
+    for constant in COMPILED_IN:
+        print(f"  {constant:<16}{', '.join(defined_in(constant))}")
+
+
+def defined_in(constant: str) -> list[str]:
+    """The files of the CUDA kernels that give it a value."""
+    files = sorted(path for kind in ("*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(kind))
+    defines = re.compile(rf"constexpr \w+ {constant}\s*=")
+    return [str(path.relative_to(ROOT)) for path in files if defines.search(path.read_text())]
 
 
 def run(
