@@ -22,7 +22,10 @@ from tests.test_bench_run import TINY
 from vitkern.bench.plan import Subject
 from vitkern.bench.workloads import OPS
 from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES
-from vitkern.commands.choices import DTYPES
+from vitkern.check import plan as check_plan
+from vitkern.check import routes
+from vitkern.cli import make_parser
+from vitkern.commands.choices import DTYPES, requested
 from vitkern.commands.errors import CommandError
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is refused here")
@@ -76,6 +79,34 @@ def test_the_dry_run_lists_every_tool_of_the_sanitizer(capsys):
     assert len(lines) == 3 * len(OPS) * 2
     for tool in ("memcheck", "racecheck", "synccheck"):
         assert sum(f"--tool={tool} " in line for line in lines) == len(OPS) * 2
+
+
+def test_every_command_of_vitkern_is_known_with_its_arguments():
+    for step in (*correct.correct(), *correct.sanitized()):
+        if "vitkern" in step.command:
+            make_parser().parse_args(step.command[step.command.index("vitkern") + 1 :])  # or SystemExit
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_card_has_its_checks(op, monkeypatch):
+    """Of each op on each backend, with every kind and dtype; under a sanitizer few, and no finite differences."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(routes, "_objection", lambda backend: None)
+    for step in correct.correct()[2:]:
+        if f" {op} " in step.name:
+            tasks = planned(step.command)
+            assert {task.kind for task in tasks} >= {"oracle", "repeat"}
+            assert {task.dtype for task in tasks} >= {"fp32", "fp16", "bf16"}
+            assert ("gradcheck" in {task.kind for task in tasks}) == ("cuda-gpu" in step.name)
+    for step in correct.sanitized():
+        if f" {op} " in step.name:
+            assert {task.kind for task in planned(step.command)} == {"oracle", "repeat"}
+            assert len(planned(step.command)) <= 40
+
+
+def planned(command: tuple[str, ...]) -> list:
+    arguments = make_parser().parse_args(command[command.index("check") :])
+    return check_plan.plan(requested(check_plan.Request, arguments)).tasks
 
 
 def test_the_dry_run_lists_every_shape_and_contender(capsys):
