@@ -54,9 +54,6 @@ def test_costs_are_those_of_vitkern_bench(op, dtype):
     assert bench.costs(subject) == cost(op, case, dtype)
 
 
-# ---- What is measured is kept, and nothing is measured twice
-
-
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """The real thing on a CPU: two cases of two ops in one dtype, a contender that is right and one that is wrong."""
@@ -222,9 +219,6 @@ def test_what_raises_while_it_is_timed_has_no_figures(small, tmp_path, monkeypat
     assert reasons == {"one of those timed in turn raised OutOfMemoryError: CUDA out of memory"}
 
 
-# ---- The table says what the files say
-
-
 def test_what_stands_in_the_readme_is_made_of_the_committed_files():
     assert table.committed() == table.made_of(RESULTS)
 
@@ -291,9 +285,6 @@ def test_the_generator_writes_between_its_marks(tmp_path, monkeypatch, capsys):
     assert table.main(tmp_path) == DONE
     assert page.read_text() == f"before\n\n{table.BEGIN}\n{table.NOTHING}\n{table.END}\n\nafter\n"
     assert table.main(tmp_path, check=True) == DONE
-
-
-# ---- Contenders
 
 
 def test_contenders_compute_the_same(monkeypatch):

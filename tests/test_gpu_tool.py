@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu` without a card: what it lists and refuses, how it stops and goes on, its files, other block sizes."""
+"""`make gpu` without a card: what it lists and refuses, how it stops and goes on, names its files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from textwrap import dedent
 import pytest
 import torch
 
-from benchmarks.gpu import bench, common, correct, resume, tune
+from benchmarks.gpu import bench, common, correct, resume
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.common import DONE, FAILED, LEFT, REFUSED, ROOT, Budget
-from tests.test_bench_run import TINY
-from vitkern.bench.plan import Subject
 from vitkern.bench.workloads import OPS
 from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES
 from vitkern.check import plan as check_plan
@@ -42,9 +40,6 @@ class Clock:
 
 def printing(name: str, code: str) -> correct.Step:
     return correct.Step(name, (sys.executable, "-c", code))
-
-
-# ---- What it lists and refuses
 
 
 @pytest.mark.slow
@@ -116,14 +111,6 @@ def test_the_dry_run_lists_every_shape_and_contender(capsys):
     assert f"{3 * attention + 3 * len(ADAPTER_CASES) + 6 * len(TOKEN_CASES)} subjects" in said
     for name in ("torch compiled", "vitkern compiled", "torch attention", "mmcv", "deformops", "hub kernel"):
         assert name in said
-
-
-def test_the_dry_run_says_what_cannot_be_tuned_at_run_time(capsys):
-    assert main(["tune", "--dry", "--op", "token_pool", "--case", "vt-64", "--dtype", "bf16"]) == DONE
-    said = capsys.readouterr().out
-    assert "token_pool vt-64 x8 bf16" in said and "token_pool.launch_table, backward" in said
-    for constant in tune.COMPILED_IN:
-        assert f"  {constant:<16}csrc/" in said
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -212,9 +199,6 @@ def test_kernels_are_built_for_the_cards_that_there_are(tmp_path):
 def test_what_a_build_lacks_is_one_sentence(programs, message, tmp_path):
     done = architectures(tmp_path, **programs)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
-
-
-# ---- How it goes on and stops
 
 
 def test_steps_go_on_where_they_stopped(tmp_path, capfd):
@@ -337,9 +321,6 @@ def test_no_work_is_begun_that_took_longer_before_than_is_left():
     assert not budget.allows_more() and budget.left() == 39.0
 
 
-# ---- How files are named
-
-
 CARD = {"cuda": {"devices": [{"name": "NVIDIA H100 80GB HBM3"}]}}
 
 
@@ -361,81 +342,6 @@ def test_the_commit_can_be_named_where_no_repository_tells_it(monkeypatch):
     monkeypatch.setattr(common, "facts_of_the_machine", lambda: {"commit": None})
     assert common.environment("abc")["commit"] == {"id": "abc", "dirty": False}
     assert common.environment()["commit"] is None
-
-
-# ---- Block sizes
-
-
-def tiny(op: str, what: str) -> Subject:
-    return Subject(OPS[op], TINY[op], torch.float32, torch.device("cpu"), (), (what,), 1)
-
-
-def test_alternatives_change_one_size_at_a_time():
-    chosen = {"BLOCK_Q": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 64}
-    found = tune.alternatives(chosen, ("BLOCK_Q", "num_stages", "maxnreg", "BLOCK_X"))
-    assert ("BLOCK_Q", "halved") in found and ("num_stages", "one more") in found
-    assert ("maxnreg", "64") not in found and not any(name == "BLOCK_X" for name, _ in found)
-    assert tune.applied(chosen, ("BLOCK_Q", "halved")) == chosen | {"BLOCK_Q": 16}
-    assert tune.applied(chosen, ("num_stages", "one less")) == chosen | {"num_stages": 1}
-    assert "maxnreg" not in tune.applied(chosen, ("maxnreg", "none"))
-    whole = {"BLOCK_C": 256, "WHOLE": True}
-    assert tune.applied(whole, ("BLOCK_C", "halved")) == {"BLOCK_C": 128, "WHOLE": False}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels, which a GPU runs")
-@pytest.mark.parametrize("table", tune.TABLES, ids=lambda table: f"{table.op}-{table.name}")
-def test_every_table_serves_the_pass_it_is_said_to_and_has_the_sizes_it_is_said_to(table):
-    pytest.importorskip("triton")
-    from vitkern.bench.run import call
-
-    subject = tiny(table.op, table.passes)
-    run = call(subject.op.make(subject.case, subject.dtype, "cpu"), "triton", table.passes)
-    with tune.changed(table, None) as chosen:
-        run()
-    assert set(table.free) - {"maxnreg"} <= set(chosen)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels, which a GPU runs")
-def test_what_is_wrong_with_another_size_has_no_time(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("triton")
-    table = tune.Table("token_project", "token_project", "launch_table", False, ("BLOCK_N", "BLOCK_T"))
-    monkeypatch.setattr(tune, "TABLES", (table,))
-    monkeypatch.setattr(tune, "ROUNDS", 1)
-    monkeypatch.setitem(tune.SIZES, "halved", lambda size: size // 8)  # fewer places than tokens
-    wanted = [tiny("token_project", "forward")]
-    path = tmp_path / "tune" / "file.json"
-    assert tune.run(wanted, path, {"a": 1}, Budget(1e4)) == DONE
-    (row,) = tune.json.loads(path.read_text())["rows"]
-    by_change = {tuple(one["change"] or ()): one for one in row["alternatives"]}
-    assert by_change[()]["ms"] > 0 and by_change["BLOCK_N", "doubled"]["ms"] > 0
-    assert by_change["BLOCK_T", "halved"]["ms"] is None and by_change["BLOCK_T", "halved"]["reason"]
-    assert (
-        "| token_project: token_project.launch_table | fp32 | BLOCK_N doubled | 1 |"
-        in capsys.readouterr().out
-    )
-    assert tune.run(wanted, path, {"a": 1}, Budget(1e4)) == DONE  # nothing is measured twice
-    assert len(tune.json.loads(path.read_text())["rows"]) == 1
-
-
-def test_a_size_that_breaks_the_card_ends_the_call_and_is_not_tried_again(monkeypatch, tmp_path):
-    table = tune.Table("token_project", "token_project", "launch_table", False, ("BLOCK_N",))
-    broken = {
-        "change": ["BLOCK_N", "doubled"],
-        "ms": None,
-        "reason": "raised AcceleratorError: CUDA error: bad",
-    }
-    measured = []
-    monkeypatch.setattr(tune, "TABLES", (table,))
-    monkeypatch.setattr(tune.backends, "can_run", lambda *_: None)
-    monkeypatch.setattr(
-        tune, "measure", lambda *_: measured.append(1) or {"alternatives": [{"ms": 1.0}, broken]}
-    )
-    path = tmp_path / "file.json"
-    wanted = [tiny("token_project", "forward")]
-    with pytest.raises(CommandError, match="BLOCK_N.*left the card in no defined state: call again"):
-        tune.run(wanted, path, {}, Budget(1e4))
-    assert tune.run(wanted, path, {}, Budget(1e4)) == DONE
-    assert len(measured) == 1
 
 
 def test_bench_refuses_a_file_of_other_software(tmp_path):
