@@ -15,6 +15,7 @@ from textwrap import dedent
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as entry
 from benchmarks.gpu import bench, common, correct, resume
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.common import DONE, FAILED, LEFT, REFUSED, ROOT, Budget
@@ -336,6 +337,37 @@ def test_files_are_named_by_card_day_and_commit(tmp_path):
     (tmp_path / "2026-01-01-0123456789.json").touch()
     (tmp_path / "2026-01-01-0123456789-changed-abcdef.json").touch()
     assert common.file_for(tmp_path, "0123456789", "2026-01-02").name == "2026-01-01-0123456789.json"
+
+
+@pytest.mark.parametrize("part, folder", [("bench", ""), ("tune", "tune/")])
+def test_each_part_goes_on_in_its_own_file_unless_it_is_to_begin_anew(part, folder, tmp_path, monkeypatch):
+    """By the command line, with a card that is not there."""
+    facts = CARD | {"commit": {"id": "0123456789abcdef", "dirty": False}}
+    monkeypatch.setattr(entry, "demand_a_card", lambda: None)
+    monkeypatch.setattr(entry, "environment", lambda commit: facts)
+    given = []
+    monkeypatch.setattr(getattr(entry, part), "run", lambda *arguments: given.append(arguments) or DONE)
+    begun = tmp_path / f"nvidia-h100-80gb-hbm3/{folder}2026-01-01-0123456789.json"
+    begun.parent.mkdir(parents=True)
+    begun.touch()
+    arguments = [
+        part,
+        "--results",
+        str(tmp_path),
+        "--op",
+        "token_pool",
+        "--case",
+        "vt-64",
+        "--seconds",
+        "100",
+    ]
+    assert main([*arguments, "--without", "torch compiled"]) == DONE
+    (wanted, path, environment, budget, without) = given.pop()
+    assert {(subject.op.name, subject.case.name) for subject in wanted} == {("token_pool", "vt-64")}
+    assert (path, environment, without) == (begun, facts, ["torch compiled"])
+    assert 90 < budget.left() <= 100 and begun.exists()
+    assert main([*arguments, "--fresh"]) == DONE
+    assert not begun.exists()
 
 
 def test_the_commit_can_be_named_where_no_repository_tells_it(monkeypatch):
