@@ -19,13 +19,13 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-constexpr int64_t kPartPixels = 256;  // at least: what a part leaves behind is then little beside its pixels
-constexpr int64_t kTasks = 128;       // more are not needed
-constexpr int64_t kFewPartPixels =
-    48;                           // at least where there are fewer tasks than kFewTasks: a thread without
-constexpr int64_t kFewTasks = 8;  // any costs more than parts do
-constexpr int64_t kBlockBytes = 24 << 10;
+// Parts are halved while they keep so many pixels, beside which what a part leaves behind is little. Fewer do where
+// there are few tasks yet: threads that have nothing to do cost more. More than kTasks are not needed.
+constexpr int64_t kPartPixels = 160, kSmallPartPixels = 48;
+constexpr int64_t kFewTasks = 8, kTasks = 128;
 constexpr int64_t kMinBlock = 2 * kTileRows, kMaxBlock = 96;  // pixels
+constexpr int64_t kBlockBytes = 24 << 10;                     // in the first cache
+constexpr int64_t kWideBlockBytes = 192 << 10;                // in the second
 
 template <typename Acc>
 constexpr Acc kInfinity = static_cast<Acc>(HUGE_VAL);
@@ -51,16 +51,17 @@ struct PixelSplit {
   }
 };
 
-// `columns` numbers of type Acc belong to each pixel of a block.
+// `columns` numbers of type Acc belong to each pixel of a block. Blocks have `deep` pixels at least, if the second cache
+// has room for them: where pixels are summed over, each block pays for bringing the sums to the registers and back.
 template <typename Acc>
-PixelSplit split_pixels(int64_t batch, int64_t pixels, int64_t columns) {
+PixelSplit split_pixels(int64_t batch, int64_t pixels, int64_t columns, int64_t deep) {
   PixelSplit split{batch, pixels, 0, 1};
-  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(Acc));
-  const int64_t fitting = kBlockBytes / larger(row_bytes, 1) / kTileRows * kTileRows;
-  split.block = smaller(larger(fitting, kMinBlock), kMaxBlock);
-  const int64_t many = smaller(divide_up(pixels, kPartPixels), divide_up(kTasks, larger(batch, 1)));
-  const int64_t few = smaller(pixels / kFewPartPixels, divide_up(kFewTasks, larger(batch, 1)));
-  split.parts = larger(larger(many, few), 1);
+  const int64_t row_bytes = larger(columns * static_cast<int64_t>(sizeof(Acc)), 1);
+  const int64_t fitting = larger(kBlockBytes / row_bytes, smaller(deep, kWideBlockBytes / row_bytes));
+  split.block = smaller(larger(fitting / kTileRows * kTileRows, kMinBlock), kMaxBlock);
+  while (split.tasks() < kTasks &&
+         pixels / (2 * split.parts) >= (split.tasks() < kFewTasks ? kSmallPartPixels : kPartPixels))
+    split.parts *= 2;
   return split;
 }
 

@@ -148,21 +148,6 @@ void pack_rows(const T* from, int64_t stride, int64_t depth, int64_t columns, Ac
   }
 }
 
-// One panel of a B whose columns are stored: B[k, n] is from[n * stride + k].
-template <typename T>
-void pack_columns(const T* from, int64_t stride, int64_t depth, int64_t columns, Accumulator<T>* to) {
-  using Acc = Accumulator<T>;
-  constexpr int N = kLanes<Acc>;
-  for (int64_t k = 0; k < depth; k += N) {
-    const int64_t steps = depth - k < N ? depth - k : N;
-    for (int64_t n = 0; n < kPanel<Acc>; ++n) {
-      Acc numbers[N] = {};
-      if (n < columns) widen_array(from + n * stride + k, steps, numbers);
-      for (int64_t i = 0; i < steps; ++i) to[(k + i) * kPanel<Acc> + n] = numbers[i];
-    }
-  }
-}
-
 // The first `count` lanes of a vector, from and to memory that may end there; the other lanes are zero.
 template <int N, typename T>
 VITKERN_INLINE Vec<Accumulator<T>, N> load_some(const T* from, int64_t count) {
@@ -178,6 +163,21 @@ VITKERN_INLINE void store_some(T* to, Vec<Accumulator<T>, N> a, int64_t count) {
   T padded[N];
   store_narrow<N>(padded, a);
   if (count > 0) memcpy(to, padded, count * sizeof(T));
+}
+
+// One panel of a B whose columns are stored: B[k, n] is from[n * stride + k].
+template <typename T>
+void pack_columns(const T* from, int64_t stride, int64_t depth, int64_t columns, Accumulator<T>* to) {
+  using Acc = Accumulator<T>;
+  constexpr int N = kLanes<Acc>;
+  for (int64_t k = 0; k < depth; k += N) {
+    const int64_t steps = depth - k < N ? depth - k : N;
+    for (int64_t n = 0; n < kPanel<Acc>; ++n) {
+      Acc numbers[N];
+      store(numbers, load_some<N>(from + n * stride + k, n < columns ? steps : 0));
+      for (int64_t i = 0; i < steps; ++i) to[(k + i) * kPanel<Acc> + n] = numbers[i];
+    }
+  }
 }
 
 }  // namespace

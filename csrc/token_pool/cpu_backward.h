@@ -154,7 +154,7 @@ void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwa
 template <typename T>
 void backward(const TokenPoolParams& p) {
   using Acc = Accumulator<T>;
-  const PixelSplit split = split_pixels<Acc>(p.batch, p.pixels, p.channels);
+  const PixelSplit split = split_pixels<Acc>(p.batch, p.pixels, p.channels, 24);
   const int64_t padded = whole_vectors<Acc>(p.channels), sheet_size = p.tokens * padded;
   PoolBackwardWorker<T>* workers;
   Acc* sheets;  // [image, part, T, padded]

@@ -128,7 +128,7 @@ void pool_part(const TokenPoolParams& p, const PixelSplit& split, PoolWorker<T>&
   });
 }
 
-// One token of an image from the parts of its pixels, eq. (4), merged in their order into the first.
+// One token of an image from the parts of its pixels, eq. (4), in their order.
 template <typename T>
 void merge_parts(const TokenPoolParams& p, const Summary<Accumulator<T>>* parts, int64_t count, int64_t image,
                  int64_t token) {
@@ -143,16 +143,16 @@ void merge_parts(const TokenPoolParams& p, const Summary<Accumulator<T>>* parts,
   for (int64_t i = 0; i < count; ++i)
     total = multiply_add(load<Acc, 1>(parts[i].total + token), scale_of(parts[i]), total);
 
-  Acc* const sums = parts[0].sums + token * channels;
-  for (int64_t i = 0; i < count; ++i) {
-    const auto scale = broadcast<Acc, N>(sum(scale_of(parts[i]) / total));
-    const Acc* const from = parts[i].sums + token * channels;
-    for (int64_t channel = 0; channel < channels; channel += N) {
-      const auto part = load<Acc, N>(from + channel) * scale;
-      store(sums + channel, i == 0 ? part : load<Acc, N>(sums + channel) + part);
-    }
+  Acc shares[kTasks];
+  for (int64_t i = 0; i < count; ++i) shares[i] = sum(scale_of(parts[i]) / total);
+  T* const output = static_cast<T*>(p.output) + row * p.channels;
+  for (int64_t channel = 0; channel < p.channels; channel += N) {
+    Vec<Acc, N> mean = {};
+    for (int64_t i = 0; i < count; ++i)
+      mean = multiply_add(broadcast<Acc, N>(shares[i]),
+                          load<Acc, N>(parts[i].sums + token * channels + channel), mean);
+    store_some(output + channel, mean, p.channels - channel);
   }
-  narrow_array(sums, p.channels, static_cast<T*>(p.output) + row * p.channels);
   Acc* const statistics = static_cast<Acc*>(p.statistics) + image * 2 * p.tokens + token;
   statistics[0] = sum(greatest);
   statistics[p.tokens] = sum(total);
@@ -161,7 +161,7 @@ void merge_parts(const TokenPoolParams& p, const Summary<Accumulator<T>>* parts,
 template <typename T>
 void forward(const TokenPoolParams& p) {
   using Acc = Accumulator<T>;
-  const PixelSplit split = split_pixels<Acc>(p.batch, p.pixels, p.channels);
+  const PixelSplit split = split_pixels<Acc>(p.batch, p.pixels, p.channels, 48);
   PoolWorker<T>* workers;
   Summary<Acc>* parts;  // [image, part]; none where an image is one part
   const Arena arena([&](Cursor& cursor) {

@@ -87,7 +87,7 @@ void backward_block(const TokenProjectParams& p, ProjectBackwardWorker<T>& worke
 template <typename T>
 void backward(const TokenProjectParams& p) {
   using Acc = Accumulator<T>;
-  const PixelSplit split = split_pixels<Acc>(p.batch, p.pixels, p.channels);
+  const PixelSplit split = split_pixels<Acc>(p.batch, p.pixels, p.channels, 24);
   const int64_t keys = whole_vectors<Acc>(p.keys), channels = whole_vectors<Acc>(p.channels);
   const int64_t key_sheet = p.token_count * keys, token_sheet = p.token_count * channels;
   ProjectBackwardWorker<T>* workers;

@@ -103,7 +103,7 @@ void project_part(const TokenProjectParams& p, const PixelSplit& split, ProjectW
 
 template <typename T>
 void forward(const TokenProjectParams& p) {
-  const PixelSplit split = split_pixels<Accumulator<T>>(p.batch, p.pixels, p.channels);
+  const PixelSplit split = split_pixels<Accumulator<T>>(p.batch, p.pixels, p.channels, 0);
   ProjectWorker<T>* workers;
   const Arena arena([&](Cursor& cursor) {
     workers = take_each<ProjectWorker<T>>(cursor, worker_count(split.tasks(), p.threads),
