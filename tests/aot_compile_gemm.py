@@ -123,8 +123,8 @@ def pool(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels:
     call = SimpleNamespace(
         x=empty(batch, pixels, channels, dtype=dtype), weight=empty(batch, tokens, channels, dtype=dtype)
     )
-    pooled, logsumexp = triton_token_pool.token_pool_forward_triton(call)
-    triton_token_pool.token_pool_backward_triton(call, pooled, pooled, logsumexp, (True, True))
+    pooled, statistics = triton_token_pool.token_pool_forward_triton(call)
+    triton_token_pool.token_pool_backward_triton(call, pooled, pooled, statistics, (True, True))
 
 
 def project(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels: int = 3136) -> None:

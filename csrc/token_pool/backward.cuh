@@ -68,19 +68,20 @@ __device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const Pool
       shared.delta[Tile::token()] = logit<Tile>(shared.products, own);
   }
   if (Tile::lane() != 0) return;
+  shared.f_sum[Tile::token()] = 0;
   const A* statistics = static_cast<const A*>(p.statistics) + place.image * 2 * p.tokens + token;
   shared.greatest[Tile::token()] = token < p.tokens ? statistics[0] : A{0};
   shared.inverse[Tile::token()] = token < p.tokens ? 1 / statistics[p.tokens] : A{0};
 }
 
-// A and f of eqs. (2) and (6), zero for pixels and tokens that do not exist; f is added to the lane's sum, too.
+// A and f of eqs. (2) and (6), zero for pixels and tokens that do not exist; f is added to its sum, too.
 template <typename Tile>
 __device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Tile>& shared,
-                                                    int64_t pixels_left, int64_t tokens_left,
-                                                    typename Tile::A& f_sum) {
+                                                    int64_t pixels_left, int64_t tokens_left) {
   using T = typename Tile::T;
   using A = typename Tile::A;
   const int token = Tile::token();
+  A f_sum = 0;
 #pragma unroll
   for (int i = 0; i < Tile::kPixelsOfLane; ++i) {
     const int pixel = Tile::lane() + i * Tile::kLanes;
@@ -94,6 +95,8 @@ __device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Til
     shared.shares[token * Tile::kShareStride + pixel] = narrow<T>(share);
     shared.f[token * Tile::kShareStride + pixel] = rounded;
   }
+  f_sum = team_reduce<Tile::kLanes>(f_sum, [](A one, A other) { return one + other; });
+  if (Tile::lane() == 0) shared.f_sum[token] += f_sum;
 }
 
 // Eq. (7) for the caller's warp's columns, over the pixels in shared memory.
@@ -153,12 +156,9 @@ __device__ __forceinline__ void write_pixels(const TokenPoolParams& p, const Poo
 template <typename Tile>
 __device__ __forceinline__ void store_weight_gradient(
     const TokenPoolTask& task, const PoolPlace& place, const PoolBackwardShared<Tile>& shared,
-    typename Tile::A f_sum, const Sums<typename Tile::A> (&sums)[Tile::kTokenStrips][Tile::kColumnTiles]) {
+    const Sums<typename Tile::A> (&sums)[Tile::kTokenStrips][Tile::kColumnTiles]) {
   using T = typename Tile::T;
-  using A = typename Tile::A;
-  f_sum = team_reduce<Tile::kLanes>(f_sum, [](A one, A other) { return one + other; });
-  if (Tile::lane() == 0) shared.f_sum[Tile::token()] = f_sum;
-  __syncthreads();
+  __syncthreads();  // without pixels nobody has waited for the sums of f
   store_part_of_tokens<Tile>(task, place, sums, [&](int token, int64_t index) {
     return shared.f_sum[token] * widen(__ldg(static_cast<const T*>(task.p.pooled) + index));
   });
@@ -179,7 +179,6 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
   const bool has_columns = Tile::column() < window_depth<Tile>(p, place.window);
   load_tokens<Tile>(p, place, windows, grad, shared);
 
-  A f_sum = 0;
   Sums<A> sums[Tile::kTokenStrips][Tile::kColumnTiles] = {};
   for (int64_t pixel = place.begin; pixel < place.end; pixel += Tile::kPixels) {
     Sums<A> logits[2] = {}, products[2] = {};
@@ -199,7 +198,7 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
     store_logits<Tile>(logits, shared.logits);
     store_logits<Tile>(products, shared.products);
     __syncthreads();
-    attention_gradients<Tile>(shared, place.end - pixel, p.tokens - token, f_sum);
+    attention_gradients<Tile>(shared, place.end - pixel, p.tokens - token);
     __syncthreads();
 
     if (has_columns && p.grad_weight) {  // eq. (8)
@@ -215,7 +214,7 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
     __syncthreads();
     write_pixels<Tile>(p, place, pixel, shared.pixels);
   }
-  if (p.grad_weight) store_weight_gradient<Tile>(task, place, shared, f_sum, sums);
+  if (p.grad_weight) store_weight_gradient<Tile>(task, place, shared, sums);
 }
 
 template <typename T, int kTokenStrips, int kWindow>
