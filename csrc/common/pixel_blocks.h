@@ -175,10 +175,16 @@ struct PackedColumns {
 
   void multiply(const Acc* rows, int64_t row_stride, int64_t count, Acc* to, int64_t stride) const {
     for (int64_t token = 0; token < tokens; token += kPanel<Acc>)
-      multiply_panel<Acc>({rows, row_stride, 1}, count, data + token * channels, kPanel<Acc>, tokens - token,
-                          channels, [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
-                            store(to + row * stride + token + column, sum);
-                          });
+      multiply_some(rows, row_stride, count, token, to + token, stride);
+  }
+
+  // The columns of one panel only.
+  void multiply_some(const Acc* rows, int64_t row_stride, int64_t count, int64_t token, Acc* to,
+                     int64_t stride) const {
+    multiply_panel<Acc>({rows, row_stride, 1}, count, data + token * channels, kPanel<Acc>, tokens - token,
+                        channels, [&](int64_t row, int64_t column, auto sum) VITKERN_INLINE_LAMBDA {
+                          store(to + row * stride + column, sum);
+                        });
   }
 };
 

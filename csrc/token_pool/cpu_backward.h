@@ -50,21 +50,25 @@ struct PoolBackwardWorker {
   }
 };
 
-// Eq. (5): products with gradients, as those of a block, of tokens in the place of pixels.
+// Eq. (5): a product as those of a block with gradients, but of tokens in the place of pixels.
 template <typename T>
-void take_deltas(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t block) {
+void take_deltas(const PoolBackwardWorker<T>& worker, int64_t tokens) {
+  using Acc = Accumulator<T>;
+  constexpr int64_t kRows = 4;  // a panel's tokens are a multiple of them
+  static_assert(kPanel<Acc> % kRows == 0);
   const int64_t channels = worker.tokens.stride;
-  for (int64_t first = 0; first < tokens; first += block) {
-    const int64_t count = smaller(block, tokens - first);
-    worker.gradient.multiply(worker.pooled + first * channels, channels, count, worker.dots, worker.stride);
-    for (int64_t i = 0; i < count; ++i) worker.delta[first + i] = worker.dots[i * worker.stride + first + i];
+  Acc dots[kRows * kPanel<Acc>];
+  for (int64_t first = 0; first < tokens; first += kRows) {
+    const int64_t count = smaller(kRows, tokens - first), column = first % kPanel<Acc>;
+    worker.gradient.multiply_some(worker.pooled + first * channels, channels, count, first - column, dots,
+                                  kPanel<Acc>);
+    for (int64_t i = 0; i < count; ++i) worker.delta[first + i] = dots[i * kPanel<Acc> + column + i];
   }
 }
 
 // What all pixels of an image need.
 template <typename T>
-void take_image(const TokenPoolParams& p, const PixelSplit& split, PoolBackwardWorker<T>& worker,
-                int64_t image) {
+void take_image(const TokenPoolParams& p, PoolBackwardWorker<T>& worker, int64_t image) {
   using Acc = Accumulator<T>;
   if (worker.image == image) return;
   worker.image = image;
@@ -76,7 +80,7 @@ void take_image(const TokenPoolParams& p, const PixelSplit& split, PoolBackwardW
   worker.weight.pack(weight);
   worker.gradient.pack(gradient);
   memset(worker.delta, 0, worker.stride * sizeof(Acc));
-  take_deltas(worker, p.tokens, split.block);
+  take_deltas(worker, p.tokens);
   for (int64_t token = 0; token < worker.stride; ++token) {
     const bool there = token < p.tokens;
     worker.greatest[token] = there ? statistics[token] : 0;
@@ -128,7 +132,7 @@ void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwa
   const int64_t channels = worker.rows.stride;
   if (sheet) memset(sheet, 0, p.tokens * channels * sizeof(Acc));
   memset(worker.f_sums, 0, worker.stride * sizeof(Acc));
-  take_image(p, split, worker, task / split.parts);
+  take_image(p, worker, task / split.parts);
   split.for_blocks(task, [&](int64_t, int64_t first, int64_t count) {
     const T* const x = static_cast<const T*>(p.x) + first * p.channels;
     T* const grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + first * p.channels : nullptr;
