@@ -7,6 +7,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -273,6 +274,7 @@ def test_doctor_reads_a_config(tmp_path, capsys):
 
 
 LATER = """
+import tests.ecosystem.conftest
 import vitkern
 table = vitkern.patch("transformers")
 assert table and all("when imported" in row.place for row in table), table
@@ -287,7 +289,7 @@ assert not vitkern.unpatch("transformers")
 def test_a_module_that_is_imported_later():
     name = "Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention"
     script = LATER.format(family="mask2former", name=name)
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_the_library_twice():
