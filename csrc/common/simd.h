@@ -187,10 +187,12 @@ VITKERN_COMPARISON(==)
 #undef VITKERN_ARITHMETIC
 #undef VITKERN_COMPARISON
 
+// The same bits as numbers of another type: as many, half as many of twice the size, and so on.
 template <typename U, typename T, int N>
-VITKERN_INLINE Vec<U, N> bit_cast(Vec<T, N> a) {
-  static_assert(sizeof(U) == sizeof(T), "a cast of bits keeps the size");
-  Vec<U, N> r;
+VITKERN_INLINE auto bit_cast(Vec<T, N> a) {
+  constexpr int count = N * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(U));
+  Vec<U, count> r;
+  static_assert(sizeof r == sizeof a, "a cast of bits keeps the size");
   memcpy(&r, &a, sizeof r);
   return r;
 }
