@@ -44,8 +44,10 @@ class Peer:
 
     def objection(self, device: str) -> str | None:
         """Why it cannot be called on a device, if it cannot."""
+        other_version = self._version_objection()
+        if other_version is not None:
+            return f"absent: {other_version}"
         try:
-            self._check_version()
             _loaded(self)
         except Exception as error:  # a peer may fail to load in any way; which one it was is the verdict
             return f"absent: {_first_line(error)}"
@@ -68,12 +70,16 @@ class Peer:
         limit = LIMITS[inputs.value.dtype]
         return "right" if worst <= limit else f"wrong: {what} off by {worst:.1e} of its greatest value"
 
-    def _check_version(self) -> None:
+    def _version_objection(self) -> str | None:
         if not self.version:
-            return
-        installed = importlib.metadata.version(self.package)
+            return None
+        try:
+            installed = importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{self.package} is not installed"
         if installed != self.version:
-            raise ImportError(f"{self.package} {installed} is installed, {self.version} is known here")
+            return f"{self.package} {installed} is installed, {self.version} is known here"
+        return None
 
 
 @functools.cache

@@ -66,6 +66,9 @@ def test_the_extension_of_deformable_detr_is_called_as_its_own_python_calls_it(m
 
 def test_another_version_than_the_known_one_is_absent():
     other = Peer("other", "torch", "0.0.1", lambda: None, lambda *_: None)
-    assert other.verdict(INPUTS) == (
-        f"absent: ImportError: torch {torch.__version__} is installed, 0.0.1 is known here"
-    )
+    assert other.verdict(INPUTS) == f"absent: torch {torch.__version__} is installed, 0.0.1 is known here"
+
+
+def test_what_is_not_installed_is_said_in_words():
+    missing = Peer("missing", "no-such-package", "1.0", lambda: None, lambda *_: None)
+    assert missing.objection("cpu") == "absent: no-such-package is not installed"

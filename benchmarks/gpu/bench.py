@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -71,20 +71,20 @@ def _subject(op: Op, name: str, dtype: torch.dtype, device: str) -> Subject:
     return Subject(op, case, dtype, torch.device(device), (), PASSES, case.batch)
 
 
-def listing(wanted: Iterable[Subject], without: Sequence[str] = ()) -> None:
+def listing(wanted: Sequence[Subject], without: Sequence[str] = ()) -> None:
     """Without a card: what would be measured, and of whom it is known here that they would take part."""
-    number = 0
     for subject in wanted:
-        number += 1
         dtype = store.short(dtype_name(subject.dtype))
         case = f"{subject.case.name} x{subject.batch}"
         print(f"{subject.op.name:<24}{case:<22}{dtype:<6}{' '.join(subject.passes):<15}{subject.case.what}")
-    print(f"\n{number} subjects, each with {', '.join((*contenders.OURS, 'torch'))} and")
-    for op in OPS.values():
-        there, absent = contenders.names(op, "cuda", without)
+    print(f"\n{len(wanted)} subjects, each with {', '.join((*contenders.OURS, 'torch'))} and")
+    absent: dict[str, str] = {}
+    for op in {subject.op.name: subject.op for subject in wanted}.values():
+        there, others = contenders.names(op, "cuda", without)
         print(f"  {op.name}: {', '.join(there)}")
-        for name, reason in absent.items():
-            print(f"    not {name}: {reason}")
+        absent |= others
+    for name, reason in absent.items():
+        print(f"  not {name}: {reason}")
 
 
 def run(
