@@ -219,6 +219,15 @@ def test_what_raises_while_it_is_timed_has_no_figures(small, tmp_path, monkeypat
     assert reasons == {"one of those timed in turn raised OutOfMemoryError: CUDA out of memory"}
 
 
+def test_a_file_of_other_software_is_refused(tmp_path):
+    software = {what: {"version": "1"} for what in ("torch", "triton", "vitkern")}
+    path = tmp_path / "file.json"
+    store.write(path, bench.opened(path, software))
+    assert bench.opened(path, software)["rows"] == []
+    with pytest.raises(CommandError, match="was begun with torch 1, this is 2: FRESH=1"):
+        bench.opened(path, software | {"torch": {"version": "2"}})
+
+
 def test_what_stands_in_the_readme_is_made_of_the_committed_files():
     assert table.committed() == table.made_of(RESULTS)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as entry
-from benchmarks.gpu import bench, common, correct, resume
+from benchmarks.gpu import common, correct, resume
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.common import DONE, FAILED, LEFT, REFUSED, ROOT, Budget
 from vitkern.bench.workloads import OPS
@@ -25,7 +25,6 @@ from vitkern.check import plan as check_plan
 from vitkern.check import routes
 from vitkern.cli import make_parser
 from vitkern.commands.choices import DTYPES, requested
-from vitkern.commands.errors import CommandError
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs what is refused here")
 
@@ -162,11 +161,32 @@ def test_without_a_card_it_is_one_sentence(part, capsys):
         (["--op", "conv"], "no op is called conv; there are ms_deform_attn, "),
         (["--case", "nothing-*"], "no case is called nothing-*; there are "),
         (["--dtype", "fp8"], "no dtype is called fp8; there are bf16, fp16, fp32"),
+        (["--without", "nope"], "no contender is called nope; there are torch compiled, vitkern compiled, "),
     ],
 )
 def test_what_does_not_exist_is_one_sentence(arguments, message, capsys):
     assert main(["bench", "--dry", *arguments]) == REFUSED
     assert message in capsys.readouterr().err
+
+
+UNHEEDED = [
+    (part, f"--{option}")
+    for part in ("correct", "sanitize", "table")
+    for option in ("op", "case", "dtype", "without")
+]
+
+
+@pytest.mark.parametrize("part, option", [*UNHEEDED, ("tune", "--without")])
+def test_what_a_part_does_not_heed_is_refused(part, option, capsys):
+    assert main([part, option, "token_pool"]) == REFUSED
+    said = capsys.readouterr()
+    assert said.err == f"make gpu: {option} has no effect on {part}: leave it out\n" and not said.out
+
+
+def test_the_table_is_not_written_by_a_dry_run(monkeypatch, capsys):
+    monkeypatch.setattr(entry.table, "main", None)
+    assert main(["table", "--dry"]) == REFUSED
+    assert "--dry has no effect on table" in capsys.readouterr().err
 
 
 def architectures(path: Path, **programs: str) -> subprocess.CompletedProcess:
@@ -340,8 +360,12 @@ def test_files_are_named_by_card_day_and_commit(tmp_path):
     assert common.file_for(tmp_path, "0123456789", "2026-01-02").name == "2026-01-01-0123456789.json"
 
 
-@pytest.mark.parametrize("part, folder", [("bench", ""), ("tune", "tune/")])
-def test_each_part_goes_on_in_its_own_file_unless_it_is_to_begin_anew(part, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "part, folder, left_out", [("bench", "", ("torch compiled",)), ("tune", "tune/", ())]
+)
+def test_each_part_goes_on_in_its_own_file_unless_it_is_to_begin_anew(
+    part, folder, left_out, tmp_path, monkeypatch
+):
     """By the command line, with a card that is not there."""
     facts = CARD | {"commit": {"id": "0123456789abcdef", "dirty": False}}
     monkeypatch.setattr(entry, "demand_a_card", lambda: None)
@@ -351,21 +375,11 @@ def test_each_part_goes_on_in_its_own_file_unless_it_is_to_begin_anew(part, fold
     begun = tmp_path / f"nvidia-h100-80gb-hbm3/{folder}2026-01-01-0123456789.json"
     begun.parent.mkdir(parents=True)
     begun.touch()
-    arguments = [
-        part,
-        "--results",
-        str(tmp_path),
-        "--op",
-        "token_pool",
-        "--case",
-        "vt-64",
-        "--seconds",
-        "100",
-    ]
-    assert main([*arguments, "--without", "torch compiled"]) == DONE
-    (wanted, path, environment, budget, without) = given.pop()
+    arguments = [part, *f"--results {tmp_path} --op token_pool --case vt-64 --seconds 100".split()]
+    assert main([*arguments, *(f"--without={name}" for name in left_out)]) == DONE
+    (wanted, path, environment, budget, *without) = given.pop()
     assert {(subject.op.name, subject.case.name) for subject in wanted} == {("token_pool", "vt-64")}
-    assert (path, environment, without) == (begun, facts, ["torch compiled"])
+    assert (path, environment, without) == (begun, facts, [left_out] if left_out else [])
     assert 90 < budget.left() <= 100 and begun.exists()
     assert main([*arguments, "--fresh"]) == DONE
     assert not begun.exists()
@@ -375,12 +389,3 @@ def test_the_commit_can_be_named_where_no_repository_tells_it(monkeypatch):
     monkeypatch.setattr(common, "facts_of_the_machine", lambda: {"commit": None})
     assert common.environment("abc")["commit"] == {"id": "abc", "dirty": False}
     assert common.environment()["commit"] is None
-
-
-def test_bench_refuses_a_file_of_other_software(tmp_path):
-    software = {what: {"version": "1"} for what in ("torch", "triton", "vitkern")}
-    path = tmp_path / "file.json"
-    bench.store.write(path, bench.opened(path, software))
-    assert bench.opened(path, software)["rows"] == []
-    with pytest.raises(CommandError, match="was begun with torch 1, this is 2: FRESH=1"):
-        bench.opened(path, software | {"torch": {"version": "2"}})

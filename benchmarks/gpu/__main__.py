@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.gpu import bench, correct, table, tune
+from benchmarks.gpu import bench, contenders, correct, table, tune
 from benchmarks.gpu.common import (
     DONE,
     REFUSED,
@@ -26,9 +26,19 @@ from benchmarks.gpu.common import (
     folder_of,
     version_of,
 )
+from vitkern.commands.arguments import refuse
+from vitkern.commands.choices import chosen
 from vitkern.commands.errors import CommandError
 
-PARTS = ("correct", "sanitize", "bench", "tune", "table")
+_OF_BENCH = ("op", "case", "dtype", "without")
+# Of each part, the options that it would not heed.
+WITHOUT_EFFECT = {
+    "correct": (*_OF_BENCH, "check"),
+    "sanitize": (*_OF_BENCH, "check"),
+    "bench": ("check",),
+    "tune": ("without", "check"),
+    "table": (*_OF_BENCH, "dry", "fresh", "commit"),
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -38,7 +48,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     several = {"nargs": "+", "default": [], "metavar": "NAME"}
-    parser.add_argument("part", choices=PARTS, help="table: the README's, from the files that there are")
+    parser.add_argument(
+        "part", choices=WITHOUT_EFFECT, help="table: the README's, from the files that there are"
+    )
     parser.add_argument("--dry", action="store_true", help="list what would run; needs no card")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help=f"limit of this call (default {SECONDS:.0f})"
@@ -66,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def started(options: argparse.Namespace) -> int:
+    refuse(options, WITHOUT_EFFECT[options.part], f"has no effect on {options.part}: leave it out")
     if options.part == "table":
         return table.main(options.results, check=options.check)
     if options.part in ("correct", "sanitize"):
@@ -82,15 +95,16 @@ def started(options: argparse.Namespace) -> int:
         return correct.run(steps, folder, Budget(options.seconds))
     part = {"bench": bench, "tune": tune}[options.part]
     wanted = part.subjects(options.op, options.case, options.dtype)
+    without = [chosen("contender", options.without, contenders.known())] if part is bench else []
     if options.dry:
-        part.listing(wanted, options.without)
+        part.listing(wanted, *without)
         return DONE
     demand_a_card()
     found = environment(options.commit)
     path = file_for(options.results / folder_of(found) / part.FOLDER, version_of(found), bench.today())
     if options.fresh:
         path.unlink(missing_ok=True)
-    return part.run(wanted, path, found, Budget(options.seconds), options.without)
+    return part.run(wanted, path, found, Budget(options.seconds), *without)
 
 
 if __name__ == "__main__":

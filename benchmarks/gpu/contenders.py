@@ -25,6 +25,11 @@ BY_ATTENTION = {"token_pool": pool_by_attention, "token_project": project_by_att
 OTHER_PEERS = {name: peer for name, peer in PEERS.items() if not name.startswith("grid_sample")}
 
 
+def known() -> tuple[str, ...]:
+    """Whom `names` may find, of any op."""
+    return COMPILED, OURS_COMPILED, ATTENTION, *OTHER_PEERS
+
+
 def names(op: Op, device: str, without: Sequence[str] = ()) -> tuple[dict[str, Peer | None], dict[str, str]]:
     """Of an op: who there is, with the peer where it is one; and of the others, why not."""
     found: dict[str, Peer | None] = {}

@@ -150,7 +150,7 @@ def changed(table: Table, change: Change | None) -> Iterator[dict[str, Any]]:
         setattr(module, table.function, original)
 
 
-def listing(wanted: Sequence[Subject], without: Sequence[str] = ()) -> None:
+def listing(wanted: Sequence[Subject]) -> None:
     for subject in wanted:
         for table in _tables_of(subject):
             print(f"{_label(subject):<48}{table.name:<44}{', '.join(table.free)}")
@@ -171,7 +171,6 @@ def run(
     path: Path,
     environment: Mapping[str, object],
     budget: Budget,
-    without: Sequence[str] = (),
 ) -> int:
     """Adds a row for each shape and table until all is there or the time is over."""
     record = json.loads(path.read_text()) if path.exists() else {"environment": environment, "rows": []}
