@@ -10,12 +10,14 @@ import torch
 
 from benchmarks.gpu import tune
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.common import DONE, Budget
+from benchmarks.gpu.common import DONE, LEFT, Budget
 from tests.test_bench_run import TINY
 from vitkern.bench.plan import Subject
 from vitkern.bench.run import call
 from vitkern.bench.workloads import OPS
 from vitkern.commands.errors import CommandError
+
+SOFTWARE = {what: {"version": "1"} for what in ("torch", "triton", "vitkern")}
 
 
 def tiny(op: str, what: str) -> Subject:
@@ -54,7 +56,7 @@ def test_what_is_wrong_with_another_size_has_no_time(monkeypatch, tmp_path, caps
     monkeypatch.setitem(tune.SIZES, "halved", lambda size: size // 8)  # fewer places than tokens
     wanted = [tiny("token_project", "forward")]
     path = tmp_path / "tune" / "file.json"
-    assert tune.run(wanted, path, {"a": 1}, Budget(1e4)) == DONE
+    assert tune.run(wanted, path, SOFTWARE, Budget(1e4)) == DONE
     (row,) = json.loads(path.read_text())["rows"]
     by_change = {tuple(one["change"] or ()): one for one in row["alternatives"]}
     assert by_change[()]["ms"] > 0 and by_change["BLOCK_N", "doubled"]["ms"] > 0
@@ -63,7 +65,7 @@ def test_what_is_wrong_with_another_size_has_no_time(monkeypatch, tmp_path, caps
         "| token_project: token_project.launch_table | fp32 | BLOCK_N doubled | 1 |"
         in capsys.readouterr().out
     )
-    assert tune.run(wanted, path, {"a": 1}, Budget(1e4)) == DONE  # nothing is measured twice
+    assert tune.run(wanted, path, SOFTWARE, Budget(1e4)) == DONE  # nothing is measured twice
     assert len(json.loads(path.read_text())["rows"]) == 1
 
 
@@ -83,9 +85,43 @@ def test_a_size_that_breaks_the_card_ends_the_call_and_is_not_tried_again(monkey
     path = tmp_path / "file.json"
     wanted = [tiny("token_project", "forward")]
     with pytest.raises(CommandError, match="BLOCK_N.*left the card in no defined state: call again"):
-        tune.run(wanted, path, {}, Budget(1e4))
-    assert tune.run(wanted, path, {}, Budget(1e4)) == DONE
+        tune.run(wanted, path, SOFTWARE, Budget(1e4))
+    assert tune.run(wanted, path, SOFTWARE, Budget(1e4)) == DONE
     assert len(measured) == 1
+
+
+def test_a_file_of_other_software_is_refused(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(tune.opened(path, SOFTWARE)))
+    assert tune.opened(path, SOFTWARE)["rows"] == []
+    with pytest.raises(CommandError, match="was begun with triton 1, this is 2: FRESH=1"):
+        tune.run([], path, SOFTWARE | {"triton": {"version": "2"}}, Budget(1e4))
+
+
+def test_an_interruption_leaves_the_table_and_what_was_under_way_for_the_next_call(
+    monkeypatch, tmp_path, capsys
+):
+    tables = [
+        tune.Table("token_project", "token_project", "launch_table", backward, ("BLOCK_N",))
+        for backward in (False, True)
+    ]
+    figures = [{"change": None, "ms": 1.0}, {"change": ["BLOCK_N", "halved"], "ms": 2.0}]
+    outcomes = iter([{"alternatives": figures}, KeyboardInterrupt, {"alternatives": figures}])
+
+    def measure(*_):
+        if (outcome := next(outcomes)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return outcome
+
+    monkeypatch.setattr(tune, "TABLES", tables)
+    monkeypatch.setattr(tune.backends, "can_run", lambda *_: None)
+    monkeypatch.setattr(tune, "measure", measure)
+    path, wanted = tmp_path / "file.json", [tiny("token_project", "forward")]
+    assert tune.run(wanted, path, SOFTWARE, Budget(1e4)) == LEFT
+    assert "1 rows, 1 left" in capsys.readouterr().out
+    assert "BLOCK_N halved | 1 | 2.00" in path.with_suffix(".md").read_text()
+    assert tune.run(wanted, path, SOFTWARE, Budget(1e4)) == DONE
+    assert len(json.loads(path.read_text())["rows"]) == 2
 
 
 def test_the_dry_run_says_what_cannot_be_tuned_at_run_time(capsys):

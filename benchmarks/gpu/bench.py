@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import contenders
-from benchmarks.gpu.common import DONE, FAILED, LEFT, STATE, Budget
+from benchmarks.gpu.common import DONE, FAILED, LEFT, STATE, Budget, demand_the_software_of
 from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
 from vitkern.bench import store
@@ -131,12 +131,7 @@ def opened(path: Path, environment: Mapping[str, object]) -> store.Record:
         head |= {"command": ["make", "gpu", "PART=bench"], "environment": dict(environment), "ceilings": None}
         return head | {"anchors": ANCHORS, "absent": {}, "sessions": [], "rows": []}
     record = store.read(path)
-    for what in ("torch", "triton", "vitkern"):
-        before, now = record["environment"][what]["version"], environment[what]["version"]
-        if before != now:
-            raise CommandError(
-                f"{path} was begun with {what} {before}, this is {now}: FRESH=1 begins it anew"
-            )
+    demand_the_software_of(record["environment"], environment, path)
     return record
 
 

@@ -7,7 +7,7 @@ import hashlib
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,14 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     if found["commit"] is None and commit:
         found["commit"] = {"id": commit, "dirty": False}
     return found
+
+
+def demand_the_software_of(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Figures of one file are of one torch, triton and vitkern."""
+    for what in ("torch", "triton", "vitkern"):
+        old, new = before[what]["version"], now[what]["version"]
+        if old != new:
+            raise CommandError(f"{path} was begun with {what} {old}, this is {new}: FRESH=1 begins it anew")
 
 
 def folder_of(environment: dict[str, Any]) -> str:

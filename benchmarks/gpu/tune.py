@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import bench
-from benchmarks.gpu.common import DONE, LEFT, ROOT, Budget
+from benchmarks.gpu.common import DONE, LEFT, ROOT, Budget, demand_the_software_of
 from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
 from vitkern.bench import store
@@ -173,7 +173,7 @@ def run(
     budget: Budget,
 ) -> int:
     """Adds a row for each shape and table until all is there or the time is over."""
-    record = json.loads(path.read_text()) if path.exists() else {"environment": environment, "rows": []}
+    record = opened(path, environment)
     there = {tuple(row["key"]) for row in record["rows"]}
     left = [
         (subject, table)
@@ -182,18 +182,29 @@ def run(
         if backends.can_run("triton", subject.device, subject.dtype) is None
         and (_label(subject), table.name) not in there
     ]
-    while left and budget.allows_more():
-        subject, table = left.pop(0)
-        print(f"{budget.left():>5.0f} s left  {_label(subject)}  {table.name}", flush=True)
-        row = budget.timed(functools.partial(measure, subject, table))
-        record["rows"].append({"key": [_label(subject), table.name], **row})
-        store.write(path, record)
-        demand_a_whole_card(row)
+    with contextlib.suppress(KeyboardInterrupt):
+        while left and budget.allows_more():
+            subject, table = left[0]
+            print(f"{budget.left():>5.0f} s left  {_label(subject)}  {table.name}", flush=True)
+            row = budget.timed(functools.partial(measure, subject, table))
+            record["rows"].append({"key": [_label(subject), table.name], **row})
+            del left[0]
+            store.write(path, record)
+            demand_a_whole_card(row)
     text = in_words(record["rows"])
     path.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n{path}: {len(record['rows'])} rows, {len(left)} left")
     return LEFT if left else DONE
+
+
+def opened(path: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of an earlier call, if it was made with the same software, or a new one."""
+    if not path.exists():
+        return {"environment": environment, "rows": []}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    demand_the_software_of(record["environment"], environment, path)
+    return record
 
 
 def demand_a_whole_card(row: Mapping[str, Any]) -> None:
