@@ -51,7 +51,7 @@ SECONDS := 540
 gpu:  ## On a card, PART=correct|sanitize|bench|tune, in calls of SECONDS=540 that go on; DRY=1 lists what would run
 ifdef DRY
 	@$(MAKE) --silent setup
-	@$(BIN)/python -m benchmarks.gpu $(PART) --dry $(GPU_ARGS)
+	@$(BIN)/python -m benchmarks.gpu $(PART) --dry --seconds $(SECONDS) $(GPU_ARGS)
 else
 	@architectures=$$(tools/gpu_architectures) && $(MAKE) --silent VENV=.venv-gpu VITKERN_CUDA=ON \
 	  VITKERN_CUDA_ARCHITECTURES=$$architectures .venv-gpu/.built

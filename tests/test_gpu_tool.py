@@ -114,6 +114,14 @@ def test_the_dry_run_lists_every_shape_and_contender(capsys):
     assert said.count("not mmcv: ") <= 1  # once for all ops, not for each
 
 
+@pytest.mark.parametrize("part, times", [("bench", 2), ("tune", 3)])  # passes, or tables of block sizes
+def test_the_dry_run_says_how_long_it_takes(part, times, monkeypatch, capsys):
+    monkeypatch.setattr(getattr(entry, part), "SECONDS", 960 / times)
+    assert main(f"{part} --dry --op token_pool --case vt-64 --dtype bf16 --seconds 100".split()) == DONE
+    said = capsys.readouterr().out
+    assert "Timing may take 16 minutes; " in said and "Calls of 100 s: 10 or more." in said
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_starts_the_dry_run(tmp_path):
     """With what it says has been set up: an environment with stamps younger than all sources."""

@@ -24,6 +24,7 @@ from benchmarks.gpu.common import (
     environment,
     file_for,
     folder_of,
+    how_long,
     version_of,
 )
 from vitkern.commands.arguments import refuse
@@ -98,6 +99,7 @@ def started(options: argparse.Namespace) -> int:
     without = [chosen("contender", options.without, contenders.known())] if part is bench else []
     if options.dry:
         part.listing(wanted, *without)
+        print(f"\n{how_long(part.seconds_of_timing(wanted), options.seconds)}")
         return DONE
     demand_a_card()
     found = environment(options.commit)

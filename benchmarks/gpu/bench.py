@@ -87,6 +87,10 @@ def listing(wanted: Sequence[Subject], without: Sequence[str] = ()) -> None:
         print(f"  not {name}: {reason}")
 
 
+def seconds_of_timing(wanted: Sequence[Subject]) -> float:
+    return SECONDS * sum(len(subject.passes) for subject in wanted)
+
+
 def run(
     wanted: Sequence[Subject],
     path: Path,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import subprocess
 import time
@@ -40,6 +41,14 @@ class Budget:
             return work()
         finally:
             self.longest = max(self.longest, self.clock() - began)
+
+
+def how_long(timing: float, limit: float) -> str:
+    """`timing`: seconds that figures may take to measure, which is all that is known before; `limit`: of a call."""
+    return (
+        f"Timing may take {timing / 60:.0f} minutes; inputs, checks and compilation come on top. "
+        f"Calls of {limit:.0f} s: {math.ceil(timing / limit)} or more."
+    )
 
 
 def demand_a_card() -> None:

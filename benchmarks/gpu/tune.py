@@ -159,6 +159,10 @@ def listing(wanted: Sequence[Subject]) -> None:
         print(f"  {constant:<16}{', '.join(defined_in(constant))}")
 
 
+def seconds_of_timing(wanted: Sequence[Subject]) -> float:
+    return SECONDS * sum(len(_tables_of(subject)) for subject in wanted)
+
+
 def defined_in(constant: str) -> list[str]:
     """The files of the CUDA kernels that give it a value."""
     files = sorted(path for kind in ("*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(kind))
