@@ -32,25 +32,22 @@ def known() -> tuple[str, ...]:
 
 def names(op: Op, device: str, without: Sequence[str] = ()) -> tuple[dict[str, Peer | None], dict[str, str]]:
     """Of an op: who there is, with the peer where it is one; and of the others, why not."""
-    found: dict[str, Peer | None] = {}
-    absent = {}
-    reason = _no_compiler(device)
-    for name in (COMPILED, OURS_COMPILED):
-        if reason is None:
-            found[name] = None
-        else:
-            absent[name] = reason
+    of_the_op = [COMPILED, OURS_COMPILED]
     if op.name in BY_ATTENTION:
-        found[ATTENTION] = None
+        of_the_op.append(ATTENTION)
     if op.name.startswith("ms_deform_attn"):
-        for name, peer in OTHER_PEERS.items():
-            objection = _objection(peer, device)
-            if objection is None:
-                found[name] = peer
-            else:
-                absent[name] = objection
-    absent |= {name: "left out by --without" for name in found if name in without}
-    return {name: peer for name, peer in found.items() if name not in without}, absent
+        of_the_op += OTHER_PEERS
+    reasons = {
+        name: "left out by --without" if name in without else _why_not(name, device) for name in of_the_op
+    }
+    found = {name: OTHER_PEERS.get(name) for name, reason in reasons.items() if reason is None}
+    return found, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _why_not(name: str, device: str) -> str | None:
+    if name in (COMPILED, OURS_COMPILED):
+        return _no_compiler(device)
+    return None if name == ATTENTION else _objection(OTHER_PEERS[name], device)
 
 
 @functools.cache  # some look for a network before they give up

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.gpu.common import DONE, FAILED, ROOT
+from benchmarks.gpu.contenders import COMPILED, OURS, OURS_COMPILED
 from vitkern.bench import store
 from vitkern.bench.environment import commit_in_words
 
@@ -17,8 +18,7 @@ BEGIN, END = "<!-- gpu table: python -m benchmarks.gpu table -->", "<!-- end of 
 NOTHING = (
     "No card has been measured yet: `make gpu PART=bench` on one writes the table that stands here then."
 )
-OURS = ("cuda", "triton")
-NOT_PEERS = {*OURS, "torch", "torch compiled", "vitkern compiled", "reference", "cpu"}
+NOT_PEERS = {*OURS, "torch", COMPILED, OURS_COMPILED, "reference", "cpu"}
 # (op, case, what stands in the table): of each op one or two that people run.
 SHOWN = (
     ("ms_deform_attn", "detr-encoder", "Deformable-DETR encoder 800x1333"),
@@ -33,18 +33,7 @@ SHOWN = (
 )
 DTYPES = ("bfloat16", "float32")
 PASSES = {"forward": "forward", "both": "training step"}
-HEADINGS = (
-    "",
-    "dtype",
-    "pass",
-    "vitkern ms",
-    "torch",
-    "compiled",
-    "best peer",
-    "of the limit",
-    "GB/s",
-    "peak MB",
-)
+HEADINGS = "|  | dtype | pass | vitkern ms | torch | compiled | best peer | of the limit | GB/s | peak MB |"
 ALIGNED = "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"
 
 
@@ -75,7 +64,7 @@ def made_of(results: Path) -> str:
 
 def of_card(record: store.Record, path: Path) -> str:
     rows = [row for row in record["rows"] if row["verified"]]
-    text = [*_facts(record, path), "", f"| {' | '.join(HEADINGS)} |", ALIGNED]
+    text = [*_facts(record, path), "", HEADINGS, ALIGNED]
     text += [
         f"| {' | '.join(cells)} |"
         for op, case, words in SHOWN
@@ -127,7 +116,7 @@ def _cells(group: dict[str, store.Row], words: str) -> list[str]:
         PASSES[row["pass"]],
         f"{taken:.3g} ({ours})",
         times("torch"),
-        times("torch compiled"),
+        times(COMPILED),
         "-" if peer is None else f"{times(peer)} ({peer})",
         f"{row['share']:.0%} ({row['bound']})",
         f"{row['gb_per_s']:.0f}",
@@ -142,24 +131,18 @@ def best_of(group: dict[str, store.Row], names: Sequence[str]) -> str | None:
 
 def _means(rows: Sequence[store.Row]) -> Iterator[str]:
     """Of all shapes, not of the shown ones: how many times as long the best of the others takes."""
-    groups: dict[tuple[str, str], list[dict[str, store.Row]]] = {}
-    together: dict[tuple[object, ...], dict[str, store.Row]] = {}
+    groups: dict[tuple[object, ...], dict[str, store.Row]] = {}
     for row in rows:
-        key = store.key(row)[:-1]
-        if key not in together:
-            together[key] = {}
-            groups.setdefault((row["op"], row["pass"]), []).append(together[key])
-        together[key][row["backend"]] = row
-    for (op, what), found in groups.items():
-        ratios = []
-        for group in found:
-            ours = best_of(group, OURS)
-            others = best_of(group, [name for name in group if name not in (*OURS, "vitkern compiled")])
-            if ours and others:
-                ratios.append(store.milliseconds(group[others]) / store.milliseconds(group[ours]))
-        if ratios:
-            mean, least = statistics.geometric_mean(ratios), min(ratios)
-            yield (
-                f"- {op}, {PASSES[what]}: the best of all others takes {mean:.2f}x as long in the geometric mean of "
-                f"{len(ratios)} rows, {least:.2f}x at the least."
-            )
+        groups.setdefault(store.key(row)[:-1], {})[row["backend"]] = row
+    found: dict[tuple[str, str], list[float]] = {}
+    for group in groups.values():
+        ours = best_of(group, OURS)
+        others = best_of(group, [name for name in group if name not in (*OURS, OURS_COMPILED)])
+        if ours and others:
+            ratio = store.milliseconds(group[others]) / store.milliseconds(group[ours])
+            found.setdefault((group[ours]["op"], group[ours]["pass"]), []).append(ratio)
+    for (op, what), ratios in found.items():
+        yield (
+            f"- {op}, {PASSES[what]}: the best of all others takes {statistics.geometric_mean(ratios):.2f}x as long "
+            f"in the geometric mean of {len(ratios)} rows, {min(ratios):.2f}x at the least."
+        )
