@@ -82,18 +82,24 @@ def started(options: argparse.Namespace) -> int:
     refuse(options, WITHOUT_EFFECT[options.part], f"has no effect on {options.part}: leave it out")
     if options.part == "table":
         return table.main(options.results, check=options.check)
-    if options.part in ("correct", "sanitize"):
-        steps = correct.correct() if options.part == "correct" else correct.sanitized()
-        if options.dry:
-            correct.listing(steps)
-            return DONE
-        demand_a_card()
-        if options.part == "sanitize":
-            correct.demand_the_sanitizer()
-        folder = STATE / version_of(environment(options.commit)) / options.part
-        if options.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        return correct.run(steps, folder, Budget(options.seconds))
+    return tried(options) if options.part in ("correct", "sanitize") else measured(options)
+
+
+def tried(options: argparse.Namespace) -> int:
+    steps = correct.correct() if options.part == "correct" else correct.sanitized()
+    if options.dry:
+        correct.listing(steps)
+        return DONE
+    demand_a_card()
+    if options.part == "sanitize":
+        correct.demand_the_sanitizer()
+    folder = STATE / version_of(environment(options.commit)) / options.part
+    if options.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    return correct.run(steps, folder, Budget(options.seconds))
+
+
+def measured(options: argparse.Namespace) -> int:
     part = {"bench": bench, "tune": tune}[options.part]
     wanted = part.subjects(options.op, options.case, options.dtype)
     without = [chosen("contender", options.without, contenders.known())] if part is bench else []

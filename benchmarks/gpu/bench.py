@@ -162,7 +162,7 @@ class Bench:
             if lacking:
                 found.append(replace(subject, backends=tuple(lacking)))
         # What ended a process comes last, so that it cannot keep the rest from being measured.
-        return sorted(found, key=lambda subject: _label(subject) in self._ended())
+        return sorted(found, key=lambda subject: label_of(subject) in self._ended())
 
     def _ended(self) -> list[str]:
         return self.ended.read_text().splitlines() if self.ended.exists() else []
@@ -172,9 +172,9 @@ class Bench:
         """Whatever ends the process inside, a note of the subject stays."""
         before = self._ended()
         self.ended.parent.mkdir(parents=True, exist_ok=True)
-        self.ended.write_text("".join(f"{label}\n" for label in {*before, _label(subject)}))
+        self.ended.write_text("".join(f"{label}\n" for label in {*before, label_of(subject)}))
         yield
-        self.ended.write_text("".join(f"{label}\n" for label in before if label != _label(subject)))
+        self.ended.write_text("".join(f"{label}\n" for label in before if label != label_of(subject)))
 
     def measure(self, wanted: Sequence[Subject]) -> list[Subject]:
         """What the time did not suffice for."""
@@ -184,14 +184,14 @@ class Bench:
             self.machine.measure(ROUNDS_OF_CEILINGS)
         while left and self.budget.allows_more():
             subject = left.pop(0)
-            print(f"{self.budget.left():>5.0f} s left  {_label(subject)}", flush=True)
+            print(f"{self.budget.left():>5.0f} s left  {label_of(subject)}", flush=True)
             with self._in(subject):
                 rows = self.budget.timed(functools.partial(self.rows_of, subject))
             self._add(rows)
             broken = [row for row in rows if _is_broken(row)]
             if broken:
                 raise CommandError(
-                    f"{broken[0]['backend']} left the card in no defined state at {_label(subject)} "
+                    f"{broken[0]['backend']} left the card in no defined state at {label_of(subject)} "
                     f"({broken[0]['reason']}): call again to go on without it"
                 )
         return left
@@ -239,8 +239,9 @@ def _ours(subject: Subject) -> list[str]:
     return [name for name in names if backends.can_run(name, subject.device, subject.dtype) is None]
 
 
-def _label(subject: Subject) -> str:
-    return f"{subject.op.name} {subject.case.name} {store.short(dtype_name(subject.dtype))}"
+def label_of(subject: Subject) -> str:
+    dtype = store.short(dtype_name(subject.dtype))
+    return f"{subject.op.name} {subject.case.name} x{subject.batch} {dtype}"
 
 
 def key_of(subject: Subject, what: str, backend: str) -> tuple[object, ...]:

@@ -122,16 +122,20 @@ def _verdict(steps: Sequence[Step], outcomes: Mapping[str, str]) -> int:
 
 
 def _outcome(step: Step, folder: Path, budget: Budget) -> str:
-    """ "passed", "left" with how many tests, or "FAILED" with the reason."""
+    """ "passed", "left" with what was lacking, or "FAILED" with the reason."""
     limit = budget.left()
-    if not step.resumes:
-        status = _status(step, step.command, limit)
-        if status is None and limit > 0.9 * budget.seconds:
-            return f"FAILED: it takes more than the {limit:.0f} s that it had"
-        if status is None:
-            return f"left: it had {limit:.0f} s, and has a whole run when it comes first"
-        return "passed" if status == 0 else f"FAILED with {status}"
-    log = folder / "tests.jsonl"
+    if step.resumes:
+        return _outcome_of_tests(step, folder / "tests.jsonl", limit)
+    status = _status(step, step.command, limit)
+    if status is None and limit > 0.9 * budget.seconds:
+        return f"FAILED: it takes more than the {limit:.0f} s that it had"
+    if status is None:
+        return f"left: it had {limit:.0f} s, and has a whole run when it comes first"
+    return "passed" if status == 0 else f"FAILED with {status}"
+
+
+def _outcome_of_tests(step: Step, log: Path, limit: float) -> str:
+    """By the log of all calls: pytest's own status is about this one."""
     until = time.time() + limit - GRACE
     options = ("-p", "benchmarks.gpu.resume", "--outcomes", str(log), "--until", str(until))
     status = _status(step, (*step.command, *options), limit)

@@ -29,7 +29,6 @@ from vitkern.bench.plan import Subject
 from vitkern.bench.run import call
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import OPS, Work
-from vitkern.commands.choices import dtype_name
 from vitkern.commands.errors import CommandError
 
 FOLDER = "tune"
@@ -57,6 +56,7 @@ class Table:
 
     @property
     def told_the_pass(self) -> bool:
+        """Whether an argument of the function says for which pass it chooses."""
         return self.function == "launch_table" and self.module != "token_project"
 
     @property
@@ -153,7 +153,7 @@ def changed(table: Table, change: Change | None) -> Iterator[dict[str, Any]]:
 def listing(wanted: Sequence[Subject]) -> None:
     for subject in wanted:
         for table in _tables_of(subject):
-            print(f"{_label(subject):<48}{table.name:<44}{', '.join(table.free)}")
+            print(f"{bench.label_of(subject):<48}{table.name:<44}{', '.join(table.free)}")
     print("\nNot to be tried at run time, since every CUDA kernel is compiled for them:")
     for constant in COMPILED_IN:
         print(f"  {constant:<16}{', '.join(defined_in(constant))}")
@@ -184,14 +184,14 @@ def run(
         for subject in wanted
         for table in _tables_of(subject)
         if backends.can_run("triton", subject.device, subject.dtype) is None
-        and (_label(subject), table.name) not in there
+        and (bench.label_of(subject), table.name) not in there
     ]
     with contextlib.suppress(KeyboardInterrupt):
         while left and budget.allows_more():
             subject, table = left[0]
-            print(f"{budget.left():>5.0f} s left  {_label(subject)}  {table.name}", flush=True)
+            print(f"{budget.left():>5.0f} s left  {bench.label_of(subject)}  {table.name}", flush=True)
             row = budget.timed(functools.partial(measure, subject, table))
-            record["rows"].append({"key": [_label(subject), table.name], **row})
+            record["rows"].append({"key": [bench.label_of(subject), table.name], **row})
             del left[0]
             store.write(path, record)
             demand_a_whole_card(row)
@@ -221,11 +221,6 @@ def demand_a_whole_card(row: Mapping[str, Any]) -> None:
 
 def _tables_of(subject: Subject) -> list[Table]:
     return [table for table in TABLES if table.op == subject.op.name]
-
-
-def _label(subject: Subject) -> str:
-    dtype = store.short(dtype_name(subject.dtype))
-    return f"{subject.op.name} {subject.case.name} x{subject.batch} {dtype}"
 
 
 def measure(subject: Subject, table: Table) -> dict[str, Any]:
