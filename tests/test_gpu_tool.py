@@ -169,10 +169,11 @@ def test_without_a_card_it_is_one_sentence(part, capsys):
         (["--op", "conv"], "no op is called conv; there are ms_deform_attn, "),
         (["--case", "nothing-*"], "no case is called nothing-*; there are "),
         (["--dtype", "fp8"], "no dtype is called fp8; there are bf16, fp16, fp32"),
+        (["--seconds", "0"], "--seconds has to be more than 0, got 0"),
         (["--without", "nope"], "no contender is called nope; there are torch compiled, vitkern compiled, "),
     ],
 )
-def test_what_does_not_exist_is_one_sentence(arguments, message, capsys):
+def test_what_cannot_be_had_is_one_sentence(arguments, message, capsys):
     assert main(["bench", "--dry", *arguments]) == REFUSED
     assert message in capsys.readouterr().err
 

@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def started(options: argparse.Namespace) -> int:
     refuse(options, WITHOUT_EFFECT[options.part], f"has no effect on {options.part}: leave it out")
+    if options.seconds <= 0:
+        raise CommandError(f"--seconds has to be more than 0, got {options.seconds:g}")
     if options.part == "table":
         return table.main(options.results, check=options.check)
     return tried(options) if options.part in ("correct", "sanitize") else measured(options)
