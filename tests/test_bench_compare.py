@@ -57,9 +57,25 @@ def test_files_without_a_common_row_are_refused(files, capsys):
     assert "have no row in common" in capsys.readouterr().err
 
 
-def test_filters_of_files_are_refused(files, capsys):
-    assert main(["bench", "compare", *files(record(row()), record(row())), "--pass", "forward"]) == 2
-    assert "--pass is for --live" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "option, value", [("--pass", "forward"), ("--launches", "3"), ("--rounds", "0"), ("--batch", "0")]
+)
+def test_what_is_for_builds_is_refused_with_files(option, value, files, capsys):
+    assert main(["bench", "compare", *files(record(row()), record(row())), option, value]) == 2
+    assert f"{option} is for --live" in capsys.readouterr().err
+
+
+def test_what_is_for_files_is_refused_with_builds(capsys):
+    assert main(["bench", "compare", "--live", "A", "B", "--anyway"]) == 2
+    assert "--anyway is for files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("smallest", ["-1", "nan", "inf"])
+def test_a_smallest_difference_is_a_number_of_at_least_0(smallest, files, capsys):
+    a, b = files(record(row()), record(row()))
+    assert main(["bench", "compare", a, b, "--smallest", smallest]) == 2
+    assert f"--smallest must be at least 0, got {smallest}" in capsys.readouterr().err
+    assert main(["bench", "compare", a, b, "--smallest", "0"]) == 0
 
 
 def test_different_machines_are_refused(files, capsys):

@@ -190,6 +190,11 @@ def test_filters_leave_what_was_asked_for(tmp_path):
         (["--pass", "up"], "no pass is called up; there are forward, backward, both"),
         (["--backend", "mps"], "no backend is called mps; there are cpu, cuda, triton, reference, torch"),
         (["--backend", "cuda"], "backend cuda cannot run float32 on cpu: "),
+        (["--threads", "0"], "--threads must be more than 0, got 0"),
+        (["--threads", "-1"], "--threads must be more than 0, got -1"),
+        (["--seconds", "0"], "--seconds must be more than 0, got 0"),
+        (["--seconds", "nan"], "--seconds must be more than 0, got nan"),
+        (["--seconds", "inf"], "--seconds must be more than 0, got inf"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
     ],
 )

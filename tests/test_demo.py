@@ -28,6 +28,11 @@ def test_rows_that_agree_have_times_and_a_picture_is_drawn(tmp_path, capsys):
     assert (tmp_path / "sampling.png").stat().st_size > 10_000
 
 
+def test_no_threads_are_refused(capsys):
+    assert main(["demo", "--threads", "0"]) == 2
+    assert capsys.readouterr().err == "vitkern demo: --threads must be more than 0, got 0\n"
+
+
 def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
     right = vitkern.ms_deform_attn
     monkeypatch.setattr(vitkern, "ms_deform_attn", lambda *tensors: 1.1 * right(*tensors))

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitkern.commands.arguments import add_filters, add_repeated, refuse
+from vitkern.commands.arguments import add_filters, add_repeated, positive, refuse
+from vitkern.commands.errors import CommandError
 
 if TYPE_CHECKING:
     from vitkern.bench.plan import Request
 
 # What two runs of the same build differed by on a shared machine, and what two builds in turn did.
 SMALLEST = {False: 0.15, True: 0.05}
+LAUNCHES, ROUNDS = 7, 4
 FILTERS = ("ops", "cases", "backends", "dtypes", "passes", "device", "batch", "threads", "quick")
 
 
@@ -41,11 +44,9 @@ def add_to(commands: Any) -> None:
     compare.add_argument("--fail-on", choices=["slower"], help="exit with 1 if a row is, or fails its check")
     compare.add_argument("--anyway", action="store_true", help="compare files of different machines")
     compare.add_argument(
-        "--launches", type=int, default=7, help="with --live: new processes so often (default 7)"
+        "--launches", type=int, help=f"with --live: new processes so often (default {LAUNCHES})"
     )
-    compare.add_argument(
-        "--rounds", type=int, default=4, help="with --live: of a row in a launch (default 4)"
-    )
+    compare.add_argument("--rounds", type=int, help=f"with --live: of a row in a launch (default {ROUNDS})")
     _add_filters(compare, "with --live: ")
     compare.set_defaults(run=_compare)
 
@@ -72,6 +73,7 @@ def _add_filters(parser: argparse.ArgumentParser, when: str = "") -> None:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
+    positive("--threads", arguments.threads)
     import torch
 
     from vitkern.bench.plan import Request
@@ -83,6 +85,7 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    positive("--seconds", arguments.seconds)
     from vitkern.bench.run import run
 
     record = run(
@@ -101,21 +104,25 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     smallest = SMALLEST[arguments.live] if arguments.smallest is None else arguments.smallest
+    if not 0 <= smallest < math.inf:
+        raise CommandError(f"--smallest must be at least 0, got {smallest:g}")
     if arguments.live:
+        refuse(arguments, ["anyway"], "is for files; builds run on this machine")
         from vitkern.bench.live import compare_builds
 
         rows = compare_builds(
             arguments.a,
             arguments.b,
             _request(arguments),
-            launches=arguments.launches,
-            rounds=arguments.rounds,
+            launches=LAUNCHES if arguments.launches is None else arguments.launches,
+            rounds=ROUNDS if arguments.rounds is None else arguments.rounds,
             smallest=smallest,
         )
     else:
+        refuse(arguments, FILTERS, "is for --live; of two files all rows are compared")
+        refuse(arguments, ("launches", "rounds"), "is for --live; files have been measured")
         from vitkern.bench.compare import compare_files
 
-        refuse(arguments, FILTERS, "is for --live; of two files all rows are compared")
         rows = compare_files(Path(arguments.a), Path(arguments.b), smallest=smallest, anyway=arguments.anyway)
     return int(arguments.fail_on is not None and any(row.is_worse for row in rows))
 

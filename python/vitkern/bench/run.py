@@ -41,6 +41,7 @@ def run(
 ) -> store.Record:
     """All that is asked for. Interrupted, it ends in order with what there is."""
     subjects = plan(request)
+    seconds = SECONDS[request.quick] if seconds is None else seconds
     started = time.monotonic()
     record: store.Record = {
         "schema": store.SCHEMA,
@@ -64,7 +65,7 @@ def run(
 
     save("running")
     try:
-        for _ in _steps(subjects, (seconds or SECONDS[request.quick]) / VISITS, record):
+        for _ in _steps(subjects, seconds / VISITS, record):
             save("running")
     except BaseException as error:  # whatever ends it, what was measured is there
         save("interrupted")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 
 from vitkern.commands.errors import CommandError
@@ -40,8 +41,15 @@ def add_filters(
     parser.add_argument("--quick", action="store_true", help=f"{when}{quick}")
 
 
+def positive(option: str, value: float | None) -> None:
+    """None: it was not given."""
+    if value is not None and not 0 < value < math.inf:
+        raise CommandError(f"{option} must be more than 0, got {value:g}")
+
+
 def refuse(arguments: argparse.Namespace, fields: Iterable[str], why: str) -> None:
     """What would have no effect must not be given: silence would look like consent."""
     for field in fields:
-        if getattr(arguments, field):
+        value = getattr(arguments, field)
+        if value or (value == 0 and value is not False):  # 0 was given, False was not
             raise CommandError(f"{option_of(field)} {why}")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import vitkern
 from vitkern.cases import pixel_centres
+from vitkern.commands.arguments import positive
 from vitkern.commands.doctor import cpu_model
 from vitkern.reference import ms_deform_attn_by_grid_sample
 
@@ -187,6 +188,7 @@ def table(images: Sequence[tuple[int, int]]) -> bool:
 
 
 def main(*, output: Path, threads: int | None = None, quick: bool = False) -> int:
+    positive("--threads", threads)
     if threads is not None:
         torch.set_num_threads(threads)
     print(
