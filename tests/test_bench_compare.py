@@ -109,6 +109,20 @@ def test_a_build_is_an_interpreter_an_environment_or_a_folder(build, tmp_path):
         live.Build.at("B", str(tmp_path / "nowhere"))
 
 
+def test_files_of_runs_are_no_builds(files, capsys):
+    assert main(["bench", "compare", "--live", *files(record(row()), record(row()))]) == 2
+    assert "a.json, is no build: it has to be a Python interpreter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["#!/bin/sh\necho hello", "neither a program nor a script"])
+def test_a_program_that_is_no_interpreter_is_told(script, tmp_path, capsys):
+    program = tmp_path / "program"
+    program.write_text(script)
+    program.chmod(0o755)
+    assert main(["bench", "compare", "--live", str(program), str(program), "--op", "token_pool"]) == 2
+    assert f"A, {program}, is no Python interpreter" in capsys.readouterr().err
+
+
 def test_builds_are_measured_by_this_harness_and_not_by_their_own(build):
     """The copy is from before there was a harness; its kernels are what runs."""
     for package in MEASURING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class Build:
     def at(cls, name: str, path: str) -> Build:
         """An interpreter, an environment that has one, or a folder that holds the package, for this interpreter."""
         where = Path(path)
-        if where.is_file():
+        if where.is_file() and os.access(where, os.X_OK):
             return cls(name, str(where.absolute()))
         for interpreter in (where / "bin" / "python", where / "Scripts" / "python.exe"):
             if interpreter.exists():
@@ -59,7 +60,13 @@ class Process:
         self.build = build
         command = [build.interpreter, str(Path(__file__).with_name("live_worker.py")), HARNESS]
         command += [build.folder] if build.folder else []
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError:
+            raise self._no_python() from None
+
+    def _no_python(self) -> CommandError:
+        return CommandError(f"{self.build.name}, {self.build.interpreter}, is no Python interpreter")
 
     def ask(self, do: str, **question: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -69,7 +76,10 @@ class Process:
         answer = self.process.stdout.readline()
         if not answer:
             raise CommandError(f"the process of {self.build.name} ended; what it said stands above")
-        return dict(json.loads(answer))
+        try:
+            return dict(json.loads(answer))
+        except json.JSONDecodeError:
+            raise self._no_python() from None
 
     def close(self) -> None:
         self.process.kill()
