@@ -109,6 +109,14 @@ def test_one_of_the_two_can_be_asked_for(written, tmp_path, capsys):
     assert "ends in .html or .md" in capsys.readouterr().err
 
 
+def test_a_report_that_cannot_be_written_is_told(written, capsys):
+    for name in ("page.html", "page.md"):
+        assert (
+            main(["bench", "report", str(written / "out.json"), "-o", str(written / "out.json" / name)]) == 2
+        )
+        assert f"cannot write {written / 'out.json' / name}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rows", [[], [row(reason="wrong")], [row()]])
 def test_runs_with_little_in_them_have_a_page_too(rows, tmp_path):
     path = tmp_path / "out.json"

@@ -211,22 +211,6 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
     assert "cannot write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "text, objection",
-    [
-        ("{", "Expecting property name"),
-        ("[]", "it does not say its schema"),
-        ('{"schema": 99}', "its schema is 99, this vitkern knows 1"),
-        ('{"schema": 1}', "it lacks anchors, ceilings"),
-    ],
-)
-def test_files_that_are_none_of_ours_are_refused(text, objection, tmp_path, capsys):
-    path = tmp_path / "out.json"
-    path.write_text(text)
-    assert bench("report", path) == 2
-    assert objection in capsys.readouterr().err
-
-
 def test_figures_without_verification_break_the_schema(tmp_path):
     path = tmp_path / "out.json"
     bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path)

@@ -34,17 +34,24 @@ def write_reports(path: Path, output: Path | None) -> list[Path]:
     for target in outputs:
         if target.suffix not in (".html", ".md"):
             raise CommandError(f"-o takes a name that ends in .html or .md, got {target}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".html":
-            target.write_text(page(record), encoding="utf-8")
-        else:
-            drawn = pictures(record)
-            for name, picture in drawn.items():
-                beside = target.with_name(f"{target.stem}-{name}.svg")
-                beside.write_text(picture.markup(style.SVG), encoding="utf-8")
-            target.write_text(markdown(record, target.stem, drawn), encoding="utf-8")
+        try:
+            _write(target, record)
+        except OSError as error:
+            raise CommandError(f"cannot write {target}: {error}") from None
         written.append(target)
     return written
+
+
+def _write(target: Path, record: store.Record) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".html":
+        target.write_text(page(record), encoding="utf-8")
+        return
+    drawn = pictures(record)
+    for name, picture in drawn.items():
+        beside = target.with_name(f"{target.stem}-{name}.svg")
+        beside.write_text(picture.markup(style.SVG), encoding="utf-8")
+    target.write_text(markdown(record, target.stem, drawn), encoding="utf-8")
 
 
 def pictures(record: store.Record) -> dict[str, Canvas]:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,14 @@ Record = dict[str, Any]
 KEY = ("op", "case", "batch", "device", "dtype", "pass", "backend")
 _FIELDS = {"schema", "status", "started", "seconds", "command", "environment", "ceilings", "anchors", "rows"}
 _ROW_FIELDS = {*KEY, "verified", "errors", "reason"}
-_FIGURES = {
-    *("samples_ms", "anchor", "anchor_ms", "ms", "peak_bytes"),
-    *("bytes", "flops", "gb_per_s", "gflop_per_s", "limit_ms", "share", "bound"),
+_NUMBERS = ("bytes", "flops", "gb_per_s", "gflop_per_s", "limit_ms", "share")
+_FIGURES = {"samples_ms", "anchor", "anchor_ms", "ms", "peak_bytes", "bound", *_NUMBERS}
+# What is read of them; the rest is for people.
+_ENVIRONMENT = {
+    "cpu": ("model", "logical_cores"),
+    "cuda": ("devices",),
+    "torch": ("version",),
+    "vitkern": ("version",),
 }
 
 
@@ -48,12 +55,16 @@ def short(dtype: str) -> str:
 
 def write(path: Path, record: Record) -> None:
     """In one step: a reader, or a kill in the middle, never meets half a file."""
+    if os.path.isdir(path):  # an empty name is one, too
+        raise CommandError(f"cannot write {path}: it is a folder")
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(_text(_finite(record)) + "\n")
         os.replace(beside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise CommandError(f"cannot write {path}: {error}") from None
 
 
@@ -79,7 +90,10 @@ def read(path: Path) -> Record:
         record = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CommandError(f"{path} is no file of `vitkern bench run --json`: {error}") from None
-    objection = complaint(record)
+    try:
+        objection = complaint(record)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        objection = "it is not built as one"
     if objection is not None:
         raise CommandError(f"{path} is no file of `vitkern bench run --json`: {objection}")
     return dict(record)
@@ -91,24 +105,61 @@ def complaint(record: Any) -> str | None:
         return "it does not say its schema"
     if record["schema"] != SCHEMA:
         return f"its schema is {record['schema']}, this vitkern knows {SCHEMA}"
-    missing = _FIELDS - set(record)
-    if missing:
-        return f"it lacks {', '.join(sorted(missing))}"
+    objection = _lack("it", record, _FIELDS) or _complaint_about_environment(record["environment"])
+    if objection is not None:
+        return objection
     if record["status"] not in STATUSES:
         return f"its status is {record['status']!r}"
+    if not isinstance(record["rows"], list):
+        return "its rows are no list"
     for row in record["rows"]:
         objection = _complaint_about(row)
         if objection is not None:
-            return f"row {row.get('op')} {row.get('case')}: {objection}"
+            where = f"row {row.get('op')} {row.get('case')}" if isinstance(row, dict) else f"row {row!r}"
+            return f"{where}: {objection}"
     return None
 
 
-def _complaint_about(row: Row) -> str | None:
-    missing = (_ROW_FIELDS | (_FIGURES if row.get("verified") else set())) - set(row)
-    if missing:
-        return f"it lacks {', '.join(sorted(missing))}"
-    if not row["verified"] and (_FIGURES & set(row) or not row["reason"]):
+def _lack(what: str, part: Any, names: Iterable[str]) -> str | None:
+    """None where `part` is an object that has all these names."""
+    if not isinstance(part, dict):
+        return f"{what} is no object"
+    missing = set(names) - set(part)
+    return f"{what} lacks {', '.join(sorted(missing))}" if missing else None
+
+
+def _complaint_about_environment(environment: Any) -> str | None:
+    objection = _lack("its environment", environment, {*_ENVIRONMENT, "commit"})
+    for name, names in _ENVIRONMENT.items():
+        objection = objection or _lack(f"its environment's {name}", environment[name], names)
+    if objection is None and environment["commit"] is not None:
+        objection = _lack("its environment's commit", environment["commit"], ("id", "dirty"))
+    return objection
+
+
+def _complaint_about(row: Any) -> str | None:
+    objection = _lack("it", row, _ROW_FIELDS)
+    if objection is not None:
+        return objection
+    for name in KEY:
+        if not isinstance(row[name], (str, int)):
+            return f"its {name} is no name"
+    if row["verified"]:
+        return _lack("it", row, _FIGURES) or _complaint_about_figures(row)
+    if _FIGURES & set(row) or not row["reason"]:
         return "it was not verified, so it must have a reason and no figures"
-    if row["verified"] and list(map(len, row["samples_ms"])) != list(map(len, row["anchor_ms"])):
-        return "each sample needs one of the anchor"
+    return None
+
+
+def _complaint_about_figures(row: Row) -> str | None:
+    objection = _lack("its ms", row["ms"], ("min", "p50"))
+    if objection is not None:
+        return objection
+    samples, of_anchor = row["samples_ms"], row["anchor_ms"]
+    if not samples or not all(samples) or list(map(len, samples)) != list(map(len, of_anchor)):
+        return "it needs samples, and one of the anchor for each"
+    times = [time for visits in (samples, of_anchor) for visit in visits for time in visit]
+    figures = [row[name] for name in _NUMBERS] + list(row["ms"].values()) + list(row["errors"].values())
+    if not row["errors"] or not all(isinstance(figure, (int, float)) for figure in times + figures):
+        return "its figures are no numbers"
     return None
