@@ -16,12 +16,13 @@ def row(
     dtype: str = "float32",
     what: str = "forward",
     slower: float = 1.0,
+    anchor: float = 1.0,
     reason: str | None = None,
 ) -> Row:
     found: Row = {"op": op, "case": case, "batch": 1, "device": "cpu", "dtype": dtype, "pass": what}
     found |= {"backend": backend, "verified": reason is None, "errors": {"output": 1e-7}, "reason": reason}
     if reason is None:
-        found |= {"samples_ms": [[slower] * 3] * 3, "anchor_ms": [[1.0] * 3] * 3, "anchor": "product"}
+        found |= {"samples_ms": [[slower] * 3] * 3, "anchor_ms": [[anchor] * 3] * 3, "anchor": "product"}
         found |= {"ms": dict.fromkeys(("min", "p20", "p50", "p80"), slower), "peak_bytes": 2**20}
         found |= {
             "bytes": 10**6,

@@ -109,6 +109,25 @@ def test_one_of_the_two_can_be_asked_for(written, tmp_path, capsys):
     assert "ends in .html or .md" in capsys.readouterr().err
 
 
+def test_what_others_held_up_is_in_no_average_and_no_plot(tmp_path):
+    rows = [
+        row(case, backend=backend, slower=slower, anchor=anchor)
+        for case, anchor, speed in (("vt-64", 1.0, 4.0), ("vt-3136", 20.0, 40.0))
+        for backend, slower in (("cpu", 1.0), ("torch", speed))
+    ]
+    path = tmp_path / "out.json"
+    store.write(path, record(*rows))
+    assert main(["bench", "report", str(path)]) == 0
+    for name in ("out.html", "out.md"):
+        text = (tmp_path / name).read_text()
+        assert "2 rows were held up by other work" in text
+        assert "40.00x" not in text
+        held = [line for line in re.split(r"<tr|\n", text) if "vt-3136 x1" in line and "held up" in line]
+        assert len(held) == 2
+    assert "vt-3136" not in "".join(drawn.read_text() for drawn in tmp_path.glob("*.svg"))
+    assert "| token_pool | cpu | fp32 | 4.00x |" in (tmp_path / "out.md").read_text()
+
+
 def test_a_report_that_cannot_be_written_is_told(written, capsys):
     for name in ("page.html", "page.md"):
         assert (

@@ -64,6 +64,27 @@ def test_every_op_pass_and_dtype_has_verified_figures(tmp_path, capsys):
     assert "FAILED" not in capsys.readouterr().out.replace("0 FAILED", "")
 
 
+def test_what_others_held_up_has_no_speed_up(tmp_path, capsys, monkeypatch):
+    """The anchor of the first pass that is measured takes ten times as long, in all visits."""
+
+    def slowed(variants: dict, **options):
+        samples = measure.interleaved(variants, **options)
+        anchor = 100.0 if len(groups) % 2 == 0 else 10.0
+        groups.append(anchor)
+        return samples | {"anchor": [anchor for _ in samples["anchor"]]}
+
+    groups: list[float] = []
+    monkeypatch.setattr(run, "interleaved", slowed)
+    path = tmp_path / "out.json"
+    bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path)
+    said = capsys.readouterr().out
+    table = {
+        tuple(words[4:6]): line for line in said.splitlines() if (words := line.split())[:1] == ["token_pool"]
+    }
+    assert [" held up " in line for line in table.values()] == [True, True, False, False]
+    assert "2 rows were held up by other work: run them again on a quieter machine" in said
+
+
 def test_errors_are_those_of_what_the_pass_computes(tmp_path):
     path = tmp_path / "out.json"
     command = "run --op token_pool --dtype fp32 --pass forward --pass backward"

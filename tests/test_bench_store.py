@@ -11,6 +11,15 @@ from vitkern.cli import main
 from vitkern.commands.errors import CommandError
 
 
+def test_rows_are_held_up_where_their_anchor_was():
+    """By more than threads and caches make, of the best of the same anchor and device."""
+    other = {"anchor": "gather"}
+    rows = [row("best", anchor=2.0), row("slower", anchor=2.9), row("held", anchor=3.1)]
+    rows += [row("of another", anchor=20.0) | other, row("on a card", anchor=0.1) | {"device": "cuda"}]
+    rows += [row("a moment", anchor=9.0) | {"anchor_ms": [[9.0, 2.1], [50.0]]}, row("wrong", reason="off")]
+    assert {case for _, case, *_ in store.held_up(rows)} == {"held"}
+
+
 def test_a_folder_is_no_file_to_write_and_nothing_is_left_beside_it(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()

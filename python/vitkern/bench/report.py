@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from vitkern.bench import plots, store, style
 from vitkern.bench.environment import in_words
-from vitkern.bench.run import speedup
+from vitkern.bench.run import advice, speedup
 from vitkern.bench.svg import Canvas
 from vitkern.commands.errors import CommandError
 
@@ -56,6 +57,7 @@ def _write(target: Path, record: store.Record) -> None:
 
 def pictures(record: store.Record) -> dict[str, Canvas]:
     """All plots by name: speedup-1, speedup-2, ..., time-1, ..., roofline."""
+    record = record | {"rows": steady(record["rows"])}
     rows = record["rows"]
     named = {
         f"{kind}-{count}": canvas
@@ -66,8 +68,15 @@ def pictures(record: store.Record) -> dict[str, Canvas]:
     return named | ({"roofline": roof} if roof else {})
 
 
+def steady(rows: Sequence[store.Row]) -> list[store.Row]:
+    """Those that were not held up by other work: no average or plot is made of the others."""
+    held_up = store.held_up(rows)
+    return [row for row in rows if store.key(row) not in held_up]
+
+
 def averages(rows: Sequence[store.Row]) -> dict[tuple[str, str], dict[str, float]]:
     """The geometric mean of the speed-ups of each op on each backend, by dtype."""
+    rows = steady(rows)
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         ratio = speedup(row, rows)
@@ -80,7 +89,8 @@ def averages(rows: Sequence[store.Row]) -> dict[tuple[str, str], dict[str, float
     }
 
 
-def cells(row: store.Row, rows: Sequence[store.Row]) -> list[str]:
+def cells(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[Any, ...]]) -> list[str]:
+    """Of the table; as run.line."""
     names = [
         row["op"],
         f"{row['case']} x{row['batch']}",
@@ -91,11 +101,12 @@ def cells(row: store.Row, rows: Sequence[store.Row]) -> list[str]:
     if not row["verified"]:
         return [*names, f"FAILED: {row['reason']}"]
     ratio = speedup(row, rows)
+    faster = "" if ratio is None else f"{ratio:.2f}x"
     peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
     return [
         *names,
         f"{store.milliseconds(row):.3f}",
-        "" if ratio is None else f"{ratio:.2f}x",
+        "held up" if store.key(row) in held_up else faster,
         f"{row['share']:.1%}",
         row["bound"],
         f"{row['gb_per_s']:.2f}",
@@ -129,6 +140,9 @@ def facts(record: store.Record) -> list[str]:
 def alarms(record: store.Record) -> list[str]:
     failed = sum(not row["verified"] for row in record["rows"])
     found = [f"{failed} rows FAILED their check and have no figures; the table says why."] if failed else []
+    held_up = store.held_up(record["rows"])
+    if held_up:
+        found.append(f"{advice(held_up)}. No average and no plot is made of them.")
     if record["status"] != "complete":
         found.append(f"This run was not finished ({record['status']}): it lacks what came later.")
     return found
@@ -200,9 +214,9 @@ def _legend(rows: Sequence[store.Row]) -> str:
 
 def _table(rows: Sequence[store.Row]) -> str:
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    lines = []
+    lines, held_up = [], store.held_up(rows)
     for row in rows:
-        texts = [escape(text) for text in cells(row, rows)]
+        texts = [escape(text) for text in cells(row, rows, held_up)]
         *first, last = texts
         span = len(COLUMNS) - len(first)
         end = f'<td class="words" colspan="{span}">{last}</td>' if span > 1 else f"<td>{last}</td>"
@@ -225,7 +239,8 @@ def markdown(record: store.Record, stem: str, drawn: Mapping[str, Canvas]) -> st
     lines.append("")
     lines += [f"![{canvas.title}]({stem}-{name}.svg)" for name, canvas in drawn.items()]
     lines += ["", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
+    held_up = store.held_up(rows)
     for row in rows:
-        texts = [text.replace("|", "\\|") for text in cells(row, rows)]
+        texts = [text.replace("|", "\\|") for text in cells(row, rows, held_up)]
         lines.append(f"| {' | '.join(texts + [''] * (len(COLUMNS) - len(texts)))} |")
     return "\n".join(lines) + "\n"

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from vitkern.bench import store
 from vitkern.bench.ceilings import ANCHORS, Ceilings, Machine, anchor, cost, limit
@@ -75,8 +76,11 @@ def run(
         save("complete")
     print(in_words(record["environment"]))
     print(HEADING)
+    held_up = store.held_up(record["rows"])
     for row in record["rows"]:
-        print(line(row, record["rows"]))
+        print(line(row, record["rows"], held_up))
+    if held_up:
+        print(advice(held_up))
     return record
 
 
@@ -227,13 +231,19 @@ def summarize(row: store.Row, ceiling: Ceilings) -> None:
 HEADING = f"{store.HEADING}{'ms':>9}{'over torch':>12}{'of the limit':>14}{'MB':>9}"
 
 
-def line(row: store.Row, rows: Sequence[store.Row]) -> str:
-    """Of the table; `rows`: those measured together with it."""
+def advice(held_up: Collection[object]) -> str:
+    return f"{len(held_up)} rows were held up by other work: run them again on a quieter machine"
+
+
+def line(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[Any, ...]]) -> str:
+    """Of the table; `rows`: those measured together with it; `held_up`: keys of store.held_up."""
     text = store.in_words(store.key(row))
     if not row["verified"]:
         return f"{text}  FAILED: {row['reason']}"
     ratio = speedup(row, rows)
     faster = "-" if ratio is None else f"{ratio:.2f}x"
+    if store.key(row) in held_up:
+        faster = "held up"
     share = f"{row['share']:.0%} {row['bound'][:5]}"
     return f"{text}{store.milliseconds(row):>9.3f}{faster:>12}{share:>14}{(row['peak_bytes'] or 0) / 2**20:>9.1f}"
 

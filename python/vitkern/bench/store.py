@@ -15,6 +15,7 @@ from vitkern.commands.errors import CommandError
 
 SCHEMA = 1
 STATUSES = ("running", "interrupted", "complete")
+HELD_UP = 1.5  # times an anchor's best: threads and caches make tens of percent, others on the cores far more
 Row = dict[str, Any]
 Record = dict[str, Any]
 KEY = ("op", "case", "batch", "device", "dtype", "pass", "backend")
@@ -39,6 +40,20 @@ def key(row: Row) -> tuple[Any, ...]:
 def milliseconds(row: Row) -> float:
     """The figure that stands for a row: on a CPU the least, which neighbours can only add to; on a GPU the median."""
     return float(row["ms"]["min" if row["device"] == "cpu" else "p50"])
+
+
+def held_up(rows: Iterable[Row]) -> set[tuple[Any, ...]]:
+    """Keys of the rows whose anchor took far longer than at its best in the same run: they did, too."""
+    least: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}  # of each row, by anchor
+    for row in rows:
+        if row["verified"]:
+            by_key = least.setdefault((row["anchor"], row["device"]), {})
+            by_key[key(row)] = min(map(min, row["anchor_ms"]))
+    found: set[tuple[Any, ...]] = set()
+    for by_key in least.values():
+        most = HELD_UP * min(by_key.values())
+        found |= {which for which, taken in by_key.items() if taken > most}
+    return found
 
 
 HEADING = f"{'op':<22}{'case':<22}{'dtype':<6}{'pass':<9}{'backend':<13}"  # of in_words
