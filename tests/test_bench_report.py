@@ -10,7 +10,7 @@ import pytest
 
 from tests.bench_records import record, row
 from tests.browser import complaints, needs_browser
-from vitkern.bench import store
+from vitkern.bench import report, store
 from vitkern.bench.svg import Log, number
 from vitkern.cli import main
 
@@ -71,6 +71,23 @@ def test_the_page_has_plots_of_each_kind_and_all_rows(written):
     assert sum("Time against size" in title for title in titles) == 4  # ops x passes
     assert "Roofline" in titles
     assert text.count("<tr") == 1 + len(store.read(written / "out.json")["rows"])
+
+
+def test_what_figures_are_is_told(written):
+    page, text = ((written / name).read_text() for name in ("out.html", "out.md"))
+    assert "<th>least ms</th>" in page
+    assert "<th>error / greatest</th>" in page
+    assert "| least ms |" in text
+    assert "so marks may lie above the 16-bit line." in text
+    assert "pale: backward, or both passes (a training step in one call)" in page
+    assert "<th>median ms</th>" in report.page(record(row() | {"device": "cuda"}))
+
+
+def test_legends_name_what_is_drawn(written):
+    """Plain torch has no bars: the others are so many times as fast."""
+    legends = re.findall(r'<div class="legend">(.*?)</div>', (written / "out.html").read_text())
+    assert ["plain torch" in legend for legend in legends] == [False, True]
+    assert all(">cpu</span>" in legend.replace("</i>", ">") for legend in legends)
 
 
 def test_failures_and_interruptions_are_told_and_have_no_figures(written):
@@ -148,6 +165,23 @@ def test_runs_with_little_in_them_have_a_page_too(rows, tmp_path):
 @needs_browser
 def test_a_browser_draws_it_without_complaint(written):
     assert complaints((written / "out.html").as_uri(), written / "page.png") == []
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_table_fits_a_window_of_1400_pixels(tmp_path):
+    path = tmp_path / "out.json"
+    figures = {"gb_per_s": 123.45, "gflop_per_s": 1234.56, "share": 0.123, "bound": "arithmetic"}
+    found = row("adaptformer-video", op="ms_deform_attn_fused", dtype="bfloat16", what="backward")
+    store.write(path, record(found | figures | {"peak_bytes": 1234 * 2**20}))
+    assert main(["bench", "report", str(path)]) == 0
+    page = path.with_suffix(".html")
+    told = (
+        "const e = document.querySelector('.table'); console.log(`hidden ${e.scrollWidth - e.clientWidth}`)"
+    )
+    page.write_text(page.read_text().replace("</body>", f"<script>{told}</script></body>"))
+    (said,) = complaints(page.as_uri(), tmp_path / "page.png")
+    assert "hidden 0" in said
 
 
 def test_axes_have_round_numbers_and_few():

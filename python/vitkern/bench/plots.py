@@ -137,13 +137,13 @@ def roofline(record: Record) -> Canvas | None:
         mark = "fill" if row["dtype"] == "float32" else "ring"
         shape = "circle" if row["pass"] == "forward" else "diamond"
         canvas.mark(shape, *place, f"{mark}-{colour}", says(row), size=4.5 if row["backend"] in ours else 2.2)
-    across = 52.0
+    across = 8.0
     for op, colour in colours.items():
         canvas.mark("circle", across + 5, 456, f"fill-{colour}")
         canvas.text(across + 14, 460, op, "tick")
         across += 30 + 6.3 * len(op)
     canvas.mark("circle", across + 5, 456, "fill-plain", size=2.2)
-    canvas.text(across + 14, 460, "plain torch and others", "tick")
+    canvas.text(across + 14, 460, "plain torch, others", "tick")
     return canvas
 
 

@@ -16,14 +16,15 @@ from vitkern.bench.svg import Canvas
 from vitkern.commands.errors import CommandError
 
 COLUMNS = (
-    *("op", "case", "dtype", "pass", "backend", "ms", "over torch"),
-    *("of the limit", "bound by", "GB/s", "GFLOP/s", "peak MB", "error"),
+    *("op", "case", "dtype", "pass", "backend", "{figure} ms", "over torch"),
+    *("of the limit", "bound by", "GB/s", "GFLOP/s", "peak MB", "error / greatest"),
 )
 HOW = (
     "Times are {figure}; backends and plain torch took turns in one process. Every row was checked against the "
     "formula in float64 before it was timed. The limit is the longer of two times: inputs and results moved once at "
     "the rate of a copy of that size, and the op's operations at the rate of a matrix product, both measured in this "
-    "run. Gathers touch each pixel many times, so they stay far below it."
+    "run. Gathers touch each pixel many times, so they stay far below it. 16-bit products may be made in float32 where "
+    "that is faster, so marks may lie above the 16-bit line."
 )
 
 
@@ -118,8 +119,6 @@ def cells(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[A
 
 def facts(record: store.Record) -> list[str]:
     """What stands at the head of a report, a sentence each."""
-    rows = record["rows"]
-    gpu = any(row["device"] == "cuda" for row in rows)
     told = [in_words(record["environment"]) + "."]
     if record["ceilings"]:
         copies = [
@@ -131,10 +130,20 @@ def facts(record: store.Record) -> list[str]:
             for dtype, rate in record["ceilings"]["product"].items()
         ]
         told.append(f"A copy runs at {', '.join(copies)}; a matrix product at {', '.join(products)}.")
+    gpu = _figure(record["rows"]) == "median"
     told.append(
         HOW.format(figure="medians between events, the L2 cache flushed before each" if gpu else "minima")
     )
     return told
+
+
+def _figure(rows: Sequence[store.Row]) -> str:
+    """What store.milliseconds takes."""
+    return "median" if any(row["device"] == "cuda" for row in rows) else "least"
+
+
+def columns(rows: Sequence[store.Row]) -> list[str]:
+    return [name.format(figure=_figure(rows)) for name in COLUMNS]
 
 
 def alarms(record: store.Record) -> list[str]:
@@ -163,10 +172,15 @@ def page(record: store.Record) -> str:
         kind: "".join(f"<figure>{canvas.markup()}</figure>" for name, canvas in drawn.items() if kind in name)
         for kind in ("speedup", "time", "roofline")
     }
+    backends = plots.distinct(rows, "backend")
+    legends = {
+        "speedup": _legend([name for name in backends if name != "torch"]),  # which has no bars
+        "time": _legend(backends),
+    }
     sections = [
         (
             "How many times as fast as plain torch",
-            "Full colour: forward; pale: with or of backward.",
+            "Full colour: forward; pale: backward, or both passes (a training step in one call).",
             "plots",
             "speedup",
         ),
@@ -184,7 +198,7 @@ def page(record: store.Record) -> str:
         ),
     ]
     body = "".join(
-        f'<h2>{title}</h2><p class="muted">{note}</p>{_legend(rows) if kind != "roofline" else ""}'
+        f'<h2>{title}</h2><p class="muted">{note}</p>{legends.get(kind, "")}'
         f'<div class="{look}">{shown[kind]}</div>'
         for title, note, look, kind in sections
         if shown[kind]
@@ -202,18 +216,18 @@ def page(record: store.Record) -> str:
     )
 
 
-def _legend(rows: Sequence[store.Row]) -> str:
+def _legend(backends: Sequence[str]) -> str:
     names = {"torch": "plain torch"}
     entries = "".join(
         f'<span><i style="background:var(--{plots.colour_of_backend(backend)})"></i>'
         f"{escape(names.get(backend, backend))}</span>"
-        for backend in plots.distinct(rows, "backend")
+        for backend in backends
     )
     return f'<div class="legend">{entries}</div>'
 
 
 def _table(rows: Sequence[store.Row]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    head = "".join(f"<th>{name}</th>" for name in columns(rows))
     lines, held_up = [], store.held_up(rows)
     for row in rows:
         texts = [escape(text) for text in cells(row, rows, held_up)]
@@ -238,7 +252,7 @@ def markdown(record: store.Record, stem: str, drawn: Mapping[str, Canvas]) -> st
     ]
     lines.append("")
     lines += [f"![{canvas.title}]({stem}-{name}.svg)" for name, canvas in drawn.items()]
-    lines += ["", f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
+    lines += ["", f"| {' | '.join(columns(rows))} |", "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
     held_up = store.held_up(rows)
     for row in rows:
         texts = [text.replace("|", "\\|") for text in cells(row, rows, held_up)]

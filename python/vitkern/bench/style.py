@@ -30,14 +30,14 @@ PAGE = (
     + f"""
 *{{box-sizing:border-box}}
 body{{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 {_FONT}}}
-main{{max-width:1120px;margin:0 auto;padding:28px 18px 60px}}
+main{{max-width:1240px;margin:0 auto;padding:28px 18px 60px}}
 h1{{font-size:1.7rem;line-height:1.2;margin:0 0 6px}}
 h2{{font-size:1.2rem;margin:40px 0 4px}}
 p{{margin:0 0 12px;max-width:75ch}}
 .muted,caption,footer{{color:var(--muted);font-size:.9rem}}
 .alarm{{border-left:4px solid var(--bad);padding:10px 14px;background:var(--card);margin:18px 0}}
 .tiles,.plots{{display:grid;gap:12px;margin:16px 0}}
-.tiles{{grid-template-columns:repeat(auto-fit,minmax(180px,1fr))}}
+.tiles{{grid-template-columns:repeat(auto-fill,minmax(180px,1fr))}}
 .plots{{grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}}
 .tile,figure{{background:var(--card);border:1px solid var(--edge);border-radius:10px;margin:0;padding:12px 14px}}
 .tile b{{display:block;font-size:1.45rem;line-height:1.25;font-variant-numeric:tabular-nums}}
@@ -50,8 +50,8 @@ figure svg{{display:block;width:100%;height:auto}}
 .legend i{{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}}
 .table{{overflow-x:auto;border:1px solid var(--edge);border-radius:10px;margin-top:12px}}
 table{{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums;white-space:nowrap}}
-th,td{{padding:5px 10px;text-align:right;border-bottom:1px solid var(--grid)}}
-th{{background:var(--card);position:sticky;top:0;font-weight:600}}
+th,td{{padding:5px 7px;text-align:right;border-bottom:1px solid var(--grid)}}
+th{{background:var(--card);position:sticky;top:0;font-weight:600;white-space:normal;vertical-align:bottom}}
 th:nth-child(-n+5),td:nth-child(-n+5),td.words{{text-align:left}}
 tr.plain td{{color:var(--muted)}}
 td.words{{color:var(--bad);white-space:normal}}
