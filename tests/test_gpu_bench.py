@@ -220,7 +220,7 @@ def test_what_raises_while_it_is_timed_has_no_figures(small, tmp_path, monkeypat
 
 
 def test_a_file_of_other_software_is_refused(tmp_path):
-    software = {what: {"version": "1"} for what in ("torch", "triton", "vitkern")}
+    software = environment() | {what: {"version": "1"} for what in ("torch", "triton", "vitkern")}
     path = tmp_path / "file.json"
     store.write(path, bench.opened(path, software))
     assert bench.opened(path, software)["rows"] == []
