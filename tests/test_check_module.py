@@ -35,6 +35,12 @@ def four(value, spatial_shapes, sampling_locations, attention_weights):
     return reference.ms_deform_attn_by_grid_sample(value, sizes, sampling_locations, attention_weights)
 
 
+def in_one_dtype(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
+    samples = four(value, spatial_shapes, sampling_locations, attention_weights)
+    assert samples.dtype == value.dtype == sampling_locations.dtype == attention_weights.dtype
+    return samples
+
+
 def three(value, sampling_locations, attention_weights):
     return value
 
@@ -79,13 +85,17 @@ class OtherLayer(nn.Module):
 
 
 @pytest.fixture
-def check(tmp_path, capsys):
+def theirs(tmp_path):
     file = tmp_path / "theirs.py"
     file.write_text(THEIRS)
+    return file
 
+
+@pytest.fixture
+def check(theirs, capsys):
     def run(name: str, *options: str) -> tuple[int, str, str]:
         usual = ("--case", "hub-small", "--case", "far-outside", "--device", "cpu")
-        return main(["check", "--module", f"{file}:{name}", *usual, *options]), *capsys.readouterr()
+        return main(["check", "--module", f"{theirs}:{name}", *usual, *options]), *capsys.readouterr()
 
     return run
 
@@ -96,6 +106,13 @@ def test_right_ones_pass(check, name):
     assert status == 0, said
     assert "2 checks in" in said
     assert "0 FAILED" in said
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["in_one_dtype", "Right", "MSDeformAttn"])
+def test_right_ones_pass_in_16_bits(name, dtype, theirs, capsys):
+    assert main(["check", "--module", f"{theirs}:{name}", "--dtype", dtype, "--device", "cpu"]) == 0
+    assert "9 checks in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -45,16 +45,18 @@ def check_module(request: Request, *, junit: Path | None) -> int:
     outcomes = [
         _examine(theirs, Task(op.name, setting.name, dtype, "oracle", route, request.seed), request.times)
         for setting in op.settings.values()
-        if _is_for(setting, request)
         for dtype in dtypes
+        if _is_for(setting, dtype, request)
     ]
     return report.conclude(outcomes, [], request, time.monotonic() - started, junit)
 
 
-def _is_for(setting: Setting, request: Request) -> bool:
+def _is_for(setting: Setting, dtype: str, request: Request) -> bool:
     """What every implementation is for; what is odd or empty only if it is asked for."""
     if request.cases:
         return matches(setting.name, request.cases)
+    if setting.name == "far-outside" and DTYPES[dtype].itemsize == 2:
+        return False  # at 1e30 in 16 bits torch's own grid_sample is wrong
     return setting.same_as is None and setting.ordinary and not setting.options
 
 
@@ -83,7 +85,9 @@ def _of_function(theirs: Any, task: Task) -> Problem:
     def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return function(value, *levels, locations, weights)
 
-    return replace(problem, call=ours, other=functools.partial(problem.call, backend="reference"))
+    formula = functools.partial(problem.call, backend="reference")
+    # Others take all tensors in one dtype; that coordinates stay float32 is a contract of vitkern's own kernels.
+    return replace(problem, call=ours, other=formula, coordinates=())
 
 
 def adapted(theirs: Any) -> Function:
