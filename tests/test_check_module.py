@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import layers_of_others
 from vitkern.cli import main
 
 THEIRS = """
@@ -113,6 +114,12 @@ def test_right_ones_pass(check, name):
 def test_right_ones_pass_in_16_bits(name, dtype, theirs, capsys):
     assert main(["check", "--module", f"{theirs}:{name}", "--dtype", dtype, "--device", "cpu"]) == 0
     assert "9 checks in" in capsys.readouterr().out
+
+
+def test_a_layer_that_rounds_locations_to_16_bits_passes():
+    """With random reference points some of these would round over the edge of a cell."""
+    wanted = ["--case", "bev-tiny", "--dtype", "fp16", "--device", "cpu", "--seed", "2"]
+    assert main(["check", "--module", f"{layers_of_others.__file__}:MSDeformAttn", *wanted]) == 0
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,8 @@ def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
     case, device = OPS[task.op].settings[task.case].case, task.route.device
     assert isinstance(case, MsDeformAttnCase)
     formula, layer = _layers(theirs, case, device)
-    # Offsets that follow the query would lie on edges of cells now and then, where two roundings have two gradients.
+    # On edges of cells two roundings have two gradients: reference points are middles of pixels, offsets lead well into
+    # a cell, and none follows the query.
     fixed = {"sampling_offsets.weight": formula.sampling_offsets.weight.detach()}
     parameters = {name: parameter for name, parameter in formula.named_parameters() if name not in fixed}
     generator = torch.Generator().manual_seed(task.seed)
@@ -123,19 +124,23 @@ def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
-    points = torch.rand(
-        case.batch, case.query_count, len(case.levels), 2, generator=generator, dtype=torch.float64
-    )
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        drawn = torch.rand(*shape, generator=generator, dtype=torch.float64)
+        return (low + (high - low) * drawn).to(device)
+
+    levels = levels_of(case, device)
+    sizes = levels[0].flip(-1).clamp(min=1)
+    points = between(0.2, 0.8, case.batch, case.query_count, len(case.levels), 2)
     width = formula.value_proj.in_features
     given = {
         "query": normal(case.batch, case.query_count, width),
-        "reference_points": (points * 0.6 + 0.2).to(device),
+        "reference_points": ((points * sizes).floor() + 0.5) / sizes,
         "input_flatten": normal(case.batch, case.pixels, width),
     }
     for name, parameter in parameters.items():
         given[name] = normal(*parameter.shape) * parameter.shape[-1] ** -0.5
-    given["sampling_offsets.bias"] = formula.sampling_offsets.bias.detach().double() * 0.37
-    levels = levels_of(case, device)
+    offsets = formula.sampling_offsets.bias.detach().double() * 0.37
+    given["sampling_offsets.bias"] = offsets.floor() + between(0.3, 0.7, *offsets.shape)
 
     def runs(module: nn.Module) -> Function:
         def run(query: Tensor, points: Tensor, flat: Tensor, *values: Tensor) -> Tensor:
