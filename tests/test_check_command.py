@@ -15,7 +15,7 @@ import torch
 
 from tests import emulated
 from tests.runners import RUNNERS
-from vitkern.check import report, sanitize
+from vitkern.check import compare, report, sanitize
 from vitkern.check.plan import Request, plan
 from vitkern.check.routes import Route
 from vitkern.check.settings import OPS
@@ -154,6 +154,21 @@ def test_every_op_is_right_on_the_best_instruction_set(op):
     assert check("--op", op, "--backend", best, "--quick", "--dtype", "fp32") == 0
 
 
+@pytest.mark.parametrize("times", [2, 4])
+def test_the_unit_of_an_error_is_that_of_plain_torch_whatever_is_allowed(times):
+    exact = torch.zeros(1, dtype=torch.float64)
+    verdict = compare.judge(torch.tensor([3.0]), torch.tensor([1.0]), exact, times=times)
+    assert verdict.ratio == 3
+    assert (verdict.complaint is None) == (times == 4)
+
+
+@pytest.mark.parametrize("options, limit", [([], 2), (["--times", "2.5"], 2.5)])
+def test_the_table_says_the_limit(options, limit, capsys):
+    wanted = ["--op", "token_pool", "--backend", "cpu-baseline", "--kind", "oracle", "--case", "no-batch"]
+    assert check(*wanted, *options) == 0
+    assert f"({limit} is the limit)" in capsys.readouterr().out
+
+
 def test_what_is_not_run_is_said(monkeypatch, capsys):
     monkeypatch.delenv("VITKERN_EMULATED")
     assert check("--list", "--quick", "--device", "cpu", "--op", "token_pool") == 0
@@ -172,6 +187,10 @@ def test_what_is_not_run_is_said(monkeypatch, capsys):
         (["--dtype", "int8"], "no dtype is called int8; there are fp32"),
         (["--module", "a:B", "--op", "token_pool"], "--op does not go with --module"),
         (["--kind", "gradcheck", "--dtype", "bf16"], "no check fits all that was asked for; --list"),
+        (["--times", "0"], "--times must be more than 0, got 0"),
+        (["--times", "-1"], "--times must be more than 0, got -1"),
+        (["--times", "nan"], "--times must be more than 0, got nan"),
+        (["--times", "inf"], "--times must be more than 0, got inf"),
         (["--sanitize", "--list"], "--list does not go with --sanitize"),
     ],
 )

@@ -82,6 +82,41 @@ class Swapped(MSDeformAttn):
 class OtherLayer(nn.Module):
     def __init__(self, d_model, n_levels, n_heads, n_points):
         super().__init__()
+
+
+class Renamed(MSDeformAttn):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.projection = self.output_proj
+        del self.output_proj
+
+
+class NoArguments:
+    def __call__(self):
+        pass
+
+
+def any_number(*tensors):
+    return five(*tensors)
+
+
+def exits(value, shapes, starts, locations, weights):
+    raise SystemExit(0)
+
+
+def in_a_tuple(*tensors):
+    return (five(*tensors),)
+
+
+def with_heads(*tensors):
+    return five(*tensors).unflatten(-1, (tensors[0].shape[2], -1))
+
+
+def detached(*tensors):
+    return five(*tensors).detach()
+
+
+linear, no_arguments = nn.Linear(3, 3), NoArguments()
 """
 
 
@@ -101,10 +136,11 @@ def check(theirs, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", ["five", "four", "Right", "MSDeformAttn"])
+@pytest.mark.parametrize("name", ["five", "four", "any_number", "Right", "MSDeformAttn"])
 def test_right_ones_pass(check, name):
     status, said, _ = check(name)
     assert status == 0, said
+    assert "(4 is the limit)" in said
     assert "2 checks in" in said
     assert "0 FAILED" in said
 
@@ -128,6 +164,10 @@ def test_a_layer_that_rounds_locations_to_16_bits_passes():
         ("FlippedLocations", "gradient of locations is off by"),
         ("NoWeights", "gradient of weights is off by"),
         ("Swapped", "output is off by"),
+        ("exits", "raised SystemExit: 0"),
+        ("in_a_tuple", "it returned a tuple, expected a tensor"),
+        ("with_heads", "output has shape ["),
+        ("detached", "its output has no gradient"),
     ],
 )
 def test_wrong_ones_fail_and_it_says_where(check, name, named):
@@ -147,6 +187,9 @@ def test_only_what_is_wrong_is_named(check):
     "name, named",
     [
         ("OtherLayer", "OtherLayer does not fit"),
+        ("Renamed", 'Unexpected key(s) in state_dict: "output_proj.weight"'),
+        ("linear", "got an instance of Linear"),
+        ("no_arguments", "got NoArguments of 0 arguments"),
         ("three", "got three of 3 arguments"),
         ("none", "has no 'none'"),
     ],
@@ -156,6 +199,31 @@ def test_what_does_not_fit_is_one_sentence(check, name, named):
     assert status == 2
     assert named in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (None, "cannot be imported: FileNotFoundError: "),
+        ("def (", "cannot be imported: SyntaxError: "),
+        ("raise RuntimeError('no\\nGPU')", "cannot be imported: RuntimeError: no GPU"),
+        ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_one_sentence(content, named, tmp_path, capsys):
+    file = tmp_path / "not_importable.py"
+    if content is not None:
+        file.write_text(content)
+    assert main(["check", "--module", f"{file}:name"]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [":name", "theirs.py:", "theirs"])
+def test_half_a_name_is_told_what_a_whole_one_is(name, capsys):
+    assert main(["check", "--module", name]) == 2
+    assert f"--module takes package.module:Name or file.py:Name; got {name!r}" in capsys.readouterr().err
 
 
 def test_a_module_that_does_not_exist_is_one_sentence(capsys):

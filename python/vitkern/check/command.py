@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitkern.commands.arguments import add_filters, add_repeated, refuse
+from vitkern.commands.arguments import add_filters, add_repeated, positive, refuse
 
 
 def add_to(commands: Any) -> None:
@@ -38,6 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from vitkern.check.plan import Request
     from vitkern.commands.choices import requested
 
+    positive("--times", arguments.times)
     request = requested(Request, arguments)
     if arguments.module is not None:
         refuse(arguments, ("ops", "backends", "kinds", "list"), "does not go with --module")

@@ -25,11 +25,12 @@ class Verdict:
     error: float
     allowed: float
     complaint: str | None
+    times: float = TIMES
 
     @property
     def ratio(self) -> float:
-        """The error in units of plain torch's own and of the rounding that is granted besides; TIMES is the limit."""
-        return TIMES * self.error / self.allowed if self.error else 0.0
+        """The error in units of plain torch's own and of the rounding that is granted besides; `times` is the limit."""
+        return self.times * self.error / self.allowed if self.error else 0.0
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
@@ -74,7 +75,7 @@ def judge(
         complaint = f"is off by {error:.2g}, allowed are {allowed:.2g} (plain torch: {usual:.2g})"
     elif gradient and (zeros := missing(actual, plain, exact)):
         complaint = f"is zero in {zeros} places where it should not be"
-    return Verdict(error, allowed, complaint)
+    return Verdict(error, allowed, complaint, times)
 
 
 def _count(where: Tensor) -> str:

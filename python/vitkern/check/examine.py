@@ -33,6 +33,10 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
+class ResultError(Exception):
+    """There is nothing to compare; the message is the failure."""
+
+
 @dataclass(frozen=True)
 class Expected:
     """The formula in float64, and plain torch in the dtype that is checked, on the same numbers."""
@@ -79,7 +83,9 @@ def timed(outcome: Outcome) -> Iterator[None]:
         yield
     except CommandError:
         raise
-    except Exception as error:
+    except ResultError as error:
+        outcome.failures.append(str(error))
+    except (Exception, SystemExit) as error:
         outcome.failures.append(f"raised {type(error).__name__}: {error}".splitlines()[0][:300])
     outcome.seconds = time.perf_counter() - started
 

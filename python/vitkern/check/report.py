@@ -22,11 +22,12 @@ def conclude(
     request: Request,
     seconds: float,
     junit: Path | None,
+    *,
+    limit: float,
 ) -> int:
     """Say it all; what the process is to exit with: 1 if a check failed."""
-    print(
-        "The greatest error of all cases, in units of plain torch's own error in the same dtype (2 is the limit):"
-    )
+    unit = f"in units of plain torch's own error in the same dtype ({limit:g} is the limit)"
+    print(f"The greatest error of all cases, {unit}:")
     print("\n".join(table(outcomes)))
     print_left_out(left_out)
     failed = [outcome for outcome in outcomes if outcome.failures]

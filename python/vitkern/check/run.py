@@ -36,7 +36,8 @@ def run(request: Request, *, junit: Path | None = None, only_list: bool = False)
         # cuBLAS, which the reference uses on a GPU, repeats its bits only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     outcomes = _check(planned.tasks, request)
-    return report.conclude(outcomes, planned.left_out, request, time.monotonic() - started, junit)
+    seconds = time.monotonic() - started
+    return report.conclude(outcomes, planned.left_out, request, seconds, junit, limit=request.times)
 
 
 def _check(tasks: Sequence[Task], request: Request) -> list[Outcome]:

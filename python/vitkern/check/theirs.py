@@ -16,14 +16,14 @@ from torch import Tensor, nn
 import vitkern
 from vitkern.cases import Function, MsDeformAttnCase, levels_of
 from vitkern.check import report
-from vitkern.check.examine import Expected, Outcome, compare, timed
+from vitkern.check.examine import Expected, Outcome, ResultError, compare, timed
 from vitkern.check.plan import Request, Task
 from vitkern.check.problems import Problem
 from vitkern.check.routes import Route
 from vitkern.check.settings import OPS, Setting
 from vitkern.commands import named
 from vitkern.commands.choices import DTYPES, cases_exist, chosen, device_of, matches
-from vitkern.commands.errors import CommandError
+from vitkern.commands.errors import CommandError, in_one_line
 
 IM2COL_STEP = 64
 FORMS = (
@@ -40,15 +40,16 @@ def check_module(request: Request, *, junit: Path | None) -> int:
     op = OPS["ms_deform_attn"]
     cases_exist(request.cases, op.settings)
     dtypes = chosen("dtype", request.dtypes, tuple(DTYPES)) or ("fp32",)
+    limit = 2 * request.times  # who computes in another order than plain torch may round more often
     route = Route(name, name, device_of(request.device), None)
     started = time.monotonic()
     outcomes = [
-        _examine(theirs, Task(op.name, setting.name, dtype, "oracle", route, request.seed), request.times)
+        _examine(theirs, Task(op.name, setting.name, dtype, "oracle", route, request.seed), limit)
         for setting in op.settings.values()
         for dtype in dtypes
         if _is_for(setting, dtype, request)
     ]
-    return report.conclude(outcomes, [], request, time.monotonic() - started, junit)
+    return report.conclude(outcomes, [], request, time.monotonic() - started, junit, limit=limit)
 
 
 def _is_for(setting: Setting, dtype: str, request: Request) -> bool:
@@ -68,9 +69,24 @@ def _examine(theirs: Any, task: Task, times: float) -> Outcome:
         known = Expected.of(
             problem, DTYPES[task.dtype], task.seed, formula=problem.other, plain=problem.other
         )
-        # Who computes in another order than plain torch may round more often.
-        compare(known, known.results(problem.call), outcome, 2 * times)
+        compare(known, known.results(_judged(problem.call, known.exact[0])), outcome, times)
     return outcome
+
+
+def _judged(call: Function, expected: Tensor) -> Function:
+    """The same, for outputs that have gradients to compare."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        output = call(*tensors)
+        if not isinstance(output, Tensor):
+            raise ResultError(f"it returned a {type(output).__name__}, expected a tensor")
+        if output.shape != expected.shape:
+            raise ResultError(f"output has shape {list(output.shape)}, expected {list(expected.shape)}")
+        if not output.requires_grad:
+            raise ResultError("its output has no gradient")
+        return output
+
+    return run
 
 
 def _of_function(theirs: Any, task: Task) -> Problem:
@@ -95,19 +111,26 @@ def adapted(theirs: Any) -> Function:
     function: Function
     if inspect.isclass(theirs) and issubclass(theirs, torch.autograd.Function):
         taken, function = len(inspect.signature(theirs.forward).parameters) - 1, theirs.apply
-    elif callable(theirs):
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [p for p in inspect.signature(theirs).parameters.values() if p.kind in kinds]
-        taken, function = len([p for p in parameters if p.default is inspect.Parameter.empty]), theirs
+    elif callable(theirs) and not isinstance(theirs, nn.Module):
+        taken, function = _positional(theirs), theirs
     else:
-        raise CommandError(f"--module takes {FORMS}, got a {type(theirs).__name__}")
+        raise CommandError(f"--module takes {FORMS}, got an instance of {type(theirs).__name__}")
     if taken == 6:
         return lambda *tensors: function(*tensors, IM2COL_STEP)
     if taken == 5:
         return function
     if taken == 4:  # Deformable-DETR's own in plain torch: without level_start_index
         return lambda value, shapes, _, *rest: function(value, shapes, *rest)
-    raise CommandError(f"--module takes {FORMS}, got {theirs.__name__} of {taken} arguments")
+    name = getattr(theirs, "__name__", type(theirs).__name__)
+    raise CommandError(f"--module takes {FORMS}, got {name} of {taken} arguments")
+
+
+def _positional(function: Any) -> int:
+    """How many arguments it is to be given: those without a default, and whoever takes any number can take five."""
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+    return max(needed, 5) if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters) else needed
 
 
 def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
@@ -164,6 +187,6 @@ def _layers(
         layer = theirs(*arguments).to(device)
         layer.load_state_dict(formula.state_dict())
     except (TypeError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CommandError(f"--module takes {FORMS}; {theirs.__name__} does not fit: {first}") from error
+        why = in_one_line(error)
+        raise CommandError(f"--module takes {FORMS}; {theirs.__name__} does not fit: {why}") from error
     return formula, layer

@@ -10,18 +10,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vitkern.commands.errors import CommandError
+from vitkern.commands.errors import CommandError, in_one_line
 
 
 def load(name: str, *, option: str, forms: str) -> Any:
     """What package.module:name or file.py:name is. `option` takes `forms`, says the sentence that refuses another."""
-    source, colon, attribute = name.rpartition(":")
-    if not colon:
+    source, _, attribute = name.rpartition(":")
+    if not (source and attribute):
         raise CommandError(f"{option} takes {forms}; got {name!r}")
     try:
         module = _of_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except (ImportError, OSError) as error:
-        raise CommandError(f"{option} {name}: {source} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # theirs is run: anything can happen
+        why = f"{type(error).__name__}: {in_one_line(error)}"
+        raise CommandError(f"{option} {name}: {source} cannot be imported: {why}") from error
     if not hasattr(module, attribute):
         raise CommandError(f"{option} {name}: {source} has no {attribute!r}")
     return getattr(module, attribute)
