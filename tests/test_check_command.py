@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ import torch
 
 from tests import emulated
 from tests.runners import RUNNERS
-from vitkern.check import compare, report, sanitize
+from vitkern.check import apart, compare, report, run, sanitize
 from vitkern.check.plan import Request, plan
 from vitkern.check.routes import Route
 from vitkern.check.settings import OPS
@@ -135,6 +136,54 @@ def test_the_printed_command_repeats_the_failure_and_no_other(monkeypatch, capsy
     assert any(repeat in failure.text for failure in failures)
     assert int(suite.get("tests")) == len(suite.findall("testcase"))
     assert suite.findall("testcase/skipped")
+
+
+def interrupt(monkeypatch, module, after: int) -> None:
+    """Ctrl-C in the check that follows."""
+    examine, done = module.examine, itertools.count()
+
+    def until(*arguments):
+        if next(done) == after:
+            raise KeyboardInterrupt
+        return examine(*arguments)
+
+    monkeypatch.setattr(module, "examine", until)
+
+
+def test_an_interrupted_run_tells_what_it_knows(monkeypatch, capsys, tmp_path):
+    interrupt(monkeypatch, run, 2)
+    arguments = ["--op", "token_pool", "--backend", "cpu-baseline", "--quick"]
+    assert check(*arguments, "--junit", tmp_path / "junit.xml") == 130
+    said = capsys.readouterr().out
+    assert "token_pool            cpu-baseline" in said
+    assert "the checks that follow: interrupted" in said
+    assert said.splitlines()[-1].startswith("2 checks in")
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot().find("testsuite")
+    assert (suite.get("tests"), suite.get("skipped")) == ("3", "1")
+
+
+def test_an_interrupted_run_has_what_its_other_process_did(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    wait = apart.Apart.wait
+
+    def interrupted(self):
+        wait(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apart.Apart, "wait", interrupted)
+    wanted = ["--op", "token_project", "--backend", "triton-interpreted", "--dtype", "fp32"]
+    assert check(*wanted, "--case", "no-batch", "--device", "cpu") == 130
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 checks in")
+
+
+def test_ctrl_c_before_the_checks_is_one_line(monkeypatch, capsys):
+    def interrupted(request):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "plan", interrupted)
+    assert check("--quick") == 130
+    assert capsys.readouterr().err == "vitkern check: interrupted\n"
 
 
 def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
@@ -263,13 +312,11 @@ def test_interpreted_triton_runs_in_a_process_of_its_own(monkeypatch, capsys):
 
 
 def test_a_process_that_dies_fails_its_checks(monkeypatch):
-    from vitkern.check import apart
-
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     request = Request(["token_pool"], ["no-batch"], ["triton-interpreted"], ["fp32"], device="cpu")
     tasks = plan(request).tasks
-    other = apart.Apart(tasks, request)
-    other.process.kill()
-    (outcome,) = other.outcomes()
+    with apart.Apart(tasks, request) as other:
+        other.process.kill()
+        (outcome,) = other.outcomes()
     assert outcome.failures[0].startswith("its process ended with -9")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vitkern.bench import command as bench
 from vitkern.check import command as check
-from vitkern.commands.errors import CommandError
+from vitkern.commands.errors import INTERRUPTED, CommandError
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -95,4 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"vitkern {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if arguments.run is _run:
+            raise  # the script's own, with the line that it was at
+        print(f"vitkern {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return status

@@ -18,7 +18,7 @@ from vitkern.check.routes import INTERPRET
 
 
 class Apart:
-    """The tasks run beside those of this process, from here to `outcomes`."""
+    """The tasks run beside those of this process, from here to the end of the block."""
 
     def __init__(self, tasks: Sequence[Task], request: Request) -> None:
         self.tasks = tasks
@@ -34,27 +34,34 @@ class Apart:
                 stderr=subprocess.STDOUT,
             )
 
-    def stop(self) -> None:
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self.process.kill()
         self.process.wait()
         self.folder.cleanup()
 
+    def wait(self) -> int:
+        return self.process.wait()
+
+    def heard(self) -> list[Outcome]:
+        """Of the tasks that are done so far."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        told = [json.loads(line) for line in lines if line.endswith("\n")]
+        tasks = {task.key: task for task in self.tasks}
+        return [
+            Outcome(tasks[tuple(line["key"])], line["seconds"], line["ratios"], line["failures"])
+            for line in told
+        ]
+
     def outcomes(self) -> list[Outcome]:
         """Of all tasks: one of which nothing was heard has failed."""
-        status = self.process.wait()
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        status, heard = self.wait(), self.heard()
         log = (Path(self.folder.name) / "log").read_text(errors="replace").strip().splitlines()
-        heard = {tuple(line["key"]): line for line in map(json.loads, lines)}
-        found = []
-        for task in self.tasks:
-            line = heard.get(task.key)
-            if line is not None:
-                found.append(Outcome(task, line["seconds"], line["ratios"], line["failures"]))
-            else:
-                last = log[-1] if log else "it said nothing"
-                found.append(Outcome(task, failures=[f"its process ended with {status}: {last}"]))
-        self.folder.cleanup()
-        return found
+        failure = f"its process ended with {status}: {log[-1] if log else 'it said nothing'}"
+        done = {outcome.task.key for outcome in heard}
+        return heard + [Outcome(task, failures=[failure]) for task in self.tasks if task.key not in done]
 
 
 def work(arguments: str, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +14,23 @@ from xml.etree import ElementTree
 from vitkern.check.examine import Outcome
 from vitkern.check.plan import Request, Task
 from vitkern.check.routes import EMULATED
-from vitkern.commands.errors import CommandError
+from vitkern.commands.errors import INTERRUPTED, CommandError
 
 
 def conclude(
-    outcomes: Sequence[Outcome],
+    checks: Iterable[Outcome],
     left_out: Sequence[tuple[str, str]],
     request: Request,
-    seconds: float,
     junit: Path | None,
     *,
     limit: float,
 ) -> int:
-    """Say it all; what the process is to exit with: 1 if a check failed."""
+    """Wait for the checks and say it all; what the process is to exit with: 1 if one failed, 130 after Ctrl-C."""
+    started = time.monotonic()
+    outcomes, interrupted = _until_interrupted(checks)
+    seconds = time.monotonic() - started
+    if interrupted:
+        left_out = [*left_out, ("the checks that follow", "interrupted")]
     unit = f"in units of plain torch's own error in the same dtype ({limit:g} is the limit)"
     print(f"The greatest error of all cases, {unit}:")
     print("\n".join(table(outcomes)))
@@ -36,7 +41,18 @@ def conclude(
     print(f"{len(outcomes)} checks in {seconds:.0f} s, {len(failed)} FAILED")
     if junit is not None:
         write_junit(junit, outcomes, left_out, request)
-    return int(bool(failed))
+    return INTERRUPTED if interrupted else int(bool(failed))
+
+
+def _until_interrupted(checks: Iterable[Outcome]) -> tuple[list[Outcome], bool]:
+    """Those that are done, which the user's Ctrl-C is not to lose, and whether it came."""
+    outcomes = []
+    try:
+        for outcome in checks:
+            outcomes.append(outcome)
+    except KeyboardInterrupt:
+        return outcomes, True
+    return outcomes, False
 
 
 def print_left_out(left_out: Sequence[tuple[str, str]]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,32 +30,33 @@ def run(request: Request, *, junit: Path | None = None, only_list: bool = False)
         raise CommandError(
             "no check fits all that was asked for; --list shows what there is, and what cannot run here and why"
         )
-    started = time.monotonic()
     if torch.cuda.is_available():
         # cuBLAS, which the reference uses on a GPU, repeats its bits only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    outcomes = _check(planned.tasks, request)
-    seconds = time.monotonic() - started
-    return report.conclude(outcomes, planned.left_out, request, seconds, junit, limit=request.times)
+    checks = _checks(planned.tasks, request)
+    return report.conclude(checks, planned.left_out, request, junit, limit=request.times)
 
 
-def _check(tasks: Sequence[Task], request: Request) -> list[Outcome]:
+def _checks(tasks: Sequence[Task], request: Request) -> Iterator[Outcome]:
+    """Each outcome as soon as it is there; those of the other process at the end."""
+    here = [task for task in tasks if not task.route.apart]
     apart = [task for task in tasks if task.route.apart]
-    other = Apart(apart, request) if apart else None
-    try:
-        outcomes = _check_here([task for task in tasks if not task.route.apart], request.times)
-        return outcomes + (other.outcomes() if other else [])
-    except BaseException:
-        if other is not None:
-            other.stop()
-        raise
+    if not apart:
+        yield from _checks_here(here, request.times)
+        return
+    with Apart(apart, request) as other:
+        try:
+            yield from _checks_here(here, request.times)
+            other.wait()
+        except KeyboardInterrupt:
+            yield from other.heard()
+            raise
+        yield from other.outcomes()
 
 
-def _check_here(tasks: Sequence[Task], times: float) -> list[Outcome]:
+def _checks_here(tasks: Sequence[Task], times: float) -> Iterator[Outcome]:
     groups = [list(group) for _, group in itertools.groupby(tasks, lambda task: (task.op, task.case))]
-    outcomes = []
     with Progress(len(groups)) as progress:
         for group in groups:
             progress.step(f"{group[0].op} {group[0].case}")
-            outcomes += [examine(task, times) for task in group]
-    return outcomes
+            yield from (examine(task, times) for task in group)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +41,13 @@ def check_module(request: Request, *, junit: Path | None) -> int:
     dtypes = chosen("dtype", request.dtypes, tuple(DTYPES)) or ("fp32",)
     limit = 2 * request.times  # who computes in another order than plain torch may round more often
     route = Route(name, name, device_of(request.device), None)
-    started = time.monotonic()
-    outcomes = [
+    checks = (
         _examine(theirs, Task(op.name, setting.name, dtype, "oracle", route, request.seed), limit)
         for setting in op.settings.values()
         for dtype in dtypes
         if _is_for(setting, dtype, request)
-    ]
-    return report.conclude(outcomes, [], request, time.monotonic() - started, junit, limit=limit)
+    )
+    return report.conclude(checks, [], request, junit, limit=limit)
 
 
 def _is_for(setting: Setting, dtype: str, request: Request) -> bool:
