@@ -12,6 +12,7 @@ THEIRS = """
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import nn
@@ -104,6 +105,30 @@ def exits(value, shapes, starts, locations, weights):
     raise SystemExit(0)
 
 
+def halved(*tensors):
+    return five(*tensors) / 2
+
+
+def exchanged(value, shapes, locations, weights):
+    return four(value, shapes, locations.flip(-1), weights)
+
+
+def sampled_with(**options):
+    sample = torch.nn.functional.grid_sample
+
+    def other(*arguments, **usual):
+        return sample(*arguments, **{**usual, **options})
+
+    def call(value, shapes, locations, weights):
+        with mock.patch("torch.nn.functional.grid_sample", other):
+            return four(value, shapes, locations, weights)
+
+    return call
+
+
+corners, border = sampled_with(align_corners=True), sampled_with(padding_mode="border")
+
+
 def in_a_tuple(*tensors):
     return (five(*tensors),)
 
@@ -164,6 +189,9 @@ def test_a_layer_that_rounds_locations_to_16_bits_passes():
         ("FlippedLocations", "gradient of locations is off by"),
         ("NoWeights", "gradient of weights is off by"),
         ("Swapped", "output is off by"),
+        ("exchanged", "; it is what comes with x and y exchanged"),
+        ("corners", "; it is what comes with align_corners=True"),
+        ("border", "; it is what comes with padding_mode='border'"),
         ("exits", "raised SystemExit: 0"),
         ("in_a_tuple", "it returned a tuple, expected a tensor"),
         ("with_heads", "output has shape ["),
@@ -176,6 +204,12 @@ def test_wrong_ones_fail_and_it_says_where(check, name, named):
     failed = [line for line in said.splitlines() if line.startswith("FAILED")]
     assert any(named in line for line in failed)
     assert "check --case hub-small --dtype fp32 --device cpu --module " in said
+
+
+def test_another_mistake_is_given_no_name(check):
+    _, said, _ = check("halved")
+    assert "output is off by" in said
+    assert "what comes with" not in said
 
 
 def test_only_what_is_wrong_is_named(check):

@@ -16,6 +16,7 @@ import vitkern
 from vitkern.cases import Function, MsDeformAttnCase, levels_of
 from vitkern.check import report
 from vitkern.check.examine import Expected, Outcome, ResultError, compare, timed
+from vitkern.check.mistakes import mistake_in
 from vitkern.check.plan import Request, Task
 from vitkern.check.problems import Problem
 from vitkern.check.routes import Route
@@ -67,7 +68,12 @@ def _examine(theirs: Any, task: Task, times: float) -> Outcome:
         known = Expected.of(
             problem, DTYPES[task.dtype], task.seed, formula=problem.other, plain=problem.other
         )
-        compare(known, known.results(_judged(problem.call, known.exact[0])), outcome, times)
+        actual = known.results(_judged(problem.call, known.exact[0]))
+        compare(known, actual, outcome, times)
+        if not is_layer and outcome.failures and outcome.failures[0].startswith("output"):
+            shapes, _ = _levels(task)
+            if name := mistake_in(actual[0], known, shapes, times):
+                outcome.failures[0] += f"; it is what comes with {name}"
     return outcome
 
 
@@ -90,10 +96,8 @@ def _judged(call: Function, expected: Tensor) -> Function:
 def _of_function(theirs: Any, task: Task) -> Problem:
     """The op's problem with theirs in the place of the kernels, held to the formula."""
     op = OPS[task.op]
-    setting = op.settings[task.case]
-    assert isinstance(setting.case, MsDeformAttnCase)
-    problem = op.problem(setting, device=task.route.device, seed=task.seed)
-    levels = levels_of(setting.case, task.route.device)
+    problem = op.problem(op.settings[task.case], device=task.route.device, seed=task.seed)
+    levels = _levels(task)
     function = adapted(theirs)
 
     def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -102,6 +106,16 @@ def _of_function(theirs: Any, task: Task) -> Problem:
     formula = functools.partial(problem.call, backend="reference")
     # Others take all tensors in one dtype; that coordinates stay float32 is a contract of vitkern's own kernels.
     return replace(problem, call=ours, other=formula, coordinates=())
+
+
+def _levels(task: Task) -> tuple[Tensor, Tensor]:
+    return levels_of(_case(task), task.route.device)
+
+
+def _case(task: Task) -> MsDeformAttnCase:
+    case = OPS[task.op].settings[task.case].case
+    assert isinstance(case, MsDeformAttnCase)
+    return case
 
 
 def adapted(theirs: Any) -> Function:
@@ -133,8 +147,7 @@ def _positional(function: Any) -> int:
 
 def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
     """The layer and our own, in plain torch, with the same random parameters, which are inputs like others."""
-    case, device = OPS[task.op].settings[task.case].case, task.route.device
-    assert isinstance(case, MsDeformAttnCase)
+    case, device = _case(task), task.route.device
     formula, layer = _layers(theirs, case, device)
     # On edges of cells two roundings have two gradients: reference points are middles of pixels, offsets lead well into
     # a cell, and none follows the query.
@@ -149,7 +162,7 @@ def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
         drawn = torch.rand(*shape, generator=generator, dtype=torch.float64)
         return (low + (high - low) * drawn).to(device)
 
-    levels = levels_of(case, device)
+    levels = _levels(task)
     sizes = levels[0].flip(-1).clamp(min=1)
     points = between(0.2, 0.8, case.batch, case.query_count, len(case.levels), 2)
     width = formula.value_proj.in_features

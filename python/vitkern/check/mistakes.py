@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the usual mistakes an output comes from. Each is the formula at other places."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vitkern.cases import Function
+from vitkern.check.compare import judge
+from vitkern.check.examine import Expected
+
+# From locations and the levels' (width, height) to where is sampled by mistake.
+MISTAKES: dict[str, Function] = {
+    "x and y exchanged": lambda places, sizes: places.flip(-1),
+    "align_corners=True": lambda places, sizes: (places * (sizes - 1) + 0.5) / sizes,
+    "padding_mode='border'": lambda places, sizes: places.clamp(0.5 / sizes, 1 - 0.5 / sizes),
+}
+
+
+def mistake_in(output: Tensor, known: Expected, spatial_shapes: Tensor, times: float) -> str | None:
+    """What the output of a wrong ms_deform_attn comes with, if that is one of the above."""
+    wide = [tensor.double() for tensor in known.tensors]
+    for name, moved in MISTAKES.items():
+        plain, exact = (
+            known.problem.other(value, moved(places, spatial_shapes.flip(1)[:, None]), weights)
+            for value, places, weights in (known.tensors, wide)
+        )
+        if judge(output, plain, exact, times=times).complaint is None:
+            return name
+    return None
