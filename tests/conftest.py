@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What cuBLAS, which the oracle calls, needs in torch's deterministic mode. Read when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Read when torch compiles. Its caches know an op by its name alone, and would bring back what was made of it when its
+# results had other shapes.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+
 import torch
 
 if not torch.cuda.is_available():

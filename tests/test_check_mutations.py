@@ -30,7 +30,7 @@ class Mutation:
     file: str  # under csrc/ or triton_kernels/
     right: str
     wrong: str
-    gradients: tuple[str, ...]  # that must be named
+    gradients: tuple[str, ...]  # that must be named; of token_pool's delta, weight's is free by its eq. (9)
     case: str = "odd-channels"
 
     @property
@@ -77,7 +77,7 @@ CUDA = mutations(
         "token_pool/backward.cuh",
         "- shared.delta[token]",
         "+ shared.delta[token]",
-        ("x", "weight"),
+        ("x",),
     ),
     Mutation(
         "token_project", "token_project/backward.cuh", "(h[t] - mean)", "(h[t] + mean)", ("query", "key")
@@ -104,7 +104,7 @@ CPU = mutations(
         "token_pool/cpu_backward.h",
         "load<Acc, N>(dots + token) - load<Acc, N>(worker.delta + token)",
         "load<Acc, N>(dots + token) + load<Acc, N>(worker.delta + token)",
-        ("x", "weight"),
+        ("x",),
     ),
     Mutation(
         "token_project",
@@ -137,9 +137,7 @@ TRITON = mutations(
         ("x", "down_weight", "down_bias"),
         "silu",
     ),
-    Mutation(
-        "token_pool", "token_pool.py", "(dots - delta[:, None])", "(dots + delta[:, None])", ("x", "weight")
-    ),
+    Mutation("token_pool", "token_pool.py", "(dots - delta[:, None])", "(dots + delta[:, None])", ("x",)),
     Mutation("token_project", "token_project.py", "(h - tl.sum", "(h + tl.sum", ("query", "key")),
 )
 
