@@ -53,8 +53,7 @@ __device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const Pool
   for (int begin = 0; begin < Tile::kTokens; begin += Tile::kPixels) {
     Sums<A> products[2] = {};
     for (int64_t i = 1; i <= windows; ++i) {
-      // In the order of <g, x>. A remainder of 64 bits takes registers that sm_120 then spills.
-      const int64_t window = static_cast<uint32_t>(place.window + i) % static_cast<uint32_t>(windows);
+      const int64_t window = window_after(place, i, windows);
       __syncthreads();  // nobody reads the last rows any more
       copy_tile<Tile::kTokens, Tile::kWindow>(shared.grads, grad, first, window * Tile::kWindow);
       copy_tile<Tile::kPixels, Tile::kWindow>(shared.pixels, pooled, first + begin, window * Tile::kWindow);
@@ -184,7 +183,7 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
   for (int64_t pixel = place.begin; pixel < place.end; pixel += Tile::kPixels) {
     Sums<A> logits[2] = {}, products[2] = {};
     for (int64_t i = 1; i <= windows; ++i) {
-      const int64_t window = (place.window + i) % windows;
+      const int64_t window = window_after(place, i, windows);
       __syncthreads();  // nobody reads the last pixels any more
       if (windows > 1 || pixel == place.begin) {
         copy_tile<Tile::kTokens, Tile::kWindow>(shared.rows, weight, token, window * Tile::kWindow);

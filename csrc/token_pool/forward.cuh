@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
   for (int64_t pixel = place.begin; pixel < place.end; pixel += Tile::kPixels) {
     Sums<A> own_logits[2] = {};
     for (int64_t i = 1; i <= windows; ++i) {
-      const int64_t window = (place.window + i) % windows;
+      const int64_t window = window_after(place, i, windows);
       __syncthreads();  // nobody reads the last pixels any more
       if (windows > 1 || pixel == place.begin)
         copy_tile<Tile::kTokens, kWindow>(shared.rows, weight, place.group * Tile::kTokens, window * kWindow);

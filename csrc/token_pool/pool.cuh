@@ -65,6 +65,12 @@ struct PoolPlace {
   int64_t begin, end;
 };
 
+// The i-th window of a pass, 1 <= i <= windows: the block's own comes last and stays in shared memory. A remainder of
+// 64 bits would take registers that sm_120 then spills.
+__device__ __forceinline__ int64_t window_after(const PoolPlace& place, int64_t i, int64_t windows) {
+  return static_cast<uint32_t>(place.window + i) % static_cast<uint32_t>(windows);
+}
+
 template <typename Tile>
 __device__ __forceinline__ PoolPlace pool_place(const TokenPoolTask& task, int64_t groups, int64_t windows) {
   PoolPlace place;
