@@ -15,6 +15,7 @@ import torch
 
 from tests import emulated, wide
 from vitkern import backends
+from vitkern.check.examine import deterministic
 from vitkern.check.routes import Route, all_routes
 from vitkern.ops import native
 
@@ -37,10 +38,8 @@ def _emulator():
 
 @contextlib.contextmanager
 def _ordered_emulator():
-    torch.use_deterministic_algorithms(True)
-    with _emulator():
+    with deterministic(True), _emulator():
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _wide_vectors():

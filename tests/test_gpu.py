@@ -13,6 +13,7 @@ from vitkern import backends
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import OPS, Work
 from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES, make_inputs
+from vitkern.check.examine import deterministic as deterministic_mode
 from vitkern.check.examine import examine
 from vitkern.check.plan import Request, plan
 from vitkern.commands.choices import DTYPES
@@ -95,8 +96,7 @@ def test_forward_and_backward_are_captured_in_a_graph(op, backend, deterministic
         output = function(*leaves)
         return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
 
-    torch.use_deterministic_algorithms(deterministic)
-    try:
+    with deterministic_mode(deterministic):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -111,8 +111,6 @@ def test_forward_and_backward_are_captured_in_a_graph(op, backend, deterministic
                 leaf.mul_(0.9)
         graph.replay()
         expected = step()
-    finally:
-        torch.use_deterministic_algorithms(False)
     for ours, theirs, old in zip(captured, expected, before):
         assert not torch.equal(theirs, old)
         scale = theirs.abs().max().item()

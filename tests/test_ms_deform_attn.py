@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import vitkern
 from tests.helpers import assert_matches_oracle, gradients, guarded_memory
 from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, make_inputs, off_edge_inputs
+from vitkern.check.examine import deterministic as deterministic_mode
 
 NAMES = ("output", "grad_value", "grad_locations", "grad_weights")
 LOW = (torch.float16, torch.bfloat16)
@@ -272,15 +273,12 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted):
 def test_deterministic_backward_is_right_and_bitwise_repeatable(runner, dtype):
     skip_dtype(runner, dtype)
     inputs = make(small(channels=32, queries=5 if runner.tiny else 40), runner, dtype)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic_mode(True):
         check(inputs, runner)
         first = gradients(call(inputs, runner.backend), inputs.differentiable())
         for _ in range(2 if runner.slow else 10):
             again = gradients(call(inputs, runner.backend), inputs.differentiable())
             assert all(torch.equal(a, b) for a, b in zip(first, again))
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 16, 30, 32, 64, 71])
@@ -293,13 +291,10 @@ def test_gradcheck(runner, channels, deterministic):
         torch.float64,
     )
     leaves = tuple(tensor.requires_grad_() for tensor in inputs.differentiable())
-    torch.use_deterministic_algorithms(deterministic)
-    try:
+    with deterministic_mode(deterministic):
         assert torch.autograd.gradcheck(
             call(inputs, runner.backend), leaves, fast_mode=runner.slow or channels > 32
         )
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @given(

@@ -10,6 +10,7 @@ import vitkern
 from tests.helpers import assert_as_exact_as, assert_matches_oracle, gradients, guarded_memory
 from tests.test_ms_deform_attn import SMALL, dispatch, make, skip_dtype, small
 from vitkern.cases import ATTENTION_CASES
+from vitkern.check.examine import deterministic
 
 NAMES = ("output", "grad_value", "grad_reference", "grad_offsets", "grad_logits")
 FORMS = {  # shape of the reference points of B images, Q queries, L levels
@@ -173,12 +174,9 @@ def test_empty_inputs(runner, empty):
 
 def test_deterministic_backward(runner):
     tensors, tables = make_fused(small(channels=32, queries=5 if runner.tiny else 40), runner, torch.float32)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic(True):
         check(tensors, tables, runner)
         first, second = (gradients(call(tables, runner.backend), tensors) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 

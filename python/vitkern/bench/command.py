@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitkern.commands.arguments import add_filters, add_repeated, positive, refuse
-from vitkern.commands.errors import CommandError
+from vitkern.commands.errors import INTERRUPTED, CommandError
 
 if TYPE_CHECKING:
     from vitkern.bench.plan import Request
@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     print(
         f"{record['status']}: {len(record['rows'])} rows in {record['seconds']:.0f} s, {failed} FAILED{told}"
     )
-    return 130 if record["status"] == "interrupted" else int(failed > 0)
+    return INTERRUPTED if record["status"] == "interrupted" else int(failed > 0)
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -137,7 +137,7 @@ def _gradcheck(task: Task, outcome: Outcome, times: float) -> None:
     problem = op.problem(Setting(TINY, op.tiny), device=task.route.device, seed=task.seed)
     leaves = tuple(tensor.requires_grad_() for tensor in problem.inputs.values())
     names = list(problem.inputs)
-    with _deterministic(task.route.slow):
+    with deterministic(task.route.slow):
         try:
             gradcheck(_ours(task, problem), leaves, fast_mode=task.route.slow)
         except GradcheckError as error:
@@ -153,7 +153,7 @@ def _repeat(task: Task, outcome: Outcome, times: float) -> None:
     known = _expected_of(task)
     modes = (True, False) if task.route.backend in ("cpu", "reference") else (True,)
     for mode in modes if task.route.device == "cpu" else (True,):
-        with _deterministic(mode):
+        with deterministic(mode):
             ours = _ours(task, known.problem)
             runs = [known.results(ours) for _ in range(2 if task.route.slow else REPEATS)]
         where = "in deterministic mode" if mode else "without deterministic mode"
@@ -178,7 +178,8 @@ def _threads(task: Task) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deterministic(mode: bool) -> Iterator[None]:
+def deterministic(mode: bool) -> Iterator[None]:
+    """Torch's deterministic mode, on or off inside."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(mode)
     try:
