@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ran in a trial, and what did not: code that no trial ran is not proved to do what the kernel does.
+
+A way that no trial took is harmless where it only raises, where it only warns, and where its condition is settled: then
+what it reads is the same in each later call. All else is a gap.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType, TracebackType
+from typing import Any, NamedTuple
+
+from vitkern.compat.trial.flow import Flow, flow_of, is_conditional
+from vitkern.compat.trial.harmless import only_raises, only_warns, same_ways
+from vitkern.compat.trial.stack import UNKNOWN, Read, operands_of
+
+Tracer = Callable[[FrameType, str, Any], Any]
+ANNOTATIONS = "__annotate__"  # CPython 3.14 calls it when annotations are asked for
+
+
+class Leaf(NamedTuple):
+    """One thing that a condition reads."""
+
+    kind: str  # "attribute" of self, "global", "local", "other"
+    name: str  # self.method.x -> "method"; a global with its attributes, "torch.cuda.is_available"; a local
+    types: frozenset[type] = frozenset()  # of a local: those seen there; object where one was not seen
+
+
+class Gap(NamedTuple):
+    """Code that no trial ran, and that may do anything."""
+
+    code: CodeType
+    line: int
+    text: str
+    why: str
+
+
+class _Ran:
+    """What ran of one code object."""
+
+    def __init__(self, code: CodeType) -> None:
+        self.code = code
+        self.pairs: set[tuple[int, int]] = set()  # offsets of instructions that ran one after the other
+        self.types: dict[int, dict[str, set[type]]] = {}  # offset of a jump -> the locals that it depends on
+        for index, reads in conditions(code).items():
+            if names := {name: set[type]() for kind, name in reads if kind == "local"}:
+                self.types[flow_of(code).steps[index].offset] = names
+
+    def look(self, frame: FrameType, offset: int) -> None:
+        found = frame.f_locals
+        for name, types in self.types[offset].items():
+            types.add(type(found[name]) if name in found else object)
+
+    def follow(self, last: int) -> Tracer:
+        pairs, watched, look = self.pairs, self.types, self.look
+
+        def step(frame: FrameType, event: str, arg: Any) -> Tracer:
+            nonlocal last
+            if event == "opcode":
+                offset = frame.f_lasti
+                pairs.add((last, offset))
+                last = offset
+                if offset in watched:
+                    look(frame, offset)
+            return step
+
+        return step
+
+
+class Coverage:
+    """Which instructions and which ways out of each jump ran, over all frames that belong.
+
+    It may be entered many times: what ran adds up. It sees the thread that entered it.
+    """
+
+    def __init__(self, belongs: Callable[[FrameType], bool]) -> None:
+        self.codes: dict[CodeType, dict[str, Any]] = {}
+        self._ran: dict[CodeType, _Ran] = {}
+        self._belongs = belongs
+        self._earlier: list[Any] = []
+
+    def __enter__(self) -> Coverage:
+        self._earlier.append(sys.gettrace())
+        # CPython 3.12 looks at this frame when it decides whether there are events for instructions.
+        sys._getframe().f_trace_opcodes = True
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sys.settrace(self._earlier.pop())
+
+    def _called(self, frame: FrameType, event: str, arg: Any) -> Tracer | None:
+        code = frame.f_code
+        if code is Coverage.__exit__.__code__ or not self._belongs(frame):
+            return None
+        ran = self._ran.get(code)
+        if ran is None:
+            ran = self._ran[code] = _Ran(code)
+            self.codes[code] = frame.f_globals
+        frame.f_trace_lines = False
+        frame.f_trace_opcodes = True
+        return ran.follow(frame.f_lasti)
+
+    def gaps(self, settled: Callable[[CodeType, Leaf], bool]) -> list[Gap]:
+        """The first line of each way that no trial took and that is not harmless."""
+        found: dict[tuple[CodeType, int], Gap] = {}
+        for ran in self._ran.values():
+            for line, why in _Report(ran, settled, self._ran).gaps():
+                found.setdefault((ran.code, line), Gap(ran.code, line, text_of(ran.code, line), why))
+        return list(found.values())
+
+
+def text_of(code: CodeType, line: int) -> str:
+    text = linecache.getline(code.co_filename, line).strip()
+    return text or f"line {line} of {code.co_filename}"
+
+
+def conditions(code: CodeType) -> dict[int, frozenset[Read]]:
+    """The step of each conditional jump -> what its condition reads."""
+    operands = operands_of(code)
+    found = {}
+    for index, step in enumerate(flow_of(code).steps):
+        if is_conditional(step):
+            items = operands[index]
+            found[index] = items[-1].reads if items else frozenset({UNKNOWN})
+    return found
+
+
+class _Report:
+    """What did not run of one code object."""
+
+    def __init__(
+        self, ran: _Ran, settled: Callable[[CodeType, Leaf], bool], others: dict[CodeType, _Ran]
+    ) -> None:
+        self.code, self.types, self.settled, self.others = ran.code, ran.types, settled, others
+        self.flow = flow_of(ran.code)
+        self.taken, self.reached = _taken(self.flow, ran.pairs)
+
+    def gaps(self) -> Iterator[tuple[int, str]]:
+        for number, reached in sorted(self.reached.items()):
+            block = self.flow.blocks[number]
+            if reached < block.last and not only_raises(self.flow, number):
+                yield self._line(reached + 1), "no trial ran this to its end"
+            for way in block.ways if reached == block.last else ():
+                if (number, way) not in self.taken and not self._harmless(number, way):
+                    yield self._line(block.last), f"no trial went on from here to line {self._way_line(way)}"
+            for handler in block.handlers:
+                if handler not in self.reached and not only_raises(self.flow, handler):
+                    yield self._handler_line(handler), "no trial raised what this handles"
+            yield from self._never_called(block.first, reached)
+
+    def _never_called(self, first: int, last: int) -> Iterator[tuple[int, str]]:
+        for step in self.flow.steps[first : last + 1]:
+            inner = step.value
+            if isinstance(inner, CodeType) and inner not in self.others and inner.co_name != ANNOTATIONS:
+                yield inner.co_firstlineno, f"no trial called {inner.co_name}"
+
+    def _harmless(self, number: int, way: int) -> bool:
+        flow, block = self.flow, self.flow.blocks[number]
+        if only_raises(flow, way):
+            return True
+        step = flow.steps[block.last]
+        if not is_conditional(step):
+            return False
+        if self._settled(block.last) or self._taken_in_copy(number, way):
+            return True
+        others = [other for other in block.ways if other != way]
+        if step.op in ("FOR_ITER", "SEND") or step.op.endswith("_OR_POP"):
+            return False
+        return any(only_warns(flow, way, other) or only_warns(flow, other, way) for other in others)
+
+    def _settled(self, jump: int) -> bool:
+        types = self.types.get(self.flow.steps[jump].offset, {})
+        for kind, name in conditions(self.code)[jump]:
+            seen = frozenset(types.get(name, ())) or frozenset({object})
+            leaf = Leaf(kind, name, seen if kind == "local" else frozenset())
+            if kind == "other" or not self.settled(self.code, leaf):
+                return False
+        return True
+
+    def _taken_in_copy(self, number: int, way: int) -> bool:
+        """CPython writes the condition of a while loop twice, before and after the body."""
+        flow, block = self.flow, self.flow.blocks[number]
+        test = _test(self.code, block.last)
+        for copy, other in enumerate(flow.blocks):
+            if copy == number or test is None or _test(self.code, other.last) != test:
+                continue
+            if len(other.ways) == 2 and same_ways(flow, block.ways, other.ways):
+                taken = [to for to in other.ways if (copy, to) in self.taken]
+                if any(same_ways(flow, (way,), (to,)) for to in taken):
+                    return True
+        return False
+
+    def _line(self, index: int) -> int:
+        return self.flow.steps[index].line or self.code.co_firstlineno
+
+    def _way_line(self, way: int) -> int:
+        return self._line(self.flow.blocks[way].first)
+
+    def _handler_line(self, handler: int) -> int:
+        """CPython gives the line of `try` or none to some instructions that come before those of `except`."""
+        first = self.flow.blocks[handler].first
+        while self.flow.steps[first].op in ("PUSH_EXC_INFO", "POP_TOP", "DUP_TOP"):
+            first += 1
+        return self._line(first)
+
+
+def _test(code: CodeType, jump: int) -> tuple[Any, ...] | None:
+    """The condition of a jump: its line and instructions."""
+    steps, items = flow_of(code).steps, operands_of(code)[jump]
+    if not is_conditional(steps[jump]) or not items or items[-1].start < 0:
+        return None
+    return (steps[jump].line, *((step.op, step.value) for step in steps[items[-1].start : jump]))
+
+
+def _taken(flow: Flow, pairs: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], dict[int, int]]:
+    """The ways between blocks that were taken, and for each block that ran how far it did."""
+    taken: set[tuple[int, int]] = set()
+    reached: dict[int, int] = {}
+    for before, offset in pairs:
+        index = flow.at[offset]
+        to = flow.block_of[index]
+        reached[to] = max(reached.get(to, -1), index)
+        if before < 0:
+            continue
+        last = flow.at[before]
+        source = flow.block_of[last]
+        block = flow.blocks[source]
+        if index == flow.blocks[to].first and to in block.ways and (source != to or last == block.last):
+            taken.add((source, to))
+            reached[source] = block.last
+    return taken, reached
