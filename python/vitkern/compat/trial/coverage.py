@@ -104,7 +104,9 @@ class Coverage:
             self.codes[code] = frame.f_globals
         frame.f_trace_lines = False
         frame.f_trace_opcodes = True
-        return ran.follow(frame.f_lasti)
+        # CPython 3.13 would set it after this call only, and then have no events for instructions in a first call.
+        frame.f_trace = tracer = ran.follow(frame.f_lasti)
+        return tracer
 
     def gaps(self, settled: Callable[[CodeType, Leaf], bool]) -> list[Gap]:
         """The first line of each way that no trial took and that is not harmless."""
@@ -142,6 +144,8 @@ class _Report:
         self.taken, self.reached = _taken(self.flow, ran.pairs)
 
     def gaps(self) -> Iterator[tuple[int, str]]:
+        if 0 not in self.reached:
+            yield self.code.co_firstlineno, "the trials did not see all of it"
         for number, reached in sorted(self.reached.items()):
             block = self.flow.blocks[number]
             if reached < block.last and not only_raises(self.flow, number):
@@ -203,11 +207,9 @@ class _Report:
         return self._line(self.flow.blocks[way].first)
 
     def _handler_line(self, handler: int) -> int:
-        """CPython gives the line of `try` or none to some instructions that come before those of `except`."""
+        """The first instruction has the line of `try`, or none."""
         first = self.flow.blocks[handler].first
-        while self.flow.steps[first].op in ("PUSH_EXC_INFO", "POP_TOP", "DUP_TOP"):
-            first += 1
-        return self._line(first)
+        return self._line(first + (self.flow.steps[first].op == "PUSH_EXC_INFO"))
 
 
 def _test(code: CodeType, jump: int) -> tuple[Any, ...] | None:
@@ -226,9 +228,9 @@ def _taken(flow: Flow, pairs: set[tuple[int, int]]) -> tuple[set[tuple[int, int]
         index = flow.at[offset]
         to = flow.block_of[index]
         reached[to] = max(reached.get(to, -1), index)
-        if before < 0:
+        last = -1 if before < 0 else flow.yielded.get(before, flow.at[before])
+        if last < 0:
             continue
-        last = flow.at[before]
         source = flow.block_of[last]
         block = flow.blocks[source]
         if index == flow.blocks[to].first and to in block.ways and (source != to or last == block.last):

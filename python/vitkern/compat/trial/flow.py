@@ -20,8 +20,11 @@ ALWAYS = frozenset({"JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACK
 RETURNS = frozenset({"RETURN_VALUE", "RETURN_CONST"})
 # CLEANUP_THROW stands in what CPython adds to `yield from`, for an exception that is thrown into it.
 RAISES = frozenset({"RAISE_VARARGS", "RERAISE", "CLEANUP_THROW"})
-# These do nothing, or CPython jumps over them: END_FOR never runs after a loop over anything but a generator.
-IDLE = frozenset({"CACHE", "EXTENDED_ARG", "NOP", "NOT_TAKEN", "END_FOR"})
+# These do nothing here, and tracers do not see all of them. CPython jumps over END_FOR, unless a generator ends.
+IDLE = words(
+    "CACHE EXTENDED_ARG NOP NOT_TAKEN END_FOR RESUME RETURN_GENERATOR GEN_START MAKE_CELL COPY_FREE_VARS"
+)
+LEAVE_POP = frozenset({"RETURN_GENERATOR", "END_FOR"})  # after these POP_TOP belongs to them
 ALIASES = {"LOAD_FAST_BORROW": "LOAD_FAST", "LOAD_FAST_CHECK": "LOAD_FAST", "LOAD_NAME": "LOAD_GLOBAL"}
 PAIRS = {
     "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
@@ -60,11 +63,12 @@ class Flow(NamedTuple):
     blocks: tuple[Block, ...]
     at: dict[int, int]  # offset of an instruction -> its step, or the next one where it does nothing
     block_of: tuple[int, ...]  # step -> its block
+    yielded: dict[int, int]  # offset where a generator resumes -> the step that yielded
 
 
 @lru_cache(maxsize=512)
 def flow_of(code: CodeType) -> Flow:
-    steps, at = _steps(code)
+    steps, at, yielded = _steps(code)
     guards = _guards(code, steps, at)
     first = _leaders(steps, at, guards)
     block_of, current = [], -1
@@ -78,25 +82,31 @@ def flow_of(code: CodeType) -> Flow:
         ways = tuple(dict.fromkeys(block_of[i] for i in _ways(steps, at, start, stop - 1, swallows)))
         handlers = dict.fromkeys(block_of[h] for i in range(start, stop) for h in guards.get(i, ()))
         blocks.append(Block(start, stop - 1, ways, tuple(handlers)))
-    return Flow(code, tuple(steps), tuple(blocks), at, tuple(block_of))
+    return Flow(code, tuple(steps), tuple(blocks), at, tuple(block_of), yielded)
 
 
-def _steps(code: CodeType) -> tuple[list[Step], dict[int, int]]:
+def _steps(code: CodeType) -> tuple[list[Step], dict[int, int], dict[int, int]]:
     lines = {start: line for start, _, line in code.co_lines()}
     steps: list[Step] = []
     at: dict[int, int] = {}
-    line = None
+    yielded: dict[int, int] = {}
+    line, before = None, ""
     for offset, op, arg, value, effect in _instructions(code):
         line = lines.get(offset, line)
         at[offset] = len(steps)
-        if op in IDLE:
+        idle = op in IDLE or (op == "POP_TOP" and before in LEAVE_POP)
+        before = op
+        if op == "RESUME":
+            yielded[offset] = len(steps) - 1
+        if idle:
             continue
         if op in PAIRS:
             for half, name in zip(PAIRS[op], value):
                 steps.append(Step(half, arg, name, line, offset, 1 if half == "LOAD_FAST" else -1))
         else:
+            op = op.replace("_FORWARD_IF_", "_IF_").replace("_BACKWARD_IF_", "_IF_")
             steps.append(Step(ALIASES.get(op, op), arg, value, line, offset, effect))
-    return steps, at
+    return steps, at, yielded
 
 
 def _instructions(code: CodeType) -> Iterator[tuple[int, str, int | None, Any, int]]:

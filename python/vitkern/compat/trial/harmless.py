@@ -34,6 +34,7 @@ READING = (
         "PUSH_NULL PRECALL KW_NAMES LIST_EXTEND LIST_TO_TUPLE CALL_INTRINSIC_1 DICT_MERGE"
     )
 )
+OPPOSITES = {"TRUE": "FALSE", "FALSE": "TRUE", "NONE": "NOT_NONE", "NOT_NONE": "NONE"}
 HANDS_OUT = RETURNS | {"YIELD_VALUE"}
 
 
@@ -90,7 +91,8 @@ def same_ways(flow: Flow, some: tuple[int, ...], others: tuple[int, ...]) -> boo
     return all(among(way, others) for way in some) and all(among(way, some) for way in others)
 
 
-def _same_code(flow: Flow, one: int, two: int) -> bool:
+def _same_code(flow: Flow, one: int, two: int, depth: int = 8) -> bool:
+    """Whether the same is done from either step on. At most so many conditions are looked at."""
     for _ in flow.steps:
         one, two = _landing(flow, one), _landing(flow, two)
         if one == two:
@@ -98,14 +100,27 @@ def _same_code(flow: Flow, one: int, two: int) -> bool:
         if max(one, two) >= len(flow.steps):
             return False
         here, there = flow.steps[one], flow.steps[two]
-        if (here.op, here.value) != (there.op, there.value) or is_conditional(here):
+        if is_conditional(here) and depth:
+            some, others = _decided(flow, one), _decided(flow, two)
+            return some.keys() == others.keys() and all(
+                _same_code(flow, some[key], others[key], depth - 1) for key in some
+            )
+        if (here.op, here.value) != (there.op, there.value) or here.op in RAISES or is_conditional(here):
             return False
         if here.op in RETURNS:
             return True
-        if here.op in RAISES:
-            return False
         one, two = one + 1, two + 1
     return False
+
+
+def _decided(flow: Flow, jump: int) -> dict[str, int]:
+    """Where a conditional jump leads: the step for either outcome."""
+    step = flow.steps[jump]
+    test, _, outcome = step.op.rpartition("IF_")
+    other = OPPOSITES.get(outcome)
+    if test != "POP_JUMP_" or other is None:
+        return {f"{jump}": jump}
+    return {outcome: flow.at[step.value], other: jump + 1}
 
 
 def _landing(flow: Flow, index: int) -> int:

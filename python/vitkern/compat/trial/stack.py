@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from types import CodeType
 from typing import NamedTuple
@@ -26,11 +27,10 @@ COMBINES = words(
 EXTENDS = frozenset({"LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE", "DICT_MERGE"})  # what lies below
 STORES = words(
     "STORE_FAST STORE_NAME STORE_GLOBAL STORE_DEREF STORE_ATTR STORE_SUBSCR STORE_SLICE POP_TOP DELETE_ATTR "
-    "DELETE_SUBSCR RETURN_VALUE POP_JUMP_IF_TRUE POP_JUMP_IF_FALSE POP_JUMP_IF_NONE POP_JUMP_IF_NOT_NONE "
-    "RAISE_VARARGS"
+    "DELETE_SUBSCR RETURN_VALUE RAISE_VARARGS"
 )
 NEUTRAL = words(
-    "RESUME MAKE_CELL COPY_FREE_VARS PRECALL KW_NAMES GEN_START JUMP_FORWARD JUMP_ABSOLUTE JUMP_BACKWARD POP_BLOCK "
+    "PRECALL KW_NAMES JUMP_FORWARD JUMP_ABSOLUTE JUMP_BACKWARD POP_BLOCK "
     "JUMP_BACKWARD_NO_INTERRUPT DELETE_FAST DELETE_GLOBAL DELETE_NAME DELETE_DEREF RETURN_CONST "
     "SETUP_ANNOTATIONS"
 )
@@ -156,8 +156,11 @@ class _Machine:
         kind, name = self._kind(step), step.value
         leaf = {"self": ("local", name), "free": ("other", name)}.get(kind, (kind, name))
         item = Item(frozenset({leaf}), name, (kind, name), index)
-        # CPython 3.11 and 3.12 leave an empty place below, 3.13 above; a call takes both.
-        self.stack += [item, Item(frozenset(), NULL, None, index)][: step.effect]
+        if step.effect == 2:  # with an empty place for a call to take, until CPython 3.12 below
+            pair = [item, Item(frozenset(), NULL, None, index)]
+            self.stack += pair if sys.version_info >= (3, 13) else reversed(pair)
+        else:
+            self.stack.append(item)
 
     def _kind(self, step: Step) -> str:
         if step.op == "LOAD_GLOBAL":
