@@ -9,9 +9,9 @@ from itertools import count
 
 import pytest
 
-from vitkern.compat.trial.coverage import Coverage, Leaf
+from vitkern.compat.trial.coverage import Coverage, Leaf, conditions
 
-# A module, calls, and `# gap` beside the lines that are gaps where attributes, globals and locals that are str are settled.
+# A module, calls, and `# gap` beside the lines that are gaps. Attributes, globals and locals that are str are settled.
 ROWS = {
     "all of it runs": """
         def f(x):
@@ -650,48 +650,36 @@ LEAVES = [
 
 
 @pytest.mark.parametrize("condition, expected", LEAVES)
-def test_leaves(condition, expected):
-    """All that a condition reads is asked for until something is not settled."""
-    namespace, _, name = load(f"""
+def test_what_a_condition_reads(condition, expected):
+    source = f"""
         def outer(free):
             def f(self, x, y):
                 if {condition}:
                     return 1
-                return 2
             return f
-        class Any:
-            def __getattr__(self, name):
-                return Any()
-            def __call__(self, *args, **kwargs):
-                return Any()
-            __add__ = __mul__ = __getitem__ = __neg__ = __call__
-            def __gt__(self, other):
-                return True
-            def __iter__(self):
-                return iter(())
-            def keys(self):
-                return ()
-        a = b = torch = call = Any()
-        isinstance = call
-    """)
-    function = namespace["outer"](namespace["Any"]())
-    other = namespace["Any"]()
-    with (coverage := Coverage(lambda frame: frame.f_code is function.__code__)):
-        function(other, other, other)
-    asked = set()
-    refused: set = set()
+    """
+    namespace, *_ = load(source)
+    assert set().union(*conditions(namespace["outer"](1).__code__).values()) == expected
 
-    def settled(code, leaf):
-        asked.add((leaf.kind, leaf.name))
-        assert leaf.types == ({namespace["Any"]} if leaf.kind == "local" else set())
-        return (leaf.kind, leaf.name) not in refused
 
-    from vitkern.compat.trial.coverage import conditions
+def test_types_of_locals_are_those_at_the_jump():
+    namespace, *_ = load("def f(x):\n    x = len(x)\n    return 1 if x else 2\n")
+    with (coverage := Coverage(lambda frame: frame.f_code is namespace["f"].__code__)):
+        namespace["f"]("a")
+    leaves = []
+    assert not coverage.gaps(lambda code, leaf: leaves.append(leaf) or True)
+    assert leaves == [Leaf("local", "x", frozenset({int}))]
 
-    found = set().union(*conditions(function.__code__).values())
-    assert found == expected
-    coverage.gaps(settled)
-    assert asked <= expected
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_nothing_is_proved_of_a_generator_that_ran_before(calls):
+    namespace, *_ = load("def f(n):\n    yield n\n    yield n + 1\n")
+    running = namespace["f"](1)
+    next(running)
+    with (coverage := Coverage(lambda frame: frame.f_code is namespace["f"].__code__)):
+        for _ in range(calls):
+            next(running, None)
+    assert coverage.gaps(compared)
 
 
 def test_the_tracer_before_it_comes_back():

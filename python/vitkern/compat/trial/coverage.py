@@ -141,10 +141,11 @@ class _Report:
     ) -> None:
         self.code, self.types, self.settled, self.others = ran.code, ran.types, settled, others
         self.flow = flow_of(ran.code)
+        self.entered = any(self.flow.at[offset] == 0 for _, offset in ran.pairs)
         self.taken, self.reached = _taken(self.flow, ran.pairs)
 
     def gaps(self) -> Iterator[tuple[int, str]]:
-        if 0 not in self.reached:
+        if not self.entered:
             yield self.code.co_firstlineno, "the trials did not see all of it"
         for number, reached in sorted(self.reached.items()):
             block = self.flow.blocks[number]

@@ -42,7 +42,7 @@ WRITERS = words("__setattr__ __delattr__ __setitem__ __delitem__ __dict__ __glob
 GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 FIXED = (
     *(str, bytes, int, float, complex, NoneType, EllipsisType, NotImplementedType),
-    *(type, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType),
+    *(ModuleType, type, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType),
     *(GenericAlias, UnionType, re.Pattern, logging.Logger, enum.Enum),
 )
 TORCH_VALUES = frozenset({"dtype", "device", "layout", "memory_format"})
@@ -86,7 +86,7 @@ def names_of(code: CodeType) -> tuple[str, ...]:
 def is_fixed(value: object) -> bool:
     """Whether this is the same at each call, unless its name is bound to something else."""
     kind = type(value)
-    if isinstance(value, ModuleType | FIXED):
+    if isinstance(value, FIXED):
         return True
     if isinstance(value, tuple | frozenset):
         return all(map(is_fixed, value))
