@@ -10,10 +10,11 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from vitkern.compat.trial.flow import Flow, flow_of, is_conditional
+from vitkern.compat.trial.flow import CONDITIONAL, Flow, flow_of
 from vitkern.compat.trial.harmless import only_raises, only_warns, same_ways
 from vitkern.compat.trial.stack import UNKNOWN, Read, operands_of
 
@@ -122,12 +123,13 @@ def text_of(code: CodeType, line: int) -> str:
     return text or f"line {line} of {code.co_filename}"
 
 
+@lru_cache(maxsize=512)
 def conditions(code: CodeType) -> dict[int, frozenset[Read]]:
     """The step of each conditional jump -> what its condition reads."""
     operands = operands_of(code)
     found = {}
     for index, step in enumerate(flow_of(code).steps):
-        if is_conditional(step):
+        if step.op in CONDITIONAL:
             items = operands[index]
             found[index] = items[-1].reads if items else frozenset({UNKNOWN})
     return found
@@ -170,7 +172,7 @@ class _Report:
         if only_raises(flow, way):
             return True
         step = flow.steps[block.last]
-        if not is_conditional(step):
+        if step.op not in CONDITIONAL:
             return False
         if self._settled(block.last) or self._taken_in_copy(number, way):
             return True
@@ -191,11 +193,15 @@ class _Report:
     def _taken_in_copy(self, number: int, way: int) -> bool:
         """CPython writes the condition of a while loop twice, before and after the body."""
         flow, block = self.flow, self.flow.blocks[number]
-        test = _test(self.code, block.last)
+        line, test = flow.steps[block.last].line, _test(self.code, block.last)
         for copy, other in enumerate(flow.blocks):
-            if copy == number or test is None or _test(self.code, other.last) != test:
+            if copy == number or len(other.ways) < 2 or flow.steps[other.last].line != line:
                 continue
-            if len(other.ways) == 2 and same_ways(flow, block.ways, other.ways):
+            if (
+                test is not None
+                and _test(self.code, other.last) == test
+                and same_ways(flow, block.ways, other.ways)
+            ):
                 taken = [to for to in other.ways if (copy, to) in self.taken]
                 if any(same_ways(flow, (way,), (to,)) for to in taken):
                     return True
@@ -214,11 +220,11 @@ class _Report:
 
 
 def _test(code: CodeType, jump: int) -> tuple[Any, ...] | None:
-    """The condition of a jump: its line and instructions."""
+    """The instructions that make the condition of a jump, where they are known."""
     steps, items = flow_of(code).steps, operands_of(code)[jump]
-    if not is_conditional(steps[jump]) or not items or items[-1].start < 0:
+    if not items or items[-1].start < 0:
         return None
-    return (steps[jump].line, *((step.op, step.value) for step in steps[items[-1].start : jump]))
+    return tuple((step.op, step.value) for step in steps[items[-1].start : jump])
 
 
 def _taken(flow: Flow, pairs: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], dict[int, int]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dis
+import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -25,7 +26,14 @@ IDLE = words(
     "CACHE EXTENDED_ARG NOP NOT_TAKEN END_FOR RESUME RETURN_GENERATOR GEN_START MAKE_CELL COPY_FREE_VARS"
 )
 LEAVE_POP = frozenset({"RETURN_GENERATOR", "END_FOR"})  # after these POP_TOP belongs to them
-ALIASES = {"LOAD_FAST_BORROW": "LOAD_FAST", "LOAD_FAST_CHECK": "LOAD_FAST", "LOAD_NAME": "LOAD_GLOBAL"}
+# Names that say more than is of interest here.
+NAMES = {
+    "LOAD_FAST_BORROW": "LOAD_FAST",
+    "LOAD_FAST_CHECK": "LOAD_FAST",
+    "LOAD_NAME": "LOAD_GLOBAL",
+    **{op: re.sub("_(FORWARD|BACKWARD)_IF_", "_IF_", op) for op in dis.opmap if "_IF_" in op},
+}
+CONDITIONAL = frozenset(NAMES[op] for op in dis.opmap if "_IF_" in op) | {"FOR_ITER", "SEND"}
 PAIRS = {
     "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
     "LOAD_FAST_BORROW_LOAD_FAST_BORROW": ("LOAD_FAST", "LOAD_FAST"),
@@ -104,8 +112,7 @@ def _steps(code: CodeType) -> tuple[list[Step], dict[int, int], dict[int, int]]:
             for half, name in zip(PAIRS[op], value):
                 steps.append(Step(half, arg, name, line, offset, 1 if half == "LOAD_FAST" else -1))
         else:
-            op = op.replace("_FORWARD_IF_", "_IF_").replace("_BACKWARD_IF_", "_IF_")
-            steps.append(Step(ALIASES.get(op, op), arg, value, line, offset, effect))
+            steps.append(Step(NAMES.get(op, op), arg, value, line, offset, effect))
     return steps, at, yielded
 
 
@@ -113,10 +120,6 @@ def _instructions(code: CodeType) -> Iterator[tuple[int, str, int | None, Any, i
     for step in dis.get_instructions(code):
         arg = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
         yield step.offset, step.opname, arg, step.argval, dis.stack_effect(step.opcode, arg, jump=False)
-
-
-def is_conditional(step: Step) -> bool:
-    return step.op.startswith(("POP_JUMP_", "JUMP_IF_")) or step.op in ("FOR_ITER", "SEND")
 
 
 def _target(step: Step, at: dict[int, int]) -> int:
@@ -129,7 +132,7 @@ def _ways(steps: list[Step], at: dict[int, int], first: int, last: int, swallows
         return []
     if step.op in ALWAYS:
         return [_target(step, at)]
-    if not is_conditional(step):
+    if step.op not in CONDITIONAL:
         return [last + 1] if last + 1 < len(steps) else []
     # A context manager that swallows exceptions has code of its own that does so, unless it is contextlib's.
     if not swallows and any(steps[i].op == "WITH_EXCEPT_START" for i in range(first, last)):
@@ -140,7 +143,7 @@ def _ways(steps: list[Step], at: dict[int, int], first: int, last: int, swallows
 def _leaders(steps: list[Step], at: dict[int, int], guards: dict[int, tuple[int, ...]]) -> set[int]:
     first = {0}
     for index, step in enumerate(steps):
-        if is_conditional(step) or step.op in ALWAYS:
+        if step.op in CONDITIONAL or step.op in ALWAYS:
             first |= {index + 1, _target(step, at)}
         elif step.op in RETURNS or step.op in RAISES:
             first.add(index + 1)
@@ -181,7 +184,7 @@ def _guards_on_stack(steps: list[Step], at: dict[int, int]) -> dict[int, tuple[i
             stack = (*stack, handler)
         elif step.op in ("POP_BLOCK", "POP_EXCEPT"):
             stack = stack[:-1]
-        if is_conditional(step) or step.op in ALWAYS:
+        if step.op in CONDITIONAL or step.op in ALWAYS:
             todo.append((_target(step, at), stack))
         if step.op not in ALWAYS and step.op not in RETURNS and step.op not in RAISES:
             todo.append((index + 1, stack))

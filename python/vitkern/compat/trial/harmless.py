@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vitkern.compat.trial.flow import ALWAYS, RAISES, RETURNS, Flow, Step, is_conditional, words
+from vitkern.compat.trial.flow import ALWAYS, CONDITIONAL, RAISES, RETURNS, Flow, Step, words
 from vitkern.compat.trial.stack import (
     ATTRIBUTES,
     CALLS,
@@ -100,12 +100,12 @@ def _same_code(flow: Flow, one: int, two: int, depth: int = 8) -> bool:
         if max(one, two) >= len(flow.steps):
             return False
         here, there = flow.steps[one], flow.steps[two]
-        if is_conditional(here) and depth:
+        if here.op in CONDITIONAL and depth:
             some, others = _decided(flow, one), _decided(flow, two)
             return some.keys() == others.keys() and all(
                 _same_code(flow, some[key], others[key], depth - 1) for key in some
             )
-        if (here.op, here.value) != (there.op, there.value) or here.op in RAISES or is_conditional(here):
+        if (here.op, here.value) != (there.op, there.value) or here.op in RAISES or here.op in CONDITIONAL:
             return False
         if here.op in RETURNS:
             return True
