@@ -295,6 +295,16 @@ ROWS = {
                 return x
         >>> Layer().f(1)
     """,
+    "for over what is settled that always ends early": """
+        class Layer:
+            layers = (1, 2, 3)
+            def f(self, x):
+                for layer in self.layers:  # gap
+                    if layer > x:
+                        return layer
+                return x
+        >>> Layer().f(1)
+    """,
     "for that always ends early": """
         def f(xs):
             for x in xs:  # gap
@@ -604,6 +614,7 @@ def compared(code, leaf: Leaf) -> bool:
     return leaf.kind in ("attribute", "global") or (leaf.kind == "local" and leaf.types == {str})
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("source", ROWS.values(), ids=ROWS)
 def test_gaps(source, warm):
@@ -695,6 +706,14 @@ def test_the_tracer_before_it_comes_back():
     finally:
         sys.settrace(before)
     assert after is earlier
+
+
+def test_equal_code_of_two_modules_is_proved_twice():
+    source = "def f(x):\n    return 1 if x else 2\n"
+    ones, others = load(source)[0]["f"], load(source)[0]["f"]
+    with (coverage := Coverage(lambda frame: frame.f_code in (ones.__code__, others.__code__))):
+        ones(0), others(1)
+    assert len(coverage.gaps(compared)) == 2
 
 
 def test_codes_come_with_their_globals():

@@ -101,7 +101,8 @@ ROWS = [
         "reads the global 'g', a _lru_cache_wrapper that may change",
     ),
     (
-        "import re, enum, logging, typing\np, log = re.compile('a'), logging.getLogger('a')\nA = enum.Enum('A', 'a b')\n"
+        "import re, enum, logging, typing\np, log = re.compile('a'), logging.getLogger('a')\n"
+        "A = enum.Enum('A', 'a b')\n"
         "T = typing.Optional[int]\nL = list[int]\nU = int | None\ndef f(x): return p, log, A, A.a, T, L, U",
         None,
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import lru_cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -79,7 +79,7 @@ class Coverage:
 
     def __init__(self, belongs: Callable[[FrameType], bool]) -> None:
         self.codes: dict[CodeType, dict[str, Any]] = {}
-        self._ran: dict[CodeType, _Ran] = {}
+        self._ran: dict[int, _Ran] = {}  # by id: equal code objects may stand in two modules
         self._belongs = belongs
         self._earlier: list[Any] = []
 
@@ -99,9 +99,9 @@ class Coverage:
         code = frame.f_code
         if code is Coverage.__exit__.__code__ or not self._belongs(frame):
             return None
-        ran = self._ran.get(code)
+        ran = self._ran.get(id(code))
         if ran is None:
-            ran = self._ran[code] = _Ran(code)
+            ran = self._ran[id(code)] = _Ran(code)
             self.codes[code] = frame.f_globals
         frame.f_trace_lines = False
         frame.f_trace_opcodes = True
@@ -111,10 +111,10 @@ class Coverage:
 
     def gaps(self, settled: Callable[[CodeType, Leaf], bool]) -> list[Gap]:
         """The first line of each way that no trial took and that is not harmless."""
-        found: dict[tuple[CodeType, int], Gap] = {}
+        found: dict[tuple[int, int], Gap] = {}
         for ran in self._ran.values():
             for line, why in _Report(ran, settled, self._ran).gaps():
-                found.setdefault((ran.code, line), Gap(ran.code, line, text_of(ran.code, line), why))
+                found.setdefault((id(ran.code), line), Gap(ran.code, line, text_of(ran.code, line), why))
         return list(found.values())
 
 
@@ -138,9 +138,7 @@ def conditions(code: CodeType) -> dict[int, frozenset[Read]]:
 class _Report:
     """What did not run of one code object."""
 
-    def __init__(
-        self, ran: _Ran, settled: Callable[[CodeType, Leaf], bool], others: dict[CodeType, _Ran]
-    ) -> None:
+    def __init__(self, ran: _Ran, settled: Callable[[CodeType, Leaf], bool], others: Container[int]) -> None:
         self.code, self.types, self.settled, self.others = ran.code, ran.types, settled, others
         self.flow = flow_of(ran.code)
         self.entered = any(self.flow.at[offset] == 0 for _, offset in ran.pairs)
@@ -163,8 +161,9 @@ class _Report:
 
     def _never_called(self, first: int, last: int) -> Iterator[tuple[int, str]]:
         for step in self.flow.steps[first : last + 1]:
-            inner = step.value
-            if isinstance(inner, CodeType) and inner not in self.others and inner.co_name != ANNOTATIONS:
+            # Not step.value: the steps may be those of an equal code object.
+            inner = self.code.co_consts[step.arg or 0] if step.op == "LOAD_CONST" else None
+            if isinstance(inner, CodeType) and id(inner) not in self.others and inner.co_name != ANNOTATIONS:
                 yield inner.co_firstlineno, f"no trial called {inner.co_name}"
 
     def _harmless(self, number: int, way: int) -> bool:
@@ -174,11 +173,13 @@ class _Report:
         step = flow.steps[block.last]
         if step.op not in CONDITIONAL:
             return False
-        if self._settled(block.last) or self._taken_in_copy(number, way):
+        # A loop that never came to its end may do so for more than what it loops over.
+        ends = step.op == "FOR_ITER" and way != block.ways[0]
+        if (not ends and self._settled(block.last)) or self._taken_in_copy(number, way):
             return True
-        others = [other for other in block.ways if other != way]
-        if step.op in ("FOR_ITER", "SEND") or step.op.endswith("_OR_POP"):
+        if not step.op.startswith("POP_JUMP_"):
             return False
+        others = [other for other in block.ways if other != way]
         return any(only_warns(flow, way, other) or only_warns(flow, other, way) for other in others)
 
     def _settled(self, jump: int) -> bool:
