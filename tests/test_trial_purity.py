@@ -66,6 +66,20 @@ ROWS = [
     ("def f(x):\n    n = 0\n    def g():\n        nonlocal n\n        n += 1\n    g()\n    return n", None),
     ("import time\ndef f(x): return x + time.time()  # here", "uses the module 'time'"),
     ("from time import time\ndef f(x): return x", None),
+    ("from time import time\ndef f(x): return x + time()  # here", "uses the module 'time'"),
+    ("from copy import deepcopy as c\ndef f(x): return c(x)  # here", "uses the module 'copy'"),
+    ("from datetime import date\ndef f(x): return date.today()  # here", "uses the module 'datetime'"),
+    ("from time import time\ndef f(x, now=time): return now()  # here", "uses the module 'time'"),
+    (
+        "from random import random\ndef f(x): return random()  # here",
+        "reads the global 'random', a builtin_function_or_method that may change",
+    ),
+    (
+        "from operator import mul\nfrom functools import reduce\nfrom math import sqrt\n"
+        "from collections import OrderedDict\n"
+        "def f(x): return OrderedDict(a=reduce(mul, x), b=sqrt(2))",
+        None,
+    ),
     ("import os\ndef f(x): return os.environ.get('A')  # here", "uses the module 'os'"),
     ("import random as r\ndef f(x): return r.random()  # here", "uses the module 'random'"),
     ("def f(x):\n    import random  # here\n    return random.random()", "uses the module 'random'"),

@@ -31,7 +31,9 @@ from typing import Any
 from vitkern.compat.trial.flow import Step, flow_of, words
 from vitkern.compat.trial.stack import ATTRIBUTES, Item, operands_of
 
-MODULES = words("torch math numpy typing warnings logging functools operator einops")
+MODULES = words(
+    "builtins torch math numpy typing warnings logging functools operator einops collections enum itertools numbers"
+)
 BUILTINS = words(
     "abs all any bool bytes callable complex dict divmod enumerate filter float format frozenset getattr hasattr int "
     "isinstance issubclass len list map max min object pow print range repr reversed round set slice sorted str sum "
@@ -44,6 +46,15 @@ FIXED = (
     *(str, bytes, int, float, complex, NoneType, EllipsisType, NotImplementedType),
     *(ModuleType, type, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType),
     *(GenericAlias, UnionType, re.Pattern, logging.Logger, enum.Enum),
+)
+MADE_OF_PARTS = (
+    tuple,
+    frozenset,
+    functools.partial,
+    staticmethod,
+    classmethod,
+    MethodType,
+    BuiltinFunctionType,
 )
 TORCH_VALUES = frozenset({"dtype", "device", "layout", "memory_format"})
 FREE_STORES = {"STORE_DEREF": "writes", "DELETE_DEREF": "deletes"}
@@ -68,10 +79,12 @@ def impurity(
     """
     if code.co_flags & GENERATOR:
         return "is a generator"
+    reader = _Reader(namespace, closure or {}, frozenset(code.co_freevars))
     for value in defaults:
         if not is_fixed(value):
             return f"has a default, {_may_change(value)}: line {code.co_firstlineno}"
-    reader = _Reader(namespace, closure or {}, frozenset(code.co_freevars))
+        if reason := reader.from_elsewhere(value):
+            return f"{reason}: line {code.co_firstlineno}"
     return next((f"{reason}: line {line}" for line, reason in reader.reasons(code)), None)
 
 
@@ -88,20 +101,26 @@ def is_fixed(value: object) -> bool:
     kind = type(value)
     if isinstance(value, FIXED):
         return True
-    if isinstance(value, tuple | frozenset):
-        return all(map(is_fixed, value))
-    if isinstance(value, functools.partial):
-        return all(map(is_fixed, (value.func, *value.args, *value.keywords.values())))
-    if isinstance(value, staticmethod | classmethod):
-        return is_fixed(value.__func__)
-    if isinstance(value, MethodType | BuiltinFunctionType):
-        return is_fixed(value.__self__)
+    if isinstance(value, MADE_OF_PARTS):
+        return all(map(is_fixed, _parts(value)))
     if kind.__module__ == "torch":
         return kind.__name__ in TORCH_VALUES
     # Generics, operators of torch, and functions of numpy are objects of classes of their own.
     return kind.__module__ in ("typing", "torch._ops") or (
         _top(kind.__module__) == "numpy" and callable(value)
     )
+
+
+def _parts(value: object) -> tuple[object, ...]:
+    if isinstance(value, tuple | frozenset):
+        return tuple(value)
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, staticmethod | classmethod):
+        return (value.__func__,)
+    if isinstance(value, MethodType):
+        return (value.__func__, value.__self__)
+    return (value.__self__,) if isinstance(value, BuiltinFunctionType) else ()
 
 
 class _Reader:
@@ -158,11 +177,10 @@ class _Reader:
         """A name, and the plain attributes that follow it."""
         path = [steps[index].value]
         while True:
-            if isinstance(value, ModuleType):
-                if (reason := self._module(value.__name__)) or _top(value.__name__) == "torch":
-                    return reason
-            elif reason := _renamed(value):
+            if reason := self.from_elsewhere(value):
                 return reason
+            if isinstance(value, ModuleType) and _top(value.__name__) == "torch":
+                return None
             if not is_fixed(value):
                 return f"reads the {_noun(kind)} '{'.'.join(path)}', {_may_change(value)}"
             index += 1
@@ -174,8 +192,19 @@ class _Reader:
                 return None
             (value,) = found
 
+    def from_elsewhere(self, value: object) -> str | None:
+        """Modules, functions and classes that are neither of the project nor known to be pure."""
+        if isinstance(value, ModuleType):
+            return self._module(value.__name__)
+        if isinstance(value, BuiltinFunctionType) and value.__module__ == "builtins":
+            return _builtin(value.__name__)
+        if isinstance(value, FunctionType | BuiltinFunctionType | type) and value.__module__:
+            return self._module(value.__module__)
+        return next(filter(None, map(self.from_elsewhere, _parts(value))), None)
+
     def _module(self, name: str) -> str | None:
-        if _top(name) not in self.modules or name.startswith("numpy.random"):
+        # What is written in C is often said to be of a module with an underscore, _operator and the like.
+        if not {_top(name), _top(name).lstrip("_")} & self.modules or name.startswith("numpy.random"):
             return f"uses the module '{name}'"
         return None
 
@@ -193,7 +222,7 @@ class _Reader:
                 value = vars(module).get(step.value)
                 if not is_fixed(value):
                     return f"reads '{name}.{step.value}', {_may_change(value)}"
-                if isinstance(value, ModuleType) and (reason := self._module(value.__name__)):
+                if reason := self.from_elsewhere(value):
                     return reason
             elif step.op not in ("IMPORT_FROM", "STORE_FAST", "STORE_DEREF"):
                 break
@@ -209,13 +238,6 @@ def _builtin(name: str) -> str | None:
     if value is None or name in BUILTINS or (isinstance(value, type) and issubclass(value, BaseException)):
         return None
     return f"calls {name}"
-
-
-def _renamed(value: object) -> str | None:
-    """A builtin by another name."""
-    if isinstance(value, BuiltinFunctionType) and value.__module__ == "builtins":
-        return _builtin(value.__name__)
-    return None
 
 
 def _attribute_of(owner: object, name: str) -> tuple[Any] | None:
