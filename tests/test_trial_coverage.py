@@ -525,6 +525,22 @@ ROWS = {
             return c or 3
         >>> f(1, 2), f(1, 0)
     """,
+    "constants that are equal and not the same": """
+        def f(n, x):
+            if n > 100:  # gap
+                return 1
+            return 1.0
+        def g(n, x):
+            return x * (True if n > 100 else 1)  # gap
+        >>> f(1, 2), g(1, 2)
+    """,
+    "both ways do the same": """
+        def f(n, x):
+            if n > 100:
+                return x + 1.0
+            return x + 1.0
+        >>> f(1, 2)
+    """,
     "a choice in a condition": """
         def f(a, b, c):
             if a if c else b:  # gap

@@ -7,6 +7,7 @@ what it reads is the same in each later call. All else is a gap.
 
 from __future__ import annotations
 
+import dis
 import linecache
 import sys
 from collections.abc import Callable, Container, Iterator
@@ -14,11 +15,12 @@ from functools import lru_cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from vitkern.compat.trial.flow import CONDITIONAL, Flow, flow_of
+from vitkern.compat.trial.flow import CONDITIONAL, NAMES, Flow, flow_of
 from vitkern.compat.trial.harmless import only_raises, only_warns, same_ways
 from vitkern.compat.trial.stack import UNKNOWN, Read, operands_of
 
 Tracer = Callable[[FrameType, str, Any], Any]
+JUMPS = frozenset(number for op, number in dis.opmap.items() if NAMES.get(op, op) in CONDITIONAL)
 ANNOTATIONS = "__annotate__"  # CPython 3.14 calls it when annotations are asked for
 
 
@@ -45,18 +47,14 @@ class _Ran:
     def __init__(self, code: CodeType) -> None:
         self.code = code
         self.pairs: set[tuple[int, int]] = set()  # offsets of instructions that ran one after the other
-        self.types: dict[int, dict[str, set[type]]] = {}  # offset of a jump -> the locals that it depends on
-        for index, reads in conditions(code).items():
-            if names := {name: set[type]() for kind, name in reads if kind == "local"}:
-                self.types[flow_of(code).steps[index].offset] = names
-
-    def look(self, frame: FrameType, offset: int) -> None:
-        found = frame.f_locals
-        for name, types in self.types[offset].items():
-            types.add(type(found[name]) if name in found else object)
+        # Offset of a conditional jump -> local -> its types there. Caches look like jumps, and nothing stops there.
+        raw = code.co_code
+        self.types: dict[int, dict[str, set[type]]] = {
+            offset: {} for offset in range(0, len(raw), 2) if raw[offset] in JUMPS
+        }
 
     def follow(self, last: int) -> Tracer:
-        pairs, watched, look = self.pairs, self.types, self.look
+        pairs, types = self.pairs, self.types
 
         def step(frame: FrameType, event: str, arg: Any) -> Tracer:
             nonlocal last
@@ -64,8 +62,10 @@ class _Ran:
                 offset = frame.f_lasti
                 pairs.add((last, offset))
                 last = offset
-                if offset in watched:
-                    look(frame, offset)
+                if offset in types:
+                    seen = types[offset]
+                    for name, value in frame.f_locals.items():
+                        seen.setdefault(name, set()).add(type(value))
             return step
 
         return step
@@ -225,7 +225,7 @@ def _test(code: CodeType, jump: int) -> tuple[Any, ...] | None:
     steps, items = flow_of(code).steps, operands_of(code)[jump]
     if not items or items[-1].start < 0:
         return None
-    return tuple((step.op, step.value) for step in steps[items[-1].start : jump])
+    return tuple(step.does for step in steps[items[-1].start : jump])
 
 
 def _taken(flow: Flow, pairs: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], dict[int, int]]:

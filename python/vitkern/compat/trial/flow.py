@@ -53,6 +53,11 @@ class Step(NamedTuple):
     offset: int
     effect: int  # on the height of the stack
 
+    @property
+    def does(self) -> tuple[str, Any]:
+        """The same for steps that do the same. Constants differ by number: 1, 1.0 and True are equal."""
+        return self.op, self.value if self.op.endswith("_FAST") else self.arg
+
 
 class Block(NamedTuple):
     """Steps that run one after the other, unless one raises."""

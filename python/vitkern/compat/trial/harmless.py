@@ -105,7 +105,7 @@ def _same_code(flow: Flow, one: int, two: int, depth: int = 8) -> bool:
             return some.keys() == others.keys() and all(
                 _same_code(flow, some[key], others[key], depth - 1) for key in some
             )
-        if (here.op, here.value) != (there.op, there.value) or here.op in RAISES or here.op in CONDITIONAL:
+        if here.does != there.does or here.op in RAISES or here.op in CONDITIONAL:
             return False
         if here.op in RETURNS:
             return True
