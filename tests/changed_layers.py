@@ -153,7 +153,8 @@ def results(model: Model, inputs: Inputs) -> list[Tensor | None]:
         outputs = model(*leaves, *others)
         loss = sum(output.float().square().mean() for output in outputs)
         found += [output.detach() for output in outputs]
-        found += torch.autograd.grad(loss, [*leaves, *model.parameters()], allow_unused=True)
+        leaves += [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found += torch.autograd.grad(loss, leaves, allow_unused=True)
     return found
 
 

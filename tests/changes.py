@@ -57,7 +57,7 @@ ALWAYS = (
     ),
     gives("query added", "$it + query"),
     gives("scaled", "$it * 1.001"),
-    gives("not a number is none", "torch.nan_to_num($it)", Inputs(magnitude=float("nan"))),
+    gives("not a number is none", "torch.nan_to_num($it)", Inputs(magnitude=float("nan"), graded=False)),
     swaps("output_proj twice", "self.output_proj(output)", "self.output_proj(self.output_proj(output))"),
     swaps("aligned corners", "align_corners=False", "align_corners=True", core=True),
     swaps("border", "padding_mode='zeros'", "padding_mode='border'", core=True),

@@ -108,7 +108,7 @@ class QuantisedLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.scale = float(base.weight.abs().max()) / 127
+        self.scale = float(base.weight.detach().abs().max()) / 127
         self.register_buffer("packed", (base.weight.detach() / self.scale).round().to(torch.int8))
         self.register_buffer("bias", base.bias.detach().clone())
 

@@ -213,7 +213,7 @@ def test_options_of_mmcv(options):
         nn.init.normal_(layer.sampling_offsets.weight, std=0.3)
         layers.append(layer)
     assert paths(vitkern.patch(layers[0])) == [""]
-    order = (0, 1) if layers[0].batch_first else (1, 0)
+    order = (0, 0) if layers[0].batch_first else (0, 1)  # of the two that are exchanged
     named = dict(
         query=torch.rand(2, 7, 32).transpose(*order),
         value=torch.rand(2, 36, 32).transpose(*order),
