@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import datetime
 import pickle
 import warnings
 
@@ -143,7 +144,8 @@ def test_other_children(base, first, wrap, name):
 
 @contextlib.contextmanager
 def one_process(folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    alone = dict(rank=0, world_size=1, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", **alone)
     try:
         yield
     finally:
@@ -201,7 +203,7 @@ def test_distributed(base, first, wrap, tmp_path):
 @each_base
 @patch_first
 def test_compiled(base, first):
-    """Into one graph: without breaks, and without a warning or an attribute's check that runs outside."""
+    """Into one graph, whatever the layer looks up at each call."""
     model, original = pair(base)
     query, *others = tensors_of(Inputs(masked=True))
     expected = base.call(original.layers[0], query, *others)

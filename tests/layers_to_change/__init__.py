@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,11 @@ def _call_mmcv(layer, query, pixels, points, shapes, starts, mask):
 
 def _plain(*sources: str) -> str:
     """Without comments, and laid out in one way, in which snippets can be written."""
-    return "\n".join(ast.unparse(ast.parse(source)) for source in sources)
+    text = "\n".join(ast.unparse(ast.parse(source)) for source in sources)
+    text = re.sub(
+        r"(?m)^( *)\(([\w, ]+)\) = ", r"\1\2 = ", text
+    )  # Python 3.10 puts brackets round what is unpacked
+    return re.sub(r"\bfor \(([\w, ]+(?:\([\w, ]+\))?)\) in ", r"for \1 in ", text)
 
 
 DEFORMABLE_DETR = Base(
