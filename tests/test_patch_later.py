@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vitkern
-from tests.changed_layers import AS_IT_IS, PLAIN, Inputs, Model, Row, changed, equal, results
+from tests.changed_layers import AS_IT_IS, PLAIN, Inputs, Model, Row, changed, distance, equal, results
 from tests.changes import BOXES
 from tests.layers_to_change import BASES, DEFORMABLE_DETR, OURS
 
@@ -35,7 +35,7 @@ def one_warning(*names):
 
 
 def assert_same(model, original, inputs, *names):
-    """Three calls of the patched model: its results are the original's to the bit."""
+    """Three calls of the patched model, all of whose layers changed: its results are the original's to the bit."""
     inputs = inputs._replace(calls=3)
     with one_warning(*names):
         found = results(model, inputs)
@@ -57,11 +57,15 @@ def test_nothing_is_said_while_nothing_changes(base):
 
 
 @each_base
-def test_an_attribute_of_a_layer(base):
-    models = pair(base)
-    for model in models:
-        model.layers[1].im2col_step = 32
-    assert_same(*models, PLAIN, "im2col_step")
+def test_an_attribute_of_one_layer(base):
+    """The other goes on as it was: on the kernel, whose last bits differ."""
+    model, original = pair(base, REACH)
+    for each in (model, original):
+        each.layers[1].reach = 0.25
+    with one_warning("reach"):
+        found = results(model, BOXES._replace(calls=3))
+    expected = results(original, BOXES._replace(calls=3))
+    assert distance(found, expected) <= 1e-4 and not equal(found, expected)
 
 
 @each_base
@@ -72,13 +76,15 @@ def test_sizes_of_a_layer(base):
     )
     models = pair(base)
     for model in models:
-        setattr(model.layers[0], heads, 8)
-        setattr(model.layers[0], points, 2)
+        for layer in model.layers:
+            setattr(layer, heads, 8)
+            setattr(layer, points, 2)
     assert_same(*models, PLAIN, heads, points)
 
 
 @each_base
-def test_one_warning_for_a_class_and_an_attribute(base):
+def test_an_attribute_without_effect(base):
+    """Whether it has one is for the original to say."""
     models = pair(base)
     for model in models:
         for layer in model.layers:
@@ -98,7 +104,8 @@ def test_an_attribute_of_the_class(base):
 def test_an_attribute_that_hides_that_of_the_class(base):
     models = pair(base, REACH)
     for model in models:
-        model.layers[1].reach = 0.25
+        for layer in model.layers:
+            layer.reach = 0.25
     assert_same(*models, BOXES, "reach")
 
 
@@ -221,5 +228,6 @@ def test_every_checkout_is_warned_of_too():
     for base in others:
         models = pair(base)
         for model in models:
-            model.layers[1].im2col_step = 32
+            for layer in model.layers:
+                layer.im2col_step = 32
         assert_same(*models, PLAIN, "im2col_step")
