@@ -15,6 +15,7 @@ from vitkern.check.examine import Outcome
 from vitkern.check.plan import Request, Task
 from vitkern.check.routes import EMULATED
 from vitkern.commands.errors import INTERRUPTED, CommandError
+from vitkern.commands.texts import readable
 
 
 def conclude(
@@ -136,6 +137,9 @@ def write_junit(
         ElementTree.SubElement(test, "skipped", message=reason)
     whole = ElementTree.Element("testsuites")
     whole.append(suite)
+    for element in whole.iter():  # messages of compilers have colours, which are no XML
+        element.text = element.text and readable(element.text)
+        element.attrib.update({name: readable(text) for name, text in element.items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ElementTree.ElementTree(whole).write(path, encoding="utf-8", xml_declaration=True)
