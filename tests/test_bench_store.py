@@ -146,7 +146,7 @@ GOOD["environment"] = {  # what is read of it
     "vitkern": {"version": "1"},
     "commit": {"id": "0123", "dirty": False},
 }
-# Of all that are alike the first: row 0 is a good one, row 2 has failed.
+# The first of all that are alike: row 0 is a good one, row 2 has failed.
 PLACES = [
     path
     for path in _places(GOOD)

@@ -150,6 +150,12 @@ def writes_afterwards(value, shapes, starts, locations, weights):
     return output
 
 
+def writes_levels(value, shapes, starts, locations, weights):
+    output = five(value, shapes, starts, locations, weights)
+    starts.zero_()
+    return output
+
+
 class Own(BaseException):
     pass
 
@@ -238,6 +244,7 @@ def test_a_layer_that_rounds_locations_to_16_bits_passes():
         ("border", "; it is what comes with padding_mode='border'"),
         ("exits", "raised SystemExit: 0"),
         ("own_exception", "raised Own: of mine"),
+        ("writes_levels", "it writes into its inputs: spatial_shapes, level_start_index"),
         ("writes_afterwards", "it writes into its inputs: locations, weights"),
         ("in_a_tuple", "it returned a tuple, expected a tensor"),
         ("with_heads", "output has shape ["),

@@ -234,7 +234,7 @@ def test_empty_inputs_give_empty_or_zero_results(runner, empty):
     check(inputs, runner)
 
 
-# Of the level, its first pixel, where it is among the levels; heads, and whether deterministic.
+# The empty level's size, first pixel and place among the levels; heads, and whether deterministic.
 ANYWHERE = {
     "behind the pixels": ((0, 3), 21, 1, 3, False),
     "before the pixels": ((3, 0), -1, 0, 1, True),

@@ -23,8 +23,8 @@ void read_levels(const MsDeformAttnParams& p, Level* levels) {
     level.last_point = p.ragged ? p.point_end[i] : (i + 1) * (p.points / p.levels);
     const bool sized = level.height >= 0 && level.width >= 0;
     if (sized && (level.height == 0 || level.width == 0)) {
-      level.height = level.width = level.start =
-          0;  // may begin anywhere, and the other side may be of any length
+      // It may begin anywhere, and its other side may be of any length.
+      level.height = level.width = level.start = 0;
       continue;
     }
     const bool starts = sized && level.start >= 0 && level.start <= p.pixels;

@@ -74,7 +74,7 @@ def _as_int64(tensor: Tensor) -> Tensor:
 
 
 def _to_be_int64(*numbers: int) -> None:
-    """Torch has words of its own for others. While something traces, numbers may be symbols, which it looks after."""
+    """Torch's own message for others names no argument. Symbols, which a trace has for numbers, are not asked."""
     if direct.nothing_traces() and any(not -(2**63) <= number < 2**63 for number in numbers):
         raise OverflowError
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a file of a run has to be: every field that a report or a comparison reads, type by type.
 
-Who reads a record that keeps to this needs no check of its own: names are printable, numbers finite and of a size that
-quotients and logarithms of theirs are finite too.
+Readers of a record that keeps to this need no checks of their own: names are printable, and numbers are finite, as are
+their quotients and logarithms.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _table_of(check: Check, is_key: Check = _is_name) -> Check:
 
 
 def _is_size(value: Any) -> bool:
-    """Of bytes, as a name has it."""
+    """A number of bytes, which is a name in JSON."""
     return _is_name(value) and value.isascii() and value.isdigit() and len(value) < 20
 
 

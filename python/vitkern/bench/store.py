@@ -66,7 +66,7 @@ class File:
         self._written: tuple[int, int] | None = None
 
     def write(self, record: Record) -> None:
-        """What another run has put in the place of ours since stays: ours goes on in a file of its own."""
+        """If another run has written there since, its file stays, and this run goes on in one beside it."""
         there = _identity(self.path)
         if self._written is not None and there is not None and there != self._written:
             own = self.path.with_name(f"{self.path.stem}-{os.getpid()}{self.path.suffix}")
@@ -83,7 +83,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return found.st_mtime_ns, found.st_size
 
 
 def write(path: Path, record: Record) -> None:

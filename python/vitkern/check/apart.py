@@ -26,7 +26,9 @@ from vitkern.commands.errors import CommandError
 
 # Ctrl-C is for the process that waits, which ends this one.
 _START = """
-import json, signal, sys
+import sys
+sys.path[:] = filter(None, sys.path)  # a file of the working folder is no module of Python's
+import json, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = json.loads(sys.argv[1])
 from vitkern.check.apart import work
@@ -37,8 +39,8 @@ work(*sys.argv[2:])
 class Apart:
     """The tasks run beside those of this process, from here to the end of the block.
 
-    `source` is the module whose ``examined(request)`` yields the outcomes, in the order of the tasks. What a `silent`
-    process prints is kept, and its last line told if it fails.
+    `source` is the module whose ``examined(request)`` yields the outcomes, in the order of the tasks. A `silent`
+    process prints nothing, but its last line is told if it fails.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class Apart:
         self.tasks = tasks
         self.folder = tempfile.TemporaryDirectory(prefix="vitkern-check-")
         self.path, self.log = (Path(self.folder.name) / name for name in ("told", "log"))
-        told = [json.dumps(part) for part in (sys.path, dataclasses.asdict(request))]
+        told = [json.dumps(part) for part in ([*map(str, sys.path)], dataclasses.asdict(request))]
+        # Nothing that it printed is lost when it crashes, and it tells where.
+        python = [sys.executable, *(() if silent else ("-u", "-X", "faulthandler"))]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _START, *told, source, str(self.path), str(os.getpid())],
+                [*python, "-c", _START, *told, source, str(self.path)],
                 env={**os.environ, **(environment or {})},
                 stdout=log if silent else None,
                 stderr=subprocess.STDOUT if silent else None,
@@ -123,9 +127,9 @@ def examined(request: Request) -> Iterator[Outcome]:
     return (examine(task, request.times) for task in plan(request).tasks)
 
 
-def work(request: str, source: str, path: str, parent: str) -> None:
+def work(request: str, source: str, path: str) -> None:
     """The other side."""
-    threading.Thread(target=_end_with, args=[int(parent)], daemon=True).start()
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     with Path(path).open("w") as file:
         try:
             for outcome in importlib.import_module(source).examined(Request(**json.loads(request))):
@@ -137,7 +141,7 @@ def work(request: str, source: str, path: str, parent: str) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Where that one is killed, nobody would ever stop this one."""
+    """If that one were killed, this one could go on for ever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

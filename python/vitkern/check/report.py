@@ -34,11 +34,11 @@ def conclude(
         left_out = [*left_out, ("the checks that follow", "interrupted")]
     unit = f"in units of plain torch's own error in the same dtype ({limit:g} is the limit)"
     print(f"The greatest error of all cases, {unit}:")
-    print("\n".join(table(outcomes)))
+    print(readable("\n".join(table(outcomes))))
     print_left_out(left_out)
     failed = [outcome for outcome in outcomes if outcome.failures]
     for outcome in failed:
-        print("\n".join(failure_lines(outcome, request)))
+        print(readable("\n".join(failure_lines(outcome, request))))
     print(f"{len(outcomes)} checks in {seconds:.0f} s, {len(failed)} FAILED")
     if junit is not None:
         write_junit(junit, outcomes, left_out, request)

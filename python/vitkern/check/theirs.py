@@ -60,7 +60,7 @@ def _tasks(request: Request) -> list[Task]:
 
 
 def _in_a_process_of_its_own(tasks: list[Task], request: Request) -> Iterator[Outcome]:
-    """Which theirs may end, by a signal or with a status that says that all is right."""
+    """Theirs may end it, by a signal or with a status that says that all is right."""
     with Apart(tasks, request, __name__) as theirs:
         yield from theirs.all()
 
@@ -130,7 +130,10 @@ def _of_function(theirs: Any, task: Task) -> Problem:
     function = adapted(theirs)
 
     def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return function(value, *levels, locations, weights)
+        output = function(value, *levels, locations, weights)
+        if not all(map(torch.equal, levels, _levels(task))):
+            raise ResultError("it writes into its inputs: spatial_shapes, level_start_index")
+        return output
 
     formula = in_its_own_dtype(functools.partial(problem.call, backend="reference"))
     # Others take all tensors in one dtype; that coordinates stay float32 is a contract of vitkern's own kernels.
