@@ -253,9 +253,13 @@ def _save(path: Path, model: nn.Module, optimizer: Any, scaler: Any, epochs: int
 
 
 def _resume(path: Path, model: nn.Module, optimizer: Any, scaler: Any) -> int:
-    state = torch.load(path, map_location="cpu", weights_only=True)
     options = StateDictOptions(**OPTIONS, strict=False)
-    set_model_state_dict(model, state["model"], options=options)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-    scaler.load_state_dict(state["scaler"])
-    return int(state["epochs"])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        set_model_state_dict(model, state["model"], options=options)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        scaler.load_state_dict(state["scaler"])
+        return int(state["epochs"])
+    except Exception as error:  # a file that is torn may raise anything
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise SystemExit(f"{path} is torn, or of another model ({why}): --fresh starts anew") from error

@@ -7,7 +7,7 @@ feed-forward networks, and they and a new classifier alone are trained on 5 to 9
     python examples/finetune_adaptformer.py                        # about a minute on two cores
     torchrun --nproc-per-node 2 examples/finetune_adaptformer.py   # with --fsdp: parameters are shared out too
 
-Killed and started again it goes on from the last epoch. Needs ``pip install vitkern[examples]``.
+Killed and started again it goes on from the last epoch. Needs ``pip install ".[examples]"``.
 """
 
 from __future__ import annotations

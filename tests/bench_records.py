@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from vitkern.bench.ceilings import ANCHORS
-from vitkern.bench.store import SCHEMA, Record, Row
+from vitkern.bench.schema import SCHEMA
+from vitkern.bench.store import Record, Row
 from vitkern.commands.doctor import examine
 
 

@@ -18,6 +18,7 @@ from vitkern.cases import results as gradients
 from vitkern.check import compare
 from vitkern.ops.ms_deform_attn import MsDeformAttnCall
 from vitkern.ops.op import kernel
+from vitkern.ops.plain import in_its_own_dtype
 
 
 def image(height: int = 64, width: int = 64, batch: int = 2) -> Tensor:
@@ -100,7 +101,7 @@ def assert_matches_oracle(
     grad_output = torch.randn_like(oracle(*(t.double() for t in tensors))).to(tensors[0].dtype)
     with guarded_memory():
         actual = gradients(ours, tensors, grad_output)
-    plain = gradients(oracle, tensors, grad_output)
+    plain = gradients(in_its_own_dtype(oracle), tensors, grad_output)
     exact = gradients(oracle, tuple(t.double() for t in tensors), grad_output.double())
     for name, a, p, e in zip(names, actual, plain, exact):
         terms = (summed or {}).get(name, 0.0)

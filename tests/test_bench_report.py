@@ -106,6 +106,45 @@ def test_names_are_escaped(written):
     assert "&lt;b&gt;adapter" in text
 
 
+EVIL = "<img src=x onerror=alert(1)>|a ![b](//c) `d` \\| e"
+
+
+def test_no_text_of_a_file_is_more_than_text(tmp_path):
+    """Wherever it stands: in tables, tiles, averages, legends, pictures and at the head."""
+    names = ("op", "case", "device", "dtype", "backend", "pass", "bound", "anchor")
+    for name in names:
+        rows = [row(backend=b) | {"device": "cpu", name: EVIL} for b in ("cpu", "torch")]
+        if name == "backend":
+            rows[1] |= {"backend": "torch"}
+        _assert_harmless(record(*rows), tmp_path)
+    words = f"{EVIL}\n\n# heading\n\x1b[31mred\x00"
+    found = record(row(), row(backend="torch"), row("vt-fpn", reason=words))
+    found["command"], found["started"] = [words], words
+    found["environment"]["cpu"]["model"] = found["environment"]["torch"]["version"] = words
+    found["ceilings"]["product"] |= {EVIL: 1.0}
+    _assert_harmless(found, tmp_path)
+
+
+def _assert_harmless(found, folder):
+    path = folder / "out.json"
+    store.write(path, found)
+    assert main(["bench", "report", str(path)]) == 0
+    for picture in folder.glob("*.svg"):
+        assert not {"img", "script"} & {tag.rpartition("}")[2] for tag in _tags(picture)}
+    page = Page((folder / "out.html").read_text())
+    assert not {"img", "script"} & set(page.tags)
+    assert page.open == []
+    lines = (folder / "out.md").read_text().splitlines()
+    assert not any("<" in line or "![b]" in line or "\x1b" in line or "\x00" in line for line in lines)
+    assert sum(line.startswith("#") for line in lines) == 1
+    columns = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines if line.startswith("|")}
+    assert columns == {5, 14}
+
+
+def _tags(picture):
+    return [element.tag for element in ElementTree.fromstring(picture.read_text()).iter()]
+
+
 def test_markdown_shows_pictures_that_are_there_and_parse(written):
     text = (written / "out.md").read_text()
     names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)

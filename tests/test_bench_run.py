@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitkern.bench import ceilings, measure, run, store
+from vitkern.bench import ceilings, measure, run, schema, store
 from vitkern.bench.plan import Request, plan
 from vitkern.bench.workloads import OPS
 from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase
@@ -239,7 +239,7 @@ def test_figures_without_verification_break_the_schema(tmp_path):
     bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path)
     record = json.loads(path.read_text())
     record["rows"][0]["verified"] = False
-    assert "no figures" in (store.complaint(record) or "")
+    assert "no figures" in (schema.complaint(record) or "")
 
 
 def test_each_op_counts_what_it_moves_and_computes():

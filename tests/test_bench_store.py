@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file of a run: how it is written, and what is refused when it is read."""
 
+import contextlib
 import json
+import threading
 
 import pytest
 
 from tests.bench_records import record, row
-from vitkern.bench import store
+from vitkern.bench import store, verdicts
+from vitkern.bench.compare import compare_files
+from vitkern.bench.report import write_reports
 from vitkern.cli import main
 from vitkern.commands.errors import CommandError
 
@@ -56,8 +60,8 @@ def test_files_that_are_none_of_ours_are_refused(text, objection, tmp_path, caps
 
 
 EDITED = {
-    "rows that are none": ({"rows": 5}, "its rows are no list"),
-    "no rows": ({"rows": None}, "its rows are no list"),
+    "rows that are none": ({"rows": 5}, "its rows cannot be 5"),
+    "no rows": ({"rows": None}, "its rows cannot be None"),
     "a row that is none": ({"rows": [1]}, "row 1: it is no object"),
     "an environment of nothing": (
         {"environment": {}},
@@ -68,20 +72,22 @@ EDITED = {
         {"environment": record()["environment"] | {"cpu": {}}},
         "its environment's cpu lacks logical_cores, model",
     ),
-    "no samples": (
-        {"rows": [row() | {"samples_ms": None}]},
-        "it needs samples, and one of the anchor for each",
+    "no samples": ({"rows": [row() | {"samples_ms": None}]}, "its samples_ms cannot be None"),
+    "a sample that is none": ({"rows": [row() | {"samples_ms": [5]}]}, "its samples_ms cannot be [5]"),
+    "samples without an anchor": (
+        {"rows": [row() | {"anchor_ms": [[1.0]]}]},
+        "it needs one sample of the anchor for each of its own",
     ),
-    "a sample that is none": ({"rows": [row() | {"samples_ms": [5]}]}, "it is not built as one"),
-    "no times": ({"rows": [row() | {"ms": None}]}, "row token_pool vt-64: its ms is no object"),
+    "no times": ({"rows": [row() | {"ms": None}]}, "row token_pool vt-64: its ms cannot be None"),
     "times that lack one": ({"rows": [row() | {"ms": {"p50": 1.0}}]}, "its ms lacks min"),
     "a time that is none": (
         {"rows": [row() | {"ms": {"min": "1", "p50": 1.0}}]},
-        "its figures are no numbers",
+        "its ms cannot be {'min': '1', 'p50': 1.0}",
     ),
-    "no share": ({"rows": [row() | {"share": None}]}, "its figures are no numbers"),
-    "a name that is none": ({"rows": [row() | {"case": []}]}, "its case is no name"),
-    "no errors": ({"rows": [row() | {"errors": {}}]}, "its figures are no numbers"),
+    "no share": ({"rows": [row() | {"share": None}]}, "its share cannot be None"),
+    "a name that is none": ({"rows": [row() | {"case": []}]}, "row number 1: its case cannot be []"),
+    "a name of two lines": ({"rows": [row() | {"op": "a\nb"}]}, "row number 1: its op cannot be 'a\\nb'"),
+    "no errors": ({"rows": [row() | {"errors": {}}]}, "it must have errors, all of them numbers"),
 }
 
 
@@ -95,3 +101,117 @@ def test_what_an_editor_has_spoilt_is_refused(edits, objection, tmp_path, capsys
         assert "\n" not in said
         assert "out.json is no file of `vitkern bench run --json`: " in said
         assert objection in said
+
+
+BAD = {
+    "nothing": None,
+    "a flag": True,
+    "a list": [],
+    "an object": {},
+    "a list of lists": [[]],
+    "an object in one": {"min": {"p50": []}},
+    "text": "<b>|\n\x00\ud800",
+    "zero": 0,
+    "a negative number": -1.5,
+    "an endless number": 10**400,
+    "infinity": float("inf"),
+    "no number": float("nan"),
+}
+
+
+def _places(value, path=()):
+    """Of every field of a record, however deep."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        yield (*path, name)
+        yield from _places(part, (*path, name))
+
+
+def _with(value, path, bad):
+    if not path:
+        return bad
+    copied = value.copy()
+    copied[path[0]] = _with(value[path[0]], path[1:], bad)
+    return copied
+
+
+GOOD = record(
+    *(row(backend=backend, slower=slower) for backend, slower in (("cpu", 1.0), ("torch", 4.0))),
+    row("vt-fpn", reason="off"),
+)
+GOOD["environment"] = {  # what is read of it
+    "cpu": {"model": "x86", "logical_cores": 2, "threads": 2, "chosen": "avx2"},
+    "cuda": {"devices": [{"name": "GPU", "memory_gib": 80.0}]},
+    "torch": {"version": "2"},
+    "vitkern": {"version": "1"},
+    "commit": {"id": "0123", "dirty": False},
+}
+# The first of all that are alike: row 0 is a good one, row 2 has failed.
+PLACES = [
+    path
+    for path in _places(GOOD)
+    if all(at in (0, 2) for at in path if isinstance(at, int)) and path[-1] != 2
+]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_file_with_any_field_spoilt_works_or_is_refused_in_a_sentence(bad, tmp_path, monkeypatch):
+    """Nothing raises anything else, in whatever place the bad value is."""
+    good, path = tmp_path / "good.json", tmp_path / "out.json"
+    store.write(good, GOOD)
+    monkeypatch.setattr(verdicts, "RESAMPLES", 20)
+    for place in PLACES:
+        path.write_text(json.dumps(_with(GOOD, place, BAD[bad])))
+        for use in (lambda: write_reports(path, None), lambda: compare_files(good, path, smallest=0.1)):
+            with contextlib.suppress(CommandError):
+                use()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"schema": ' + "9" * 10_000 + "}", '{"schema": ' + "[" * 900 + "]" * 900 + "}", "\xff"],
+)
+def test_what_python_cannot_parse_is_refused_in_a_sentence(text, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    path.write_text(text, encoding="latin-1")
+    assert main(["bench", "report", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "out.json is no file of `vitkern bench run --json`: " in said
+    assert said.count("\n") == 1
+
+
+def test_runs_that_write_one_file_at_a_time_do_not_meet(tmp_path):
+    """Under one name beside the file, one would find the other's moved away."""
+    path, failed = tmp_path / "out.json", []
+
+    def write() -> None:
+        try:
+            for _ in range(30):
+                store.write(path, GOOD)
+        except CommandError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert store.read(path)["rows"] == GOOD["rows"]
+    assert [found.name for found in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_run_whose_file_another_has_written_goes_on_beside_it(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    first, second = store.File(path), store.File(path)
+    for _ in range(2):
+        first.write(record(row("first")))
+    assert capsys.readouterr().err == ""
+    second.write(record(row("second")))
+    for _ in range(2):
+        first.write(record(row("first")))
+    assert capsys.readouterr().err == (
+        f"warning: something else has written {path} since this run began, which goes on in {first.path}\n"
+    )
+    assert [store.read(file.path)["rows"][0]["case"] for file in (first, second)] == ["first", "second"]
+    assert second.path == path

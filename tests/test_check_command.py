@@ -14,9 +14,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import vitkern
 from tests import emulated
 from tests.runners import RUNNERS
-from vitkern.check import apart, compare, report, run, sanitize
+from vitkern import reference
+from vitkern.check import apart, compare, examine, report, run, sanitize
 from vitkern.check.plan import Request, plan
 from vitkern.check.routes import Route
 from vitkern.check.settings import OPS
@@ -136,6 +138,28 @@ def test_the_printed_command_repeats_the_failure_and_no_other(monkeypatch, capsy
     assert any(repeat in failure.text for failure in failures)
     assert int(suite.get("tests")) == len(suite.findall("testcase"))
     assert suite.findall("testcase/skipped")
+
+
+@pytest.mark.parametrize("route", ["cpu-baseline", "reference"])
+def test_the_yardstick_is_plain_torch_in_the_dtype_itself(route):
+    """Not backend="reference", which like the kernels makes its sums in float32."""
+    request = Request(["token_pool"], ["odd-channels"], [route], ["bf16"], device="cpu", kinds=["oracle"])
+    known = examine._expected_of(*plan(request).tasks)
+    plain = reference.token_pool(*known.tensors)
+    assert torch.equal(known.plain[0], plain)
+    assert not torch.equal(vitkern.token_pool(*known.tensors, backend="reference"), plain)
+
+
+def test_colours_and_zeros_in_a_message_are_no_part_of_the_xml(monkeypatch, capsys, tmp_path):
+    def wrong(*_):
+        raise RuntimeError("\x1b[31merror:\x1b[0m compilation \0 failed \ud800")
+
+    monkeypatch.setattr(examine, "compare", wrong)
+    arguments = ["--op", "token_pool", "--backend", "cpu-baseline", "--dtype", "fp32", "--kind", "oracle"]
+    assert check(*arguments, "--case", "odd-channels", "--junit", tmp_path / "junit.xml") == 1
+    (failure,) = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("failure")
+    assert failure.get("message") == "raised RuntimeError: error: compilation \\x00 failed \\ud800"
+    assert "error: compilation \\x00 failed" in failure.text
 
 
 def interrupt(monkeypatch, module, after: int) -> None:
@@ -319,4 +343,4 @@ def test_a_process_that_dies_fails_its_checks(monkeypatch):
     with apart.Apart(tasks, request) as other:
         other.process.kill()
         (outcome,) = other.outcomes()
-    assert outcome.failures[0].startswith("its process ended with -9")
+    assert outcome.failures[0].startswith("its process ended with SIGKILL")

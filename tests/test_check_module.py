@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import pytest
 
 from tests import layers_of_others
+from vitkern.check import theirs
 from vitkern.cli import main
 
 THEIRS = """
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
 from unittest import mock
 
@@ -137,6 +142,39 @@ def with_heads(*tensors):
     return five(*tensors).unflatten(-1, (tensors[0].shape[2], -1))
 
 
+def writes_afterwards(value, shapes, starts, locations, weights):
+    output = five(value, shapes, starts, locations, weights)
+    with torch.no_grad():
+        locations.fill_(0.5)
+        weights.zero_()
+    return output
+
+
+def writes_levels(value, shapes, starts, locations, weights):
+    output = five(value, shapes, starts, locations, weights)
+    starts.zero_()
+    return output
+
+
+class Own(BaseException):
+    pass
+
+
+def own_exception(*tensors):
+    raise Own("of mine")
+
+
+def leaves(value, shapes, starts, locations, weights):
+    print("here I am")
+    if len(shapes) > 1:
+        os._exit(0)
+    return five(value, shapes, starts, locations, weights)
+
+
+def crashes(*tensors):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def detached(*tensors):
     return five(*tensors).detach()
 
@@ -145,18 +183,30 @@ linear, no_arguments = nn.Linear(3, 3), NoArguments()
 """
 
 
-@pytest.fixture
-def theirs(tmp_path):
-    file = tmp_path / "theirs.py"
-    file.write_text(THEIRS)
-    return file
+@pytest.fixture(autouse=True)
+def here(monkeypatch, request):
+    """In this process, since another takes seconds to start; `apart` marks what is about the other one."""
+    if "apart" not in request.fixturenames:
+        monkeypatch.setattr(theirs, "_in_a_process_of_its_own", lambda _, asked: theirs.examined(asked))
 
 
 @pytest.fixture
-def check(theirs, capsys):
+def apart():
+    """Asked for by tests whose checks run as the user's do."""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "theirs.py"
+    path.write_text(THEIRS)
+    return path
+
+
+@pytest.fixture
+def check(file, capfd):
     def run(name: str, *options: str) -> tuple[int, str, str]:
         usual = ("--case", "hub-small", "--case", "far-outside", "--device", "cpu")
-        return main(["check", "--module", f"{theirs}:{name}", *usual, *options]), *capsys.readouterr()
+        return main(["check", "--module", f"{file}:{name}", *usual, *options]), *capfd.readouterr()
 
     return run
 
@@ -172,8 +222,8 @@ def test_right_ones_pass(check, name):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["in_one_dtype", "Right", "MSDeformAttn"])
-def test_right_ones_pass_in_16_bits(name, dtype, theirs, capsys):
-    assert main(["check", "--module", f"{theirs}:{name}", "--dtype", dtype, "--device", "cpu"]) == 0
+def test_right_ones_pass_in_16_bits(name, dtype, file, capsys):
+    assert main(["check", "--module", f"{file}:{name}", "--dtype", dtype, "--device", "cpu"]) == 0
     assert "9 checks in" in capsys.readouterr().out
 
 
@@ -193,6 +243,9 @@ def test_a_layer_that_rounds_locations_to_16_bits_passes():
         ("corners", "; it is what comes with align_corners=True"),
         ("border", "; it is what comes with padding_mode='border'"),
         ("exits", "raised SystemExit: 0"),
+        ("own_exception", "raised Own: of mine"),
+        ("writes_levels", "it writes into its inputs: spatial_shapes, level_start_index"),
+        ("writes_afterwards", "it writes into its inputs: locations, weights"),
         ("in_a_tuple", "it returned a tuple, expected a tensor"),
         ("with_heads", "output has shape ["),
         ("detached", "its output has no gradient"),
@@ -242,6 +295,7 @@ def test_what_does_not_fit_is_one_sentence(check, name, named):
         ("def (", "cannot be imported: SyntaxError: "),
         ("raise RuntimeError('no\\nGPU')", "cannot be imported: RuntimeError: no GPU"),
         ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),
+        ("class Own(BaseException): pass\nraise Own(1)", "cannot be imported: Own: 1"),
     ],
 )
 def test_a_file_that_cannot_be_imported_is_one_sentence(content, named, tmp_path, capsys):
@@ -263,3 +317,31 @@ def test_half_a_name_is_told_what_a_whole_one_is(name, capsys):
 def test_a_module_that_does_not_exist_is_one_sentence(capsys):
     assert main(["check", "--module", "no.such.module:Name"]) == 2
     assert "no.such.module cannot be imported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, failures",
+    [
+        ("five", []),
+        ("leaves", ["its process ended with 0, before this check was done", "not checked"]),
+        ("crashes", ["its process ended with SIGSEGV, before this check was done", "not checked"]),
+    ],
+)
+def test_what_ends_the_process_has_failed_and_is_in_the_report(name, failures, check, apart, tmp_path):
+    status, said, _ = check(name, "--junit", str(tmp_path / "junit.xml"))
+    assert status == int(bool(failures))
+    assert "2 checks in" in said
+    assert ("here I am" in said) == (name == "leaves")  # what it prints is for who wrote it
+    found = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("failure")
+    told = [failure.get("message") for failure in found]
+    assert [one.split(":")[0] for one in told] == failures
+
+
+@pytest.mark.parametrize("content, status", [("import os; os._exit(0)", 1), ("name = 5", 2)])
+def test_what_ends_the_process_at_once_and_what_is_refused_there(content, status, apart, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    assert main(["check", "--module", f"{path}:name", "--case", "hub-small"]) == status
+    output, errors = capsys.readouterr()
+    assert ("its process ended with 0" in output) == (status == 1)
+    assert errors.count("\n") == (status == 2)

@@ -56,11 +56,13 @@ def fused_oracle(call, grad_output):
     step = 1 / shapes.flip(1).repeat_interleave(counts, 0).double()
     if anchor.shape[-1] == 4:
         step = of_point[..., 2:] / (2 * counts.repeat_interleave(counts)[:, None])
+    # A box that is not finite leads nowhere, and its offsets get no gradient.
+    moved = torch.where(step.isfinite(), offsets * torch.where(step.isfinite(), step, 0), float("nan"))
     output = reference.ms_deform_attn(
         value,
         shapes,
         call.level_start_index,
-        places + offsets * step,
+        places + moved,
         logits.softmax(-1),
         call.points_per_level,
         call.method,

@@ -41,6 +41,17 @@ def test_an_epoch_then_another_after_a_kill(example, tmp_path, capsys, monkeypat
         }
 
 
+@pytest.mark.parametrize("left", [0, 1, 2], ids=["nothing", "half", "another model"])
+def test_a_checkpoint_that_is_torn_is_one_sentence(example, left, tmp_path):
+    whole, path, common = tmp_path / "whole.pt", tmp_path / "torn.pt", sys.modules["common"]
+    torch.save({"epochs": 1, "model": {"weight": torch.zeros(3, 2)}, "optimizer": {}, "scaler": {}}, whole)
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size * left // 2])
+    with pytest.raises(
+        SystemExit, match=r"torn\.pt is torn, or of another model \(.*\): --fresh starts anew"
+    ):
+        common._resume(path, torch.nn.Linear(1, 1), None, None)
+
+
 def test_digits_are_split_always_the_same_way_and_changed_a_little(example):
     digits = sys.modules["digits"]
     (train, held_out), (again, _) = digits.load_digits(32), digits.load_digits(32)

@@ -234,6 +234,55 @@ def test_empty_inputs_give_empty_or_zero_results(runner, empty):
     check(inputs, runner)
 
 
+# The empty level's size, first pixel and place among the levels; heads, and whether deterministic.
+ANYWHERE = {
+    "behind the pixels": ((0, 3), 21, 1, 3, False),
+    "before the pixels": ((3, 0), -1, 0, 1, True),
+    "in other pixels": ((0, 3), 2, 0, 3, True),
+    "of a width beyond 32 bits": ((0, 2**32 + 3), 2**40, 1, 1, False),
+    "of a height beyond 31 bits": ((2**31, 0), -(2**40), 0, 3, True),
+}
+
+
+@pytest.mark.parametrize("empty", ANYWHERE)
+def test_an_empty_level_may_begin_anywhere(runner, empty):
+    size, start, at, heads, deterministic = ANYWHERE[empty]
+    levels = [(4, 4), (2, 2)]
+    levels.insert(at, (0, 3))
+    inputs = make(small(levels=tuple(levels), heads=heads, batch=1), runner, torch.float32)
+    inputs.sampling_locations = inputs.sampling_locations.nan_to_num()
+    inputs.spatial_shapes[at] = torch.tensor(size)
+    inputs.level_start_index[at] = start
+    inputs.attention_weights[:, 0, :, at] = float("nan")  # nothing is weighed
+    with deterministic_mode(deterministic):
+        check(inputs, runner)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_16_bit_locations_are_placed_in_float32(runner, dtype):
+    """A location of 16 bits times 256 pixels is no number of 16 bits."""
+    inputs = make(small(levels=((4, 256),)), runner, dtype)
+    exact = call(inputs, "reference")(*(tensor.double() for tensor in inputs.differentiable()))
+    once = torch.finfo(dtype).eps * exact.abs().max().item()
+    for backend in (runner.backend, "reference"):
+        actual = call(inputs, backend)(*inputs.differentiable()).double()
+        torch.testing.assert_close(actual, exact, atol=once, rtol=0, msg=backend)
+
+
+@pytest.mark.parametrize(
+    "shapes, starts, said",
+    [
+        ([(2**32, 2**32), (1, 1)], None, "spatial_shapes must be of sizes whose pixels int64 can count"),
+        ([(2**70, 1)], None, "spatial_shapes must be of sizes whose pixels int64 can count"),
+        ([(5, 7)], [2**64], "level_start_index must be of numbers that int64 holds"),
+    ],
+)
+def test_numbers_beyond_int64_are_refused_by_name(shapes, starts, said):
+    locations, weights = torch.rand(1, 3, 1, len(shapes), 2, 2), torch.rand(1, 3, 1, len(shapes), 2)
+    with pytest.raises(ValueError, match=f"ms_deform_attn: {said}, got"):
+        vitkern.ms_deform_attn(torch.randn(1, 35, 1, 4), shapes, starts, locations, weights)
+
+
 def test_any_strides(runner):
     inputs = make(small(channels=6), runner, torch.float32)
     expected = gradients(call(inputs, runner.backend), inputs.differentiable())

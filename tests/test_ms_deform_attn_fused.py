@@ -11,6 +11,7 @@ from tests.helpers import assert_as_exact_as, assert_matches_oracle, gradients, 
 from tests.test_ms_deform_attn import SMALL, dispatch, make, skip_dtype, small
 from vitkern.cases import ATTENTION_CASES
 from vitkern.check.examine import deterministic
+from vitkern.ops.plain import in_its_own_dtype
 
 NAMES = ("output", "grad_value", "grad_reference", "grad_offsets", "grad_logits")
 FORMS = {  # shape of the reference points of B images, Q queries, L levels
@@ -89,7 +90,7 @@ def test_16_bit_throughout(runner, dtype):
     """Outputs only: a rounded offset may lie beside a cell's edge, where the gradients of two precisions differ."""
     tensors, tables = make_fused(small(channels=32), runner, dtype)
     actual = call(tables, runner.backend)(*tensors)
-    plain = call(tables, "reference")(*tensors)
+    plain = in_its_own_dtype(call(tables, "reference"))(*tensors)
     exact = call(tables, "reference")(*(t.double() for t in tensors))
     assert_as_exact_as(actual, plain, exact, what="output")
 
@@ -133,6 +134,31 @@ def test_offsets_that_are_not_finite_add_nothing_but_take_their_share(runner):
     check(tensors, tables, runner)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_boxes_and_offsets_that_lead_nowhere_get_no_gradient(runner, bad):
+    """Eq. (12) has a product of the one in the gradient of the other, and 0 times infinity is no 0."""
+    tensors, tables = make_fused(SMALL, runner, torch.float32, "boxes")
+    _, boxes, offsets, _ = tensors
+    boxes[:, 0, :, 2], boxes[:, 1, :, 3], offsets[:, 2] = bad, bad, bad
+    check(tensors, tables, runner)
+    for backend in (runner.backend, "reference"):
+        _, _, grad_boxes, grad_offsets, _ = gradients(call(tables, backend), tensors)
+        for gradient in (grad_boxes, grad_offsets):
+            assert (gradient[:, :3] == 0).all(), backend
+            assert (gradient[:, 3:] != 0).any(), backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_boxes_are_widened_before_they_are_divided(runner, dtype):
+    """By three points to a level, which rounds."""
+    tensors, tables = make_fused(small(levels=((64, 64),)), runner, torch.float32, "boxes")
+    tensors[1] = tensors[1].to(dtype)
+    exact = call(tables, "reference")(*(t.double() for t in tensors))
+    for backend in (runner.backend, "reference"):
+        actual = call(tables, backend)(*tensors).double()
+        torch.testing.assert_close(actual, exact, atol=1e-4, rtol=0, msg=backend)
+
+
 def test_nan_logits_spread_over_their_query_and_head_only(runner):
     tensors, tables = make_fused(SMALL, runner, torch.float32)
     tensors[3][:, 0, 0, 1] = float("nan")
@@ -156,7 +182,9 @@ def test_only_the_gradients_that_are_asked_for(runner, wanted):
 
 
 @pytest.mark.parametrize(
-    "empty", [{"batch": 0}, {"queries": 0}, {"heads": 0}, {"points": 0}, {"levels": ((0, 4),)}], ids=str
+    "empty",
+    [{"batch": 0}, {"queries": 0}, {"heads": 0}, {"points": 0}, {"levels": ((0, 4),)}, {"levels": ()}],
+    ids=str,
 )
 def test_empty_inputs(runner, empty):
     case = small(**empty)

@@ -12,6 +12,7 @@ import vitkern
 from tests.helpers import assert_as_exact_as, assert_matches_oracle, gradients, guarded_memory
 from tests.runners import RUNNERS
 from vitkern.cases import TOKEN_CASES, TokenCase
+from vitkern.ops.plain import in_its_own_dtype
 
 LOW = (torch.float16, torch.bfloat16)
 NAMES = ("output", "grad_x", "grad_weight")
@@ -97,7 +98,8 @@ def test_gradients_where_one_pixel_is_nearly_all_of_a_token(runner, size, dtype)
     grad_output = make(SMALL, runner, dtype, recurrent=True, seed=1)[1]
     tensors = (x, weight)
     actual, plain = (
-        gradients(call(backend), tensors, grad_output) for backend in (runner.backend, "reference")
+        gradients(function, tensors, grad_output)
+        for function in (call(runner.backend), in_its_own_dtype(call("reference")))
     )
     exact = gradients(call("reference"), tuple(t.double() for t in tensors), grad_output.double())
     dots = (grad_output.double() @ x.double().mT).abs().max().item()  # of eq. (6), rounded to float
@@ -105,6 +107,20 @@ def test_gradients_where_one_pixel_is_nearly_all_of_a_token(runner, size, dtype)
     granted = (0.0, eps * dots * weight.abs().max().item(), eps**2 * dots * x.abs().max().item())
     for name, a, p, e, grant in zip(NAMES, actual, plain, exact, granted):
         assert_as_exact_as(a, p, e, what=name, granted=grant)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_beyond_what_16_bits_hold(runner, autocast):
+    x, weight = (
+        torch.full((1, 3, 64), 60.0, device=runner.device),
+        torch.full((2, 64), 60.0, device=runner.device),
+    )
+    x[0, 1] *= 0.5
+    tensors = (x, weight) if autocast else (x.half(), weight.half())
+    for backend in (runner.backend, "reference"):
+        with torch.autocast(runner.device, torch.float16, enabled=autocast):
+            tokens = call(backend)(*tensors)
+        assert torch.equal(tokens, x[:, :1].expand(1, 2, 64).half()), backend
 
 
 def test_the_greatest_logits_come_last(runner):

@@ -63,10 +63,12 @@ def _level_of(group, level_of_group_ptr):
 
 @triton.jit
 def _level(level, shapes_ptr, level_start_ptr):
-    """Height, width and first pixel of a level."""
-    height = tl.load(shapes_ptr + 2 * level).to(tl.int32)
-    width = tl.load(shapes_ptr + 2 * level + 1).to(tl.int32)
-    return height, width, tl.load(level_start_ptr + level)
+    """Height, width and first pixel of a level. One without pixels is -1 x 0: -1 < y < -1 is never true."""
+    height = tl.load(shapes_ptr + 2 * level)
+    width = tl.load(shapes_ptr + 2 * level + 1)
+    empty = (height <= 0) | (width <= 0)
+    height = tl.where(empty, -1, height).to(tl.int32)
+    return height, tl.where(empty, 0, width).to(tl.int32), tl.load(level_start_ptr + level)
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def _locate(
         finite = m_point & (tl.abs(x) < float("inf")) & (tl.abs(y) < float("inf"))
         x = tl.floor(tl.minimum(tl.maximum(tl.where(finite, x + 0.5, 0.0), 0.0), (width - 1).to(ACC)))
         y = tl.floor(tl.minimum(tl.maximum(tl.where(finite, y + 0.5, 0.0), 0.0), (height - 1).to(ACC)))
-        counts = finite & (x >= 0) & (y >= 0)  # -1 in a level without pixels
+        counts = finite & (x >= 0) & (y >= 0)  # below 0 in a level without pixels
     left = tl.floor(x)
     top = tl.floor(y)
     column, row = left.to(tl.int32), top.to(tl.int32)

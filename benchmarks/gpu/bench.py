@@ -20,7 +20,7 @@ from benchmarks.gpu import contenders
 from benchmarks.gpu.common import DONE, FAILED, LEFT, STATE, Budget, demand_the_software_of
 from benchmarks.gpu.resume import BROKEN
 from vitkern import backends
-from vitkern.bench import store
+from vitkern.bench import schema, store
 from vitkern.bench.ceilings import ANCHORS, Machine, cost
 from vitkern.bench.environment import gpu_clocks
 from vitkern.bench.plan import Subject
@@ -131,7 +131,7 @@ def _now() -> str:
 def opened(path: Path, environment: Mapping[str, object]) -> store.Record:
     """The record of an earlier call, if it was made with the same software, or a new one."""
     if not path.exists():
-        head = {"schema": store.SCHEMA, "status": "running", "started": _now(), "seconds": 0.0}
+        head = {"schema": schema.SCHEMA, "status": "running", "started": _now(), "seconds": 0.0}
         head |= {"command": ["make", "gpu", "PART=bench"], "environment": dict(environment), "ceilings": None}
         return head | {"anchors": ANCHORS, "absent": {}, "sessions": [], "rows": []}
     record = store.read(path)

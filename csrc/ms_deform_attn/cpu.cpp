@@ -21,9 +21,14 @@ void read_levels(const MsDeformAttnParams& p, Level* levels) {
     level.start = p.level_start[i];
     level.first_point = i == 0 ? 0 : levels[i - 1].last_point;
     level.last_point = p.ragged ? p.point_end[i] : (i + 1) * (p.points / p.levels);
-    const bool starts = level.start >= 0 && level.start <= p.pixels && level.height >= 0 && level.width >= 0;
-    const int64_t most_rows = level.width > 0 ? (p.pixels - level.start) / level.width : level.height;
-    if (!starts || level.height > most_rows)
+    const bool sized = level.height >= 0 && level.width >= 0;
+    if (sized && (level.height == 0 || level.width == 0)) {
+      // It may begin anywhere, and its other side may be of any length.
+      level.height = level.width = level.start = 0;
+      continue;
+    }
+    const bool starts = sized && level.start >= 0 && level.start <= p.pixels;
+    if (!starts || level.height > (p.pixels - level.start) / level.width)
       throw std::invalid_argument("ms_deform_attn: a level of spatial_shapes reaches outside of value");
   }
 }

@@ -223,10 +223,12 @@ void unweigh_rows(const Fusion<Acc>& fusion, const Acc* weights, int64_t rows, i
 template <typename Acc>
 void unfuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
                    int64_t queries, Acc* grad_weight) {
+  // A box that is not finite leaves its points without a gradient: 0, and not 0 times infinity.
+  const auto product = [](Acc gradient, Acc size) { return gradient == 0 ? gradient : gradient * size; };
   const auto multiply = [&](const Acc* from, const Acc* x, const Acc* y, Acc* to) {
     for (int64_t i = 0; i < queries * tile.points; ++i) {
-      to[2 * i] = from[2 * i] * x[i];
-      to[2 * i + 1] = from[2 * i + 1] * y[i];
+      to[2 * i] = product(from[2 * i], x[i]);
+      to[2 * i + 1] = product(from[2 * i + 1], y[i]);
     }
   };
   if (p.grad_places) multiply(tile.xy, tile.width, tile.height, fusion.places);

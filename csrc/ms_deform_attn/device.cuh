@@ -137,8 +137,10 @@ __device__ __forceinline__ bool load_levels(const Task& task, Level<A>* levels) 
     const int64_t first = __ldg(task.level_start + i);
     // Sizes that are negative or leave the 31 bits of S cannot fit; without them the area cannot overflow.
     const bool small = static_cast<uint64_t>(height | width | first) <= 0x7fffffffu;
-    const bool fits = small && height * width + first <= task.pixels;
-    const bool empty = !fits || width == 0 || height == 0;
+    // One without pixels may begin anywhere, and its other side may be of any length.
+    const bool bare = (width == 0 && height >= 0) || (height == 0 && width >= 0);
+    const bool fits = bare || (small && height * width + first <= task.pixels);
+    const bool empty = bare || !fits;
     all_fit &= fits;
     levels[i] = {empty ? -1 : side_of_level<A>(width), empty ? -1 : side_of_level<A>(height),
                  static_cast<uint32_t>(first) * task.pixel_step,

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from vitkern.ops import ms_deform_attn as ops
 from vitkern.ops import native
 from vitkern.ops import token_pool as token_pool_ops
 from vitkern.ops import token_project as token_project_ops
-from vitkern.ops.autocast import any_autocast, autocast_dtype
+from vitkern.ops.autocast import any_autocast, autocast_dtype, without_autocast
 
 # Above all seeds that dropout draws.
 _SEEDS = 2**63 - 1
@@ -269,7 +268,7 @@ def token_pool(
     if not return_attention:
         return tokens
     wide = native.accumulator(x.dtype)  # logits beyond what 16 bits hold have weights all the same
-    with nullcontext() if lowered is None else torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return tokens, reference.token_pool_attention(x.to(wide), weight.to(wide)).to(x.dtype)
 
 

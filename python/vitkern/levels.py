@@ -35,7 +35,12 @@ def as_levels(
             raise TypeError(
                 f"{op}: spatial_shapes must be an int64 tensor or pairs of whole numbers, got {spatial_shapes}"
             ) from None
-        shapes, starts = make(sizes, value.device)
+        try:
+            shapes, starts = make(sizes, value.device)
+        except OverflowError:
+            raise ValueError(
+                f"{op}: spatial_shapes must be of sizes whose pixels int64 can count, got {spatial_shapes}"
+            ) from None
         return shapes, starts if level_start_index is None else _as_int64(level_start_index)
     spatial_shapes = _as_int64(spatial_shapes)
     if level_start_index is None:
@@ -48,11 +53,17 @@ def as_levels(
 
 def _as_starts(op: str, level_start_index: Sequence[int], device: torch.device) -> Tensor:
     try:
-        return torch.tensor([index(start) for start in level_start_index], device=device).long()
+        starts = [index(start) for start in level_start_index]
+        _to_be_int64(*starts)
     except TypeError:
         raise TypeError(
             f"{op}: level_start_index must be an int64 tensor or whole numbers, got {level_start_index!r}"
         ) from None
+    except OverflowError:
+        raise ValueError(
+            f"{op}: level_start_index must be of numbers that int64 holds, got {level_start_index!r}"
+        ) from None
+    return torch.tensor(starts, device=device).long()
 
 
 def _as_int64(tensor: Tensor) -> Tensor:
@@ -62,17 +73,31 @@ def _as_int64(tensor: Tensor) -> Tensor:
     return tensor.long()
 
 
-def _made(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _to_be_int64(*numbers: int) -> None:
+    """Torch's own message for others names no argument. Symbols, which a trace has for numbers, are not asked."""
+    if direct.nothing_traces() and any(not -(2**63) <= number < 2**63 for number in numbers):
+        raise OverflowError
+
+
+def _starts(shapes: tuple[tuple[int, int], ...]) -> list[int]:
     starts, first = [], 0
     for height, width in shapes:
         starts.append(first)
         first += height * width
+    return starts
+
+
+def _made(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    starts = _starts(shapes)
     with torch.inference_mode(False):  # made in inference mode they could not be saved for a later backward
         sizes = torch.tensor(shapes, device=device).view(-1, 2).long()
         return sizes, torch.tensor(starts, device=device).long()
 
 
-_kept = functools.lru_cache(maxsize=256)(_made)
+@functools.lru_cache(maxsize=256)
+def _kept(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    _to_be_int64(*(size for shape in shapes for size in shape), *_starts(shapes))
+    return _made(shapes, device)
 
 
 def whole_numbers(op: str, points_per_level: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -44,7 +44,8 @@ def ms_deform_attn(
             sample = value_of_head.gather(2, pixel.flatten(2)[..., None].expand(-1, -1, -1, channels))
             sample = sample.unflatten(2, (queries, points))
             # A corner outside is no sample: its value must not be read, lest a NaN there times 0 come through.
-            share = torch.where(inside, weight * coefficient, 0)[..., None]
+            # Nor its weight: a NaN there times 0 would be a gradient of the location.
+            share = (torch.where(inside, weight, 0) * torch.where(inside, coefficient, 0))[..., None]
             output = output + torch.where(inside[..., None], sample * share, 0).sum(-2)
     return output.to(value.dtype).transpose(1, 2).reshape(batch, queries, heads * channels)
 
@@ -72,7 +73,7 @@ def sampling_locations_of(
 ) -> Tensor:  # [B, Q, M, K, 2]
     """Where reference points and offsets lead to, eqs. (9) and (10)."""
     count = sum(points_per_level)
-    points = torch.tensor(points_per_level, device=offsets.device)  # [L]
+    points = torch.tensor(points_per_level, device=offsets.device, dtype=torch.int64)  # [L]
     reference = reference_points.expand(-1, -1, len(points_per_level), -1)
     reference = reference.repeat_interleave(points, 2, output_size=count)[:, :, None]  # [., Q, 1, K, .]
     if reference_points.shape[-1] == 2:
@@ -80,7 +81,10 @@ def sampling_locations_of(
         step = step.repeat_interleave(points, 0, output_size=count)
     else:
         step = reference[..., 2:] / (2 * points.repeat_interleave(points)[:, None])
-    return reference[..., :2] + offsets * step
+    # An offset or a box that is not finite leads nowhere, and gets no gradient: 0 times infinity would be NaN.
+    finite = (offsets * step).isfinite()
+    moved = torch.where(finite, offsets, 0) * torch.where(finite, step, 0)
+    return torch.where(finite, reference[..., :2] + moved, float("nan"))
 
 
 def _bilinear_corners(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Iterator[Corner]:

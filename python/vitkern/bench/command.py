@@ -87,15 +87,17 @@ def _request(arguments: argparse.Namespace) -> Request:
 def _run(arguments: argparse.Namespace) -> int:
     positive("--seconds", arguments.seconds)
     from vitkern.bench.run import run
+    from vitkern.bench.store import File
 
+    file = None if arguments.json is None else File(arguments.json)
     record = run(
         _request(arguments),
-        path=arguments.json,
+        file=file,
         seconds=arguments.seconds,
         command=["vitkern", *sys.argv[1:]],
     )
     failed = sum(not row["verified"] for row in record["rows"])
-    told = f", written to {arguments.json}" if arguments.json else ""
+    told = f", written to {file.path}" if file else ""
     print(
         f"{record['status']}: {len(record['rows'])} rows in {record['seconds']:.0f} s, {failed} FAILED{told}"
     )

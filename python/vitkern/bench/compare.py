@@ -13,6 +13,7 @@ from vitkern.bench import store
 from vitkern.bench.environment import in_words, machine, software
 from vitkern.bench.verdicts import Factor, factor_by_anchor
 from vitkern.commands.errors import CommandError
+from vitkern.commands.texts import readable
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def compare_files(a: Path, b: Path, *, smallest: float, anyway: bool = False) ->
         raise CommandError(f"{a} and {b} have no row in common, so there is nothing to compare")
     for name, record in zip("AB", records):
         unfinished = "" if record["status"] == "complete" else f" ({record['status']})"
-        print(f"{name}: {in_words(record['environment'])}{unfinished}")
+        print(readable(f"{name}: {in_words(record['environment'])}{unfinished}"))
     print(HEADING)
     for row in compared:
-        print(row.line())
+        print(readable(row.line()))
     print(summary(compared))
     return compared
 
@@ -68,14 +69,15 @@ def _same_machine(records: tuple[store.Record, store.Record], anyway: bool) -> N
                 "(--anyway compares them all the same)"
             )
         if machines[0] != machines[1]:
-            print(f"warning: different machines, {' and '.join(machines)}", file=sys.stderr)
+            _warn(f"different machines, {' and '.join(machines)}")
     first, second = map(software, environments)
     for name, text in first.items():
         if text != second[name]:
-            print(
-                f"warning: different {name}, {text} and {second[name]}; the anchor may differ too",
-                file=sys.stderr,
-            )
+            _warn(f"different {name}, {text} and {second[name]}; the anchor may differ too")
+
+
+def _warn(text: str) -> None:
+    print(readable(f"warning: {text}"), file=sys.stderr)
 
 
 def compare_records(a: store.Record, b: store.Record, *, smallest: float) -> list[Compared]:

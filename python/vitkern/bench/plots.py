@@ -118,12 +118,12 @@ def _time_panel(op: str, what: str, rows: Sequence[Row]) -> Canvas:
 def roofline(record: Record) -> Canvas | None:
     """Operations a second over operations a byte, under what copies and products of the same run allow."""
     rows = of(record["rows"])
-    if not rows or not record["ceilings"]:
+    shown = [row for row in rows if row["flops"] > 0 and row["gflop_per_s"] > 0]
+    if not shown or not record["ceilings"]:
         return None
     products = record["ceilings"]["product"]
     copies = sorted((int(size), rate) for size, rate in record["ceilings"]["copy"].items())
     ours = set(distinct(rows, "backend")) & set(BACKEND_COLOURS) - {"torch"} or {"torch"}
-    shown = [row for row in rows if row["gflop_per_s"] > 0]
     intensity = [row["flops"] / row["bytes"] for row in shown]
     colours = colours_of_ops(rows)
     canvas = Canvas(760, 470, "Roofline")

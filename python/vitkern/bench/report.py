@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from vitkern.bench import plots, store, style
 from vitkern.bench.environment import in_words
 from vitkern.bench.run import advice, speedup
 from vitkern.bench.svg import Canvas
 from vitkern.commands.errors import CommandError
+from vitkern.commands.texts import in_html, in_markdown
 
 COLUMNS = (
     *("op", "case", "dtype", "pass", "backend", "{figure} ms", "over torch"),
@@ -159,11 +160,11 @@ def alarms(record: store.Record) -> list[str]:
 
 def page(record: store.Record) -> str:
     rows = record["rows"]
-    told = "".join(f'<p class="muted">{escape(text)}</p>' for text in facts(record))
-    warned = "".join(f'<p class="alarm">{escape(text)}</p>' for text in alarms(record))
+    told = "".join(f'<p class="muted">{in_html(text)}</p>' for text in facts(record))
+    warned = "".join(f'<p class="alarm">{in_html(text)}</p>' for text in alarms(record))
     tiles = "".join(
-        f'<div class="tile"><span>{escape(op)}, {escape(backend)}</span>'
-        + "".join(f"<b>{ratio:.3g}x <small>{dtype}</small></b>" for dtype, ratio in means.items())
+        f'<div class="tile"><span>{in_html(op)}, {in_html(backend)}</span>'
+        + "".join(f"<b>{ratio:.3g}x <small>{in_html(dtype)}</small></b>" for dtype, ratio in means.items())
         + "</div>"
         for (op, backend), means in averages(rows).items()
     )
@@ -211,7 +212,7 @@ def page(record: store.Record) -> str:
         f"<h1>vitkern bench</h1>{told}{warned}"
         f'<h2>Mean speed-up over plain torch</h2><div class="tiles">{tiles}</div>'
         f"{body}<h2>All rows</h2>{_table(rows)}"
-        f"<footer>{escape(record['started'])}, {record['seconds']:.0f} s: {escape(' '.join(record['command']))}"
+        f"<footer>{in_html(record['started'])}, {record['seconds']:.0f} s: {in_html(' '.join(record['command']))}"
         "</footer></main></body></html>\n"
     )
 
@@ -220,7 +221,7 @@ def _legend(backends: Sequence[str]) -> str:
     names = {"torch": "plain torch"}
     entries = "".join(
         f'<span><i style="background:var(--{plots.colour_of_backend(backend)})"></i>'
-        f"{escape(names.get(backend, backend))}</span>"
+        f"{in_html(names.get(backend, backend))}</span>"
         for backend in backends
     )
     return f'<div class="legend">{entries}</div>'
@@ -230,7 +231,7 @@ def _table(rows: Sequence[store.Row]) -> str:
     head = "".join(f"<th>{name}</th>" for name in columns(rows))
     lines, held_up = [], store.held_up(rows)
     for row in rows:
-        texts = [escape(text) for text in cells(row, rows, held_up)]
+        texts = [in_html(text) for text in cells(row, rows, held_up)]
         *first, last = texts
         span = len(COLUMNS) - len(first)
         end = f'<td class="words" colspan="{span}">{last}</td>' if span > 1 else f"<td>{last}</td>"
@@ -242,19 +243,23 @@ def _table(rows: Sequence[store.Row]) -> str:
 def markdown(record: store.Record, stem: str, drawn: Mapping[str, Canvas]) -> str:
     rows = record["rows"]
     lines = ["# vitkern bench", ""]
-    for text in [*facts(record), *(f"**{text}**" for text in alarms(record))]:
-        lines += [text, ""]
+    lines += [line for text in facts(record) for line in (in_markdown(text), "")]
+    lines += [line for text in alarms(record) for line in (f"**{in_markdown(text)}**", "")]
     lines += ["| op | backend | dtype | mean speed-up over plain torch |", "|---|---|---|--:|"]
     lines += [
-        f"| {op} | {backend} | {dtype} | {ratio:.2f}x |"
+        _line_of_table(op, backend, dtype, f"{ratio:.2f}x")
         for (op, backend), means in averages(rows).items()
         for dtype, ratio in means.items()
     ]
     lines.append("")
-    lines += [f"![{canvas.title}]({stem}-{name}.svg)" for name, canvas in drawn.items()]
-    lines += ["", f"| {' | '.join(columns(rows))} |", "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
+    lines += [f"![{in_markdown(canvas.title)}]({quote(stem)}-{name}.svg)" for name, canvas in drawn.items()]
+    lines += ["", _line_of_table(*columns(rows)), "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
     held_up = store.held_up(rows)
     for row in rows:
-        texts = [text.replace("|", "\\|") for text in cells(row, rows, held_up)]
-        lines.append(f"| {' | '.join(texts + [''] * (len(COLUMNS) - len(texts)))} |")
+        texts = cells(row, rows, held_up)
+        lines.append(_line_of_table(*texts, *[""] * (len(COLUMNS) - len(texts))))
     return "\n".join(lines) + "\n"
+
+
+def _line_of_table(*texts: str) -> str:
+    return f"| {' | '.join(map(in_markdown, texts))} |"

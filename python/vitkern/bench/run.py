@@ -8,10 +8,9 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from vitkern.bench import store
+from vitkern.bench import schema, store
 from vitkern.bench.ceilings import ANCHORS, Ceilings, Machine, anchor, cost, limit
 from vitkern.bench.environment import environment, in_words
 from vitkern.bench.measure import (
@@ -38,14 +37,14 @@ SECONDS = {True: 1.0, False: 4.0}  # of all visits, backends and the anchor, in 
 
 
 def run(
-    request: Request, *, path: Path | None, seconds: float | None, command: Sequence[str]
+    request: Request, *, file: store.File | None, seconds: float | None, command: Sequence[str]
 ) -> store.Record:
     """All that is asked for. Interrupted, it ends in order with what there is."""
     subjects = plan(request)
     seconds = SECONDS[request.quick] if seconds is None else seconds
     started = time.monotonic()
     record: store.Record = {
-        "schema": store.SCHEMA,
+        "schema": schema.SCHEMA,
         "status": "running",
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": 0.0,
@@ -61,8 +60,8 @@ def run(
             if row["verified"]:
                 summarize(row, record["ceilings"])
         record.update(status=status, seconds=round(time.monotonic() - started, 1))
-        if path is not None:
-            store.write(path, record)
+        if file is not None:
+            file.write(record)
 
     save("running")
     try:

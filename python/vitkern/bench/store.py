@@ -7,34 +7,24 @@ import contextlib
 import json
 import math
 import os
+import secrets
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vitkern.commands.errors import CommandError
+from vitkern.bench import schema
+from vitkern.commands.errors import CommandError, in_one_line
 
-SCHEMA = 1
-STATUSES = ("running", "interrupted", "complete")
+_NONE = "no file of `vitkern bench run --json`"
 HELD_UP = 1.5  # times an anchor's best: threads and caches make tens of percent, others on the cores far more
 Row = dict[str, Any]
 Record = dict[str, Any]
-KEY = ("op", "case", "batch", "device", "dtype", "pass", "backend")
-_FIELDS = {"schema", "status", "started", "seconds", "command", "environment", "ceilings", "anchors", "rows"}
-_ROW_FIELDS = {*KEY, "verified", "errors", "reason"}
-_NUMBERS = ("bytes", "flops", "gb_per_s", "gflop_per_s", "limit_ms", "share")
-_FIGURES = {"samples_ms", "anchor", "anchor_ms", "ms", "peak_bytes", "bound", *_NUMBERS}
-# What is read of them; the rest is for people.
-_ENVIRONMENT = {
-    "cpu": ("model", "logical_cores"),
-    "cuda": ("devices",),
-    "torch": ("version",),
-    "vitkern": ("version",),
-}
 
 
 def key(row: Row) -> tuple[Any, ...]:
     """What makes two rows of two files the same measurement."""
-    return tuple(row[name] for name in KEY)
+    return tuple(row[name] for name in schema.KEY)
 
 
 def milliseconds(row: Row) -> float:
@@ -68,11 +58,40 @@ def short(dtype: str) -> str:
     return dtype.replace("bfloat", "bf").replace("float", "fp")
 
 
+class File:
+    """Where a run writes its record, as often as it likes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._written: tuple[int, int] | None = None
+
+    def write(self, record: Record) -> None:
+        """If another run has written there since, its file stays, and this run goes on in one beside it."""
+        there = _identity(self.path)
+        if self._written is not None and there is not None and there != self._written:
+            own = self.path.with_name(f"{self.path.stem}-{os.getpid()}{self.path.suffix}")
+            said = f"warning: something else has written {self.path} since this run began, which goes on in {own}"
+            print(said, file=sys.stderr)
+            self.path = own
+        write(self.path, record)
+        self._written = _identity(self.path)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of a file as it was put in place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 def write(path: Path, record: Record) -> None:
     """In one step: a reader, or a kill in the middle, never meets half a file."""
     if os.path.isdir(path):  # an empty name is one, too
         raise CommandError(f"cannot write {path}: it is a folder")
-    beside = path.with_name(path.name + ".part")
+    # Others may write a file of this name at the same moment.
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(_text(_finite(record)) + "\n")
@@ -103,78 +122,11 @@ def _finite(value: Any) -> Any:
 def read(path: Path) -> Record:
     try:
         record = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CommandError(f"{path} is no file of `vitkern bench run --json`: {error}") from None
-    try:
-        objection = complaint(record)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        objection = "it is not built as one"
+    except RecursionError:
+        raise CommandError(f"{path} is {_NONE}: it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # of what is no text, no JSON, or a number without end
+        raise CommandError(f"{path} is {_NONE}: {in_one_line(error)}") from None
+    objection = schema.complaint(record)
     if objection is not None:
-        raise CommandError(f"{path} is no file of `vitkern bench run --json`: {objection}")
+        raise CommandError(f"{path} is {_NONE}: {objection}")
     return dict(record)
-
-
-def complaint(record: Any) -> str | None:
-    """None where the record keeps to the schema, else what is wrong with it."""
-    if not isinstance(record, dict) or "schema" not in record:
-        return "it does not say its schema"
-    if record["schema"] != SCHEMA:
-        return f"its schema is {record['schema']}, this vitkern knows {SCHEMA}"
-    objection = _lack("it", record, _FIELDS) or _complaint_about_environment(record["environment"])
-    if objection is not None:
-        return objection
-    if record["status"] not in STATUSES:
-        return f"its status is {record['status']!r}"
-    if not isinstance(record["rows"], list):
-        return "its rows are no list"
-    for row in record["rows"]:
-        objection = _complaint_about(row)
-        if objection is not None:
-            where = f"row {row.get('op')} {row.get('case')}" if isinstance(row, dict) else f"row {row!r}"
-            return f"{where}: {objection}"
-    return None
-
-
-def _lack(what: str, part: Any, names: Iterable[str]) -> str | None:
-    """None where `part` is an object that has all these names."""
-    if not isinstance(part, dict):
-        return f"{what} is no object"
-    missing = set(names) - set(part)
-    return f"{what} lacks {', '.join(sorted(missing))}" if missing else None
-
-
-def _complaint_about_environment(environment: Any) -> str | None:
-    objection = _lack("its environment", environment, {*_ENVIRONMENT, "commit"})
-    for name, names in _ENVIRONMENT.items():
-        objection = objection or _lack(f"its environment's {name}", environment[name], names)
-    if objection is None and environment["commit"] is not None:
-        objection = _lack("its environment's commit", environment["commit"], ("id", "dirty"))
-    return objection
-
-
-def _complaint_about(row: Any) -> str | None:
-    objection = _lack("it", row, _ROW_FIELDS)
-    if objection is not None:
-        return objection
-    for name in KEY:
-        if not isinstance(row[name], (str, int)):
-            return f"its {name} is no name"
-    if row["verified"]:
-        return _lack("it", row, _FIGURES) or _complaint_about_figures(row)
-    if _FIGURES & set(row) or not row["reason"]:
-        return "it was not verified, so it must have a reason and no figures"
-    return None
-
-
-def _complaint_about_figures(row: Row) -> str | None:
-    objection = _lack("its ms", row["ms"], ("min", "p50"))
-    if objection is not None:
-        return objection
-    samples, of_anchor = row["samples_ms"], row["anchor_ms"]
-    if not samples or not all(samples) or list(map(len, samples)) != list(map(len, of_anchor)):
-        return "it needs samples, and one of the anchor for each"
-    times = [time for visits in (samples, of_anchor) for visit in visits for time in visit]
-    figures = [row[name] for name in _NUMBERS] + list(row["ms"].values()) + list(row["errors"].values())
-    if not row["errors"] or not all(isinstance(figure, (int, float)) for figure in times + figures):
-        return "its figures are no numbers"
-    return None

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
+
+from vitkern.commands.texts import in_html
 
 
 def number(value: float) -> str:
@@ -61,7 +62,7 @@ class Canvas:
         """`turned`: by so many degrees round its start, counted as on a clock."""
         turn = f' transform="rotate({turned:.1f} {x:.1f} {y:.1f})"' if turned else ""
         self.parts.append(
-            f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(words)}</text>'
+            f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{in_html(words)}</text>'
         )
 
     def line(self, points: Sequence[tuple[float, float]], look: str, says: str = "") -> None:
@@ -81,7 +82,7 @@ class Canvas:
         self._add("polygon", f'class="{look}" points="{path}"', says)
 
     def _add(self, kind: str, attributes: str, says: str) -> None:
-        tip = f"<title>{escape(says)}</title>" if says else ""
+        tip = f"<title>{in_html(says)}</title>" if says else ""
         self.parts.append(f"<{kind} {attributes}>{tip}</{kind}>")
 
     def axes(self, x: Log, y: Log, x_name: str, y_name: str) -> None:
@@ -101,5 +102,5 @@ class Canvas:
         inside = f"<style>{style}</style>" if style else ""
         return (
             f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img"{alone if style else ""}>'
-            f"<title>{escape(self.title)}</title>{inside}{''.join(self.parts)}</svg>"
+            f"<title>{in_html(self.title)}</title>{inside}{''.join(self.parts)}</svg>"
         )

@@ -1,37 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks in a process of their own: Triton decides when it is imported whether it interprets."""
+"""Checks in a process of their own, which may end as it likes: what it has not told of has failed.
+
+Triton decides when it is imported whether it interprets; and code of others can end the process that it runs in.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vitkern.check.examine import Outcome
-from vitkern.check.plan import Request, Task
-from vitkern.check.routes import INTERPRET
+from vitkern.check.examine import Outcome, examine
+from vitkern.check.plan import Request, Task, plan
+from vitkern.commands.errors import CommandError
+
+# Ctrl-C is for the process that waits, which ends this one.
+_START = """
+import sys
+sys.path[:] = filter(None, sys.path)  # a file of the working folder is no module of Python's
+import json, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path[:] = json.loads(sys.argv[1])
+from vitkern.check.apart import work
+work(*sys.argv[2:])
+"""
 
 
 class Apart:
-    """The tasks run beside those of this process, from here to the end of the block."""
+    """The tasks run beside those of this process, from here to the end of the block.
 
-    def __init__(self, tasks: Sequence[Task], request: Request) -> None:
+    `source` is the module whose ``examined(request)`` yields the outcomes, in the order of the tasks. A `silent`
+    process prints nothing, but its last line is told if it fails.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        request: Request,
+        source: str = __name__,
+        *,
+        environment: Mapping[str, str] | None = None,
+        silent: bool = False,
+    ) -> None:
         self.tasks = tasks
         self.folder = tempfile.TemporaryDirectory(prefix="vitkern-check-")
-        self.path = Path(self.folder.name) / "outcomes"
-        same = dataclasses.asdict(request) | {"backends": sorted({task.route.name for task in tasks})}
-        code = "import sys; from vitkern.check.apart import work; work(*sys.argv[1:])"
-        with (Path(self.folder.name) / "log").open("wb") as log:
+        self.path, self.log = (Path(self.folder.name) / name for name in ("told", "log"))
+        told = [json.dumps(part) for part in ([*map(str, sys.path)], dataclasses.asdict(request))]
+        # Nothing that it printed is lost when it crashes, and it tells where.
+        python = [sys.executable, *(() if silent else ("-u", "-X", "faulthandler"))]
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, json.dumps(same), str(self.path)],
-                env={**os.environ, INTERPRET: "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                [*python, "-c", _START, *told, source, str(self.path)],
+                env={**os.environ, **(environment or {})},
+                stdout=log if silent else None,
+                stderr=subprocess.STDOUT if silent else None,
             )
 
     def __enter__(self) -> Apart:
@@ -46,37 +78,70 @@ class Apart:
         return self.process.wait()
 
     def heard(self) -> list[Outcome]:
-        """Of the tasks that are done so far."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        told = [json.loads(line) for line in lines if line.endswith("\n")]
+        """Of the tasks that are done so far. A request that was refused there is refused here."""
         tasks = {task.key: task for task in self.tasks}
-        return [
-            Outcome(tasks[tuple(line["key"])], line["seconds"], line["ratios"], line["failures"])
-            for line in told
-        ]
+        outcomes = []
+        for line in self._told():
+            if "refused" in line:
+                raise CommandError(line["refused"])
+            outcomes.append(Outcome(tasks[tuple(line.pop("key"))], **line))
+        return outcomes
+
+    def _told(self) -> list[dict[str, Any]]:
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def outcomes(self) -> list[Outcome]:
         """Of all tasks: one of which nothing was heard has failed."""
-        status, heard = self.wait(), self.heard()
-        log = (Path(self.folder.name) / "log").read_text(errors="replace").strip().splitlines()
-        failure = f"its process ended with {status}: {log[-1] if log else 'it said nothing'}"
+        how, heard = _in_words(self.wait()), self.heard()
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        failure = f"its process ended with {how}{f': {lines[-1]}' if lines else ''}"
         done = {outcome.task.key for outcome in heard}
-        return heard + [Outcome(task, failures=[failure]) for task in self.tasks if task.key not in done]
+        left = [task for task in self.tasks if task.key not in done]
+        if left:
+            heard.append(Outcome(left[0], failures=[f"{failure}, before this check was done"]))
+            heard += [Outcome(task, failures=["not checked: its process had ended"]) for task in left[1:]]
+        elif self.process.returncode and heard:
+            heard[-1].failures.append(f"{failure}, after the last check")
+        return heard
+
+    def all(self) -> Iterator[Outcome]:
+        """The outcomes, once the process has ended; after Ctrl-C those that there are."""
+        try:
+            self.wait()
+        except KeyboardInterrupt:
+            yield from self.heard()
+            raise
+        yield from self.outcomes()
 
 
-def work(arguments: str, path: str) -> None:
+def _in_words(status: int) -> str:
+    """As subprocess has it: the negative number of a signal."""
+    try:
+        return signal.Signals(-status).name if status < 0 else str(status)
+    except ValueError:
+        return str(status)
+
+
+def examined(request: Request) -> Iterator[Outcome]:
+    return (examine(task, request.times) for task in plan(request).tasks)
+
+
+def work(request: str, source: str, path: str) -> None:
     """The other side."""
-    from vitkern.check.examine import examine
-    from vitkern.check.plan import plan
-
-    request = Request(**json.loads(arguments))
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     with Path(path).open("w") as file:
-        for task in plan(request).tasks:
-            outcome = examine(task, request.times)
-            line = {
-                "key": task.key,
-                "seconds": outcome.seconds,
-                "ratios": outcome.ratios,
-                "failures": outcome.failures,
-            }
-            print(json.dumps(line), file=file, flush=True)
+        try:
+            for outcome in importlib.import_module(source).examined(Request(**json.loads(request))):
+                told = vars(outcome) | {"key": outcome.task.key}
+                del told["task"]
+                print(json.dumps(told), file=file, flush=True)
+        except CommandError as error:
+            print(json.dumps({"refused": str(error)}), file=file, flush=True)
+
+
+def _end_with(parent: int) -> None:
+    """If that one were killed, this one could go on for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

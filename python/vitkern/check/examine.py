@@ -21,6 +21,7 @@ from vitkern.check.problems import Problem
 from vitkern.check.settings import OPS, Setting
 from vitkern.commands.choices import DTYPES
 from vitkern.commands.errors import CommandError
+from vitkern.ops.plain import in_its_own_dtype
 
 REPEATS = 3
 
@@ -81,11 +82,11 @@ def timed(outcome: Outcome) -> Iterator[None]:
     started = time.perf_counter()
     try:
         yield
-    except CommandError:
+    except (CommandError, KeyboardInterrupt):
         raise
     except ResultError as error:
         outcome.failures.append(str(error))
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         outcome.failures.append(f"raised {type(error).__name__}: {error}".splitlines()[0][:300])
     outcome.seconds = time.perf_counter() - started
 
@@ -94,7 +95,7 @@ def timed(outcome: Outcome) -> Iterator[None]:
 def _expected(op: str, case: str, dtype: str, seed: int, device: str, tiny: bool, by_other: bool) -> Expected:
     """All routes of a device are compared with the same."""
     problem = OPS[op].problem(OPS[op].settings[case], device=device, seed=seed, tiny=tiny)
-    plain = functools.partial(problem.call, backend="reference")
+    plain = in_its_own_dtype(functools.partial(problem.call, backend="reference"))
     return Expected.of(
         problem, DTYPES[dtype], seed, formula=problem.other if by_other else plain, plain=plain
     )

@@ -15,6 +15,7 @@ from vitkern.check.examine import Outcome
 from vitkern.check.plan import Request, Task
 from vitkern.check.routes import EMULATED
 from vitkern.commands.errors import INTERRUPTED, CommandError
+from vitkern.commands.texts import readable
 
 
 def conclude(
@@ -33,11 +34,11 @@ def conclude(
         left_out = [*left_out, ("the checks that follow", "interrupted")]
     unit = f"in units of plain torch's own error in the same dtype ({limit:g} is the limit)"
     print(f"The greatest error of all cases, {unit}:")
-    print("\n".join(table(outcomes)))
+    print(readable("\n".join(table(outcomes))))
     print_left_out(left_out)
     failed = [outcome for outcome in outcomes if outcome.failures]
     for outcome in failed:
-        print("\n".join(failure_lines(outcome, request)))
+        print(readable("\n".join(failure_lines(outcome, request))))
     print(f"{len(outcomes)} checks in {seconds:.0f} s, {len(failed)} FAILED")
     if junit is not None:
         write_junit(junit, outcomes, left_out, request)
@@ -136,6 +137,9 @@ def write_junit(
         ElementTree.SubElement(test, "skipped", message=reason)
     whole = ElementTree.Element("testsuites")
     whole.append(suite)
+    for element in whole.iter():  # messages of compilers have colours, which are no XML
+        element.text = element.text and readable(element.text)
+        element.attrib.update({name: readable(text) for name, text in element.items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ElementTree.ElementTree(whole).write(path, encoding="utf-8", xml_declaration=True)

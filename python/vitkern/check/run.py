@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from vitkern.check import report
 from vitkern.check.apart import Apart
 from vitkern.check.examine import Outcome, examine
 from vitkern.check.plan import Request, Task, plan
+from vitkern.check.routes import INTERPRET
 from vitkern.commands.errors import CommandError
 from vitkern.commands.progress import Progress
 
@@ -44,14 +46,14 @@ def _checks(tasks: Sequence[Task], request: Request) -> Iterator[Outcome]:
     if not apart:
         yield from _checks_here(here, request.times)
         return
-    with Apart(apart, request) as other:
+    same = replace(request, backends=sorted({task.route.name for task in apart}))
+    with Apart(apart, same, environment={INTERPRET: "1"}, silent=True) as other:
         try:
             yield from _checks_here(here, request.times)
-            other.wait()
         except KeyboardInterrupt:
             yield from other.heard()
             raise
-        yield from other.outcomes()
+        yield from other.all()
 
 
 def _checks_here(tasks: Sequence[Task], times: float) -> Iterator[Outcome]:

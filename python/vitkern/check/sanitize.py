@@ -59,8 +59,9 @@ def _backends() -> list[str]:
 
 
 def command(tool: str, arguments: Sequence[str]) -> list[str]:
-    """`vitkern` with these arguments in one process, so that the tool sees every launch."""
-    launcher = ["compute-sanitizer", f"--tool={tool}", "--target-processes=application-only"]
+    """`vitkern` with these arguments, so that the tool sees every launch: an op of others has a process of its own."""
+    targets = "all" if "--module" in arguments else "application-only"
+    launcher = ["compute-sanitizer", f"--tool={tool}", f"--target-processes={targets}"]
     return [*launcher, f"--error-exitcode={FOUND}", sys.executable, "-m", "vitkern", *arguments]
 
 

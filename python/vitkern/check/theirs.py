@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import vitkern
 from vitkern.cases import Function, MsDeformAttnCase, levels_of
 from vitkern.check import report
+from vitkern.check.apart import Apart
 from vitkern.check.examine import Expected, Outcome, ResultError, compare, timed
 from vitkern.check.mistakes import mistake_in
 from vitkern.check.plan import Request, Task
@@ -24,6 +26,7 @@ from vitkern.check.settings import OPS, Setting
 from vitkern.commands import named
 from vitkern.commands.choices import DTYPES, cases_exist, chosen, device_of, matches
 from vitkern.commands.errors import CommandError, in_one_line
+from vitkern.ops.plain import in_its_own_dtype
 
 IM2COL_STEP = 64
 FORMS = (
@@ -35,20 +38,39 @@ FORMS = (
 
 def check_module(request: Request, *, junit: Path | None) -> int:
     """Returns what the process is to exit with: 1 if a check failed."""
-    name = str(request.module)
-    theirs = named.load(name, option="--module", forms="package.module:Name or file.py:Name")
-    op = OPS["ms_deform_attn"]
+    checks = _in_a_process_of_its_own(_tasks(request), request)
+    return report.conclude(checks, [], request, junit, limit=_limit(request))
+
+
+def _limit(request: Request) -> float:
+    return 2 * request.times  # who computes in another order than plain torch may round more often
+
+
+def _tasks(request: Request) -> list[Task]:
+    op, name = OPS["ms_deform_attn"], str(request.module)
     cases_exist(request.cases, op.settings)
     dtypes = chosen("dtype", request.dtypes, tuple(DTYPES)) or ("fp32",)
-    limit = 2 * request.times  # who computes in another order than plain torch may round more often
     route = Route(name, name, device_of(request.device), None)
-    checks = (
-        _examine(theirs, Task(op.name, setting.name, dtype, "oracle", route, request.seed), limit)
+    return [
+        Task(op.name, setting.name, dtype, "oracle", route, request.seed)
         for setting in op.settings.values()
         for dtype in dtypes
         if _is_for(setting, dtype, request)
-    )
-    return report.conclude(checks, [], request, junit, limit=limit)
+    ]
+
+
+def _in_a_process_of_its_own(tasks: list[Task], request: Request) -> Iterator[Outcome]:
+    """Theirs may end it, by a signal or with a status that says that all is right."""
+    with Apart(tasks, request, __name__) as theirs:
+        yield from theirs.all()
+
+
+def examined(request: Request) -> Iterator[Outcome]:
+    """Each outcome as soon as it is there, in this process."""
+    forms = "package.module:Name or file.py:Name"
+    theirs = named.load(str(request.module), option="--module", forms=forms)
+    for task in _tasks(request):
+        yield _examine(theirs, task, _limit(request))
 
 
 def _is_for(setting: Setting, dtype: str, request: Request) -> bool:
@@ -68,13 +90,20 @@ def _examine(theirs: Any, task: Task, times: float) -> Outcome:
         known = Expected.of(
             problem, DTYPES[task.dtype], task.seed, formula=problem.other, plain=problem.other
         )
+        given = [tensor.clone() for tensor in known.tensors]
         actual = known.results(_judged(problem.call, known.exact[0]))
+        if written := [name for name, *pair in zip(problem.inputs, known.tensors, given) if not _same(*pair)]:
+            raise ResultError(f"it writes into its inputs: {', '.join(written)}")
         compare(known, actual, outcome, times)
         if not is_layer and outcome.failures and outcome.failures[0].startswith("output"):
             shapes, _ = _levels(task)
             if name := mistake_in(actual[0], known, shapes, times):
                 outcome.failures[0] += f"; it is what comes with {name}"
     return outcome
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    return torch.allclose(now, before, rtol=0, atol=0, equal_nan=True)
 
 
 def _judged(call: Function, expected: Tensor) -> Function:
@@ -101,9 +130,12 @@ def _of_function(theirs: Any, task: Task) -> Problem:
     function = adapted(theirs)
 
     def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return function(value, *levels, locations, weights)
+        output = function(value, *levels, locations, weights)
+        if not all(map(torch.equal, levels, _levels(task))):
+            raise ResultError("it writes into its inputs: spatial_shapes, level_start_index")
+        return output
 
-    formula = functools.partial(problem.call, backend="reference")
+    formula = in_its_own_dtype(functools.partial(problem.call, backend="reference"))
     # Others take all tensors in one dtype; that coordinates stay float32 is a contract of vitkern's own kernels.
     return replace(problem, call=ours, other=formula, coordinates=())
 
@@ -185,7 +217,7 @@ def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
 
         return run
 
-    return Problem(given, call=runs(layer), other=runs(formula))
+    return Problem(given, call=runs(layer), other=in_its_own_dtype(runs(formula)))
 
 
 def _layers(

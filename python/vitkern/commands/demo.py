@@ -202,7 +202,7 @@ def main(*, output: Path, threads: int | None = None, quick: bool = False) -> in
     print("largest over the output and, with backward, the gradients of all inputs and parameters.\n")
 
     if importlib.util.find_spec("matplotlib") is None:
-        print("No picture: matplotlib is not installed (pip install 'vitkern[demo]')")
+        print("No picture: matplotlib is not installed (pip install matplotlib)")
     else:
         from vitkern.commands.demo_picture import draw
 

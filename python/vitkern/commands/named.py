@@ -20,7 +20,9 @@ def load(name: str, *, option: str, forms: str) -> Any:
         raise CommandError(f"{option} takes {forms}; got {name!r}")
     try:
         module = _of_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except (Exception, SystemExit) as error:  # theirs is run: anything can happen
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # theirs is run: anything can happen
         why = f"{type(error).__name__}: {in_one_line(error)}"
         raise CommandError(f"{option} {name}: {source} cannot be imported: {why}") from error
     if not hasattr(module, attribute):

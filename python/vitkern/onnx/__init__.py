@@ -37,11 +37,11 @@ def translation_table(
             a level; ``"tensorrt"`` as one node of TensorRT's plugin MultiscaleDeformableAttnPlugin_TRT.
         plugin_version: of that plugin. Versions ``"1"`` and ``"2"`` take and give the same.
 
-    Needs onnx and onnxscript: ``pip install vitkern[onnx]``.
+    Needs onnx and onnxscript: ``pip install onnx onnxscript``.
     """
     for module in ("onnx", "onnxscript"):
         if importlib.util.find_spec(module) is None:
-            raise ImportError(f"vitkern.onnx.translation_table needs {module}: pip install vitkern[onnx]")
+            raise ImportError(f"vitkern.onnx.translation_table needs {module}: pip install onnx onnxscript")
     graph = ScriptGraph()
     table = {}
     for op, translation in _translations(ms_deform_attn, plugin_version).items():

@@ -17,6 +17,7 @@ from vitkern import reference
 from vitkern.ops import native
 from vitkern.ops.checks import Contract
 from vitkern.ops.op import BACKEND, Op, kernel
+from vitkern.ops.plain import accumulated
 
 # Mirrors csrc/adapter_bottleneck/params.h.
 ACTIVATION_CODES = {"relu": 0, "gelu": 1, "silu": 2}
@@ -166,13 +167,15 @@ def _reference(
     x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed,
     factor, dropout_p, activation, residual_is_x, keep,
 ):  # fmt: skip
-    down_weight, up_weight, residual = (_ready(t, x) for t in (down_weight, up_weight, residual))
-    down_bias, up_bias = _ready(down_bias, x), _ready(up_bias, x)
-    residual = x if residual_is_x else residual
-    scale = factor if scale is None else factor * scale.to(x.dtype).view(())
-    return reference.adapter_bottleneck(
-        x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed, dropout_p, activation
-    )
+    def formula(x, down_weight, down_bias, up_weight, up_bias, residual):
+        beside = x if residual_is_x else residual
+        times = factor if scale is None else factor * scale.to(x.dtype).view(())
+        return reference.adapter_bottleneck(
+            x, down_weight, down_bias, up_weight, up_bias, beside, times, seed, dropout_p, activation
+        )
+
+    parameters = (_ready(t, x) for t in (down_weight, down_bias, up_weight, up_bias, residual))
+    return accumulated(formula, x, *parameters)
 
 
 _DIFFERENTIABLE = (0, 1, 2, 3, 4, 6)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,13 @@ def autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
     if not (_knows_autocast(device_type) and torch.is_autocast_enabled(device_type)):
         return None
     return None if value.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """For what has been cast already, or is not to be."""
+    if any_autocast() and _knows_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 @torch.compiler.assume_constant_result  # torch 2.4 cannot trace the question

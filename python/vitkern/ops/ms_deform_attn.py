@@ -17,6 +17,7 @@ from vitkern import reference
 from vitkern.ops import direct, native
 from vitkern.ops.ms_deform_attn_checks import FUSED, PLAIN, MsDeformAttnContract, check_fused, check_plain
 from vitkern.ops.op import BACKEND, Op, kernel
+from vitkern.ops.plain import accumulated
 
 _OPTIONS = f"int[]? points_per_level=None, str method='bilinear', {BACKEND}"
 _DEFAULTS = (None, "bilinear", None)
@@ -86,12 +87,6 @@ def _coordinate_dtype(value: Tensor, locations: Tensor, weights: Tensor) -> torc
     if locations.dtype == weights.dtype == value.dtype:
         return value.dtype
     return native.accumulator(value.dtype)
-
-
-def _flat(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] in one dtype."""
-    dtype = _coordinate_dtype(value, locations, weights)
-    return locations.to(dtype).flatten(3, -2), weights.to(dtype).flatten(3)
 
 
 def _plan(contract, backend, value, *tensors, points_per_level, method) -> _Plan:
@@ -168,16 +163,24 @@ def _reference_plain(value, shapes, starts, locations, weights, points_per_level
     if direct.nothing_traces():  # else there may be no elements to read
         PLAIN.check_levels(value, shapes, starts)
     points = _points_per_level(locations, points_per_level)
-    return reference.ms_deform_attn(value, shapes, starts, *_flat(value, locations, weights), points, method)
+
+    def formula(value, locations, weights):
+        flat = locations.flatten(3, -2), weights.flatten(3)
+        return reference.ms_deform_attn(value, shapes, starts, *flat, points, method)
+
+    return accumulated(formula, value, locations, weights)
 
 
 def _reference_fused(value, shapes, starts, reference_points, offsets, logits, points_per_level, method):
     if direct.nothing_traces():
         FUSED.check_levels(value, shapes, starts)
     points = _points_per_level(offsets, points_per_level)
-    return reference.ms_deform_attn_fused(
-        value, shapes, starts, reference_points, *_flat(value, offsets, logits), points, method
-    )
+
+    def formula(value, reference_points, offsets, logits):
+        flat = reference_points, offsets.flatten(3, -2), logits.flatten(3)
+        return reference.ms_deform_attn_fused(value, shapes, starts, *flat, points, method)
+
+    return accumulated(formula, value, reference_points, offsets, logits)
 
 
 ms_deform_attn = Op(

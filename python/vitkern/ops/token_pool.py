@@ -15,6 +15,7 @@ from vitkern import reference
 from vitkern.ops import native
 from vitkern.ops.checks import Contract
 from vitkern.ops.op import BACKEND, Op, kernel
+from vitkern.ops.plain import accumulated
 
 _CONTRACT = Contract("token_pool", "x")
 
@@ -61,7 +62,7 @@ def _backward(backend, grad_output, needed, x, weight, tokens, statistics):
 
 
 def _reference(x, weight):
-    return reference.token_pool(x, weight.to(x.dtype))
+    return accumulated(reference.token_pool, x, weight.to(x.dtype))
 
 
 token_pool = Op(

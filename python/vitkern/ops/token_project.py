@@ -13,6 +13,7 @@ from torch import Tensor
 from vitkern import reference
 from vitkern.ops.checks import Contract
 from vitkern.ops.op import BACKEND, Op, kernel
+from vitkern.ops.plain import accumulated
 
 _CONTRACT = Contract("token_project", "x")
 
@@ -67,6 +68,10 @@ def _backward(backend, grad_output, needed, _, *tensors):
     return kernel("token_project", "backward", backend)(call, grad_output, needed)
 
 
+def _reference(*tensors):
+    return accumulated(reference.token_project, *tensors)
+
+
 token_project = Op(
     "token_project",
     f"Tensor x, Tensor query, Tensor key, Tensor tokens, {BACKEND}",
@@ -77,5 +82,5 @@ token_project = Op(
     plan=_plan,
     forward=_forward,
     backward=_backward,
-    reference=reference.token_project,
+    reference=_reference,
 )
