@@ -19,7 +19,7 @@ from torch._library import autograd as dispatched
 
 from vitkern import _C, backends
 from vitkern.ops import direct
-from vitkern.ops.checks import check_types
+from vitkern.ops.checks import check_memory, check_output, check_types, refuse_changes, seen
 
 _library = torch.library.Library("vitkern", "FRAGMENT")
 
@@ -85,6 +85,8 @@ class Op:
         self._tensors = len(arguments) - len(defaults)
         tensors, options = arguments[: self._tensors], arguments[self._tensors :]
         self._arguments = arguments
+        saved = ["Tensor result", *(f"Tensor kept_{index}" for index in range(kept))][self._saved]
+        self._names = tuple(argument.split()[1] for argument in tensors + saved)  # of the tensors of backward
 
         self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
         first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
@@ -92,7 +94,6 @@ class Op:
             argument.replace("Tensor ", "Tensor? ") if at in passed_on else argument
             for at, argument in enumerate(tensors)
         ]
-        saved = ["Tensor result", *(f"Tensor kept_{index}" for index in range(kept))][self._saved]
         arguments = first + inputs + saved + options
         self._define(
             f"{name}_backward", arguments, len(differentiable), self._run_backward, self._fake_backward
@@ -128,8 +129,7 @@ class Op:
     def _shorten(self, everything: bool) -> Callable[..., Any]:
         return _C.short_way(
             direct.describe,
-            direct.watchers,
-            direct.forward_ad,
+            direct.watched,
             torch.is_grad_enabled,
             self._tensors,
             self._defaults,
@@ -141,7 +141,10 @@ class Op:
     def _long_way(self, inputs: tuple) -> Tensor:
         """For what is watched, and for the first call of its kind."""
         check_types(self.name, self._arguments, inputs)  # before plans are looked up by what must be hashable
-        if direct.nothing_watches() and direct.describe(inputs[: self._tensors]) is not None:
+        tensors = inputs[: self._tensors]
+        if direct.nothing_watches() and direct.describe(tensors) is None:
+            check_memory(self.name, self._names, tensors)
+        elif direct.nothing_watches():
             if self._planned(inputs) is None:
                 return self._reference(*inputs[:-1])
             output = self.short_way(*inputs)
@@ -163,26 +166,38 @@ class Op:
         key = (described, *options)
         if key in self._plans:
             return self._plans[key]
-        self._check(*inputs)
+        if described is None:
+            check_memory(self.name, self._names, inputs[: self._tensors])
+        specs = self._check(*inputs)
         backend = backends.choose(inputs[0].device, inputs[0].dtype, inputs[-1])
         planned = None
         if backend != "reference":
             plan = self._plan(backend, *inputs)
             run = self._forward(plan)
+            recorded = self._record(plan, inputs, specs)
             differentiate = functools.partial(
-                self._differentiate, positions=self._recorded, plan=plan, options=options
+                self._differentiate, positions=self._recorded, recorded=recorded
             )
             recorder = functools.partial(direct.recorder, self.name, run, differentiate, self._passed_on)
             if self._kept:
                 record, record_all = (recorder(self._saved, everything) for everything in (False, True))
             else:
                 record = record_all = recorder(None, True)
-            planned = direct.Planned(run, record, record_all, plan, options)
+            planned = direct.Planned(run, record, record_all, plan)
         if len(self._plans) == _MOST_PLANS:
             self._plans.clear()
         if described is not None:
             self._plans[key] = planned
         return planned
+
+    def _record(self, plan, inputs: tuple, specs: Sequence[Spec]) -> direct.Recorded:
+        outputs = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs]
+        saved = (*direct.without(inputs[: self._tensors], self._passed_on), *outputs[self._saved])
+        # A gradient may be contiguous or not, what was saved is what it was.
+        gradients = outputs[0], outputs[0].new_empty(()).expand(outputs[0].shape)
+        described = (direct.describe((gradient, *saved)) for gradient in gradients)
+        usual = tuple(key for key in described if key is not None)
+        return direct.Recorded(inputs[self._tensors :], seen(saved), plan, usual)
 
     def _launchable(self, inputs: tuple) -> direct.Planned:
         planned = self._planned(inputs)
@@ -222,9 +237,13 @@ class Op:
 
     def _run_backward(self, grad_output, needed, *inputs):
         inputs, tensors = self._split(grad_output, inputs)
-        self._check_grad_output(grad_output, inputs)
+        needed = self._check_backward(grad_output, needed, inputs, tensors)
         plan = self._launchable(inputs).plan
-        gradients = self._gradients(plan, grad_output, needed, tensors)
+        if direct.describe((grad_output, *tensors)) is None:
+            check_memory(self.name, ("grad_output", *self._names), (grad_output, *tensors))
+        # Launches see to the strides of inputs; outputs of a forward pass have no others.
+        outputs = (output.contiguous() for output in tensors[self._tensors :])
+        gradients = self._gradients(plan, grad_output, needed, (*tensors[: self._tensors], *outputs))
         return tuple(inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
     def _gradients(self, plan, grad_output, needed, tensors) -> list[Tensor | None]:
@@ -235,51 +254,58 @@ class Op:
         ]
 
     def _fake_backward(self, grad_output, needed, *inputs):
-        inputs, _ = self._split(grad_output, inputs)
-        self._check_grad_output(grad_output, inputs)
+        inputs, tensors = self._split(grad_output, inputs)
+        needed = self._check_backward(grad_output, needed, inputs, tensors)
         likes = [inputs[position] for position in self.differentiable]
         return tuple(
             like.new_empty(like.shape) if need else inputs[0].new_empty(0)
             for like, need in zip(likes, needed)
         )
 
-    def _check_grad_output(self, grad_output, inputs) -> None:
-        shape, dtype = self._check(*inputs)[0]
-        expected = (tuple(shape), dtype, inputs[0].device)
-        if (tuple(grad_output.shape), grad_output.dtype, grad_output.device) != expected:
+    def _check_backward(self, grad_output, needed, inputs, tensors) -> tuple[bool, ...]:
+        """That all fits the tensors of the forward pass; returns which gradients are needed and can be."""
+        specs, device = self._check(*inputs), inputs[0].device
+        outputs = {"grad_output": (grad_output, specs[0])}
+        outputs |= zip(self._names[self._tensors :], zip(tensors[self._tensors :], specs[self._saved]))
+        for name, (output, (shape, dtype)) in outputs.items():
+            check_output(self.name, name, output, (torch.Size(shape), dtype, device))
+        if len(needed) != len(self.differentiable):
             raise ValueError(
-                f"{self.name}: grad_output must be {list(shape)} of {dtype} on {inputs[0].device}, got "
-                f"{list(grad_output.shape)} of {grad_output.dtype} on {grad_output.device}"
+                f"{self.name}: needed must be {len(self.differentiable)} truth values, got {len(needed)}"
             )
+        return tuple(
+            need and inputs[position] is not None for need, position in zip(needed, self.differentiable)
+        )
 
     def _set_up(self, ctx, inputs, output) -> None:
         outputs = output if self._kept else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
         tensors = direct.without(inputs[: self._tensors], self._passed_on)
-        ctx.save_for_backward(*tensors, *outputs[self._saved])
-        ctx.options = inputs[self._tensors :]
+        saved = (*tensors, *outputs[self._saved])
+        ctx.save_for_backward(*saved)
+        ctx.recorded = direct.Recorded(inputs[self._tensors :], seen(saved))
 
     def _derive(self, ctx, grad_output, *_):
         """Gradients of all arguments, for the dispatcher."""
-        gradients = self._differentiate(ctx, grad_output, range(self._tensors), None, ctx.options)
-        return *gradients, *(None for _ in ctx.options)
+        gradients = self._differentiate(ctx, grad_output, range(self._tensors), ctx.recorded)
+        return *gradients, *(None for _ in ctx.recorded.options)
 
-    def _differentiate(self, ctx, grad_output, positions, plan, options) -> list[Tensor | None]:
+    def _differentiate(self, ctx, grad_output, positions, recorded: direct.Recorded) -> list[Tensor | None]:
         """Gradients of the tensors at these positions, which are what ctx tells of."""
         needs = dict(zip(positions, ctx.needs_input_grad))
         needed = [needs[position] for position in self.differentiable]
         saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
         # With grad mode on somebody wants a second derivative: only the op knows how to refuse one.
         if (
-            plan is None
-            or torch.is_grad_enabled()
+            torch.is_grad_enabled()
             or not direct.nothing_watches()
-            or direct.describe((grad_output, *saved)) is None
+            or direct.describe((grad_output, *saved)) not in recorded.described
         ):
+            refuse_changes(self.name, self._names, recorded.saved, saved)
             backward = getattr(torch.ops.vitkern, f"{self.name}_backward")
-            gradients = backward(grad_output, needed, *saved, *options)
+            gradients = backward(grad_output, needed, *saved, *recorded.options)
         else:
-            gradients = self._gradients(plan, grad_output, needed, saved)
+            gradients = self._gradients(recorded.plan, grad_output, needed, saved)
         of = {
             position: gradient
             for position, need, gradient in zip(self.differentiable, needed, gradients)
