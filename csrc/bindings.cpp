@@ -37,12 +37,12 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   py::class_<Watch>(m, "Watch", py::module_local())
       .def(py::init<py::tuple, py::dict>())
       .def("__call__", &Watch::operator());
-  m.def("short_way", [](const Describer& describer, const Watch& watched, py::object asks_gradients,
-                        Py_ssize_t tensors, py::tuple defaults, std::vector<Py_ssize_t> recorded,
-                        py::dict plans, bool whole) {
-    return make_function(ShortWay(describer, watched, std::move(asks_gradients), tensors, std::move(defaults),
-                                  std::move(recorded), std::move(plans), whole));
-  });
+  m.def("short_way",
+        [](const Describer& describer, const Watch& watched, py::object asks_gradients, Py_ssize_t tensors,
+           py::tuple defaults, std::vector<Py_ssize_t> recorded, py::dict plans, bool whole) {
+          return make_function(ShortWay(describer, watched, std::move(asks_gradients), tensors,
+                                        std::move(defaults), std::move(recorded), std::move(plans), whole));
+        });
 #endif
 
   bindings::ms_deform_attn::bind(m);

@@ -314,3 +314,31 @@ def test_the_backward_op_checks_what_it_is_given(subject, change, fake):
         else:
             with refused(subject, name):
                 run(given | {name: swapped})
+
+
+@each_watcher
+@each_subject
+def test_a_result_may_be_changed_in_place(subject, watcher):
+    """As in plain torch: none of the formulas wants its result again. token_pool's kernels do, and get a copy."""
+    tensors = subject.tensors()
+    with WATCHERS[watcher]():
+        output = subject.call(tensors)
+        expected = gradients(output, tensors, retain_graph=True)
+        ours = gradients(output.mul_(2), tensors)
+    for gradient, once in zip(ours, expected):
+        torch.testing.assert_close(gradient, 2 * once)
+
+
+def test_the_backward_op_names_the_gradients_that_there_are():
+    x, query, key, tokens = (tensor.detach() for tensor in SUBJECTS[4].tensors().values())
+    with pytest.raises(ValueError, match="token_project: needed must be 3 truth values, got"):
+        torch.ops.vitkern.token_project_backward(x, [True], None, query, key, tokens)
+
+
+def test_what_is_none_has_no_gradient():
+    tensors = {name: tensor.detach() for name, tensor in SUBJECTS[2].tensors().items()}
+    tensors |= {"down_bias": None, "residual": None, "seed": None}
+    output, kept = torch.ops.vitkern.adapter_bottleneck(*tensors.values())
+    op = torch.ops.vitkern.adapter_bottleneck_backward
+    gradients = op(output, [True] * 6, *tensors.values(), kept)
+    assert [gradient.numel() > 0 for gradient in gradients] == [True, True, False, True, True, True]

@@ -18,7 +18,7 @@ class Describer {
   Describer(const pybind11::object& lends, const pybind11::object& room, pybind11::type tensor,
             pybind11::type parameter)
       : lender_(lends),
-        room_(room),
+        room_(room, tensor),
         tensor_(std::move(tensor)),
         parameter_(std::move(parameter)),
         is_neg_(pybind11::getattr(tensor_, "is_neg")) {}
@@ -33,6 +33,8 @@ class Describer {
     }
     return pybind11::bytes(key);
   }
+
+  const pybind11::type& tensor() const { return tensor_; }
 
   bool append(std::string& key, pybind11::handle tensor, Lent& lent) const {
     struct {

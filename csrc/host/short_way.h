@@ -53,7 +53,7 @@ class ShortWay {
         defaults_(std::move(defaults)),
         recorded_(std::move(recorded)),
         plans_(std::move(plans)),
-        requires_grad_("requires_grad"),
+        requires_grad_(describer_.tensor(), "requires_grad"),
         whole_(whole) {
     if (tensors > Lendings::kMost) throw std::invalid_argument("too many tensors for a short way");
   }
@@ -93,11 +93,9 @@ class ShortWay {
   }
 
   bool wants_gradient(Arguments inputs) const {
-    if (!is_true(checked(PyObject_CallNoArgs(asks_gradients_.ptr())))) return false;
     for (const Py_ssize_t position : recorded_)
-      if (inputs[position] != Py_None &&
-          is_true(checked(PyObject_GetAttr(inputs[position], requires_grad_.ptr()))))
-        return true;
+      if (inputs[position] != Py_None && is_true(checked(requires_grad_(inputs[position]))))
+        return is_true(checked(PyObject_CallNoArgs(asks_gradients_.ptr())));
     return false;
   }
 
@@ -120,7 +118,7 @@ class ShortWay {
   pybind11::tuple defaults_;
   std::vector<Py_ssize_t> recorded_;
   pybind11::dict plans_;
-  pybind11::str requires_grad_;
+  Attribute requires_grad_;
   bool whole_;
 };
 

@@ -28,7 +28,7 @@ is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
+_tracing = torch._C._is_tracing
 _profiling = torch.autograd._profiler_enabled
 
 
@@ -78,7 +78,7 @@ lends = getattr(Tensor, "__dlpack_c_exchange_api__", _tell)
 
 def _room(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its storage."""
-    return tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _storage_functions() -> tuple[int, ...] | None:
@@ -128,14 +128,14 @@ def recorder(
     run: Callable[..., Any],
     differentiate: Callable[..., Any],
     unsaved: tuple[int, ...],
-    kept: slice | None,
+    keep: Callable[..., tuple] | None,
     everything: bool,
 ) -> Callable[..., Any]:
     """Forward and gradient of one plan without the dispatcher between them: see Planned.
 
     differentiate: of ctx and grad_output; returns gradients of the tensors that may want one.
     unsaved: positions of tensors that the backward pass does not want.
-    kept: which of the outputs the backward pass wants; None: there is but one output, which it does not want.
+    keep: of the outputs, what the backward pass wants of them; None: there is one output, which it does not want.
     """
 
     # Each tensor among its arguments costs, and so does each attribute of ctx: all tensors come in a tuple.
@@ -144,10 +144,10 @@ def recorder(
         outputs = run(*tensors)
         if unsaved:
             tensors = without(tensors, unsaved)
-        if kept is None:
+        if keep is None:
             ctx.save_for_backward(*tensors)
             return outputs
-        ctx.save_for_backward(*tensors, *outputs[kept])
+        ctx.save_for_backward(*tensors, *keep(outputs))
         if not everything:
             return outputs[0]
         ctx.mark_non_differentiable(*outputs[1:])

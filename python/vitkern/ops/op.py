@@ -52,7 +52,8 @@ class Op:
             gradient or None for each differentiable tensor.
         reference: of all arguments but the backend: the result by differentiable torch code.
         kept: how many outputs follow the result.
-        keeps_result: whether the backward wants the result too, before the others.
+        keeps_result: whether the backward wants the result too, before the others. It gets a copy: the result itself
+            may be changed in place before.
         passed_on: positions of the tensors, of the result's shape and dtype, that are added to the result as they are:
             grad_output itself is their gradient. They are not saved, and None in the backward pass.
     """
@@ -180,7 +181,7 @@ class Op:
             )
             recorder = functools.partial(direct.recorder, self.name, run, differentiate, self._passed_on)
             if self._kept:
-                record, record_all = (recorder(self._saved, everything) for everything in (False, True))
+                record, record_all = (recorder(self._keep, everything) for everything in (False, True))
             else:
                 record = record_all = recorder(None, True)
             planned = direct.Planned(run, record, record_all, plan)
@@ -189,6 +190,10 @@ class Op:
         if described is not None:
             self._plans[key] = planned
         return planned
+
+    def _keep(self, outputs: tuple) -> tuple:
+        """What is saved of the outputs."""
+        return outputs[1:] if self._saved.start else (outputs[0].clone(), *outputs[1:])
 
     def _record(self, plan, inputs: tuple, specs: Sequence[Spec]) -> direct.Recorded:
         outputs = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs]
@@ -222,22 +227,35 @@ class Op:
         outputs = tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs)
         return outputs if self._kept else outputs[0]
 
-    def _split(self, grad_output: Tensor, inputs: tuple) -> tuple[tuple, tuple]:
-        """The arguments of the forward pass, and the tensors of the backward pass: those and what was saved.
+    def _received(self, grad_output: Tensor, needed, inputs: tuple) -> tuple[tuple, tuple, tuple[bool, ...]]:
+        """The arguments of the forward pass; the tensors of the backward pass, those and what was kept; what is needed.
 
         Of a tensor that was not saved, grad_output has all that may be asked for.
         """
-        count = self._tensors + self._saved.stop - self._saved.start
+        count = len(self._names)
         inputs = self._complete(inputs, count)
+        tensors = inputs[:count]
         forward = (
-            grad_output if tensor is None and argument.startswith("Tensor ") else tensor
-            for argument, tensor in zip(self._arguments[: self._tensors], inputs)
+            *(
+                grad_output if tensor is None and argument.startswith("Tensor ") else tensor
+                for argument, tensor in zip(self._arguments[: self._tensors], tensors)
+            ),
+            *inputs[count:],
         )
-        return (*forward, *inputs[count:]), inputs[:count]
+        specs = self._check(*forward)
+        names = ("grad_output", *self._names[self._tensors :])
+        outputs = zip((grad_output, *tensors[self._tensors :]), (specs[0], *specs[self._saved]))
+        for name, (output, (shape, dtype)) in zip(names, outputs):
+            check_output(self.name, name, output, (torch.Size(shape), dtype, forward[0].device))
+        if len(needed) != len(self.differentiable):
+            raise ValueError(
+                f"{self.name}: needed must be {len(self.differentiable)} truth values, got {needed}"
+            )
+        possible = (forward[position] is not None for position in self.differentiable)
+        return forward, tensors, tuple(need and can for need, can in zip(needed, possible))
 
     def _run_backward(self, grad_output, needed, *inputs):
-        inputs, tensors = self._split(grad_output, inputs)
-        needed = self._check_backward(grad_output, needed, inputs, tensors)
+        inputs, tensors, needed = self._received(grad_output, needed, inputs)
         plan = self._launchable(inputs).plan
         if direct.describe((grad_output, *tensors)) is None:
             check_memory(self.name, ("grad_output", *self._names), (grad_output, *tensors))
@@ -254,34 +272,17 @@ class Op:
         ]
 
     def _fake_backward(self, grad_output, needed, *inputs):
-        inputs, tensors = self._split(grad_output, inputs)
-        needed = self._check_backward(grad_output, needed, inputs, tensors)
-        likes = [inputs[position] for position in self.differentiable]
+        inputs, _, needed = self._received(grad_output, needed, inputs)
         return tuple(
-            like.new_empty(like.shape) if need else inputs[0].new_empty(0)
-            for like, need in zip(likes, needed)
-        )
-
-    def _check_backward(self, grad_output, needed, inputs, tensors) -> tuple[bool, ...]:
-        """That all fits the tensors of the forward pass; returns which gradients are needed and can be."""
-        specs, device = self._check(*inputs), inputs[0].device
-        outputs = {"grad_output": (grad_output, specs[0])}
-        outputs |= zip(self._names[self._tensors :], zip(tensors[self._tensors :], specs[self._saved]))
-        for name, (output, (shape, dtype)) in outputs.items():
-            check_output(self.name, name, output, (torch.Size(shape), dtype, device))
-        if len(needed) != len(self.differentiable):
-            raise ValueError(
-                f"{self.name}: needed must be {len(self.differentiable)} truth values, got {len(needed)}"
-            )
-        return tuple(
-            need and inputs[position] is not None for need, position in zip(needed, self.differentiable)
+            inputs[position].new_empty(inputs[position].shape) if need else inputs[0].new_empty(0)
+            for position, need in zip(self.differentiable, needed)
         )
 
     def _set_up(self, ctx, inputs, output) -> None:
         outputs = output if self._kept else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
         tensors = direct.without(inputs[: self._tensors], self._passed_on)
-        saved = (*tensors, *outputs[self._saved])
+        saved = (*tensors, *self._keep(outputs))
         ctx.save_for_backward(*saved)
         ctx.recorded = direct.Recorded(inputs[self._tensors :], seen(saved))
 
@@ -292,8 +293,8 @@ class Op:
 
     def _differentiate(self, ctx, grad_output, positions, recorded: direct.Recorded) -> list[Tensor | None]:
         """Gradients of the tensors at these positions, which are what ctx tells of."""
-        needs = dict(zip(positions, ctx.needs_input_grad))
-        needed = [needs[position] for position in self.differentiable]
+        wanted = dict(zip(positions, ctx.needs_input_grad))
+        needed = [wanted[position] for position in self.differentiable]
         saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
         # With grad mode on somebody wants a second derivative: only the op knows how to refuse one.
         if (
@@ -306,13 +307,8 @@ class Op:
             gradients = backward(grad_output, needed, *saved, *recorded.options)
         else:
             gradients = self._gradients(recorded.plan, grad_output, needed, saved)
-        of = {
-            position: gradient
-            for position, need, gradient in zip(self.differentiable, needed, gradients)
-            if need
-        }
-        of |= {position: grad_output for position in self._passed_on if needs[position]}
-        return [of.get(position) for position in positions]
+        found = dict(zip(self.differentiable, gradients)) | dict.fromkeys(self._passed_on, grad_output)
+        return [found.get(position) if wanted[position] else None for position in positions]
 
     def _refuse(self, ctx, *grads):
         raise NotImplementedError(
