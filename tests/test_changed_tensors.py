@@ -216,7 +216,7 @@ def test_changed_between_two_backward_passes(subject, change):
 @each_subject
 def test_hooks_that_unpack_another_tensor(subject, change, watcher):
     """Each saved tensor in turn, what forward kept among them."""
-    names = [*subject.saved, *subject.keeps]
+    names = [*subject.saved, *(name for name in subject.keeps if name != "result")]
     for changed, name in enumerate(names):
         tensors, packed = subject.tensors(), []
 
@@ -319,7 +319,7 @@ def test_the_backward_op_checks_what_it_is_given(subject, change, fake):
 @each_watcher
 @each_subject
 def test_a_result_may_be_changed_in_place(subject, watcher):
-    """As in plain torch: none of the formulas wants its result again. token_pool's kernels do, and get a copy."""
+    """As in plain torch: none of the formulas wants its result again. token_pool's kernels do."""
     tensors = subject.tensors()
     with WATCHERS[watcher]():
         output = subject.call(tensors)
@@ -327,6 +327,17 @@ def test_a_result_may_be_changed_in_place(subject, watcher):
         ours = gradients(output.mul_(2), tensors)
     for gradient, once in zip(ours, expected):
         torch.testing.assert_close(gradient, 2 * once)
+
+
+@each_watcher
+def test_a_result_that_lost_its_memory(watcher):
+    tensors = SUBJECTS[3].tensors()
+    with WATCHERS[watcher]():
+        output = SUBJECTS[3].call(tensors)
+        gradient = torch.ones_like(output)
+        output.untyped_storage().resize_(4)
+        with pytest.raises(ValueError, match="token_pool: result must have the memory of"):
+            torch.autograd.grad(output, leaves(tensors), gradient)
 
 
 def test_the_backward_op_names_the_gradients_that_there_are():

@@ -74,7 +74,7 @@ class ShortWay {
 
  private:
   pybind11::object find(Arguments inputs, Py_ssize_t count, Lendings& lendings) const {
-    std::string described;
+    std::string described = Describer::empty_key();
     for (Py_ssize_t position = 0; position < tensors_; ++position)
       if (!describer_.append(described, inputs[position], lendings.next())) return {};
     const auto options = static_cast<Py_ssize_t>(defaults_.size());

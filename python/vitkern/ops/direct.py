@@ -135,7 +135,7 @@ def recorder(
 
     differentiate: of ctx and grad_output; returns gradients of the tensors that may want one.
     unsaved: positions of tensors that the backward pass does not want.
-    keep: of the outputs, what the backward pass wants of them; None: there is one output, which it does not want.
+    keep: of ctx and the outputs, what autograd saves of them; None: there is one output, which is not saved.
     """
 
     # Each tensor among its arguments costs, and so does each attribute of ctx: all tensors come in a tuple.
@@ -147,7 +147,7 @@ def recorder(
         if keep is None:
             ctx.save_for_backward(*tensors)
             return outputs
-        ctx.save_for_backward(*tensors, *keep(outputs))
+        ctx.save_for_backward(*tensors, *keep(ctx, outputs))
         if not everything:
             return outputs[0]
         ctx.mark_non_differentiable(*outputs[1:])

@@ -52,8 +52,7 @@ class Op:
             gradient or None for each differentiable tensor.
         reference: of all arguments but the backend: the result by differentiable torch code.
         kept: how many outputs follow the result.
-        keeps_result: whether the backward wants the result too, before the others. It gets a copy: the result itself
-            may be changed in place before.
+        keeps_result: whether the backward wants the result too, before the others.
         passed_on: positions of the tensors, of the result's shape and dtype, that are added to the result as they are:
             grad_output itself is their gradient. They are not saved, and None in the backward pass.
     """
@@ -75,6 +74,7 @@ class Op:
         passed_on: tuple[int, ...] = (),
     ) -> None:
         self.name, self.differentiable, self._defaults, self._kept = name, differentiable, defaults, kept
+        self._keeps_result = keeps_result
         self._saved = slice(0 if keeps_result else 1, 1 + kept)  # of the outputs, those that backward gets
         self._passed_on = passed_on
         self._check, self._plan, self._reference = check, plan, reference
@@ -191,9 +191,23 @@ class Op:
             self._plans[key] = planned
         return planned
 
-    def _keep(self, outputs: tuple) -> tuple:
-        """What is saved of the outputs."""
-        return outputs[1:] if self._saved.start else (outputs[0].clone(), *outputs[1:])
+    def _keep(self, ctx, outputs: tuple) -> tuple:
+        """What autograd is to save of the outputs: not the result, which could not be changed in place then."""
+        if self._keeps_result:
+            alias = outputs[0].detach()  # counts the changes of the result
+            ctx.result = alias, alias._version
+        return outputs[1:]
+
+    def _recall(self, ctx, options: tuple) -> tuple:
+        """The tensors that backward wants again."""
+        saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
+        if not self._keeps_result:
+            return saved
+        (result, version), inputs = ctx.result, saved[: self._tensors]
+        if result._version != version:  # it has been changed in place: once more
+            with torch.no_grad():
+                result = getattr(torch.ops.vitkern, self.name)(*inputs, *options)[0]
+        return (*inputs, result, *saved[self._tensors :])
 
     def _record(self, plan, inputs: tuple, specs: Sequence[Spec]) -> direct.Recorded:
         outputs = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs]
@@ -282,9 +296,8 @@ class Op:
         outputs = output if self._kept else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
         tensors = direct.without(inputs[: self._tensors], self._passed_on)
-        saved = (*tensors, *self._keep(outputs))
-        ctx.save_for_backward(*saved)
-        ctx.recorded = direct.Recorded(inputs[self._tensors :], seen(saved))
+        ctx.save_for_backward(*tensors, *self._keep(ctx, outputs))
+        ctx.recorded = direct.Recorded(inputs[self._tensors :], seen((*tensors, *outputs[self._saved])))
 
     def _derive(self, ctx, grad_output, *_):
         """Gradients of all arguments, for the dispatcher."""
@@ -295,7 +308,7 @@ class Op:
         """Gradients of the tensors at these positions, which are what ctx tells of."""
         wanted = dict(zip(positions, ctx.needs_input_grad))
         needed = [wanted[position] for position in self.differentiable]
-        saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
+        saved = self._recall(ctx, recorded.options)
         # With grad mode on somebody wants a second derivative: only the op knows how to refuse one.
         if (
             torch.is_grad_enabled()
