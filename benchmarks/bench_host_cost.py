@@ -1,33 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.bench_host_cost: what a call costs on the host, from Python to the launch, in calls of torch.mm.
 
-The compiled kernels are replaced by ones that do nothing. "cpu" is the way to the native kernels; "cuda" that to the
-CUDA kernels, which the same CPU tensors take as they do in the tests' emulator, so without asking for a stream.
-The unit is one torch.mm of two 4x4 matrices, without gradients, in the same rounds. "floor" is what nobody can go below
-who writes an op in Python: the same tensors through a torch.library op, or an autograd.Function that keeps them, which
-allocate the output and do nothing else. Forward and backward together have no target.
+The tensors are so small that a kernel on one thread costs next to nothing; on a card (--device cuda) launches are not
+waited for. The unit is one torch.mm of two 4x4 matrices, without gradients, in the same rounds. "floor" is the least
+for an op that is written in Python: the same tensors through a torch.library op, or an autograd.Function that keeps
+them, which allocate the output and do nothing else.
+
+Two builds in turn, each round in fresh processes, and the ratio of the least of 20 rounds:
+
+    python -m benchmarks.bench_host_cost --compare OLD_CHECKOUT
+
+OLD_CHECKOUT is another checkout of this project, built in its .venv: git worktree add OLD_CHECKOUT COMMIT, then
+make -C OLD_CHECKOUT setup. Both builds run this file, so it calls public names only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
 
 import torch
 
 import vitkern
-from vitkern.bench.measure import forward_backward
-from vitkern.cases import MsDeformAttnCase, make_inputs
+from vitkern.bench.measure import backward_alone, forward_backward
+from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase, make_inputs
 from vitkern.commands.doctor import cpu_model
-from vitkern.ops import native
-from vitkern.ops.op import forget_plans
 
-CASE = MsDeformAttnCase("tiny", "", 1, ((4, 4), (2, 2)), 3, 2, 4, 2)
-CALLS = 20  # of a sample
-# Units allowed without and with gradients recorded, through the functions and through torch.ops.
+CASE = MsDeformAttnCase("tiny", "", 1, ((2, 2), (1, 1)), 1, 1, 4, 1)
+CALLS = 5  # of a sample: short enough to fall between two turns of a neighbour
+# Units that ms_deform_attn may take without and with gradients recorded, through the functions and torch.ops.
 TARGETS = {"function": (4, 6), "torch.ops": (10, 15)}
+
+Row = tuple[str, str, str]  # op, way, pass
 
 _floor = torch.library.Library("vitkern_floor", "DEF")
 _floor.define(
@@ -36,37 +45,48 @@ _floor.define(
 )
 
 
-def without_kernels(compiled) -> SimpleNamespace:
-    """The compiled module, in which whatever launches does nothing."""
-    names = [name for name in dir(compiled) if not name.startswith("__")]
-    stub = SimpleNamespace(**{name: getattr(compiled, name) for name in names})
-    for device in ("cpu", "cuda"):
-        setattr(stub, f"ms_deform_attn_forward_{device}", compiled.ms_deform_attn_forward_nothing)
-        setattr(stub, f"ms_deform_attn_backward_{device}", lambda *arguments: None)
-    return stub
+def ops() -> dict[str, tuple[torch.Tensor, ...]]:
+    """The tensors of each op."""
+    value, *tables, locations, weights = make_inputs(CASE)
+    adapter = list(AdapterBottleneckCase("tiny", "", (2,), 8, 4).make().values())[:5]
+    tokens = TokenCase("tiny", "", 1, 2, 8, 2)
+    return {
+        "ms_deform_attn": (value, *tables, locations, weights),
+        "ms_deform_attn_fused": (value, *tables, torch.rand(1, 1, 2, 2), locations, weights.flatten(3)),
+        "adapter_bottleneck": tuple(adapter),
+        "token_pool": tokens.make_pool(recurrent=False),
+        "token_project": tokens.make_project(keys=4),
+    }
 
 
-def calls(backend: str) -> dict[tuple[str, str, str], Callable[[], object]]:
-    """Forward and, with gradients, forward and backward: {(op, way, pass): call}."""
-    inputs = make_inputs(CASE)
-    value, *tables, locations, weights = inputs
-    plain = (value, *tables, locations, weights)
-    fused = (value, *tables, torch.rand(1, 3, 2, 2), locations, weights.flatten(3))
-    made = {}
-    for op, tensors in (("ms_deform_attn", plain), ("ms_deform_attn_fused", fused)):
+def first_of(outputs):
+    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+
+def calls(device: str) -> dict[Row, Callable[[], object]]:
+    """Forward without and with gradients recorded, backward alone, and both passes."""
+    made: dict[Row, Callable[[], object]] = {}
+    for op, made_tensors in ops().items():
+        tensors = tuple(tensor.to(device) for tensor in made_tensors)
         recorded = tuple(t.clone().requires_grad_() if t.is_floating_point() else t for t in tensors)
-        for way, module in (("function", vitkern), ("torch.ops", torch.ops.vitkern)):
-            run = getattr(module, op)
-            made[op, way, "forward"] = lambda run=run, tensors=tensors: run(*tensors, backend=backend)
-            made[op, way, "recorded"] = lambda run=run, recorded=recorded: run(*recorded, backend=backend)
-            made[op, way, "both"] = forward_backward(
-                lambda *tensors, run=run: run(*tensors, backend=backend), recorded
-            )
+        # The function asks for what backward wants to be kept; its op has to be told so.
+        more = {"seed": None, "scale": None, "residual": None, "keep": device == "cpu"}
+        told = more if op == "adapter_bottleneck" else {}
+        for way, module, options in (("function", vitkern, {}), ("torch.ops", torch.ops.vitkern, told)):
+            op_of_way = getattr(module, op)
+
+            def run(*tensors, op_of_way=op_of_way, options=options):
+                return first_of(op_of_way(*tensors, **options, backend=device))
+
+            made[op, way, "forward"] = lambda run=run, tensors=tensors: run(*tensors)
+            made[op, way, "recorded"] = lambda run=run, recorded=recorded: run(*recorded)
+            made[op, way, "backward"] = backward_alone(run, recorded)
+            made[op, way, "both"] = forward_backward(run, recorded)
     return made
 
 
-def floors() -> dict[tuple[str, str, str], Callable[[], object]]:
-    """What torch takes for the same tensors where nothing is checked, found or launched: {(op, way, pass): call}."""
+def floors() -> dict[Row, Callable[[], object]]:
+    """What torch takes for the same tensors where nothing is checked, found or launched."""
     inputs = make_inputs(CASE)
     tensors, recorded = tuple(inputs), tuple(inputs.to(torch.float32).requires_grad_())
     shape = (1, CASE.queries, CASE.heads * CASE.channels)
@@ -87,7 +107,7 @@ def floors() -> dict[tuple[str, str, str], Callable[[], object]]:
     }
 
 
-def shortest(runs: dict[object, Callable[[], object]], seconds: float) -> dict[object, float]:
+def shortest(runs: dict[Row, Callable[[], object]], seconds: float) -> dict[Row, float]:
     """Microseconds of each call: the least of many short samples, taken in turn, so that a neighbour misses some."""
     best = dict.fromkeys(runs, float("inf"))
     deadline = time.perf_counter() + seconds
@@ -101,34 +121,73 @@ def shortest(runs: dict[object, Callable[[], object]], seconds: float) -> dict[o
     return best
 
 
+def measure(device: str, seconds: float) -> dict[Row, float]:
+    torch.set_num_threads(1)
+    matrix = torch.ones(4, 4, device=device)
+    recorded = matrix.clone().requires_grad_()
+    units: dict[Row, Callable[[], object]] = {
+        ("torch.mm", "function", "forward"): lambda: torch.mm(matrix, matrix),
+        ("torch.mm", "function", "recorded"): lambda: torch.mm(recorded, matrix),
+    }
+    return shortest(units | floors() | calls(device), seconds)
+
+
+def show(best: dict[Row, float], device: str) -> None:
+    unit = best["torch.mm", "function", "forward"]
+    where = cpu_model() if device == "cpu" else torch.cuda.get_device_name()
+    print(f"{where}, torch {torch.__version__}")
+    for (op, way, what), microseconds in best.items():
+        aimed = op.startswith("ms_deform_attn") and what in ("forward", "recorded")
+        target = f" of {TARGETS[way][what == 'recorded']}" if aimed else ""
+        units = f"{microseconds:>8.1f} us {microseconds / unit:>7.1f} units{target}"
+        print(f"  {op:<22}{way:<11}{what:<10}{units}")
+
+
+def measured_in(interpreter: Path, device: str, seconds: float) -> dict[str, float]:
+    """The same in a process of another build: microseconds by the row's words."""
+    command = [
+        interpreter,
+        "-I",
+        Path(__file__).resolve(),
+        "--json",
+        "--device",
+        device,
+        "--seconds",
+        seconds,
+    ]
+    run = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def compare(old: Path, device: str, seconds: float, rounds: int) -> None:
+    best: list[dict[str, float]] = [{}, {}]
+    for _ in range(rounds):
+        for interpreter, least in zip((old / ".venv/bin/python", Path(sys.executable)), best):
+            for row, microseconds in measured_in(interpreter, device, seconds).items():
+                least[row] = min(microseconds, least.get(row, microseconds))
+    print(f"least of {rounds} rounds, microseconds: {'before':>38}{'now':>9}{'ratio':>9}")
+    for row, before in best[0].items():
+        print(f"  {row:<60}{before:>9.2f}{best[1][row]:>9.2f}{best[1][row] / before:>9.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="time limit for each backend")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="time limit, of each round with --compare"
+    )
+    parser.add_argument("--json", action="store_true", help="print {row: microseconds}")
+    parser.add_argument("--compare", type=Path, metavar="OLD_CHECKOUT", help="measure another build in turn")
+    parser.add_argument("--rounds", type=int, default=20, help="of --compare")
     arguments = parser.parse_args()
-    matrix, empty = torch.ones(4, 4), floors()
-    recorded = matrix.clone().requires_grad_()
-    native._C = native.cuda_module = without_kernels(native._C)
-    print(f"{cpu_model()}, torch {torch.__version__}")
-    for backend in ("cpu", "cuda"):
-        if backend == "cuda":
-            native.cuda_module = without_kernels(
-                native._C
-            )  # another module than _C: the emulator, as it seems
-        forget_plans()
-        runs = {
-            "unit": lambda: torch.mm(matrix, matrix),
-            "unit, recorded": lambda: torch.mm(recorded, matrix),
-        }
-        runs |= empty | calls(backend)
-        best = shortest(runs, arguments.seconds)
-        unit = best["unit"]
-        print(f"{backend}: torch.mm {unit:.2f} us, with gradients recorded {best['unit, recorded']:.2f} us")
-        for name in list(runs)[2:]:
-            op, way, what = name
-            target = "" if "both" in name or "floor" in name else f" of {TARGETS[way][what == 'recorded']}"
-            print(
-                f"  {op:<22}{way:<11}{what:<10}{best[name]:>8.1f} us {best[name] / unit:>7.1f} units{target}"
-            )
+    if arguments.compare:
+        compare(arguments.compare, arguments.device, arguments.seconds, arguments.rounds)
+        return
+    best = measure(arguments.device, arguments.seconds)
+    if arguments.json:
+        print(json.dumps({f"{op:<22}{way:<11}{what}": time for (op, way, what), time in best.items()}))
+    else:
+        show(best, arguments.device)
 
 
 if __name__ == "__main__":

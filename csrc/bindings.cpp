@@ -32,15 +32,17 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.def("set_cpu_isa", &set_cpu_isa);
 
   py::class_<Describer>(m, "Describer", py::module_local())
-      .def(py::init<py::object, py::type, py::type>())
+      .def(py::init<py::object, py::object, py::type, py::type>())
       .def("__call__", &Describer::operator());
-  m.def("short_way", [](const Describer& describer, py::tuple watchers, py::dict forward_ad,
-                        py::object asks_gradients, Py_ssize_t tensors, py::tuple defaults,
-                        std::vector<Py_ssize_t> recorded, py::dict plans, bool whole) {
-    return make_function(ShortWay(describer, std::move(watchers), std::move(forward_ad),
-                                  std::move(asks_gradients), tensors, std::move(defaults),
-                                  std::move(recorded), std::move(plans), whole));
-  });
+  py::class_<Watch>(m, "Watch", py::module_local())
+      .def(py::init<py::tuple, py::dict>())
+      .def("__call__", &Watch::operator());
+  m.def("short_way",
+        [](const Describer& describer, const Watch& watched, py::object asks_gradients, Py_ssize_t tensors,
+           py::tuple defaults, std::vector<Py_ssize_t> recorded, py::dict plans, bool whole) {
+          return make_function(ShortWay(describer, watched, std::move(asks_gradients), tensors,
+                                        std::move(defaults), std::move(recorded), std::move(plans), whole));
+        });
 #endif
 
   bindings::ms_deform_attn::bind(m);

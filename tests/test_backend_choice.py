@@ -64,8 +64,9 @@ def test_which_cards_a_build_serves(architectures, capability, fits):
 
 
 def test_a_call_is_described_alike_with_and_without_dlpack(monkeypatch):
-    """Torch below 2.10 is asked attribute by attribute."""
-    asking = _C.Describer(direct._tell, torch.Tensor, torch.nn.Parameter)
+    """Torch below 2.10 is asked attribute by attribute, and one without its C functions for storages."""
+    asking = _C.Describer(direct._tell, direct._room, torch.Tensor, torch.nn.Parameter)
+    assert direct.room is not direct._room, "torch has lost the functions that make this quick"
     tensor = torch.randn(2, 3, 4)
     plain = (tensor, tensor.double(), tensor[:1], tensor.transpose(0, 1), tensor[0], None, tensor.long())
     kinds = {"parameter": torch.nn.Parameter(tensor), "expanded": tensor[:1].expand(2, 3, 4)}

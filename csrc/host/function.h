@@ -42,6 +42,27 @@ inline pybind11::object checked(PyObject* result) {
   return pybind11::reinterpret_steal<pybind11::object>(result);
 }
 
+// An attribute that a type written in C computes, read without looking its name up.
+class Attribute {
+ public:
+  Attribute(const pybind11::type& type, const char* name)
+      : name_(pybind11::reinterpret_steal<pybind11::str>(PyUnicode_InternFromString(name))) {
+    const auto descriptor = pybind11::getattr(type, name, pybind11::none());
+    if (PyObject_TypeCheck(descriptor.ptr(), &PyGetSetDescr_Type))
+      definition_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+  }
+
+  // Null, and a Python error, where the object has none.
+  PyObject* operator()(pybind11::handle object) const {
+    if (definition_ != nullptr) return definition_->get(object.ptr(), definition_->closure);
+    return PyObject_GetAttr(object.ptr(), name_.ptr());
+  }
+
+ private:
+  pybind11::str name_;
+  const PyGetSetDef* definition_ = nullptr;
+};
+
 inline bool is_true(pybind11::handle object) {
   if (object.is_none() || object.ptr() == Py_False) return false;
   const int truth = PyObject_IsTrue(object.ptr());

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "host/function.h"
+
 namespace vitkern {
 
 struct DLPackTensor {
@@ -117,6 +119,42 @@ class Lender {
 
   const DLPackExchangeApi* api_;
   pybind11::object tell_;
+};
+
+// The bytes that a tensor's storage has from the first element on. Its sizes promise nothing: a storage can be resized.
+class Room {
+ public:
+  // `source` is a function of a tensor; or a pair of addresses, of aoti_torch_get_storage_size and
+  // aoti_torch_get_storage_offset (torch/csrc/inductor/aoti_torch/c/shim.h), which make no Python object of the storage.
+  Room(const pybind11::object& source, const pybind11::type& tensor)
+      : ask_(source), handle_(tensor, "_cdata") {
+    if (!pybind11::isinstance<pybind11::tuple>(source)) return;
+    const auto [size, offset] = source.cast<std::pair<uintptr_t, uintptr_t>>();
+    size_ = reinterpret_cast<Shim>(size);
+    offset_ = reinterpret_cast<Shim>(offset);
+  }
+
+  // -1 if the tensor has no storage to ask.
+  int64_t operator()(pybind11::handle tensor, int64_t element) const {
+    const auto told = pybind11::reinterpret_steal<pybind11::object>(
+        size_ == nullptr ? PyObject_CallOneArg(ask_.ptr(), tensor.ptr()) : handle_(tensor));
+    if (!told) {
+      PyErr_Clear();
+      return -1;
+    }
+    if (size_ == nullptr) return PyLong_AsLongLong(told.ptr());
+    void* const implementation = PyLong_AsVoidPtr(told.ptr());  // an at::Tensor is a pointer to it
+    int64_t bytes = -1, offset = 0;
+    if (size_(&implementation, &bytes) != 0 || offset_(&implementation, &offset) != 0) return -1;
+    return bytes - offset * element;
+  }
+
+ private:
+  using Shim = int32_t (*)(void* const* tensor, int64_t* answer);  // 0, or something went wrong
+
+  pybind11::object ask_;
+  Attribute handle_;
+  Shim size_ = nullptr, offset_ = nullptr;
 };
 
 }  // namespace vitkern

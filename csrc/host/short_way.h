@@ -14,10 +14,29 @@
 
 namespace vitkern {
 
+// Whether the dispatcher is to see a call.
+class Watch {
+ public:
+  // watchers: functions without arguments; a true answer of any means yes.
+  // forward_ad: the variables of torch.autograd.forward_ad, whose level is -1 outside of any.
+  Watch(pybind11::tuple watchers, pybind11::dict forward_ad)
+      : watchers_(std::move(watchers)), forward_ad_(std::move(forward_ad)), level_("_current_level") {}
+
+  bool operator()() const {
+    for (const pybind11::handle watcher : watchers_)
+      if (is_true(checked(PyObject_CallNoArgs(watcher.ptr())))) return true;
+    PyObject* const level = PyDict_GetItemWithError(forward_ad_.ptr(), level_.ptr());
+    return level != nullptr && PyLong_AsLong(level) >= 0;
+  }
+
+ private:
+  pybind11::tuple watchers_;
+  pybind11::dict forward_ad_;
+  pybind11::str level_;
+};
+
 class ShortWay {
  public:
-  // watchers: functions without arguments; a true answer of any means that the dispatcher is to see the call.
-  // forward_ad: the variables of torch.autograd.forward_ad, whose level is -1 outside of any.
   // asks_gradients: torch.is_grad_enabled.
   // tensors: how many arguments are tensors or None; what follows are options, by default these.
   // recorded: positions of the tensors that may want a gradient.
@@ -25,26 +44,23 @@ class ShortWay {
   // the tensors, and two that also record a gradient, of the recorded tensors and a tuple of all: one for the first
   // output, one for all of them.
   // whole: whether all outputs are returned, or the first.
-  ShortWay(Describer describer, pybind11::tuple watchers, pybind11::dict forward_ad,
-           pybind11::object asks_gradients, Py_ssize_t tensors, pybind11::tuple defaults,
-           std::vector<Py_ssize_t> recorded, pybind11::dict plans, bool whole)
+  ShortWay(Describer describer, Watch watched, pybind11::object asks_gradients, Py_ssize_t tensors,
+           pybind11::tuple defaults, std::vector<Py_ssize_t> recorded, pybind11::dict plans, bool whole)
       : describer_(std::move(describer)),
-        watchers_(std::move(watchers)),
-        forward_ad_(std::move(forward_ad)),
-        level_("_current_level"),
+        watched_(std::move(watched)),
         asks_gradients_(std::move(asks_gradients)),
         tensors_(tensors),
         defaults_(std::move(defaults)),
         recorded_(std::move(recorded)),
         plans_(std::move(plans)),
-        requires_grad_("requires_grad"),
+        requires_grad_(describer_.tensor(), "requires_grad"),
         whole_(whole) {
     if (tensors > Lendings::kMost) throw std::invalid_argument("too many tensors for a short way");
   }
 
   // The op's result; None where the call has to go another way.
   pybind11::object operator()(Arguments inputs, Py_ssize_t count) const {
-    if (count < tensors_ || count > tensors_ + static_cast<Py_ssize_t>(defaults_.size()) || watched())
+    if (count < tensors_ || count > tensors_ + static_cast<Py_ssize_t>(defaults_.size()) || watched_())
       return pybind11::none();
     Lendings lendings(inputs);
     const pybind11::object plan = find(inputs, count, lendings);
@@ -57,15 +73,8 @@ class ShortWay {
   }
 
  private:
-  bool watched() const {
-    for (const pybind11::handle watcher : watchers_)
-      if (is_true(checked(PyObject_CallNoArgs(watcher.ptr())))) return true;
-    PyObject* const level = PyDict_GetItemWithError(forward_ad_.ptr(), level_.ptr());
-    return level != nullptr && PyLong_AsLong(level) >= 0;
-  }
-
   pybind11::object find(Arguments inputs, Py_ssize_t count, Lendings& lendings) const {
-    std::string described;
+    std::string described = Describer::empty_key();
     for (Py_ssize_t position = 0; position < tensors_; ++position)
       if (!describer_.append(described, inputs[position], lendings.next())) return {};
     const auto options = static_cast<Py_ssize_t>(defaults_.size());
@@ -84,11 +93,9 @@ class ShortWay {
   }
 
   bool wants_gradient(Arguments inputs) const {
-    if (!is_true(checked(PyObject_CallNoArgs(asks_gradients_.ptr())))) return false;
     for (const Py_ssize_t position : recorded_)
-      if (inputs[position] != Py_None &&
-          is_true(checked(PyObject_GetAttr(inputs[position], requires_grad_.ptr()))))
-        return true;
+      if (inputs[position] != Py_None && is_true(checked(requires_grad_(inputs[position]))))
+        return is_true(checked(PyObject_CallNoArgs(asks_gradients_.ptr())));
     return false;
   }
 
@@ -105,15 +112,13 @@ class ShortWay {
   }
 
   Describer describer_;
-  pybind11::tuple watchers_;
-  pybind11::dict forward_ad_;
-  pybind11::str level_;
+  Watch watched_;
   pybind11::object asks_gradients_;
   Py_ssize_t tensors_;
   pybind11::tuple defaults_;
   std::vector<Py_ssize_t> recorded_;
   pybind11::dict plans_;
-  pybind11::str requires_grad_;
+  Attribute requires_grad_;
   bool whole_;
 };
 

@@ -225,10 +225,7 @@ inline void gather_grad_value_cuda(const Inputs& inputs, uintptr_t grad_output, 
 }
 #endif
 
-inline void launch_nothing(const MsDeformAttnParams&) {}
-
 inline void bind(pybind11::module_& m) {
-  m.def("ms_deform_attn_forward_nothing", &make_forward<launch_nothing>);  // what a call costs the host
 #ifndef VITKERN_EMULATED
   m.def("levels_tile", [](uintptr_t shapes, uintptr_t starts, int64_t levels, int64_t pixels) {
     return levels_tile(pointer<const int64_t>(shapes), pointer<const int64_t>(starts), levels, pixels);

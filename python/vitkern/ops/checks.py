@@ -29,6 +29,58 @@ def check_types(op: str, arguments: Sequence[str], given: Sequence[object]) -> N
             raise TypeError(f"{op}: {name} must be {expected}, got {type(one).__name__}")
 
 
+Seen = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def seen(tensors: Sequence[Tensor | None]) -> tuple[Seen | None, ...]:
+    """Shape, dtype and device of each tensor."""
+    return tuple(
+        tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors
+    )
+
+
+def refuse_changes(
+    op: str, names: Sequence[str], before: Sequence[Seen | None], tensors: Sequence[Tensor | None]
+) -> None:
+    """That the tensors are those that forward saw.
+
+    Autograd sees what is changed in place. It does not see ``tensor.data = other``, which is how ``module.half()``
+    works, nor hooks that unpack another tensor than they packed.
+    """
+    for name, was, now in zip(names, before, seen(tensors)):
+        if was != now:
+            raise RuntimeError(
+                f"vitkern.{op}: {name} has changed since the forward pass: it was {_in_words(was)}, it is "
+                f"{_in_words(now)}; backward needs the tensor that forward saw"
+            )
+
+
+def _in_words(it: Seen | None) -> str:
+    return "None" if it is None else f"{list(it[0])} of {it[1]} on {it[2]}"
+
+
+def check_output(op: str, name: str, tensor: Tensor, expected: Seen) -> None:
+    """That a tensor of the backward pass fits the tensors of the forward pass."""
+    (it,) = seen((tensor,))
+    if it != expected:
+        raise ValueError(f"{op}: {name} must be {_in_words(expected)}, got {_in_words(it)}")
+
+
+def check_memory(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """That each tensor lies within its storage, which may have been resized."""
+    for name, tensor in zip(names, tensors):
+        if tensor is None or tensor.layout != torch.strided or tensor.numel() == 0:
+            continue
+        steps = zip(tensor.shape, tensor.stride())
+        last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+        needed, there = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if there < needed:
+            raise ValueError(
+                f"{op}: {name} must have the memory of its {list(tensor.shape)} of {tensor.dtype}, {needed} bytes, got "
+                f"a storage of {there} bytes: it has been resized"
+            )
+
+
 class Contract:
     """The checks of one op. They read no elements, and so serve real and fake tensors alike."""
 

@@ -9,7 +9,11 @@ share the implementation and the formula of the gradient.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,24 +21,26 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from vitkern import _C
+from vitkern.ops.checks import Seen
 
 # A small call has but microseconds: names are looked up once, here.
 is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
+_tracing = torch._C._is_tracing
 _profiling = torch.autograd._profiler_enabled
 
 
 # Functions without arguments; where any has a true answer, the dispatcher has to see a call.
-watchers = (_dispatch_modes, _function_modes, _profiling, _tracing, _transform)
+_watchers = (_dispatch_modes, _function_modes, _profiling, _tracing, _transform)
 # Where forward-mode differentiation keeps its level, -1 outside of any, under this name.
-forward_ad, _LEVEL = vars(torch.autograd.forward_ad), "_current_level"
+_forward_ad_state, _LEVEL = vars(torch.autograd.forward_ad), "_current_level"
+watched = _C.Watch(_watchers, _forward_ad_state)
 
 
 def _forward_ad() -> bool:
-    return forward_ad.get(_LEVEL, -1) >= 0
+    return _forward_ad_state.get(_LEVEL, -1) >= 0
 
 
 def nothing_traces() -> bool:
@@ -44,7 +50,7 @@ def nothing_traces() -> bool:
 
 def nothing_watches() -> bool:
     """Whether an op on plain tensors would go through the dispatcher unseen."""
-    return not (is_compiling() or _forward_ad() or any(watches() for watches in watchers))
+    return not (is_compiling() or watched())
 
 
 # Device types, and type codes and bits, as DLPack counts them: of the tensors that a short way may lead.
@@ -69,9 +75,29 @@ def _tell(tensor: Tensor) -> tuple[Any, ...] | None:
 # What compiled code asks about a tensor's memory.
 lends = getattr(Tensor, "__dlpack_c_exchange_api__", _tell)
 
+
+def _room(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its storage."""
+    return tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * tensor.element_size()
+
+
+def _storage_functions() -> tuple[int, ...] | None:
+    """Addresses of torch's C functions that tell the same (csrc/host/lend.h), where its library has them."""
+    names = "aoti_torch_get_storage_size", "aoti_torch_get_storage_offset"
+    for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / library
+        with contextlib.suppress(AttributeError, OSError):
+            loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)  # torch's own, or none
+            return tuple(ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0 for name in names)
+    return None
+
+
+# The quickest way to ask that this torch has.
+room = (hasattr(Tensor, "_cdata") and _storage_functions()) or _room
+
 # Types, devices, shapes of tensors and whether they are contiguous, as a key; None if one is not what memory holds: of
-# another type, lazily negated or zero, sparse, or without elements to read.
-describe = _C.Describer(lends, Tensor, Parameter)
+# another type, lazily negated or zero, sparse, or larger than its storage.
+describe = _C.Describer(lends, room, Tensor, Parameter)
 
 
 class Planned(NamedTuple):
@@ -81,7 +107,15 @@ class Planned(NamedTuple):
     record: Callable[..., Any]  # of those that may want a gradient, and all in a tuple: gives the result
     record_all: Callable[..., Any]  # the same, gives all outputs
     plan: Any
+
+
+class Recorded(NamedTuple):
+    """What is known of a forward pass when its backward runs."""
+
     options: tuple
+    saved: tuple[Seen | None, ...]  # what the tensors were that backward wants again
+    plan: Any = None
+    described: tuple[bytes, ...] = ()  # of grad_output and these tensors, where the plan serves
 
 
 def without(tensors: tuple, positions: tuple[int, ...]) -> tuple:
@@ -94,14 +128,14 @@ def recorder(
     run: Callable[..., Any],
     differentiate: Callable[..., Any],
     unsaved: tuple[int, ...],
-    kept: slice | None,
+    keep: Callable[..., tuple] | None,
     everything: bool,
 ) -> Callable[..., Any]:
     """Forward and gradient of one plan without the dispatcher between them: see Planned.
 
     differentiate: of ctx and grad_output; returns gradients of the tensors that may want one.
     unsaved: positions of tensors that the backward pass does not want.
-    kept: which of the outputs the backward pass wants; None: there is but one output, which it does not want.
+    keep: of ctx and the outputs, what autograd saves of them; None: there is one output, which is not saved.
     """
 
     # Each tensor among its arguments costs, and so does each attribute of ctx: all tensors come in a tuple.
@@ -110,10 +144,10 @@ def recorder(
         outputs = run(*tensors)
         if unsaved:
             tensors = without(tensors, unsaved)
-        if kept is None:
+        if keep is None:
             ctx.save_for_backward(*tensors)
             return outputs
-        ctx.save_for_backward(*tensors, *outputs[kept])
+        ctx.save_for_backward(*tensors, *keep(ctx, outputs))
         if not everything:
             return outputs[0]
         ctx.mark_non_differentiable(*outputs[1:])

@@ -46,4 +46,4 @@ def workspace(size: int, device: torch.device) -> Tensor:
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> Any:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -19,11 +19,10 @@ def _describe(call: TokenPoolCall) -> Any:
     return sizes, (int(call.weight.dim() == 3), native.DTYPE_CODES[call.x.dtype])
 
 
-def _new_outputs(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
-    batch, _, channels = call.x.shape
-    tokens = call.weight.shape[-2]
-    statistics = call.x.new_empty((batch, 2, tokens), dtype=native.accumulator(call.x.dtype))
-    return call.x.new_empty((batch, tokens, channels)), statistics
+def _new_outputs(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    batch, _, channels, tokens = sizes
+    statistics = x.new_empty((batch, 2, tokens), dtype=native.accumulator(x.dtype))
+    return x.new_empty((batch, tokens, channels)), statistics
 
 
 def _new_gradients(call: TokenPoolCall, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -35,11 +34,10 @@ def _new_gradients(call: TokenPoolCall, needed: Sequence[bool]) -> list[Tensor |
 
 
 def token_pool_forward_cpu(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
-    outputs = _new_outputs(call)
-    addresses = native.addresses(outputs)
-    native._C.token_pool_forward_cpu(
-        native.addresses(call), *addresses, *_describe(call), torch.get_num_threads()
-    )
+    sizes, codes = _describe(call)
+    outputs = _new_outputs(call.x, sizes)
+    inputs, to = native.addresses(call), native.addresses(outputs)
+    native._C.token_pool_forward_cpu(inputs, *to, sizes, codes, torch.get_num_threads())
     return outputs
 
 
@@ -55,7 +53,8 @@ def token_pool_backward_cpu(
 
 
 def token_pool_forward_cuda(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
-    outputs, described = _new_outputs(call), _describe(call)
+    described = _describe(call)
+    outputs = _new_outputs(call.x, described[0])
     workspace = native.workspace(
         native.cuda_module.token_pool_workspace_cuda(*described, False), call.x.device
     )

@@ -19,7 +19,8 @@ from torch._library import autograd as dispatched
 
 from vitkern import _C, backends
 from vitkern.ops import direct
-from vitkern.ops.checks import check_types
+from vitkern.ops.checks import check_memory, check_types
+from vitkern.ops.derivative import Derivative, Spec
 
 _library = torch.library.Library("vitkern", "FRAGMENT")
 
@@ -28,10 +29,8 @@ BACKEND = "str? backend=None"
 
 _MOST_PLANS = 4096  # of an op; then it starts afresh
 
-Spec = tuple[Sequence[int], torch.dtype]  # of an output
 
-
-class Op:
+class Op(Derivative):
     """torch.ops.vitkern.<name>; called, the same by the shortest way that nobody can tell from the dispatcher's.
 
     Its arguments are tensors (``Tensor``, or ``Tensor?`` where None may come) and then options, the backend last. There
@@ -74,6 +73,7 @@ class Op:
         passed_on: tuple[int, ...] = (),
     ) -> None:
         self.name, self.differentiable, self._defaults, self._kept = name, differentiable, defaults, kept
+        self._keeps_result = keeps_result
         self._saved = slice(0 if keeps_result else 1, 1 + kept)  # of the outputs, those that backward gets
         self._passed_on = passed_on
         self._check, self._plan, self._reference = check, plan, reference
@@ -85,6 +85,8 @@ class Op:
         self._tensors = len(arguments) - len(defaults)
         tensors, options = arguments[: self._tensors], arguments[self._tensors :]
         self._arguments = arguments
+        saved = ["Tensor result", *(f"Tensor kept_{index}" for index in range(kept))][self._saved]
+        self._names = tuple(argument.split()[1] for argument in tensors + saved)  # of the tensors of backward
 
         self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
         first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
@@ -92,7 +94,6 @@ class Op:
             argument.replace("Tensor ", "Tensor? ") if at in passed_on else argument
             for at, argument in enumerate(tensors)
         ]
-        saved = ["Tensor result", *(f"Tensor kept_{index}" for index in range(kept))][self._saved]
         arguments = first + inputs + saved + options
         self._define(
             f"{name}_backward", arguments, len(differentiable), self._run_backward, self._fake_backward
@@ -128,8 +129,7 @@ class Op:
     def _shorten(self, everything: bool) -> Callable[..., Any]:
         return _C.short_way(
             direct.describe,
-            direct.watchers,
-            direct.forward_ad,
+            direct.watched,
             torch.is_grad_enabled,
             self._tensors,
             self._defaults,
@@ -141,7 +141,10 @@ class Op:
     def _long_way(self, inputs: tuple) -> Tensor:
         """For what is watched, and for the first call of its kind."""
         check_types(self.name, self._arguments, inputs)  # before plans are looked up by what must be hashable
-        if direct.nothing_watches() and direct.describe(inputs[: self._tensors]) is not None:
+        tensors = inputs[: self._tensors]
+        if direct.nothing_watches() and direct.describe(tensors) is None:
+            check_memory(self.name, self._names, tensors)
+        elif direct.nothing_watches():
             if self._planned(inputs) is None:
                 return self._reference(*inputs[:-1])
             output = self.short_way(*inputs)
@@ -163,21 +166,24 @@ class Op:
         key = (described, *options)
         if key in self._plans:
             return self._plans[key]
-        self._check(*inputs)
+        if described is None:
+            check_memory(self.name, self._names, inputs[: self._tensors])
+        specs = self._check(*inputs)
         backend = backends.choose(inputs[0].device, inputs[0].dtype, inputs[-1])
         planned = None
         if backend != "reference":
             plan = self._plan(backend, *inputs)
             run = self._forward(plan)
+            recorded = self._record(plan, inputs, specs)
             differentiate = functools.partial(
-                self._differentiate, positions=self._recorded, plan=plan, options=options
+                self._differentiate, positions=self._recorded, recorded=recorded
             )
             recorder = functools.partial(direct.recorder, self.name, run, differentiate, self._passed_on)
             if self._kept:
-                record, record_all = (recorder(self._saved, everything) for everything in (False, True))
+                record, record_all = (recorder(self._keep, everything) for everything in (False, True))
             else:
                 record = record_all = recorder(None, True)
-            planned = direct.Planned(run, record, record_all, plan, options)
+            planned = direct.Planned(run, record, record_all, plan)
         if len(self._plans) == _MOST_PLANS:
             self._plans.clear()
         if described is not None:
@@ -206,92 +212,6 @@ class Op:
         specs = self._check(*self._complete(inputs, self._tensors))
         outputs = tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs)
         return outputs if self._kept else outputs[0]
-
-    def _split(self, grad_output: Tensor, inputs: tuple) -> tuple[tuple, tuple]:
-        """The arguments of the forward pass, and the tensors of the backward pass: those and what was saved.
-
-        Of a tensor that was not saved, grad_output has all that may be asked for.
-        """
-        count = self._tensors + self._saved.stop - self._saved.start
-        inputs = self._complete(inputs, count)
-        forward = (
-            grad_output if tensor is None and argument.startswith("Tensor ") else tensor
-            for argument, tensor in zip(self._arguments[: self._tensors], inputs)
-        )
-        return (*forward, *inputs[count:]), inputs[:count]
-
-    def _run_backward(self, grad_output, needed, *inputs):
-        inputs, tensors = self._split(grad_output, inputs)
-        self._check_grad_output(grad_output, inputs)
-        plan = self._launchable(inputs).plan
-        gradients = self._gradients(plan, grad_output, needed, tensors)
-        return tuple(inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
-
-    def _gradients(self, plan, grad_output, needed, tensors) -> list[Tensor | None]:
-        gradients = self._backward(plan, grad_output.contiguous(), tuple(needed), *tensors)
-        return [
-            gradient if gradient is None else gradient.to(tensors[position].dtype)
-            for gradient, position in zip(gradients, self.differentiable)
-        ]
-
-    def _fake_backward(self, grad_output, needed, *inputs):
-        inputs, _ = self._split(grad_output, inputs)
-        self._check_grad_output(grad_output, inputs)
-        likes = [inputs[position] for position in self.differentiable]
-        return tuple(
-            like.new_empty(like.shape) if need else inputs[0].new_empty(0)
-            for like, need in zip(likes, needed)
-        )
-
-    def _check_grad_output(self, grad_output, inputs) -> None:
-        shape, dtype = self._check(*inputs)[0]
-        expected = (tuple(shape), dtype, inputs[0].device)
-        if (tuple(grad_output.shape), grad_output.dtype, grad_output.device) != expected:
-            raise ValueError(
-                f"{self.name}: grad_output must be {list(shape)} of {dtype} on {inputs[0].device}, got "
-                f"{list(grad_output.shape)} of {grad_output.dtype} on {grad_output.device}"
-            )
-
-    def _set_up(self, ctx, inputs, output) -> None:
-        outputs = output if self._kept else (output,)
-        ctx.mark_non_differentiable(*outputs[1:])
-        tensors = direct.without(inputs[: self._tensors], self._passed_on)
-        ctx.save_for_backward(*tensors, *outputs[self._saved])
-        ctx.options = inputs[self._tensors :]
-
-    def _derive(self, ctx, grad_output, *_):
-        """Gradients of all arguments, for the dispatcher."""
-        gradients = self._differentiate(ctx, grad_output, range(self._tensors), None, ctx.options)
-        return *gradients, *(None for _ in ctx.options)
-
-    def _differentiate(self, ctx, grad_output, positions, plan, options) -> list[Tensor | None]:
-        """Gradients of the tensors at these positions, which are what ctx tells of."""
-        needs = dict(zip(positions, ctx.needs_input_grad))
-        needed = [needs[position] for position in self.differentiable]
-        saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
-        # With grad mode on somebody wants a second derivative: only the op knows how to refuse one.
-        if (
-            plan is None
-            or torch.is_grad_enabled()
-            or not direct.nothing_watches()
-            or direct.describe((grad_output, *saved)) is None
-        ):
-            backward = getattr(torch.ops.vitkern, f"{self.name}_backward")
-            gradients = backward(grad_output, needed, *saved, *options)
-        else:
-            gradients = self._gradients(plan, grad_output, needed, saved)
-        of = {
-            position: gradient
-            for position, need, gradient in zip(self.differentiable, needed, gradients)
-            if need
-        }
-        of |= {position: grad_output for position in self._passed_on if needs[position]}
-        return [of.get(position) for position in positions]
-
-    def _refuse(self, ctx, *grads):
-        raise NotImplementedError(
-            f"vitkern.{self.name} has no second derivative in its kernels; backend='reference' has those of any order"
-        )
 
 
 _ops: list[Op] = []

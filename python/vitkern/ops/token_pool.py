@@ -48,7 +48,9 @@ def _plan(backend, *_) -> str:
 
 
 def _call(x, weight) -> TokenPoolCall:
-    return TokenPoolCall(x.contiguous(), weight.to(x.dtype).contiguous())
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    return TokenPoolCall(x.contiguous(), weight.contiguous())
 
 
 def _forward(backend):
