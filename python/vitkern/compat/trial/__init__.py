@@ -1,2 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer of another project is replaced after a trial only: it and its replacement run side by side."""
+"""The trial of a layer of another project: the original and the kernel side by side, before one replaces the other.
+
+``settings`` has the conditions, ``inputs`` what is given to both, ``specimen`` the copy of the layer that runs,
+``world`` what its code finds outside of itself, ``runs`` one run and the comparison of two. ``coverage`` tells which
+ways through the code no run has taken, ``purity`` which code depends on more than its inputs, ``wrong`` holds kernels
+that the inputs must tell from the right one. ``power``
+asks whether it could have failed. ``judge`` puts them together.
+"""

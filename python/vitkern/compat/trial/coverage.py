@@ -27,7 +27,7 @@ ANNOTATIONS = "__annotate__"  # CPython 3.14 calls it when annotations are asked
 class Leaf(NamedTuple):
     """One thing that a condition reads."""
 
-    kind: str  # "attribute" of self, "global", "local", "other"
+    kind: str  # "attribute" of self, "global", "local", "optional": a local that is asked for None, "other"
     name: str  # self.method.x -> "method"; a global with its attributes, "torch.cuda.is_available"; a local
     types: frozenset[type] = frozenset()  # of a local: those seen there; object where one was not seen
 
@@ -52,6 +52,17 @@ class _Ran:
         self.types: dict[int, dict[str, set[type]]] = {
             offset: {} for offset in range(0, len(raw), 2) if raw[offset] in JUMPS
         }
+        for offset in [*self.types]:  # CPython stops at what extends the argument of a jump, not at the jump
+            before = offset - 2
+            while before >= 0 and raw[before] == dis.EXTENDED_ARG:
+                self.types[before] = self.types[offset]
+                before -= 2
+
+    def add(self, other: _Ran) -> None:
+        self.pairs |= other.pairs
+        for offset, names in other.types.items():
+            for name, types in names.items():
+                self.types[offset].setdefault(name, set()).update(types)
 
     def follow(self, last: int) -> Tracer:
         pairs, types = self.pairs, self.types
@@ -109,11 +120,26 @@ class Coverage:
         frame.f_trace = tracer = ran.follow(frame.f_lasti)
         return tracer
 
-    def gaps(self, settled: Callable[[CodeType, Leaf], bool]) -> list[Gap]:
-        """The first line of each way that no trial took and that is not harmless."""
+    def update(self, other: Coverage) -> None:
+        """Add what ran elsewhere."""
+        for key, ran in other._ran.items():
+            self._ran.setdefault(key, _Ran(ran.code)).add(ran)
+        self.codes.update(other.codes)
+
+    def __le__(self, other: Coverage) -> bool:
+        """Whether all that ran here ran there, too."""
+        return all(key in other._ran and ran.pairs <= other._ran[key].pairs for key, ran in self._ran.items())
+
+    def gaps(self, settled: Callable[[CodeType, Leaf], bool], raised: Coverage | None = None) -> list[Gap]:
+        """The first line of each way that no trial took and that is not harmless.
+
+        `raised`: runs that ended in an exception. Ways that only these took are harmless to a caller who never takes
+        them; so is what would have come next.
+        """
         found: dict[tuple[int, int], Gap] = {}
-        for ran in self._ran.values():
-            for line, why in _Report(ran, settled, self._ran).gaps():
+        for key, ran in self._ran.items():
+            ended = raised._ran.get(key) if raised is not None else None
+            for line, why in _Report(ran, settled, self._ran, ended).gaps():
                 found.setdefault((id(ran.code), line), Gap(ran.code, line, text_of(ran.code, line), why))
         return list(found.values())
 
@@ -138,18 +164,27 @@ def conditions(code: CodeType) -> dict[int, frozenset[Read]]:
 class _Report:
     """What did not run of one code object."""
 
-    def __init__(self, ran: _Ran, settled: Callable[[CodeType, Leaf], bool], others: Container[int]) -> None:
+    def __init__(
+        self, ran: _Ran, settled: Callable[[CodeType, Leaf], bool], others: Container[int], ended: _Ran | None
+    ) -> None:
         self.code, self.types, self.settled, self.others = ran.code, ran.types, settled, others
         self.flow = flow_of(ran.code)
         self.entered = any(self.flow.at[offset] == 0 for _, offset in ran.pairs)
         self.taken, self.reached = _taken(self.flow, ran.pairs)
+        self.ended: dict[int, int] = {}  # how far each block ran before an exception
+        if ended is not None:
+            taken, self.ended = _taken(self.flow, ended.pairs)
+            self.taken |= taken
+            for number, last in self.ended.items():
+                self.reached[number] = max(last, self.reached.get(number, -1))
 
     def gaps(self) -> Iterator[tuple[int, str]]:
         if not self.entered:
             yield self.code.co_firstlineno, "the trials did not see all of it"
         for number, reached in sorted(self.reached.items()):
             block = self.flow.blocks[number]
-            if reached < block.last and not only_raises(self.flow, number):
+            raised = self.ended.get(number) == reached
+            if reached < block.last and not raised and not only_raises(self.flow, number):
                 yield self._line(reached + 1), "no trial ran this to its end"
             for way in block.ways if reached == block.last else ():
                 if (number, way) not in self.taken and not self._harmless(number, way):
@@ -187,9 +222,18 @@ class _Report:
         for kind, name in conditions(self.code)[jump]:
             seen = frozenset(types.get(name, ())) or frozenset({object})
             leaf = Leaf(kind, name, seen if kind == "local" else frozenset())
+            if kind == "local" and self._asks_for_none(jump):
+                leaf = leaf._replace(kind="optional")
             if kind == "other" or not self.settled(self.code, leaf):
                 return False
         return True
+
+    def _asks_for_none(self, jump: int) -> bool:
+        """Whether a condition is that a local is None, or is not."""
+        test = [op for op, _ in _test(self.code, jump) or ()]
+        if self.flow.steps[jump].op.endswith("_NONE"):
+            return len(test) == 1 and test[0].startswith("LOAD_FAST")
+        return len(test) == 3 and test[0].startswith("LOAD_FAST") and test[1:] == ["LOAD_CONST", "IS_OP"]
 
     def _taken_in_copy(self, number: int, way: int) -> bool:
         """CPython writes the condition of a while loop twice, before and after the body."""

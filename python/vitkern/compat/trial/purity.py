@@ -32,11 +32,12 @@ from vitkern.compat.trial.flow import Step, flow_of, words
 from vitkern.compat.trial.stack import ATTRIBUTES, Item, operands_of
 
 MODULES = words(
-    "builtins torch math numpy typing warnings logging functools operator einops collections enum itertools numbers"
+    "builtins torch vitkern math numpy typing warnings logging functools operator einops collections enum itertools "
+    "numbers"
 )
 BUILTINS = words(
-    "abs all any bool bytes callable complex dict divmod enumerate filter float format frozenset getattr hasattr int "
-    "isinstance issubclass len list map max min object pow print range repr reversed round set slice sorted str sum "
+    "abs all any bool bytes complex dict divmod enumerate filter float format frozenset int "
+    "len list map max min object pow print range repr reversed round set slice sorted str sum "
     "super tuple type zip NotImplemented Ellipsis property staticmethod classmethod"
 )
 # By these a function writes without an instruction that does.

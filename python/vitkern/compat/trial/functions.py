@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions of the user's project that a layer's forward may call, and what can be told from their code alone."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import itertools
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitkern.compat.trial.purity import impurity, names_of
+
+FORWARD, BACKWARD = "ms_deform_attn_forward", "ms_deform_attn_backward"  # of the op's compiled module
+EXTENSIONS = frozenset({"MSDA", "_C", "_ext", "ext_module"})  # by which projects know that module
+
+_FOREIGN = frozenset({"torch", "numpy", "einops", "vitkern", "typing_extensions", "_distutils_hack"})
+
+# Decorators and checks of known libraries: they rename arguments, warn and check, and return what they were given.
+_HARMLESS = frozenset(
+    {
+        "mmcv.utils.misc",
+        "mmengine.utils.misc",
+        "transformers.utils.deprecation",
+        "transformers.utils.import_utils",
+    }
+)
+
+_EMPTY = nn.Module()  # for the attributes that every module has
+
+_MAKE_STRINGS = frozenset({"type", "str", "repr", "format", "__str__", "__repr__", "__name__", "join"})
+_MAKE_TABLES = frozenset({"BUILD_MAP", "BUILD_CONST_KEY_MAP", "MAP_ADD"})
+
+
+def belongs(module: object) -> bool:
+    """Whether a module of this name is the user's: its functions have to be proved, line by line."""
+    return isinstance(module, str) and module not in _HARMLESS and not _is_foreign(module.partition(".")[0])
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_foreign(package: str) -> bool:
+    """Whether a package is Python's, torch's or another whose functions do as they are documented to."""
+    if package in sys.stdlib_module_names:  # a project may have taken such a name
+        file = getattr(sys.modules.get(package), "__file__", None)
+        return file is None or file.startswith(sysconfig.get_path("stdlib"))
+    return package in _FOREIGN
+
+
+def frame_belongs(frame: FrameType) -> bool:
+    return belongs(frame.f_globals.get("__name__"))
+
+
+def undone(value: Any) -> Any:
+    """A function, or the one that this package has put it in the place of."""
+    return getattr(value, "replaces", value) if isinstance(value, FunctionType) else value
+
+
+def is_theirs(function: Any) -> bool:
+    return isinstance(function, FunctionType) and belongs(function.__globals__.get("__name__"))
+
+
+def is_extension(name: str, value: Any) -> bool:
+    """Whether a global is the compiled module of the op, or stands where it could not be imported."""
+    known = name in EXTENSIONS and (value is None or isinstance(value, ModuleType))
+    return known or (not isinstance(value, type) and hasattr(value, FORWARD))
+
+
+def content(cell: CellType) -> Any:
+    """A variable of a closure, None if it has no value yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def methods_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions of a class and of its bases below torch's, the nearest first."""
+    seen: set[str] = set()
+    for base in kind.__mro__:
+        for name, value in vars(base).items() if belongs(base.__module__) else ():
+            if name not in seen:
+                seen.add(name)
+                if isinstance(value, FunctionType):
+                    yield name, value
+
+
+def is_core(module: nn.Module) -> bool:
+    """Whether a child is code alone, as the sampling of most layers of transformers is."""
+    if type(module).__module__.partition(".")[0] == "torch" or "forward" in vars(module):
+        return False
+    own = vars(module).keys() - vars(_EMPTY).keys()
+    return not (own or module._parameters or module._buffers or module._modules)
+
+
+def reachable(layer: nn.Module, kind: type[nn.Module]) -> Iterator[FunctionType]:
+    """The functions that a layer's forward may call, as far as names tell; the forward itself comes first."""
+    methods = dict(methods_of(kind))
+    waiting: list[Any] = [each for each in vars(layer).values() if callable(each)]
+    waiting += [type(child).forward for child in layer.children() if is_core(child)]
+    waiting.append(kind.forward)
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        value = undone(getattr(value, "func", value))  # of a partial
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, type) and belongs(value.__module__) and not issubclass(value, nn.Module):
+            waiting += [each.__func__ for each in vars(value).values() if isinstance(each, staticmethod)]
+        if not isinstance(value, FunctionType):
+            continue
+        waiting += map(content, value.__closure__ or ())
+        if is_theirs(value):
+            yield value
+            scope = value.__globals__
+            waiting += [scope[name] for name in names_of(value.__code__) if name in scope]
+            waiting += [methods[name] for name in names_in(value.__code__) if name in methods]
+
+
+def code_of(function: Any) -> CodeType | None:
+    """The code of a function, without what decorates it."""
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """A code object and those nested in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes_in(constant)
+
+
+def names_in(code: CodeType) -> set[str]:
+    """All names of globals and attributes that a function mentions."""
+    return set().union(*(each.co_names for each in codes_in(code)))
+
+
+def impurity_of(function: FunctionType) -> str | None:
+    """Why a function is not pure, or None. The op's compiled module is: a trial has its published form."""
+    closure = dict(zip(function.__code__.co_freevars, map(content, function.__closure__ or ())))
+    scope = {name: each for name, each in function.__globals__.items() if not is_extension(name, each)}
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return impurity(function.__code__, scope, closure, defaults)
+
+
+def largest_constant(functions: Iterable[FunctionType]) -> int:
+    """The largest number up to 4096 that the code names: the sizes of a trial have to pass it."""
+    numbers = [each for function in functions for each in _numbers(function)]
+    return max((each for each in numbers if each <= 4096), default=0)
+
+
+def out_of_reach(function: FunctionType) -> int | None:
+    """A number that the code names and that may be a size beyond those of a trial."""
+    return next((each for each in _numbers(function) if 4096 < each < 1e8), None)
+
+
+def _numbers(function: FunctionType) -> list[int]:
+    """The positive numbers that the code names: constants, defaults and globals."""
+    found: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    found += (function.__globals__.get(name) for name in names_of(function.__code__))
+    for code in codes_in(function.__code__):
+        found += code.co_consts
+    return [int(each) for each in found if isinstance(each, (int, float)) and 0 < each < 1e8]
+
+
+def makes_strings(code: CodeType) -> bool:
+    """Whether code may make a string of a tensor's device or dtype."""
+    return bool(_MAKE_STRINGS & names_in(code))
+
+
+def makes_tables(code: CodeType) -> bool:
+    """Whether code makes a dictionary, of which a trial would have to look up all."""
+    return any(each.opname in _MAKE_TABLES and each.arg for each in dis.get_instructions(code))
+
+
+def is_argument(code: CodeType, name: str) -> bool:
+    """Whether a local is an argument that the code gives no other value."""
+    stored = {
+        each.argval for each in dis.get_instructions(code) if each.opname.startswith(("STORE_", "DELETE_"))
+    }
+    return name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] and name not in stored
+
+
+_COMPARISONS = frozenset({"COMPARE_OP", "CONTAINS_OP", "IS_OP"})
+_CHECKS = frozenset({"torch_compilable_check", "_check", "_check_with", "_assert"})
+_PADDING = frozenset(
+    {"CACHE", "COPY", "TO_BOOL", "UNARY_NOT", "NOP", "EXTENDED_ARG", "DUP_TOP", "ROT_THREE", "SWAP"}
+)
+
+
+def free_comparison(code: CodeType) -> int | None:
+    """The line of a comparison whose result is a number to compute with, rather than a way to take or a check."""
+    for each in codes_in(code):
+        steps = [step for step in dis.get_instructions(each) if step.opname not in _PADDING]
+        checks = sum(step.argval in _CHECKS for step in steps if step.opname.startswith("LOAD_"))
+        line = each.co_firstlineno
+        for step, following in itertools.pairwise(steps):
+            line = (
+                getattr(step, "line_number", None)
+                or (step.starts_line if step.starts_line is not True else 0)
+                or line
+            )
+            if step.opname in _COMPARISONS and "JUMP" not in following.opname:
+                checks -= 1
+                if checks < 0:
+                    return line
+    return None
+
+
+def subclass(kind: Any, namespace: dict[str, Any]) -> Any:
+    """A subclass of which no registry of the user's project hears: its bases are set after it was made."""
+    made = type.__new__(
+        type(kind), kind.__name__, (nn.Module,), {"__qualname__": kind.__qualname__, **namespace}
+    )
+    made.__bases__ = (kind,)
+    return made
+
+
+def parts_of(function: FunctionType) -> Iterator[str]:
+    """The names that a function's code reads off modules of the user's project, one step deep."""
+    for name in names_of(function.__code__):
+        value = function.__globals__.get(name)
+        if isinstance(value, ModuleType) and (
+            belongs(value.__name__) or value.__name__.startswith("vitkern")
+        ):
+            yield from vars(value).keys() & names_in(function.__code__)
+
+
+def free_variable(function: FunctionType) -> str | None:
+    """A variable of an enclosing function that the code reads and that is neither a function nor a class."""
+    variables = zip(function.__code__.co_freevars, map(content, function.__closure__ or ()))
+    return next((name for name, value in variables if not isinstance(value, (FunctionType, type))), None)
+
+
+def foreign_autocast(function: Any) -> str | None:
+    """The device of an autocast that decorates a function and that does nothing on a CPU."""
+    while isinstance(function, FunctionType):
+        for value in map(content, function.__closure__ or ()):
+            if isinstance(value, torch.autocast) and value.device != "cpu":
+                return value.device
+        function = getattr(function, "__wrapped__", None)
+    return None

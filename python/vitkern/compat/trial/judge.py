@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trial itself: a layer is replaced only if every run agrees, and if no way through its code was left out."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+import zlib
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from vitkern.compat import forms
+from vitkern.compat.trial import functions, power, vocabulary
+from vitkern.compat.trial.coverage import Coverage, Leaf
+from vitkern.compat.trial.inputs import aim, core_inputs, layer_inputs
+from vitkern.compat.trial.runs import Outcome, difference, run
+from vitkern.compat.trial.settings import BASIC, FURTHER, Setting, enlarged
+from vitkern.compat.trial.specimen import PLAIN, Draws, Specimen, UnfitError, is_own, is_plain
+from vitkern.compat.trial.world import World
+
+Kind = tuple[bool, bool]  # of reference points: boxes, and one for all levels
+
+_T = TypeVar("_T")
+# Names by which code may do as a setting says, without a way of its own.
+_DECIDED_BY = {"dtype": {"dtype"}, "card": {"is_cuda", "cuda"}}
+_WARN = {"warn", "warning", "print", "debug", "info", "error"}
+_CALCULATE = {"isinstance", "len", "int", "float", "bool", "str", "list", "tuple", "sum", "callable", "type"}
+_trials = 0
+
+
+def count() -> int:
+    """How many trials have run in this process."""
+    return _trials
+
+
+class Judgement(NamedTuple):
+    """The result of a trial."""
+
+    reason: str | None  # why the layer is left, or None
+    candidate: forms.Candidate | None = None
+    kinds: frozenset[Kind] = frozenset()  # of reference points that were tried; for others the original runs
+    takes_mask: bool = False  # whether a mask was, too
+    attributes: tuple[tuple[str, Any], ...] = ()  # that the code reads, with their values
+    codes: tuple[tuple[CodeType, dict[str, Any]], ...] = ()  # that ran, with the globals of each
+    reads: frozenset[str] = frozenset()  # all names that were looked up on the layer
+    taken: tuple[str, ...] = ()  # compiled functions that were taken as published
+    functions: tuple[FunctionType, ...] = ()  # of the user's project that may run
+
+
+def judge(layer: nn.Module, kind: type[nn.Module] | None = None, seed: int = 0) -> Judgement:
+    """Try a layer on the CPU, as one of another class if that is given."""
+    global _trials
+    _trials += 1
+    try:
+        return _in_a_thread(lambda: Trial(layer, kind or type(layer), seed).judgement())
+    except UnfitError as unfit:
+        return Judgement(str(unfit))
+    except Exception as error:
+        return Judgement(f"its trial ended in {_said(error)}")
+
+
+def _in_a_thread(work: Callable[[], _T]) -> _T:
+    """The result of work in a thread of its own, which no mode, tracer or autocast of the caller reaches."""
+    results: list[_T] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        default, threads = torch.get_default_dtype(), torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)  # small operations would wait for one another
+            if default != torch.float32:
+                torch.set_default_dtype(torch.float32)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results.append(work())
+        except BaseException as error:  # for the caller to see
+            errors.append(error)
+        finally:
+            torch.set_num_threads(threads)
+            if default != torch.float32:
+                torch.set_default_dtype(default)
+
+    thread = threading.Thread(target=target, name="vitkern trial", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        if isinstance(errors[0], Exception):
+            raise errors[0]
+        raise UnfitError(f"its forward raises in a trial: {_said(errors[0])}")  # SystemExit, say
+    return results[0]
+
+
+class Run(NamedTuple):
+    """A run of the original, which the kernel has to equal."""
+
+    setting: Setting
+    inputs: dict[str, Any]
+    theirs: Outcome
+    exact: Outcome | None  # in float64, where the setting rounds to 16 bits
+
+    def without_gradients(self) -> Run:
+        """Its outputs alone."""
+        setting = self.setting._replace(gradients=False)
+        return self._replace(setting=setting, theirs=self.theirs._replace(gradients={}, calls={}))
+
+
+class Trial:
+    """A layer on trial."""
+
+    def __init__(self, layer: nn.Module, kind: type[nn.Module], seed: int) -> None:
+        self.layer, self.kind, self.seed = layer, kind, seed
+        self.original = functions.undone(kind.forward)
+        self.functions = list(functions.reachable(layer, kind))
+        self.specimen = Specimen(layer, kind, seed)
+        self.methods = {
+            functions.code_of(each)
+            for base in kind.__mro__
+            for each in vars(base).values()
+            if isinstance(each, FunctionType)
+        }
+        self._read_code()
+        channels = {
+            name: child._sizes[0]
+            for name, child in self.specimen.children.items()
+            if child._sizes is not None
+        }
+        self.candidates = forms.candidates(layer, self.original, channels)
+        if not self.candidates:
+            raise UnfitError(
+                f"its forward takes {_arguments(self.original)}: no form with these and its attributes is known"
+            )
+        first = self.candidates[0]
+        self.roles, self.sizes, self.is_core = first.roles, first.sizes, first.form.is_core
+        if not self.is_core:
+            aim(self.specimen.children["sampling_offsets"], self.sizes, self.specimen.draws)
+        self.seen = Coverage(functions.frame_belongs)
+        self.coverage, self.raised = Coverage(functions.frame_belongs), Coverage(functions.frame_belongs)
+        self.worlds: dict[tuple[bool, bool, bool], World] = {}
+        self.runs: list[Run] = []
+        self.kinds: set[Kind] = set()
+        self.takes_mask = True
+        self.failed: dict[Kind, Exception] = {}
+
+    def _read_code(self) -> None:
+        """What code alone shows to be more than a function of its inputs."""
+        if not functions.is_theirs(inspect.unwrap(self.original)):
+            raise UnfitError(
+                "its forward is of no module that can be told, so that its code cannot be followed"
+            )
+        if device := functions.foreign_autocast(self.original):
+            raise UnfitError(f"its forward is decorated by autocast for {device}, which a CPU does not show")
+        for name in ("__getattr__", "__getattribute__", "__setattr__"):
+            owner = next(base for base in self.kind.__mro__ if name in vars(base) or base is object)
+            if functions.belongs(owner.__module__):
+                raise UnfitError(f"its class defines {name}")
+        others = {
+            *self.specimen.names(),
+            *(part for each in self.functions for part in functions.parts_of(each)),
+        }
+        for function in self.functions:
+            if variable := functions.free_variable(function):
+                raise UnfitError(
+                    f"its function {function.__name__} reads {variable!r}, a variable of another function"
+                )
+            if function.__name__ in _WARN:
+                raise UnfitError(f"its function {function.__name__} has the name of one that warns")
+            if reason := functions.impurity_of(function):
+                raise UnfitError(f"its function {function.__name__} {reason}")
+            code, scope = function.__code__, function.__globals__.keys()
+            if unknown := vocabulary.unknown(code, others | scope, is_method=code in self.methods):
+                raise UnfitError(
+                    f"its function {function.__name__} uses {unknown!r}, whose effect no trial sees"
+                )
+            if number := functions.out_of_reach(function):
+                raise UnfitError(
+                    f"its function {function.__name__} names {number}, larger than any size of a trial"
+                )
+            if line := functions.free_comparison(function.__code__):
+                raise UnfitError(f"its function {function.__name__} computes with a comparison: line {line}")
+
+    def _require_plain_class(self) -> None:
+        """What the code reads of its class is a function or a value that cannot change."""
+        for name in self.specimen.reads - vars(self.layer).keys():
+            owner = next((base for base in self.kind.__mro__ if name in vars(base)), object)
+            value = vars(owner).get(name)
+            fixed = isinstance(value, FunctionType) or (
+                is_plain(value) and not isinstance(value, (list, dict, set))
+            )
+            if functions.belongs(owner.__module__) and not fixed:
+                raise UnfitError(
+                    f"its forward reads {name!r} of its class, a {type(value).__name__} that may change"
+                )
+
+    def judgement(self) -> Judgement:
+        above = max([functions.largest_constant(self.functions), *self._limits()])
+        for setting in BASIC:
+            self._basic(enlarged(setting, above))
+        if not self.runs:
+            raise UnfitError(f"its forward raises in a trial: {_said(next(iter(self.failed.values())))}")
+        self._complain()
+        self._require_plain_class()
+        candidate = self._best()
+        self._further(candidate)
+        for code in self.coverage.codes:
+            if functions.makes_tables(code):
+                raise UnfitError(
+                    f"its function {code.co_name} builds a dictionary: no trial looks up all of it"
+                )
+        power.require_sensitive(self)
+        power.require_wrong_forms_to_fail(self, candidate)
+        worlds = self.worlds.values()
+        return Judgement(
+            None,
+            candidate,
+            frozenset(self.kinds),
+            self.takes_mask,
+            tuple(self._configuration().items()),
+            tuple((code, self._original_globals(scope)) for code, scope in self.coverage.codes.items()),
+            frozenset(self.specimen.reads),
+            tuple(sorted(set().union(*(world.taken for world in worlds)))),
+            tuple(self.functions),
+        )
+
+    def _configuration(self) -> dict[str, Any]:
+        """The plain attributes that the code has read, or names in a way that it has not taken."""
+        return {**dict(self.specimen.attributes()), **self._named_attributes()}
+
+    def _names(self) -> set[str]:
+        return set().union(*(functions.names_in(each.__code__) for each in self.functions))
+
+    def _named_attributes(self) -> dict[str, Any]:
+        named, own = self._names(), vars(self.layer).items()
+        return {name: each for name, each in own if name in named and is_own(name) and is_plain(each)}
+
+    def _limits(self) -> list[int]:
+        """Whole numbers among the attributes that may limit sizes: not those of channels."""
+        widths = {size for child in self.specimen.children.values() for size in child._sizes or ()}
+        numbers = (each for each in self._named_attributes().values() if isinstance(each, int))
+        return [each for each in numbers if each <= 4096 and each not in widths]
+
+    def _original_globals(self, scope: dict[str, Any]) -> dict[str, Any]:
+        return next(
+            (each.originals[id(scope)] for each in self.worlds.values() if id(scope) in each.originals), scope
+        )
+
+    # The original
+
+    def _inputs(self, setting: Setting) -> dict[str, Any]:
+        draws = Draws(zlib.crc32(repr(setting).encode()) + self.seed)
+        if self.is_core:
+            return core_inputs(setting, self.sizes, self.roles, draws)
+        parameters = inspect.signature(self.original).parameters
+        values = [parameters[name] for name, role in self.roles.items() if role == "value"]
+        of_query = (
+            not setting.optional and self.candidates[0].form.attends_itself and values[0].default is None
+        )
+        batch_first = bool(getattr(self.layer, "batch_first", True))
+        return layer_inputs(
+            setting, self.sizes, self.roles, draws, batch_first=batch_first, of_query=of_query
+        )
+
+    def original_run(
+        self, setting: Setting, inputs: dict[str, Any], dtype: torch.dtype | None = None
+    ) -> Outcome:
+        """One run of the original; `seen` has the ways through its code that it took."""
+        key = (setting.card, setting.traced, setting.compiled_core)
+        world = self.worlds.setdefault(
+            key, World(card=setting.card, traced=setting.traced, compiled_core=setting.compiled_core)
+        )
+        self.specimen.enter({name: world.function(each) for name, each in functions.methods_of(self.kind)})
+        self.seen = Coverage(functions.frame_belongs)
+        with self.seen:
+            return run(world.function(self.original), self.specimen, inputs, setting, dtype or setting.dtype)
+
+    def _exact(self, setting: Setting, inputs: dict[str, Any]) -> Outcome | None:
+        if setting.exact:
+            return None
+        plain = setting._replace(autocast=False, dtype=torch.float64, card=False, on_card=False, traced=False)
+        return self.original_run(plain, inputs, torch.float64)
+
+    def _basic(self, setting: Setting) -> None:
+        """A run that every layer is put to. Kinds of reference points that it cannot take, and masks, are left out."""
+        if not self.takes_mask:
+            setting = setting._replace(masked=False)
+        kind = (setting.boxes, setting.one_point)
+        if kind in self.failed:
+            return
+        error = self._attempt(setting)
+        if error is None:
+            self.kinds.add(kind)
+            return
+        unsure = setting.masked and not any(each.setting.masked for each in self.runs)
+        if unsure and self._attempt(setting._replace(masked=False)) is None:
+            self.takes_mask = False
+            self.kinds.add(kind)
+            return
+        if kind in self.kinds:
+            raise UnfitError(f"its forward raises with {setting}: {_said(error)}")
+        self.failed[kind] = error
+
+    def _attempt(self, setting: Setting) -> Exception | None:
+        """A run of the original to be kept, or what it raises."""
+        inputs = self._inputs(setting)
+        try:
+            outcome = self.original_run(setting, inputs)
+            seen, exact = self.seen, self._exact(setting, inputs)
+        except Exception as error:
+            self.raised.update(self.seen)
+            return error
+        finally:
+            self._complain()
+        self.coverage.update(seen)
+        self.runs.append(Run(setting, inputs, outcome, exact))
+        return None
+
+    def _complain(self) -> None:
+        if reason := self.specimen.complaint():
+            raise UnfitError(reason)
+
+    # The replacement
+
+    def _ours(self, candidate: forms.Candidate, setting: Setting, inputs: dict[str, Any]) -> Outcome:
+        plain = setting._replace(card=False, on_card=False, traced=False)
+        before = set(self.specimen.misses), set(self.specimen.writes)
+        try:
+            return run(candidate.form.forward, self.specimen, inputs, plain, setting.dtype)
+        finally:
+            self.specimen.misses, self.specimen.writes = before
+
+    def compare(self, candidate: forms.Candidate, run: Run) -> str | None:
+        """How a candidate's kernel differs from a run of the original, or None."""
+        try:
+            ours = self._ours(candidate, run.setting, run.inputs)
+        except Exception as error:
+            return f"the kernel raises with {run.setting}: {_said(error)}"
+        reason = difference(run.theirs, ours, run.exact, run.setting.dtype)
+        if reason is None:
+            return None
+        return f"its forward {reason}, with {run.setting}"
+
+    def _best(self) -> forms.Candidate:
+        """The candidate that agrees everywhere."""
+        reasons: list[tuple[int, str]] = []
+        for candidate in self.candidates:
+            found = ((number, self.compare(candidate, each)) for number, each in enumerate(self.runs))
+            first = next(((number, reason) for number, reason in found if reason is not None), None)
+            if first is None:
+                return candidate
+            reasons.append(first)
+        raise UnfitError(max(reasons, key=lambda pair: pair[0])[1])
+
+    def _further(self, candidate: forms.Candidate) -> None:
+        """Ways that no run has taken: they are sought under further conditions, and must agree there, too."""
+        base = self.runs[0].setting
+        named = self._names()
+        for change in FURTHER:
+            if not self._gaps() and not named & _DECIDED_BY.get(next(iter(change)), set()):
+                continue
+            setting = base._replace(**change)
+            inputs = self._inputs(setting)
+            try:
+                outcome = self.original_run(setting, inputs)
+                seen, exact = self.seen, self._exact(setting, inputs)
+            except Exception:  # it cannot run like that: nothing is proved by this
+                continue
+            self._complain()
+            if reason := self.compare(candidate, Run(setting, inputs, outcome, exact)):
+                raise UnfitError(reason)
+            self.coverage.update(seen)
+        for gap in self._gaps():
+            raise UnfitError(f"{gap.why}: line {gap.line}, {gap.text!r}")
+
+    def _gaps(self) -> list[Any]:
+        return self.coverage.gaps(self._is_settled, self.raised)
+
+    def _is_settled(self, code: CodeType, leaf: Leaf) -> bool:
+        """Whether a condition reads what is compared at each call, so that it turns out as in the trial."""
+        if leaf.kind == "attribute":
+            known = {name for name, _ in self.specimen.attributes()}
+            return code in self.methods and leaf.name in known | {"training", *self.specimen.missing()}
+        if leaf.kind == "optional":
+            return self._is_always_given(code, leaf)
+        if leaf.kind == "local":  # only configurations have strings, unless the code makes some
+            return (
+                bool(leaf.types)
+                and leaf.types <= {str}
+                and functions.is_argument(code, leaf.name)
+                and not any(map(functions.makes_strings, self.coverage.codes))
+            )
+        if leaf.kind == "global":
+            return _is_constant(self.coverage.codes[code], leaf.name)
+        return False
+
+    def _is_always_given(self, code: CodeType, leaf: Leaf) -> bool:
+        """Whether an argument is as in the trial in all calls that the kernel takes: given, or not.
+
+        The forward's own are given and left out by the settings. Then what helpers get depends on ways of the forward,
+        all of which have been taken.
+        """
+        if not functions.is_argument(code, leaf.name):
+            return False
+        if code is functions.code_of(self.original):
+            return leaf.types == {type(None)} and leaf.name not in self.roles
+        return type(None) not in leaf.types or leaf.types == {type(None)}
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def _arguments(function: Any) -> str:
+    return ", ".join(list(inspect.signature(function).parameters)[1:])
+
+
+def _is_constant(scope: dict[str, Any], name: str) -> bool:
+    """Whether a name of a module is a plain value, a class, or a function of Python's own."""
+    root, *rest = name.split(".")
+    if root not in scope:
+        return not rest and root in _CALCULATE
+    return not rest and isinstance(scope[root], PLAIN)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a trial could have failed. One whose inputs move nothing, or that a wrong kernel passes, proves nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vitkern.compat.trial import wrong
+from vitkern.compat.trial.specimen import UnfitError
+
+if TYPE_CHECKING:
+    from vitkern.compat.forms import Candidate
+    from vitkern.compat.trial.judge import Run, Trial
+
+
+def require_sensitive(trial: Trial) -> None:
+    """Every input and weight moves the result, in runs of which kernel and original agree."""
+    names: dict[str, None] = {}
+    moved: set[str] = set()
+    for each in trial.runs:
+        names.update(dict.fromkeys(each.theirs.gradients))
+        if each.setting.exact:
+            moved |= {
+                name
+                for name, found in each.theirs.gradients.items()
+                if found is not None and bool(found.any())
+            }
+    for name in names:
+        if name not in moved and not _moves(trial, name):
+            raise UnfitError(f"{name} has no effect on its result, so that no trial can prove what it does")
+    if "mask" in trial.roles.values() and not _mask_moves(trial):
+        raise UnfitError("its mask has no effect on its result")
+
+
+def _moves(trial: Trial, name: str) -> bool:
+    """Whether another value of an input or weight changes the result, of the kernel as of the original."""
+    each = next(each for each in trial.runs if each.setting.exact and name in each.theirs.gradients)
+    child, _, part = name.partition(".")
+    inputs = each.inputs
+    if not part:
+        inputs = {**inputs, name: inputs[name].roll(1, 1)}
+        other = trial.original_run(each.setting, inputs)
+    else:
+        with trial.specimen.children[child].shifted(part):
+            other = trial.original_run(each.setting, inputs)
+            return _agrees(trial, each, inputs, other) and _differs(each, other)
+    return _agrees(trial, each, inputs, other) and _differs(each, other)
+
+
+def _agrees(trial: Trial, run: Run, inputs: dict[str, Any], theirs: Any) -> bool:
+    moved = run._replace(inputs=inputs, theirs=theirs, exact=None)
+    return any(trial.compare(candidate, moved) is None for candidate in trial.candidates)
+
+
+def _differs(run: Run, other: Any) -> bool:
+    return not torch.equal(other.outputs[0], run.theirs.outputs[0])
+
+
+def _mask_moves(trial: Trial) -> bool:
+    masked = [each for each in trial.runs if each.setting.masked and each.setting.exact]
+    for each in masked:
+        without = {name: value for name, value in each.inputs.items() if trial.roles[name] != "mask"}
+        if _differs(each, trial.original_run(each.setting, without)):
+            return True
+    return not masked  # it takes none
+
+
+def require_wrong_forms_to_fail(trial: Trial, candidate: Candidate) -> None:
+    """The inputs tell seven wrong kernels from the right one."""
+    for name in wrong.NAMES:
+        if name in _alike(trial):
+            continue
+        form = candidate.form._replace(forward=wrong.twisted(name, candidate.form.forward))
+        runs = (each.without_gradients() for each in trial.runs if each.setting.exact)
+        if all(trial.compare(candidate._replace(form=form), each) is None for each in runs):
+            raise UnfitError(f"its trial cannot tell a kernel that is wrong ({name}) from the right one")
+
+
+def _alike(trial: Trial) -> set[str]:
+    """The wrong forms that are right for this layer."""
+    alike = set()
+    if trial.sizes.levels == 1:
+        alike.add("weights normalised a level")
+    if trial.sizes.heads == 1:
+        alike.add("heads in another order")
+    if "discrete" in (getattr(trial.layer, "method", None), getattr(trial.layer, "decoder_method", None)):
+        alike |= {"align_corners", "border padding"}
+    return alike

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conditions that a trial runs under: a table in which every pair of them occurs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# How large each level is, as (height, width), by name. A layer of more levels than are listed repeats them.
+LEVELS = {
+    "uneven": ((4, 6), (2, 3), (6, 3)),
+    "pixel": ((3, 5), (1, 1), (4, 2)),
+    "wide": ((2, 8), (2, 4), (4, 4)),
+    "large": ((9, 11), (2, 3), (3, 4)),
+}
+
+
+class Setting(NamedTuple):
+    """One run of a trial. The first eight are combined, the others answer to code that decides by them."""
+
+    batch: int = 3
+    levels: str = "uneven"
+    boxes: bool = False  # reference points with (width, height)
+    one_point: bool = False  # one reference point for all levels
+    masked: bool = True
+    optional: bool = True  # whether the arguments that may be left out are given
+    training: bool = False
+    autocast: bool = False  # bfloat16
+    steep: bool = False  # logits up to 20, under autocast to 4
+    queries: int = 6
+    magnitude: float = 1.0  # of value
+    poisoned: bool = False  # whether some of value is not a number
+    least: int = 0  # pixels that the first level has at the least
+    dtype: torch.dtype = torch.float32
+    gradients: bool = True
+    card: bool = False  # torch says that there is a card
+    on_card: bool = False  # tensors say that they are on it
+    compiled_core: bool = True  # a compiled module that is missing is taken as published
+    traced: bool = False  # torch says that it is compiling
+
+    @property
+    def exact(self) -> bool:
+        """Whether two right results agree to float32."""
+        return not self.autocast and self.dtype in (torch.float32, torch.float64)
+
+    def __str__(self) -> str:
+        parts = [
+            f"batch {self.batch}",
+            "boxes" if self.boxes else "points",
+            f"levels {self.levels}",
+            "a mask" if self.masked else "no mask",
+            "training" if self.training else "evaluation",
+        ]
+        parts += ["bfloat16 autocast"] * self.autocast + ["large logits"] * self.steep
+        parts += ["tensors on a card"] * self.on_card + ["while compiling"] * self.traced
+        parts += [f"values up to {self.magnitude:g}"] * (self.magnitude != 1) + ["NaN values"] * self.poisoned
+        parts += [f"{self.queries} queries"] * (self.queries > 6)
+        parts += [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
+        return ", ".join(parts)
+
+
+def _table() -> tuple[Setting, ...]:
+    columns = ("batch", "levels", "boxes", "one_point", "masked", "optional", "training", "autocast", "steep")
+    rows = (
+        (3, "uneven", 1, 0, 1, 0, 0, 0, 1),
+        (1, "pixel", 0, 0, 1, 0, 1, 0, 0),
+        (1, "uneven", 0, 1, 0, 1, 1, 0, 1),
+        (1, "wide", 1, 1, 1, 1, 0, 0, 0),
+        (3, "wide", 0, 0, 0, 0, 0, 1, 0),
+        (3, "pixel", 1, 1, 0, 1, 0, 1, 1),
+        (3, "wide", 1, 0, 1, 1, 1, 1, 1),
+        (1, "uneven", 1, 1, 0, 0, 1, 1, 0),
+    )
+    made = [dict(zip(columns, (row[0], row[1], *map(bool, row[2:])))) for row in rows]
+    # More queries and pixels than any number that the code names.
+    made += [
+        {"levels": "large", "boxes": False, "optional": False},
+        {"levels": "large", "boxes": True, "one_point": True, "masked": False},
+        # Numbers that a clamp or a test for overflow would change.
+        {"magnitude": 1e7, "boxes": True},
+        {"poisoned": True, "gradients": False, "masked": False},
+        {"poisoned": True, "gradients": False, "masked": False, "boxes": True, "one_point": True},
+    ]
+    return tuple(Setting(**each) for each in made)  # type: ignore[arg-type]
+
+
+BASIC = _table()
+
+
+def enlarged(setting: Setting, above: int) -> Setting:
+    """With more queries and pixels than a number, if it is the setting for that."""
+    if setting.levels != "large":
+        return setting
+    return setting._replace(queries=max(130, above + 1), least=above + 1)
+
+
+# Tried in turn as long as some way through the code has not been taken.
+FURTHER = (
+    {"gradients": False},
+    {"card": True},
+    {"card": True, "on_card": True},
+    {"card": True, "on_card": True, "dtype": torch.float16},
+    {"dtype": torch.float16},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float64},
+    {"compiled_core": False},
+    {"traced": True},
+)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of the user's functions with globals of their own, so that a trial changes no module and can stage a machine.
+
+In such a world torch may say that there is a card, or that it is compiling, and a compiled module that is missing or
+for CUDA alone is the published op. The copies share their code with the originals, by which coverage knows them.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern import reference
+from vitkern.compat.trial.functions import (
+    BACKWARD,
+    EXTENSIONS,
+    FORWARD,
+    belongs,
+    content,
+    is_extension,
+    is_theirs,
+    undone,
+)
+from vitkern.compat.trial.purity import names_of
+
+
+class NoKernelError(RuntimeError):
+    """A compiled module, called in a world that has none."""
+
+
+class World:
+    """What the code of a trial finds outside of itself."""
+
+    def __init__(self, *, card: bool = False, traced: bool = False, compiled_core: bool = True) -> None:
+        self._card, self._traced, self._compiled_core = card, traced, compiled_core
+        self._globals: dict[int, dict[str, Any]] = {}
+        self.originals: dict[int, dict[str, Any]] = {}  # globals of a module, by the id of their copy
+        self._copies: dict[int, Any] = {}
+        self._kept: list[Any] = []  # objects whose ids are keys above
+        self.taken: set[str] = set()  # compiled functions that were taken as published
+        self._torch = _Overlay(torch, self._staged())
+
+    def _staged(self) -> dict[str, Any]:
+        staged: dict[str, Any] = {}
+        if self._card:
+            staged["cuda.is_available"] = lambda: True
+        if self._traced:
+            for name in _TRACING:
+                staged[name] = lambda *_: True
+        return staged
+
+    def function(self, function: Any) -> Any:
+        """The same code in this world."""
+        function = undone(function)
+        if not isinstance(function, FunctionType) or not (is_theirs(function) or self._wraps(function)):
+            return function
+        if id(function) not in self._copies:
+            copied = FunctionType(
+                function.__code__,
+                self._globals_of(function) if is_theirs(function) else function.__globals__,
+                function.__name__,
+                self._tuple(function.__defaults__),
+                tuple(self._cell(cell) for cell in function.__closure__ or ()) or None,
+            )
+            copied.__kwdefaults__ = function.__kwdefaults__
+            copied.__dict__.update(function.__dict__)
+            self._remember(function, copied)
+        return self._copies[id(function)]
+
+    def _remember(self, key: Any, value: Any) -> None:
+        self._kept.append(key)
+        self._copies[id(key)] = value
+
+    def _tuple(self, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        return None if values is None else tuple(map(self._value, values))
+
+    def _wraps(self, function: FunctionType) -> bool:
+        contents = (content(cell) for cell in function.__closure__ or ())
+        return any(
+            isinstance(each, FunctionType) and (is_theirs(each) or self._wraps(each)) for each in contents
+        )
+
+    def _cell(self, cell: CellType) -> CellType:
+        inner = content(cell)
+        return CellType(self.function(inner)) if isinstance(inner, FunctionType) else cell
+
+    def _globals_of(self, function: FunctionType) -> dict[str, Any]:
+        """The globals of the function's module, once for all its functions, with what the code names replaced."""
+        theirs = function.__globals__
+        if id(theirs) not in self._globals:
+            self._kept.append(theirs)
+            copied = self._globals[id(theirs)] = dict(theirs)
+            self.originals[id(copied)] = theirs
+        ours = self._globals[id(theirs)]
+        for name in names_of(function.__code__):
+            if name in theirs and ours[name] is theirs[name]:
+                ours[name] = self._value(theirs[name], name)
+            elif name not in ours and name in EXTENSIONS:
+                ours[name] = self._extension(None, name)
+        return ours
+
+    def _value(self, value: Any, name: str = "") -> Any:
+        if value is torch:
+            return self._torch
+        if isinstance(value, FunctionType):
+            staged = self._traced and value.__name__ in _TRACING_FUNCTIONS
+            return (lambda *_, **__: True) if staged else self.function(value)
+        if isinstance(value, functools.partial) and is_theirs(value.func):
+            return functools.partial(self.function(value.func), *value.args, **value.keywords)
+        if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+            return self._autograd_function(value)
+        if name in (FORWARD, BACKWARD):
+            return self._kernel(name, name)
+        if is_extension(name, value):
+            return self._extension(value, name)
+        return value
+
+    def _autograd_function(self, kind: Any) -> Any:
+        if not belongs(kind.__module__):
+            return kind
+        if id(kind) not in self._copies:
+            own = {
+                name: staticmethod(self.function(each.__func__))
+                for name, each in vars(kind).items()
+                if isinstance(each, staticmethod)
+            }
+            self._remember(
+                kind, type(kind)(kind.__name__, kind.__bases__, {"__module__": kind.__module__, **own})
+            )
+        return self._copies[id(kind)]
+
+    def _extension(self, value: Any, name: str) -> Any:
+        kernels = {each: self._kernel(each, f"{name}.{each}") for each in (FORWARD, BACKWARD)}
+        return _Overlay(types.SimpleNamespace() if value is None else value, kernels)
+
+    def _kernel(self, which: str, name: str) -> Callable[..., Any]:
+        published = _published_forward if which == FORWARD else _published_backward
+
+        def kernel(*arguments: Any, **named: Any) -> Any:
+            if not self._compiled_core:
+                raise NoKernelError(f"{name} cannot run here")
+            self.taken.add(name)
+            return published(*arguments, **named)
+
+        return kernel
+
+
+_TRACING = (
+    "compiler.is_compiling",
+    "compiler.is_dynamo_compiling",
+    "compiler.is_exporting",
+    "jit.is_tracing",
+    "jit.is_scripting",
+    "onnx.is_in_onnx_export",
+    "_dynamo.is_compiling",
+)
+_TRACING_FUNCTIONS = {name.rpartition(".")[2] for name in _TRACING} | {"is_torchdynamo_compiling"}
+
+
+class _Overlay:
+    """Another object, but for some dotted names."""
+
+    def __init__(self, under: Any, replaced: dict[str, Any]) -> None:
+        self._under, self._replaced = under, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._replaced:
+            return self._replaced[name]
+        value = getattr(self._under, name)
+        inner = {
+            key[len(name) + 1 :]: each for key, each in self._replaced.items() if key.startswith(name + ".")
+        }
+        return _Overlay(value, inner) if inner else value
+
+
+class OnCard(Tensor):
+    """A tensor of the CPU that says that it is on a card, and whose results say so, too."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+def _published_forward(
+    value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    """The published kernel, in plain torch."""
+    sizes = [(int(height), int(width)) for height, width in shapes]
+    wide = [
+        each.detach().to(torch.promote_types(each.dtype, torch.float32))
+        for each in (value, locations, weights)
+    ]
+    return reference.ms_deform_attn_by_grid_sample(wide[0], sizes, *wide[1:]).to(value.dtype)
+
+
+def _published_backward(*arguments: Any, **named: Any) -> Any:
+    """Its gradients: returned, or written where mmcv's takes tensors for them."""
+    value, shapes, starts, locations, weights, grad_output, *rest = arguments
+    leaves = [
+        each.detach().to(torch.promote_types(each.dtype, torch.float32)).requires_grad_()
+        for each in (value, locations, weights)
+    ]
+    sizes = [(int(height), int(width)) for height, width in shapes]
+    with torch.enable_grad():
+        output = reference.ms_deform_attn_by_grid_sample(leaves[0], sizes, *leaves[1:])
+    gradients = torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+    gradients = tuple(each.to(like.dtype) for each, like in zip(gradients, (value, locations, weights)))
+    written = [each for each in rest if isinstance(each, Tensor) and each.dim() > 0]
+    for each, gradient in zip(written, gradients):
+        each.copy_(gradient)
+    return None if written else gradients
