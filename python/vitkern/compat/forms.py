@@ -1,154 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the layer of multi-scale deformable attention is recognised in the code of other projects.
+"""The ways in which other projects write multi-scale deformable attention: arguments, sizes, and what takes its place.
 
-By what the code of its forward says, not by where it comes from: the layer has been copied into dozens of repositories.
-All that the code names has to be known, so that a copy which does something more, or less, stays what it is.
+A form is a suggestion: names of arguments and attributes say which roles they have. Whether the kernel then computes
+what the layer computes is for the trial to find out.
 """
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from vitkern.compat import layers
+from vitkern.compat.trial.inputs import Sizes
 
 Function = Callable[..., Any]
-Words = frozenset[str]
-
-
-def _words(text: str) -> Words:
-    return frozenset(text.split())
-
-
-# What a forward of any form names: its layers, ...
-_PARTS = _words("sampling_offsets attention_weights masked_fill softmax")
-_PROJECTED = _PARTS | _words("value_proj output_proj")
-# ... and what it may name: torch and builtins, and sizes that can be told from the weights.
-_COMMON = _words(
-    "F ValueError apply cuda d_model device dtype flatten flip float float16 float32 format functional half "
-    "im2col_step int is_available is_cuda is_torchdynamo_compiling long nn permute ratio reshape shape stack sum "
-    "tensor to torch torch_compilable_check type unsqueeze view with_pos_embed"
-)
-_MMCV = _words(
-    "IS_CUDA_AVAILABLE IS_MLU_AVAILABLE IS_MUSA_AVAILABLE IS_NPU_AVAILABLE is_mlu is_musa "
-    "multi_scale_deformable_attn_pytorch"
-)
-_CORE = _words(
-    "append arange clamp concat contiguous device enumerate flatten functional grid_sample int64 nn permute repeat "
-    "reshape shape split stack sum tensor to torch transpose unsqueeze view"
-)
-_TRANSFORMERS_ARGUMENTS = _words(
-    "self hidden_states attention_mask encoder_hidden_states encoder_attention_mask position_embeddings "
-    "reference_points spatial_shapes spatial_shapes_list level_start_index output_attentions kwargs"
-)
-_DEFORMABLE_DETR_ARGUMENTS = _words(
-    "self query reference_points input_flatten input_spatial_shapes input_level_start_index input_padding_mask"
-)
-_MMCV_ARGUMENTS = _words(
-    "self query key value identity query_pos key_padding_mask reference_points spatial_shapes level_start_index kwargs"
-)
-
-
-# Where the decorators are defined that do no more than that.
-_WRAPPERS = {__name__, "mmcv.utils.misc", "mmengine.utils.misc", "transformers.utils.deprecation"}
+Channels = Mapping[str, int]  # that each child takes
 
 
 class Form(NamedTuple):
     """One way in which projects write the layer, or its core."""
 
+    name: str
     forward: Function  # that takes the place of theirs: of the layer, and their arguments by name
     kernel: str  # which function of this package it calls
-    arguments: Words  # that their forward may take
-    words: Words  # that its code must use
-    may: Words  # that it may use besides
-    inverts: bool = False  # whether it inverts the mask, in which True is then a valid pixel
-    core: str | None = None  # where its core is found: an attribute of the layer, or a global of its module
+    roles: Mapping[str, str]  # of the arguments
+    sizes: Callable[
+        [Any, Channels], Sizes
+    ]  # of a layer. Raises AttributeError if it is written in another way
+    is_core: bool = False  # whether it has no weights, and samples where it is told to
+    attends_itself: bool = False  # whether value may be left out, and is the query then
 
-    def objection(self, function: Function) -> str | None:
-        """None if the function is a forward of this form, else how it differs."""
-        arguments, words, inverts = read(function)
-        wrapper = unwrapped(function)
-        if hasattr(wrapper, "__wrapped__"):
-            where = getattr(wrapper, "__globals__", {}).get("__name__", type(wrapper).__name__)
-            return f"its forward is wrapped, by what is defined in {where}"
-        if missing := self.words - words:
-            return f"its forward does not use {_listed(missing)}"
-        if unknown := (words - self.words - self.may) | (arguments - self.arguments):
-            return f"its forward uses {_listed(unknown)}, which is not known here"
-        return "its forward takes a mask of another meaning" if inverts != self.inverts else None
-
-    def objection_to_core(self, module: nn.Module, function: Function) -> str | None:
-        """None unless the layer calls a core that is not the one it was written with."""
-        if self.core is None:
-            return None
-        found = getattr(module, self.core, None) or unwrapped(function).__globals__.get(self.core)
-        called = type(found).forward if isinstance(found, nn.Module) else found
-        if (isinstance(found, nn.Module) and "forward" in vars(found)) or not is_core(called):
-            return f"its {self.core} is not the original one"
-        return None
+    def roles_in(self, function: Function) -> dict[str, str] | None:
+        """The roles of a forward's arguments; None unless it has those that this form needs."""
+        names = inspect.signature(function).parameters
+        found = {name: role for name, role in self.roles.items() if name in names}
+        needed = {"value", "weights", "locations"} if self.is_core else {"query", "points", "value"}
+        has = set(found.values())
+        return found if needed <= has and has & {"shapes", "shapes_list"} else None
 
 
-def _listed(names: Words) -> str:
-    return ", ".join(repr(name) for name in sorted(names))
+def _roles(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split())
 
 
-def read(function: Function) -> tuple[Words, Words, bool]:
-    """The arguments of a function, all names that its code uses, and whether it inverts anything."""
-    code = getattr(unwrapped(function), "__code__", None)
-    if code is None:
-        return frozenset(), frozenset(), False
-    arguments = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARKEYWORDS)
-    inverts = any(instruction.opname == "UNARY_INVERT" for instruction in dis.get_instructions(code))
-    return frozenset(code.co_varnames[:arguments]), frozenset(_names(code)), inverts
+_TRANSFORMERS = _roles(
+    "hidden_states=query attention_mask=mask encoder_hidden_states=value encoder_attention_mask=ignored "
+    "position_embeddings=position reference_points=points spatial_shapes=shapes spatial_shapes_list=shapes_list "
+    "level_start_index=starts output_attentions=ignored"
+)
+_DEFORMABLE_DETR = _roles(
+    "query=query reference_points=points input_flatten=value input_spatial_shapes=shapes "
+    "input_level_start_index=starts input_padding_mask=mask"
+)
+_MMCV = _roles(
+    "query=query key=ignored value=value identity=identity query_pos=position key_padding_mask=mask "
+    "reference_points=points spatial_shapes=shapes level_start_index=starts"
+)
+_CORE = _roles(
+    "value=value value_spatial_shapes=shapes value_spatial_shapes_list=shapes_list level_start_index=starts "
+    "sampling_locations=locations attention_weights=weights im2col_step=step"
+)
 
 
-def unwrapped(function: Function) -> Any:
-    """A forward without what warns of deprecated arguments, or with which it was replaced. Others may do anything."""
-
-    def stops(wrapper: Any) -> bool:
-        return getattr(wrapper, "__globals__", {}).get("__name__") not in _WRAPPERS
-
-    return inspect.unwrap(function, stop=stops)
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+def _sizes(heads: str, levels: str, points: str, layer: Any, channels: Channels) -> Sizes:
+    number = getattr(layer, points)
+    if not isinstance(number, int):
+        raise AttributeError(points)
+    counts = (number,) * getattr(layer, levels)
+    query, value = channels["sampling_offsets"], channels["value_proj"]
+    return Sizes(getattr(layer, heads), counts, query, value, reach=0.5 / number, scaled=False)
 
 
-def is_core(function: Function | None) -> bool:
-    """Whether this samples as transformers does: by grid_sample, or replaced already."""
-    if function is None or is_ours(function):
-        return function is not None
-    words = read(function)[1]
-    return "grid_sample" in words and words <= _CORE
+def _sizes_of_v2(points: str, layer: Any, channels: Channels) -> Sizes:
+    value = channels["value_proj"] if points == "n_points_list" else layer.d_model
+    counts = tuple(getattr(layer, points))
+    return Sizes(layer.n_heads, counts, channels["sampling_offsets"], value, layer.offset_scale, scaled=True)
+
+
+def _sizes_of_core(*_: Any) -> Sizes:
+    return Sizes(heads=2, points=(2, 2, 2), query=0, value=4, reach=1.0, scaled=False)
+
+
+_DETR_SIZES = partial(_sizes, "n_heads", "n_levels", "n_points")
+_MMCV_SIZES = partial(_sizes, "num_heads", "num_levels", "num_points")
+_FUSED, _PLAIN = "ms_deform_attn_fused", "ms_deform_attn"
+
+FORMS = (
+    Form("RT-DETR v2", layers.transformers_v2, _PLAIN, _TRANSFORMERS, partial(_sizes_of_v2, "n_points_list")),
+    Form("D-FINE", layers.transformers_v2, _PLAIN, _TRANSFORMERS, partial(_sizes_of_v2, "num_points_list")),
+    Form("transformers", partial(layers.transformers, False), _FUSED, _TRANSFORMERS, _DETR_SIZES),
+    Form("transformers, Mask2Former", partial(layers.transformers, True), _FUSED, _TRANSFORMERS, _DETR_SIZES),
+    Form("Deformable-DETR", layers.deformable_detr, _FUSED, _DEFORMABLE_DETR, _DETR_SIZES),
+    Form("mmcv", partial(layers.mmcv, True), _FUSED, _MMCV, _MMCV_SIZES, attends_itself=True),
+    Form("GroundingDINO", partial(layers.mmcv, False), _FUSED, _MMCV, _MMCV_SIZES, attends_itself=True),
+    Form("transformers, core", layers.core, _PLAIN, _CORE, _sizes_of_core, is_core=True),
+)
+
+
+class Candidate(NamedTuple):
+    """A form that a layer may have, and the layer's roles and sizes by it."""
+
+    form: Form
+    roles: dict[str, str]
+    sizes: Sizes
+
+
+def candidates(layer: nn.Module, function: Function, channels: Channels) -> list[Candidate]:
+    """The forms that a layer with this forward may have, by the names of its arguments and attributes."""
+    found = []
+    for form in FORMS:
+        roles = form.roles_in(function)
+        if roles is None or form.is_core != is_bare(layer):
+            continue
+        try:
+            found.append(Candidate(form, roles, form.sizes(layer, channels)))
+        except (AttributeError, KeyError, TypeError):
+            continue
+    return found
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module has no weights and no children."""
+    return not (module._parameters or module._buffers or module._modules)
 
 
 def is_ours(function: Function) -> bool:
     return hasattr(function, "replaces")
-
-
-def replacing(original: Function, replacement: Function) -> Function:
-    """The replacement, under the original's name and signature. Where it gives NotImplemented the original runs."""
-    names = tuple(inspect.signature(original).parameters)[1:]
-
-    @functools.wraps(original)
-    def forward(self: nn.Module, *positional: Any, **named: Any) -> Any:
-        if len(positional) <= len(names):
-            output = replacement(self, **dict(zip(names, positional)), **named)
-            if output is not NotImplemented:
-                return output
-        return original(self, *positional, **named)
-
-    forward.replaces = original  # type: ignore[attr-defined]
-    return forward
 
 
 def is_such_a_layer(module: nn.Module) -> bool:
@@ -159,90 +140,8 @@ def is_such_a_layer(module: nn.Module) -> bool:
     return {"sampling_offsets", "attention_weights"} <= own
 
 
-@functools.lru_cache(maxsize=1024)
-def form_of(function: Function) -> Form | None:
-    """The form that a forward is of."""
-    return next((form for form in (*FORMS, CORE) if form.objection(function) is None), None)
-
-
-def difference(function: Function) -> str:
-    """How a forward that is of no form differs from the one that it is most like."""
-    arguments, words, _ = read(function)
-    nearest = max(FORMS, key=lambda form: (len(form.arguments & arguments), len(form.words & words)))
-    return nearest.objection(function) or ""
-
-
-_FUSED, _PLAIN = "ms_deform_attn_fused", "ms_deform_attn"
-_N_SIZES, _NUM_SIZES = _words("n_heads n_levels n_points"), _words("num_heads num_levels num_points")
-_V2 = _PARTS | _words("n_heads n_levels offset_scale")
-
-FORMS = (
-    Form(  # transformers: Deformable DETR and most others
-        partial(layers.transformers, False),
-        _FUSED,
-        _TRANSFORMERS_ARGUMENTS,
-        _PROJECTED | _N_SIZES | {"attn"},
-        _COMMON,
-        inverts=True,
-        core="attn",
-    ),
-    Form(  # transformers: Mask2Former and OneFormer
-        partial(layers.transformers, True),
-        _FUSED,
-        _TRANSFORMERS_ARGUMENTS,
-        _PROJECTED | _N_SIZES | {"multi_scale_deformable_attention"},
-        _COMMON,
-        core="multi_scale_deformable_attention",
-    ),
-    Form(  # transformers: RT-DETR v2
-        layers.transformers_v2,
-        _PLAIN,
-        _TRANSFORMERS_ARGUMENTS,
-        _V2 | _PROJECTED | _words("multi_scale_deformable_attention_v2 method n_points_list n_points_scale"),
-        _COMMON | {"n_points"},
-        inverts=True,
-        core="multi_scale_deformable_attention_v2",
-    ),
-    Form(  # transformers: D-FINE and DEIM v2
-        layers.transformers_v2,
-        _PLAIN,
-        _TRANSFORMERS_ARGUMENTS,
-        _V2 | _words("ms_deformable_attn_core decoder_method num_points_list num_points_scale"),
-        _COMMON,
-        inverts=True,
-        core="ms_deformable_attn_core",
-    ),
-    Form(  # Deformable-DETR, DINO, Mask2Former, ViT-Adapter, each in its own repository
-        layers.deformable_detr,
-        _FUSED,
-        _DEFORMABLE_DETR_ARGUMENTS,
-        _PROJECTED | _N_SIZES | {"MSDeformAttnFunction"},
-        _COMMON | {"ms_deform_attn_core_pytorch"},
-    ),
-    Form(  # mmcv and detrex
-        partial(layers.mmcv, True),
-        _FUSED,
-        _MMCV_ARGUMENTS,
-        _PROJECTED | _NUM_SIZES | _words("MultiScaleDeformableAttnFunction batch_first dropout"),
-        _COMMON | _MMCV,
-    ),
-    Form(  # GroundingDINO in its own repository
-        partial(layers.mmcv, False),
-        _FUSED,
-        _MMCV_ARGUMENTS - {"identity"},
-        _PROJECTED | _NUM_SIZES | _words("MultiScaleDeformableAttnFunction batch_first"),
-        _COMMON | _MMCV,
-    ),
-)
-
-# The core of Deformable DETR and most others in transformers: a layer of its own, without weights.
-CORE = Form(
-    layers.core,
-    _PLAIN,
-    _words(
-        "self value value_spatial_shapes value_spatial_shapes_list level_start_index sampling_locations "
-        "attention_weights im2col_step"
-    ),
-    frozenset({"grid_sample"}),
-    _CORE,
-)
+def is_such_a_core(module: nn.Module) -> bool:
+    """Whether a module of another project is code alone whose arguments are those of the sampling."""
+    if type(module).__module__.partition(".")[0] in ("vitkern", "torch") or not is_bare(module):
+        return False
+    return any(form.is_core and form.roles_in(type(module).forward) is not None for form in FORMS)

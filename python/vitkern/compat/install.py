@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import nn
 
-from vitkern.compat import deformable_detr, forms, imports, layers, mmcv
+from vitkern.compat import deformable_detr, forms, imports, mmcv, proofs, samples
 from vitkern.compat.table import Left, Table
 
 _LAYER = "MultiScaleDeformableAttention"  # the class, wherever there is one
@@ -30,7 +31,6 @@ class Ecosystem(NamedTuple):
     extension: str  # the compiled module
     functions: tuple[Callable[..., Any], ...] = _POSITIONAL  # that it gets from us
     home: str = ""  # the module that defines the class _LAYER
-    forward: Callable[..., Any] = partial(layers.mmcv, True)  # that the class gets from us
     importers: tuple[str, ...] = ()  # modules that do without the class if its import fails
     relatives: tuple[str, ...] = ()  # other ecosystems with the same functions
 
@@ -50,7 +50,6 @@ ECOSYSTEMS = {
         "GroundingDINO",
         "groundingdino._C",
         home="groundingdino.models.GroundingDINO.ms_deform_attn",
-        forward=partial(layers.mmcv, False),
     ),
     "detrex": Ecosystem(
         "detrex",
@@ -200,9 +199,16 @@ def _give_forward(part: Ecosystem, module: ModuleType) -> None:
             f"vitkern.install expects the class {_LAYER} in {part.home}, which has none in this version; "
             "vitkern.uninstall() leaves it as it is"
         )
-    if not forms.is_ours(layer.forward):
-        _switched.append(layer)
-        layer.forward = forms.replacing(layer.forward, part.forward)
+    if forms.is_ours(layer.forward):
+        return
+    proof = proofs.proof_of(samples.mmcv(layer))
+    if not proof.holds:  # whoever imports it did not ask for anything
+        warnings.warn(
+            f"vitkern.install leaves the forward of {part.home}.{_LAYER}: {proof.reason}", stacklevel=2
+        )
+        return
+    _switched.append(layer)
+    layer.forward = proofs.forward_on_trial(layer.forward)
 
 
 def _stand_in(module: ModuleType) -> None:

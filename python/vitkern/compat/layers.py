@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitkern.functional import ms_deform_attn, ms_deform_attn_fused
 
@@ -36,11 +36,7 @@ def transformers(
 ) -> Any:
     """Softmax runs once more than needed: the weights are given back, and who will read them cannot be known."""
     shapes = _shapes(spatial_shapes_list, spatial_shapes)
-    if (
-        shapes is None
-        or not _are_reference_points(reference_points)
-        or _is_hooked(getattr(layer, "attn", None))
-    ):
+    if shapes is None or not _are_reference_points(reference_points):
         return NotImplemented
     if position_embeddings is not None:
         hidden_states = hidden_states + position_embeddings
@@ -140,14 +136,9 @@ def core(
 ) -> Tensor:
     """The core of most layers of transformers, a layer of its own."""
     shapes = _shapes(value_spatial_shapes_list, value_spatial_shapes)
-    return ms_deform_attn(value, shapes, None, sampling_locations, attention_weights)
-
-
-def core_of_four(
-    value: Tensor, value_spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    """The core of Mask2Former and OneFormer in transformers."""
-    return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
+    with _no_autocast(value.device.type):
+        value = _widened(value, sampling_locations)
+        return ms_deform_attn(value, shapes, None, sampling_locations, attention_weights)
 
 
 def core_v2(
@@ -161,8 +152,15 @@ def core_v2(
     """The core of RT-DETR v2, whose levels may have their own numbers of points."""
     if method == "discrete":  # no gradient at all: an optimizer would also decay what receives zeros
         sampling_locations = sampling_locations.detach()
-    inputs = (value, value_spatial_shapes, None, sampling_locations, attention_weights)
-    return ms_deform_attn(*inputs, points_per_level=num_points_list, method=METHODS[method])
+    with _no_autocast(value.device.type):
+        inputs = (
+            _widened(value, attention_weights),
+            value_spatial_shapes,
+            None,
+            sampling_locations,
+            attention_weights,
+        )
+        return ms_deform_attn(*inputs, points_per_level=num_points_list, method=METHODS[method])
 
 
 def attend_as_mmcv(
@@ -205,13 +203,17 @@ def _attend(
     return ms_deform_attn_fused(value, *levels, reference_points, offsets, logits), logits
 
 
+def _no_autocast(device: str) -> torch.autocast:
+    """Cores that call grid_sample give float32 under autocast, too."""
+    return torch.autocast(device, enabled=False)
+
+
+def _widened(value: Tensor, other: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, other.dtype))
+
+
 def _are_reference_points(given: Any, last: tuple[int, ...] = (2, 4)) -> bool:
     return isinstance(given, Tensor) and given.dim() == 4 and given.shape[-1] in last
-
-
-def _is_hooked(core: nn.Module | None) -> bool:
-    """Whether somebody listens to the core, which then has to be called."""
-    return core is not None and bool(core._forward_hooks or core._forward_pre_hooks or core._backward_hooks)
 
 
 def _shapes(listed: Any, tensor: Any) -> Any:

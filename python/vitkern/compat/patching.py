@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -18,8 +19,11 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vitkern.compat import forms, transformers
+from vitkern.compat import forms, proofs, transformers
+from vitkern.compat.proofs import Proof
 from vitkern.compat.table import Left, Table
+from vitkern.compat.trial.functions import subclass
+from vitkern.nn import MSDeformAttn
 
 # What has parts of its own to patch: a module with `patch` and `unpatch`.
 LIBRARIES = {"transformers": transformers}
@@ -29,26 +33,41 @@ Target = nn.Module | str
 _lock = threading.RLock()  # two at once would patch what the other has just patched
 
 
-def patch(target: Target) -> Table:
+def patch(target: Target, *, strict: bool = False, dry_run: bool = False) -> Table:
     """Run multi-scale deformable attention of a built model, or of a library, on this package's kernels.
 
     Args:
-        target: a model of any project, wrapped or not, whose layers are known by their code: those of Deformable-DETR,
-            ViT-Adapter, DINO, Mask2Former, GroundingDINO, detrex, mmcv and transformers, and their copies. Or
-            ``"transformers"``: all its models, those built before and those built later.
+        target: a model of any project, wrapped or not. Its layers are found by the names of their children and
+            arguments: those of Deformable-DETR, ViT-Adapter, DINO, Mask2Former, GroundingDINO, detrex, mmcv and
+            transformers, and their copies. Or ``"transformers"``: all its models, those built before and those built
+            later.
+        strict: raise if a layer has to be left, and change nothing.
+        dry_run: change nothing; the table is the same.
 
     Returns:
         A table of what was replaced, to be printed: empty where there was nothing, or nothing left to do.
 
-    Weights, ``state_dict``, hooks and optimizers stay valid. A layer that cannot be replaced stays, and the table says
-    why. If anything fails, nothing has changed. ``vitkern.unpatch`` undoes it.
+    Raises:
+        RuntimeError: with ``strict``, the reasons why layers are left.
+
+    A layer is replaced only on proof: a copy of it with drawn weights runs beside the kernel, and outputs, gradients
+    and calls of its children must agree under all conditions that its code tells apart. Weights are not read. A layer
+    that fails stays, and the table says why. What was tried is compared before each call; where an attribute or a
+    function has changed since, the original runs and a warning says which.
+
+    Weights, ``state_dict``, hooks and optimizers stay valid. If anything fails, nothing has changed.
+    ``vitkern.unpatch`` undoes it.
 
     Examples:
         >>> model = DeformableDetrForObjectDetection(config)
         >>> print(vitkern.patch(model))
     """
     with _lock:
-        return _patch_model(target) if isinstance(target, nn.Module) else _library(target).patch()
+        if isinstance(target, nn.Module):
+            return _patch_model(target, strict=strict, dry_run=dry_run)
+        table: Table = _library(target).patch(dry_run=dry_run)
+        _refuse_left(table, strict)
+        return table
 
 
 def unpatch(target: Target) -> Table:
@@ -84,31 +103,19 @@ def _library(name: object) -> Any:
     return LIBRARIES[name]
 
 
-def _patch_model(model: nn.Module) -> Table:
-    plan: list[tuple[str, nn.Module, forms.Form]] = []
-    left: list[Left] = []
-    cores: set[int] = set()  # of layers that will not call them
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or id(module) in cores:
-            continue
-        function = type(module).forward
-        if forms.is_ours(function):
-            continue
-        form = forms.form_of(function)
-        if form is None and not forms.is_such_a_layer(module):
-            continue
-        reason = _objection(module, form)
-        if form is None or reason is not None:
-            left.append(Left(path, type(module).__name__, reason or ""))
-            continue
-        plan.append((path, module, form))
-        cores.add(id(getattr(module, form.core or "", None)))
-
+def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
+    plan, left, found = _plan(model)
+    rows = [(path, type(module).__name__, _kernel(proof)) for path, module, proof in plan]
+    table = Table(rows, left, (name for _, _, proof in plan for name in proof.taken))
+    _refuse_left(table, strict)
+    if not found:
+        warnings.warn(
+            f"vitkern.patch found no multi-scale deformable attention in {type(model).__name__}", stacklevel=3
+        )
     done: list[tuple[str, nn.Module]] = []
-    table = Table([(path, type(module).__name__, form.kernel) for path, module, form in plan], left)
     try:
-        for path, module, _ in plan:
-            _change_class(module, _patched_class(type(module)))
+        for path, module, proof in () if dry_run else plan:
+            _change_class(module, _patched_class(type(module), proof))
             done.append((path, module))
     except BaseException:
         _unpatch(done)
@@ -116,18 +123,54 @@ def _patch_model(model: nn.Module) -> Table:
     return table
 
 
-def _objection(module: nn.Module, form: forms.Form | None) -> str | None:
-    """None if a layer can be replaced, else why not. Raises where the code of a library is not the one known here."""
-    kind = type(module)
-    if form is None:
-        reason = forms.difference(kind.forward)
-        transformers.refuse_unknown(kind, reason)
-        return reason
+def _plan(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Proof]], list[Left], bool]:
+    """What to replace by which proof, what to leave, and whether there is any such layer at all, of ours included."""
+    plan: list[tuple[str, nn.Module, Proof]] = []
+    left: list[Left] = []
+    found = False
+    cores: set[int] = set()  # of layers that will not call them
+    for path, module in model.named_modules():
+        found |= isinstance(module, MSDeformAttn) or hasattr(type(module), "patched_from")
+        if isinstance(module, torch.jit.ScriptModule) or id(module) in cores or not _may_be_one(module):
+            continue
+        found = True
+        if forms.is_ours(type(module).forward):
+            continue
+        reason = _obstacle(module)
+        if reason is None:
+            proof = proofs.proof_of(module)
+            reason = proof.reason
+            if reason is not None:
+                transformers.refuse_unknown(type(module), reason)
+        if reason is not None:
+            left.append(Left(path, type(module).__name__, reason))
+            continue
+        plan.append((path, module, proof))
+        cores.update(id(child) for child in module.children())
+    return plan, left, found
+
+
+def _may_be_one(module: nn.Module) -> bool:
+    return forms.is_such_a_layer(module) or forms.is_such_a_core(module)
+
+
+def _kernel(proof: Proof) -> str:
+    assert proof.candidate is not None
+    return proof.candidate.form.kernel
+
+
+def _refuse_left(table: Table, strict: bool) -> None:
+    if strict and table.left:
+        raise RuntimeError("vitkern.patch: " + "; ".join(map(str, table.left)))
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why the class of a layer must not be changed, or None."""
     if _has_forward_of_its_own(module):
         return "its forward was set on the layer itself: patch before whatever did that"
     if is_parametrized(module):  # which changes the class, and undone it looks for what it put there
         return "a tensor of its own is parametrized: patch before that"
-    return form.objection_to_core(module, kind.forward)
+    return None
 
 
 def _has_forward_of_its_own(module: nn.Module) -> bool:
@@ -144,38 +187,43 @@ def _change_class(module: nn.Module, kind: Any) -> None:
     module.__class__ = kind
 
 
-def _make_patched_class(kind: Any) -> Any:
-    """The subclass that a layer of this class becomes. It keeps the name, by which others look layers up."""
-    form = forms.form_of(kind.forward)
-    assert form is not None
+def _make_patched_class(kind: Any, proof: Proof | None) -> Any:
+    """The subclass that a layer of this class becomes. It keeps the name, by which others look layers up.
+
+    Without a proof its layers are tried at their first call.
+    """
+    original = proofs.original_of(kind)
+    kernel = "trial" if proof is None else _kernel(proof)
     namespace = {
         "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__reduce_ex__": _reduce,
-        "forward": forms.replacing(kind.forward, form.forward),
-        "extra_repr": lambda self: f"on vitkern.{form.kernel}",
+        "forward": proofs.forward_on_trial(original) if proof is None else proofs.forward_by(proof, kind),
+        "extra_repr": lambda self: f"on vitkern.{kernel}",
         "patched_from": kind,
+        "patched_by": proof,
     }
-    return type(kind)(kind.__name__, (kind,), namespace)
+    return subclass(kind, namespace)
 
 
-_patched_class: Callable[[Any], Any] = functools.cache(_make_patched_class)
+_patched_class: Callable[[Any, Proof | None], Any] = functools.cache(_make_patched_class)
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickled as the class that it comes from and the wish to be patched: no file can name a class made on the fly."""
     kind = type(module).patched_from  # type: ignore[attr-defined]
+    proof = type(module).patched_by  # type: ignore[attr-defined]
     reduced: Any = super(type(module), module).__reduce_ex__(protocol)
     make, arguments, *state = reduced
-    return _remade, (kind, make, *(kind if each is type(module) else each for each in arguments)), *state
+    arguments = tuple(kind if each is type(module) else each for each in arguments)
+    return _remade, (kind, "" if proof is None else proof.name, make, *arguments), *state
 
 
-def _remade(kind: Any, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
-    """A layer out of a pickle: patched if its class still is what it was, else as the library has it by now."""
+def _remade(kind: Any, proof: str, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """A copy of a patched layer: by its proof in the process that has it, elsewhere after a trial at its first call."""
     module = make(*arguments)
-    if type(module) is kind and forms.form_of(kind.forward) is not None and not forms.is_ours(kind.forward):
-        module.__class__ = _patched_class(kind)
+    if type(module) is kind and not forms.is_ours(kind.forward):
+        module.__class__ = _patched_class(kind, proofs.named(proof))
     return module
 
 
@@ -201,7 +249,9 @@ def _unpatch(modules: list[tuple[str, nn.Module]]) -> Table:
         if reason:
             left.append(Left(path, type(module).__name__, reason))
             continue
-        form = forms.form_of(kind.forward)
-        rows.append((path, f"{kind.__name__} on {form.kernel if form else 'vitkern'}", kind.__name__))
+        proof = type(module).patched_by  # type: ignore[attr-defined]
+        rows.append(
+            (path, f"{kind.__name__} on {'vitkern' if proof is None else _kernel(proof)}", kind.__name__)
+        )
         _change_class(module, kind)
     return Table(rows, left)

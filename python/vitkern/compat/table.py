@@ -34,14 +34,23 @@ class Left(NamedTuple):
 
 
 class Table:
-    """What was replaced, row by row; ``left`` has what was not, and why. Without rows it is false."""
+    """What was replaced, row by row; ``left`` has what was not, and why. Without rows it is false.
 
-    def __init__(self, replaced: Iterable[tuple[str, str, str]], left: Iterable[Left] = ()) -> None:
+    ``taken``: compiled functions that a trial could not run here, and took by their name as the published ones.
+    """
+
+    def __init__(
+        self,
+        replaced: Iterable[tuple[str, str, str]],
+        left: Iterable[Left] = (),
+        taken: Iterable[str] = (),
+    ) -> None:
         groups: dict[tuple[str, str, str], list[str]] = {}
         for path, was, now in replaced:
             groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path), was, now), []).append(path)
         self.rows = tuple(Row(*group, tuple(paths)) for group, paths in groups.items())
         self.left = tuple(left)
+        self.taken = tuple(sorted(set(taken)))
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -56,6 +65,8 @@ class Table:
             cells += [(row.place, row.was, row.now, str(len(row.paths))) for row in self.rows]
             widths = [max(map(len, column)) for column in zip(*cells)]
             lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        if self.taken:
+            lines.append(f"verified by trial, taken by name as published: {', '.join(self.taken)}")
         return "\n".join([*lines, *map(str, self.left)])
 
     __repr__ = __str__

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from vitkern.compat import forms, imports, layers
+from torch import nn
+
+from vitkern.compat import imports, proofs, samples
 from vitkern.compat.table import Table
 
 KNOWN_RELEASES = "4.57 to 5.23"
@@ -41,14 +43,6 @@ _FAMILY_OF = {f"transformers.models.{family}.modeling_{family}": family for fami
 _NOT_FUSED = ("d_fine", "deimv2", "rt_detr_v2")
 _CORE_CLASS = "MultiScaleDeformableAttention"
 
-# The functions that some layers look up in their module at each call. D-FINE and DEIM v2 bind theirs to each layer,
-# where ours would outlast the patch: to replace the forward, which then does not call it, is enough.
-_FUNCTIONS = {
-    "mask2former": ("multi_scale_deformable_attention", layers.core_of_four),
-    "oneformer": ("multi_scale_deformable_attention", layers.core_of_four),
-    "rt_detr_v2": ("multi_scale_deformable_attention_v2", layers.core_v2),
-}
-
 
 def _layer_of(family: str) -> str:
     return f"{FAMILIES[family]}MultiscaleDeformableAttention"
@@ -73,17 +67,22 @@ class Change(NamedTuple):
 
 
 def _changes_of(module: ModuleType) -> list[Change]:
-    """All that changes in a family's module. Raises if any of it is not as it is known here."""
+    """All that changes in a family's module, each class after a trial. Raises if one of them fails."""
     family = _FAMILY_OF[module.__name__]
-    changes = [_change_of_forward(module, _layer_of(family), forms.FORMS)]
+    kind = _named(module, _layer_of(family))
+    changes = []
     if hasattr(module, _CORE_CLASS):
-        changes.append(_change_of_forward(module, _CORE_CLASS, (forms.CORE,)))
-    if family in _FUNCTIONS:
-        name, function = _FUNCTIONS[family]
-        if not forms.is_core(_named(module, name)):
-            raise _unknown(f"{module.__name__}.{name} samples in another way")
-        changes.append(Change(module, name, function, "ms_deform_attn"))
-    return changes
+        core = getattr(module, _CORE_CLASS)
+        changes.append(_change_of_forward(core, core()))
+    return [_change_of_forward(kind, _sample(family, kind, module)), *changes]
+
+
+def _sample(family: str, kind: Any, module: ModuleType) -> nn.Module:
+    if family == "rt_detr_v2":
+        return samples.rt_detr_v2(kind)
+    if family in _NOT_FUSED:
+        return samples.d_fine(kind, _named(module, "multi_scale_deformable_attention_v2"))
+    return samples.deformable_detr(kind, getattr(module, _CORE_CLASS, None))
 
 
 def _named(module: ModuleType, name: str) -> Any:
@@ -92,13 +91,11 @@ def _named(module: ModuleType, name: str) -> Any:
     return getattr(module, name)
 
 
-def _change_of_forward(module: ModuleType, name: str, among: tuple[forms.Form, ...]) -> Change:
-    kind = _named(module, name)
-    function = kind.forward
-    form = next((form for form in among if form.objection(function) is None), None)
-    if form is None:
-        raise _unknown(f"{name}: {forms.difference(function)}")
-    return Change(kind, "forward", forms.replacing(function, form.forward), form.kernel)
+def _change_of_forward(kind: Any, layer: nn.Module) -> Change:
+    proof = proofs.proof_of(layer)
+    if proof.candidate is None:
+        raise _unknown(f"{kind.__name__}: {proof.reason}")
+    return Change(kind, "forward", proofs.forward_on_trial(kind.forward), proof.candidate.form.kernel)
 
 
 def _unknown(what: str) -> RuntimeError:
@@ -122,7 +119,7 @@ def refuse_unknown(kind: type, reason: str) -> None:
 _undo: list[tuple[Change, Any]] = []  # each with the value it had
 
 
-def patch() -> Table:
+def patch(*, dry_run: bool = False) -> Table:
     """See :func:`vitkern.patch`."""
     if _is_patched():
         return Table(())
@@ -138,7 +135,7 @@ def patch() -> Table:
         elif any((folder / family).is_dir() for folder in models):
             kernel = "ms_deform_attn" if family in _NOT_FUSED else "ms_deform_attn_fused"
             rows.append((f"{name.rpartition('.')[0]}, when imported", _layer_of(family), kernel))
-    for name in _FAMILY_OF:
+    for name in () if dry_run else _FAMILY_OF:
         imports.follow(name, _change)
     return Table(rows)
 

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What trials have proved, kept for the process: a proof holds for the code and the configuration that were tried.
+
+Before each call of a replaced layer the two are compared with what they were. Where one has changed the original runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import functools
+import inspect
+import itertools
+import operator
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkern.compat.trial.functions import belongs, is_core, names_in, undone
+from vitkern.compat.trial.judge import Judgement, judge
+from vitkern.compat.trial.purity import names_of
+from vitkern.compat.trial.specimen import is_plain
+
+Function = Callable[..., Any]
+
+_numbers = itertools.count()
+_lock = threading.RLock()
+_proofs: dict[tuple[type, Function], list[Proof]] = {}
+
+
+_ABSENT = object()
+
+
+class _Scope:
+    """Names in a namespace that a proof rests on: values that they must have, and names that must be missing."""
+
+    def __init__(self, owner: Any, values: dict[str, Any]) -> None:
+        self.owner = owner
+        self.space: Mapping[str, Any] = vars(owner) if isinstance(owner, type) else owner
+        self.values = {name: value for name, value in values.items() if value is not _ABSENT}
+        self.absent = tuple(name for name, value in values.items() if value is _ABSENT)
+        self.pick = operator.itemgetter(*self.values) if self.values else _nothing
+        self.expected = self.pick(self.values)
+
+    def changed(self) -> str | None:
+        """The first name with another value."""
+        for name, then in self.values.items():
+            now = self.space.get(name)
+            if now is not then and undone(now) is not undone(then):
+                return name
+        # Patched by this package meanwhile: it is still the same code.
+        self.values = {name: self.space[name] for name in self.values}
+        self.expected = self.pick(self.values)
+        return None
+
+
+def _nothing(_: Any) -> None:
+    """No value of any namespace."""
+
+
+class Proof:
+    """What a trial found out about code and a configuration: a kernel that does the same, or why there is none."""
+
+    def __init__(self, layer: nn.Module, judgement: Judgement) -> None:
+        self.name = f"{os.getpid()}-{next(_numbers)}"
+        self.reason = judgement.reason
+        self.taken = judgement.taken
+        self.candidate = judgement.candidate
+        attributes = dict(judgement.attributes) if self.holds else _all_plain(layer)
+        self.attributes = {
+            name: copy.deepcopy(each) if isinstance(each, (list, dict, set)) else each
+            for name, each in attributes.items()
+        }
+        self._names = tuple(attributes)
+        self._pick = operator.itemgetter(*self._names) if attributes else None
+        self._expected = self._pick(self.attributes) if self._pick else None
+        self._scopes = list(_scopes(layer, judgement)) if self.holds else []
+        self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
+        self._absent = tuple((scope.space, name) for scope in self._scopes for name in scope.absent)
+        self._inherited = {
+            name: getattr(type(layer), name)
+            for scope in self._scopes
+            if isinstance(scope.owner, type) and scope.owner in type(layer).__mro__
+            for name in scope.values.keys() & judgement.reads
+        }
+        children = layer._modules.items()
+        self._cores = tuple(
+            (name, type(child)) for name, child in children if child is not None and is_core(child)
+        )
+        self._missing = tuple(name for name, child in children if child is None)
+        self._codes = tuple((each, each.__code__) for each in judgement.functions)
+        self._warned: set[str] = set()
+        if self.candidate is not None:
+            self._prepare(type(layer), judgement)
+
+    def _prepare(self, kind: type[nn.Module], judgement: Judgement) -> None:
+        assert self.candidate is not None
+        form, roles, sizes = self.candidate
+        function = original_of(kind)
+        self._forward = form.forward
+        self._arguments = tuple(inspect.signature(function).parameters)[1:]
+        self._known = frozenset(roles)
+        self._takes_any = _ignores_others(function)
+        by_role = {role: name for name, role in roles.items()}
+        self._points, self._mask = by_role.get("points"), by_role.get("mask", "")
+        self._kinds, self._takes_mask = judgement.kinds, judgement.takes_mask
+        if sizes.levels == 1:  # a reference point a level is one for all
+            self._kinds |= {(boxes, True) for boxes, _ in judgement.kinds}
+
+    @property
+    def holds(self) -> bool:
+        return self.reason is None
+
+    def changed(self, layer: nn.Module) -> str | None:
+        """What of the code or the configuration is not as it was tried, or None."""
+        if torch.compiler.is_compiling():
+            return self._changed_while_compiling(layer)
+        try:
+            own = layer.__dict__
+            if self._pick is not None and self._pick(own) != self._expected:
+                return next(name for name in self._names if own[name] != self.attributes[name])
+            for pick, space, expected in self._quick:
+                if pick(space) != expected and (name := self._changed_scope()):
+                    return name
+        except KeyError as error:
+            return str(error.args[0])
+        for space, name in self._absent:
+            if name in space:
+                return name
+        for name in self._inherited:
+            if name in own:
+                return name
+        for function, code in self._codes:
+            if function.__code__ is not code:
+                return function.__name__
+        return self._changed_child(layer) if self._missing or self._cores else None
+
+    def _changed_scope(self) -> str | None:
+        """The first name of a scope with another value, if it is not this package's own doing."""
+        for scope in self._scopes:
+            if name := scope.changed():
+                return name
+        self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
+        return None
+
+    def _changed_child(self, layer: nn.Module) -> str | None:
+        children = layer._modules
+        for name in self._missing:
+            if children.get(name) is not None:
+                return name
+        for name, kind in self._cores:
+            core: Any = children.get(name)
+            hooked = core is not None and (
+                core._forward_hooks or core._forward_pre_hooks or core._backward_hooks
+            )
+            if type(core) is not kind or hooked or "forward" in core.__dict__:
+                return name
+        return None
+
+    def _changed_while_compiling(self, layer: nn.Module) -> str | None:
+        """The same in words that dynamo follows, and whose guards it keeps."""
+        for name, value in self.attributes.items():
+            if getattr(layer, name) != value:
+                return name
+        for scope in self._scopes:
+            if not isinstance(scope.owner, type):
+                for name, value in scope.values.items():
+                    if scope.owner.get(name) is not value:
+                        return name
+        for name, value in self._inherited.items():
+            if not callable(value) and getattr(layer, name) != value:
+                return name
+        for name in self._missing:
+            if getattr(layer, name) is not None:
+                return name
+        return None
+
+    def run(self, layer: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The kernel's result, or NotImplemented for calls that no trial has covered."""
+        if len(positional) > len(self._arguments):
+            return NotImplemented
+        given = dict(zip(self._arguments, positional))
+        for name in named:
+            if name in given:
+                return NotImplemented
+        given.update(named)
+        if not (given.keys() <= self._known or self._ignores(given)) or not self._covers(given):
+            return NotImplemented
+        return self._forward(layer, **given)
+
+    def _ignores(self, given: dict[str, Any]) -> bool:
+        """Whether the original has no use for the arguments that have no role."""
+        return self._takes_any and not any(name in self._arguments for name in given.keys() - self._known)
+
+    def _covers(self, given: dict[str, Any]) -> bool:
+        if self._points is None:
+            return True
+        mask = given.get(self._mask)
+        is_tried = self._takes_mask and isinstance(mask, Tensor) and mask.dtype == torch.bool
+        if mask is not None and not is_tried:
+            return False
+        points = given.get(self._points)
+        if not isinstance(points, Tensor) or points.dim() != 4 or not points.is_floating_point():
+            return False
+        if points.shape[3] not in (2, 4):
+            return False
+        boxes, one = points.shape[3] == 4, points.shape[2] == 1
+        return (boxes, one) in self._kinds
+
+    def warn(self, layer: nn.Module, what: str = "") -> None:
+        """Say once why a layer's own forward runs: what has changed, or else what the trial found."""
+        if what in self._warned:
+            return
+        self._warned.add(what)
+        reason = self.reason
+        if what:
+            reason = f"{what!r} is not as it was when the kernel was tried. Unpatch and patch to have it tried again"
+        warnings.warn(f"vitkern: {type(layer).__name__} runs its own forward: {reason}", stacklevel=4)
+
+
+def _all_plain(layer: nn.Module) -> dict[str, Any]:
+    skipped = set(vars(nn.Module()))
+    return {name: each for name, each in vars(layer).items() if name not in skipped and is_plain(each)}
+
+
+def _scopes(layer: nn.Module, judgement: Judgement) -> Iterator[_Scope]:
+    """What the code that ran has read outside of the layer."""
+    spaces: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def note(owner: Any, name: str, value: Any) -> None:
+        spaces.setdefault(id(owner), (owner, {}))[1][name] = value
+
+    for code, scope in judgement.codes:
+        for name in names_of(code):
+            value = scope.get(name)
+            if name not in scope:
+                continue
+            note(scope, name, value)
+            if isinstance(value, type) and belongs(value.__module__) and not issubclass(value, nn.Module):
+                for part in ("forward", "backward", "apply", "setup_context"):
+                    if part in vars(value) or issubclass(value, torch.autograd.Function):
+                        note(value, part, vars(value).get(part, _ABSENT))
+            elif isinstance(value, ModuleType) and belongs(value.__name__):
+                for part in set(code.co_names) & set(vars(value)):
+                    note(vars(value), part, vars(value)[part])
+    cores = [type(child) for child in layer.children() if is_core(child)]
+    mentioned = set().union(*(names_in(code) for code, _ in judgement.codes))
+    for kind, names in [(type(layer), judgement.reads), *((core, mentioned) for core in cores)]:
+        own = vars(layer).keys() | layer._modules.keys() | layer._parameters.keys() | layer._buffers.keys()
+        for name in sorted({*names, "forward"} - own):
+            for base in kind.__mro__:  # the first that has it, and those before, which must not get it
+                if not belongs(base.__module__):
+                    break
+                note(base, name, vars(base).get(name, _ABSENT))
+                if name in vars(base):
+                    break
+    for owner, values in spaces.values():
+        yield _Scope(owner, values)
+
+
+def _ignores_others(function: Function) -> bool:
+    """Whether keyword arguments of other names have no effect: nothing looks at them."""
+    if hasattr(function, "__wrapped__"):  # a decorator may
+        return False
+    code = getattr(function, "__code__", None)
+    if code is None or not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    name = code.co_varnames[
+        code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    ]
+    return name not in code.co_cellvars and all(
+        not (each.opname.startswith("LOAD_") and _names_it(each.argval, name))
+        for each in dis.get_instructions(code)
+    )
+
+
+def _names_it(value: Any, name: str) -> bool:
+    return value == name or (isinstance(value, tuple) and name in value)
+
+
+def original_of(kind: Any) -> Function:
+    """A class's forward, without ours."""
+    found: Function = undone(kind.forward)
+    return found
+
+
+def proof_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Proof:
+    """The proof for a layer as it is: one that is known, or that of a trial."""
+    kind = kind or type(layer)
+    key = (kind, original_of(kind))
+    known = known_proof(layer, kind)
+    if known is not None:
+        return known
+    with _lock:
+        known = known_proof(layer, kind)
+        if known is None:
+            known = Proof(layer, judge(layer, kind))
+            _proofs.setdefault(key, []).append(known)
+    return known
+
+
+def known_proof(layer: nn.Module, kind: Any) -> Proof | None:
+    for proof in _proofs.get((kind, original_of(kind)), ()):
+        if proof.changed(layer) is None:
+            return proof
+    return None
+
+
+def named(name: str) -> Proof | None:
+    """A proof of this process by its name."""
+    every = itertools.chain.from_iterable(_proofs.values())
+    return next((proof for proof in every if proof.name == name), None)
+
+
+def forward_by(proof: Proof, kind: Any) -> Function:
+    """The forward of layers of a class for which a proof holds. Else that of the class runs, as it is by then."""
+    original = original_of(kind)
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *positional: Any, **named: Any) -> Any:
+        what = proof.changed(self)
+        if what is None:
+            output = proof.run(self, positional, named)
+            if output is not NotImplemented:
+                return output
+        elif not torch.compiler.is_compiling():
+            proof.warn(self, what)
+        return kind.forward(self, *positional, **named)
+
+    forward.replaces = original  # type: ignore[attr-defined]
+    return forward
+
+
+def forward_on_trial(original: Function) -> Function:
+    """The forward of a class whose layers are tried at their first call."""
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *positional: Any, **named: Any) -> Any:
+        kind = _kind_of(self)
+        if original_of(kind) is not original:  # a subclass calls the forward that it overrides
+            return original(self, *positional, **named)
+        proof = known_proof(self, kind)
+        if proof is None and not _is_recorded():
+            proof = proof_of(self, kind)
+            if not proof.holds:
+                proof.warn(self)
+        if proof is not None and proof.holds:
+            output = proof.run(self, positional, named)
+            if output is not NotImplemented:
+                return output
+        return original(self, *positional, **named)
+
+    forward.replaces = original  # type: ignore[attr-defined]
+    return forward
+
+
+def _kind_of(layer: nn.Module) -> Any:
+    return getattr(type(layer), "patched_from", type(layer))
+
+
+def _is_recorded() -> bool:
+    """Whether a compiler, an exporter or a graph records what runs: no place for a trial."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
