@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer as other projects write it, in the words that it is recognised by, but on grid_sample."""
+"""The layer as other projects write it, but on grid_sample."""
 
 import torch
 import torch.nn.functional as F
