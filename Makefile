@@ -42,6 +42,7 @@ bench: tables  ## All that is timed: the tables, a page of all ops in build/benc
 tables: setup  ## The tables of the README: vitkern, plain torch and every peer that is installed
 	for what in ms_deform_attn ms_deform_attn_fused adapter_bottleneck token_pool vit_adapter; do \
 	  $(BIN)/python -m benchmarks.bench_$$what $(BENCH_ARGS) || exit 1; done
+	$(BIN)/python -m benchmarks.bench_patch
 	$(BIN)/python -m benchmarks.bench_host_cost
 
 # The time limit of a call: what is left goes on with the next. BORROW=1: PYTHON's own packages, torch first of all, serve
