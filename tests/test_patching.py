@@ -263,6 +263,22 @@ def test_a_subclass_with_another_forward_stays(kind):
     assert torch.equal(model(*inputs), expected)
 
 
+class Overwriting(MSDeformAttn):
+    """A forward that leaves one of its arguments changed."""
+
+    def forward(self, query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index):
+        output = super().forward(
+            query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index
+        )
+        input_level_start_index[:] = 0
+        return output
+
+
+def test_a_forward_that_changes_an_argument_stays():
+    table = vitkern.patch(Model(Overwriting))
+    assert not table and table.left[0].reason == "its forward changes its argument input_level_start_index"
+
+
 def test_a_decorated_forward_stays():
     """functools.wraps shows the forward inside, and not what is done round it."""
 

@@ -309,6 +309,8 @@ class Trial:
         try:
             outcome = self.original_run(setting, inputs)
             seen, exact = self.seen, self._exact(setting, inputs)
+        except UnfitError:
+            raise
         except Exception as error:
             self.raised.update(self.seen)
             return error
@@ -366,6 +368,8 @@ class Trial:
             try:
                 outcome = self.original_run(setting, inputs)
                 seen, exact = self.seen, self._exact(setting, inputs)
+            except UnfitError:
+                raise
             except Exception:  # it cannot run like that: nothing is proved by this
                 continue
             self._complain()
