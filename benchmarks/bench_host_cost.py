@@ -86,7 +86,7 @@ def calls(device: str) -> dict[Row, Callable[[], object]]:
 
 
 def floors() -> dict[Row, Callable[[], object]]:
-    """What torch takes for the same tensors where nothing is checked, found or launched."""
+    """The time of plain torch for the same tensors: the floor, with nothing to check, find or launch."""
     inputs = make_inputs(CASE)
     tensors, recorded = tuple(inputs), tuple(inputs.to(torch.float32).requires_grad_())
     shape = (1, CASE.queries, CASE.heads * CASE.channels)

@@ -49,7 +49,7 @@ def mmcv(channels: int) -> Models:
     return lambda module: nn.ModuleList([module.MultiScaleDeformableAttention(channels, num_levels=4)])
 
 
-# What is patched, seconds that it may take, how to make it, and the trials that it takes.
+# The subject, its target in seconds, a function that makes it, and how many trials it takes.
 ROWS: tuple[tuple[str, float, Models, int], ...] = (
     ("Deformable-DETR's layer, 256 channels", 0.3, deformable_detr(256), 1),
     ("Deformable-DETR's layer, 512 channels", 0.3, deformable_detr(512), 1),
@@ -62,7 +62,7 @@ ROWS: tuple[tuple[str, float, Models, int], ...] = (
 
 
 def seconds_to_patch(make: Models, trials: int) -> float:
-    """Of a model that nothing is known about, or of its like after another one: that takes no trial."""
+    """The first patch of a model, or the patch of an equal one, which takes no trial."""
     module = fresh_module()
     if trials == 0:
         vitkern.patch(make(module))

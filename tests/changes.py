@@ -24,7 +24,7 @@ def first(*statements: str) -> Swap:
 
 
 def last(result: str, *statements: str) -> Swap:
-    """What forward gives instead of its result, $it, and statements before that."""
+    """Forward returns this expression of its result, $it, after these statements."""
     return "${tail}return $result", "${tail}" + "\n        ".join([*statements, f"return {result}"])
 
 

@@ -120,7 +120,7 @@ BAD = {
 
 
 def _places(value, path=()):
-    """Of every field of a record, however deep."""
+    """The paths of all fields of a record, however deep."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, part in parts:
         yield (*path, name)

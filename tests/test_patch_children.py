@@ -38,7 +38,7 @@ def assert_same(model, original, inputs=PLAIN) -> None:
 
 
 def heard(model, base, register) -> list[tuple[str, list[torch.Tensor]]]:
-    """What hooks on children were told in a call: the child, and what it was given."""
+    """The calls that hooks on children saw: each child with its input."""
     calls = []
 
     def listen(path):
@@ -150,7 +150,7 @@ def one_process(folder):
     try:
         yield
     finally:
-        # A wrapper holds the group, and whoever lets go of the group last waits for its threads with the GIL held.
+        # A wrapper holds the group. The last one to release it waits for its threads with the GIL held: a deadlock.
         gc.collect()
         dist.destroy_process_group()
 

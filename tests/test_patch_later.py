@@ -212,7 +212,7 @@ def test_a_method_of_the_class_is_replaced(base):
 
 @each_base
 def test_another_forward_of_the_class(base):
-    """What tools that wrap the forward of a class do is not lost."""
+    """Tools that wrap the forward of a class keep their effect."""
     models = pair(base)
     for model in models:
         kind = class_of(model)
@@ -231,3 +231,13 @@ def test_every_checkout_is_warned_of_too():
             for layer in model.layers:
                 layer.im2col_step = 32
         assert_same(*models, PLAIN, "im2col_step")
+
+
+@each_base
+def test_a_refusal_holds_as_long_as_its_cause(base):
+    """With another core the layer is tried again."""
+    model = Model(base, changed(base, Row("nearest", (("mode='bilinear'", "mode='nearest'"),), core=True)))
+    reasons = {left.reason for left in vitkern.patch(model).left}
+    name = "ms_deform_attn_core_pytorch" if base is DEFORMABLE_DETR else base.core
+    setattr(module_of(model), name, core_times_two(module_of(model), base))
+    assert reasons.isdisjoint(left.reason for left in vitkern.patch(model).left)

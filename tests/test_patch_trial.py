@@ -48,7 +48,7 @@ _known: dict[tuple[object, ...], list[torch.Tensor | None]] = {}
 
 
 def results_unpatched(base, row: Row, inputs: Inputs) -> list[torch.Tensor | None]:
-    """Of a model of its own, and worked out once."""
+    """The results of a model of its own, worked out once."""
     key = (base.name, row, inputs)
     if key not in _known:
         _known[key] = results(model_of(base, row), inputs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of a run has to be: every field that a report or a comparison reads, type by type.
+"""The schema of a results file: every field that a report or a comparison reads, type by type.
 
 Readers of a record that keeps to this need no checks of their own: names are printable, and numbers are finite, as are
 their quotients and logarithms.

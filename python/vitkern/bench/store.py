@@ -78,7 +78,7 @@ class File:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Of a file as it was put in place; None where there is none."""
+    """The state of a file as it was put in place; None where there is none."""
     try:
         found = path.stat()
     except OSError:

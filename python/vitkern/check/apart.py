@@ -78,7 +78,7 @@ class Apart:
         return self.process.wait()
 
     def heard(self) -> list[Outcome]:
-        """Of the tasks that are done so far. A request that was refused there is refused here."""
+        """The outcomes of the tasks done so far. A request that was refused there is refused here."""
         tasks = {task.key: task for task in self.tasks}
         outcomes = []
         for line in self._told():

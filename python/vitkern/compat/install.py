@@ -202,7 +202,7 @@ def _give_forward(part: Ecosystem, module: ModuleType) -> None:
     if forms.is_ours(layer.forward):
         return
     proof = proofs.proof_of(samples.mmcv(layer))
-    if not proof.holds:  # whoever imports it did not ask for anything
+    if not proof.holds:  # an import must not fail for it
         warnings.warn(
             f"vitkern.install leaves the forward of {part.home}.{_LAYER}: {proof.reason}", stacklevel=2
         )

@@ -124,7 +124,7 @@ def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
 
 
 def _plan(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Proof]], list[Left], bool]:
-    """What to replace by which proof, what to leave, and whether there is any such layer at all, of ours included."""
+    """The layers to replace with their proofs, those to leave, and whether there is any, replaced ones included."""
     plan: list[tuple[str, nn.Module, Proof]] = []
     left: list[Left] = []
     found = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trials have proved, kept for the process: a proof holds for the code and the configuration that were tried.
+"""The results of trials, kept for the process: a proof holds for the code and the configuration that were tried.
 
 Before each call of a replaced layer the two are compared with what they were. Where one has changed the original runs.
 """
@@ -65,7 +65,7 @@ def _nothing(_: Any) -> None:
 
 
 class Proof:
-    """What a trial found out about code and a configuration: a kernel that does the same, or why there is none."""
+    """The result of a trial of code and a configuration: a kernel that does the same, or why there is none."""
 
     def __init__(self, layer: nn.Module, judgement: Judgement) -> None:
         self.name = f"{os.getpid()}-{next(_numbers)}"
@@ -80,7 +80,7 @@ class Proof:
         self._names = tuple(attributes)
         self._pick = operator.itemgetter(*self._names) if attributes else None
         self._expected = self._pick(self.attributes) if self._pick else None
-        self._scopes = list(_scopes(layer, judgement)) if self.holds else []
+        self._scopes = list(_scopes(layer, judgement))
         self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
         self._absent = tuple((scope.space, name) for scope in self._scopes for name in scope.absent)
         self._inherited = {
@@ -94,6 +94,8 @@ class Proof:
             (name, type(child)) for name, child in children if child is not None and is_core(child)
         )
         self._missing = tuple(name for name, child in children if child is None)
+        # A kernel calls whatever child there is; a refusal may have been for one of them.
+        self._children = None if self.holds else {name: type(child) for name, child in children}
         self._codes = tuple((each, each.__code__) for each in judgement.functions)
         self._warned: set[str] = set()
         if self.candidate is not None:
@@ -118,7 +120,7 @@ class Proof:
         return self.reason is None
 
     def changed(self, layer: nn.Module) -> str | None:
-        """What of the code or the configuration is not as it was tried, or None."""
+        """The name of an attribute or function that is not as it was tried, or None."""
         if torch.compiler.is_compiling():
             return self._changed_while_compiling(layer)
         try:
@@ -139,6 +141,9 @@ class Proof:
         for function, code in self._codes:
             if function.__code__ is not code:
                 return function.__name__
+        if self._children is not None:
+            now = {name: type(child) for name, child in layer._modules.items()}
+            return None if now == self._children else "children"
         return self._changed_child(layer) if self._missing or self._cores else None
 
     def _changed_scope(self) -> str | None:
@@ -230,7 +235,7 @@ def _all_plain(layer: nn.Module) -> dict[str, Any]:
 
 
 def _scopes(layer: nn.Module, judgement: Judgement) -> Iterator[_Scope]:
-    """What the code that ran has read outside of the layer."""
+    """The names outside of the layer that the code has read."""
     spaces: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def note(owner: Any, name: str, value: Any) -> None:

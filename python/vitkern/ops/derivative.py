@@ -33,7 +33,7 @@ class Derivative:
     _launchable: Callable[..., Any]
 
     def _keep(self, ctx, outputs: tuple) -> tuple:
-        """What autograd is to save of the outputs: not the result, which could not be changed in place then."""
+        """The outputs for autograd to save: not the result, which could then not be changed in place."""
         if self._keeps_result:
             alias = outputs[0].detach()  # counts the changes of the result
             ctx.result = alias, alias._version
@@ -127,7 +127,7 @@ class Derivative:
         wanted = dict(zip(positions, ctx.needs_input_grad))
         needed = [wanted[position] for position in self.differentiable]
         saved = self._recall(ctx, recorded.options)
-        # With grad mode on somebody wants a second derivative: only the op knows how to refuse one.
+        # Grad mode is on for a second derivative: only the op knows how to refuse one.
         if (
             torch.is_grad_enabled()
             or not direct.nothing_watches()

@@ -110,7 +110,7 @@ class Planned(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What is known of a forward pass when its backward runs."""
+    """The facts about a forward pass that its backward needs."""
 
     options: tuple
     saved: tuple[Seen | None, ...]  # what the tensors were that backward wants again

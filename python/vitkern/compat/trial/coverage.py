@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ran in a trial, and what did not: code that no trial ran is not proved to do what the kernel does.
+"""Coverage of a trial: code that no trial ran is not proved to do what the kernel does.
 
 A way that no trial took is harmless where it only raises, where it only warns, and where its condition is settled: then
 what it reads is the same in each later call. All else is a gap.
@@ -42,7 +42,7 @@ class Gap(NamedTuple):
 
 
 class _Ran:
-    """What ran of one code object."""
+    """The part of one code object that ran."""
 
     def __init__(self, code: CodeType) -> None:
         self.code = code
@@ -162,7 +162,7 @@ def conditions(code: CodeType) -> dict[int, frozenset[Read]]:
 
 
 class _Report:
-    """What did not run of one code object."""
+    """The part of one code object that did not run."""
 
     def __init__(
         self, ran: _Ran, settled: Callable[[CodeType, Leaf], bool], others: Container[int], ended: _Ran | None

@@ -20,7 +20,7 @@ from vitkern.compat.trial.specimen import Child, Draws, UnfitError
 
 
 class Sizes(NamedTuple):
-    """Of a layer, or of a core."""
+    """The sizes of a layer, or of a core."""
 
     heads: int
     points: tuple[int, ...]  # of each level

@@ -56,12 +56,15 @@ def judge(layer: nn.Module, kind: type[nn.Module] | None = None, seed: int = 0) 
     """Try a layer on the CPU, as one of another class if that is given."""
     global _trials
     _trials += 1
+    kind = kind or type(layer)
     try:
-        return _in_a_thread(lambda: Trial(layer, kind or type(layer), seed).judgement())
+        return _in_a_thread(lambda: Trial(layer, kind, seed).judgement())
     except UnfitError as unfit:
-        return Judgement(str(unfit))
+        reason = str(unfit)
     except Exception as error:
-        return Judgement(f"its trial ended in {_said(error)}")
+        reason = f"its trial ended in {_said(error)}"
+    code = tuple(functions.reachable(layer, kind))
+    return Judgement(reason, codes=tuple((each.__code__, each.__globals__) for each in code), functions=code)
 
 
 def _in_a_thread(work: Callable[[], _T]) -> _T:
@@ -147,7 +150,7 @@ class Trial:
         self.failed: dict[Kind, Exception] = {}
 
     def _read_code(self) -> None:
-        """What code alone shows to be more than a function of its inputs."""
+        """Refuse code that is more than a function of its inputs, as far as reading it tells."""
         if not functions.is_theirs(inspect.unwrap(self.original)):
             raise UnfitError(
                 "its forward is of no module that can be told, so that its code cannot be followed"
@@ -184,7 +187,7 @@ class Trial:
                 raise UnfitError(f"its function {function.__name__} computes with a comparison: line {line}")
 
     def _require_plain_class(self) -> None:
-        """What the code reads of its class is a function or a value that cannot change."""
+        """Refuse code that reads anything of its class but functions and values that cannot change."""
         for name in self.specimen.reads - vars(self.layer).keys():
             owner = next((base for base in self.kind.__mro__ if name in vars(base)), object)
             value = vars(owner).get(name)

@@ -204,7 +204,7 @@ class _Reader:
         return next(filter(None, map(self.from_elsewhere, _parts(value))), None)
 
     def _module(self, name: str) -> str | None:
-        # What is written in C is often said to be of a module with an underscore, _operator and the like.
+        # Functions in C often name a module with an underscore, such as _operator.
         if not {_top(name), _top(name).lstrip("_")} & self.modules or name.startswith("numpy.random"):
             return f"uses the module '{name}'"
         return None

@@ -14,7 +14,7 @@ from vitkern.compat.trial.settings import Setting
 from vitkern.compat.trial.specimen import Draws, Specimen, UnfitError
 from vitkern.compat.trial.world import OnCard
 
-# Of the largest value: what two orders of float32 operations may differ by.
+# The difference that two orders of float32 operations may make, as a share of the largest value.
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
 

@@ -213,7 +213,7 @@ class Specimen:
         return {name: list(child._calls) for name, child in self.children.items()}
 
     def complaint(self) -> str | None:
-        """What the code has done to the layer that a replacement would not do."""
+        """A sentence about what the code has done to the layer and a replacement would not do, or None."""
         for name, child in self.children.items():
             if child._reads:
                 return f"its forward reads {name}.{child._reads[0]} instead of calling {name}"

@@ -35,7 +35,7 @@ class NoKernelError(RuntimeError):
 
 
 class World:
-    """What the code of a trial finds outside of itself."""
+    """The surroundings that the code of a trial finds."""
 
     def __init__(self, *, card: bool = False, traced: bool = False, compiled_core: bool = True) -> None:
         self._card, self._traced, self._compiled_core = card, traced, compiled_core
