@@ -353,3 +353,32 @@ def test_arguments_that_only_the_original_understands():
         layer(query, points, pixels, SHAPES, STARTS, None, None)
     with pytest.raises(TypeError, match=r"MSDeformAttn.forward\(\) got an unexpected .* 'mask'"):
         layer(query, points, pixels, SHAPES, STARTS, mask=None)
+
+
+class Gained(MSDeformAttn):
+    """A forward with an argument that has no role, so that no trial gives it."""
+
+    def forward(
+        self,
+        query,
+        reference_points,
+        input_flatten,
+        input_spatial_shapes,
+        input_level_start_index,
+        input_padding_mask=None,
+        gain=1.0,
+        **others,
+    ):
+        levels = (input_spatial_shapes, input_level_start_index)
+        return super().forward(query, reference_points, input_flatten, *levels, input_padding_mask) * gain
+
+
+@pytest.mark.parametrize(("extra", "runs"), [({"key_pos": 3}, True), ({"gain": 2.0}, False)])
+def test_arguments_that_no_trial_has_given(extra, runs):
+    """Arguments that the code cannot see have no effect; with others the original runs."""
+    layer, (query, pixels, points) = Gained(), batch()
+    inputs = (query, points, pixels, SHAPES, STARTS)
+    expected = layer(*inputs, **extra)
+    assert vitkern.patch(layer)
+    assert (type(layer).patched_by.run(layer, inputs, extra) is NotImplemented) != runs
+    torch.testing.assert_close(layer(*inputs, **extra), expected, atol=1e-5, rtol=1e-4)

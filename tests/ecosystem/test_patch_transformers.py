@@ -324,7 +324,8 @@ def test_a_release_with_another_forward(monkeypatch):
     monkeypatch.setattr(layer, "forward", forward)
     for target in (model, "transformers"):
         with pytest.raises(
-            RuntimeError, match=r"DeformableDetrMultiscale.*'attention_weights'.*Nothing was patched"
+            RuntimeError,
+            match=r"DeformableDetrMultiscale.*its forward takes hidden_states.*Nothing was patched",
         ):
             vitkern.patch(target)
     assert not vitkern.unpatch(model) and not vitkern.unpatch("transformers")

@@ -16,13 +16,13 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitkern.compat.trial.functions import belongs, is_core, names_in, undone
+from vitkern.compat.trial.functions import belongs, content, is_core, is_harmless, names_in, undone
 from vitkern.compat.trial.judge import Judgement, judge
 from vitkern.compat.trial.purity import names_of
 from vitkern.compat.trial.specimen import is_plain
@@ -108,7 +108,7 @@ class Proof:
         self._forward = form.forward
         self._arguments = tuple(inspect.signature(function).parameters)[1:]
         self._known = frozenset(roles)
-        self._takes_any = _ignores_others(function)
+        self._looked_at = _looked_at(function)
         by_role = {role: name for name, role in roles.items()}
         self._points, self._mask = by_role.get("points"), by_role.get("mask", "")
         self._kinds, self._takes_mask = judgement.kinds, judgement.takes_mask
@@ -195,13 +195,18 @@ class Proof:
             if name in given:
                 return NotImplemented
         given.update(named)
-        if not (given.keys() <= self._known or self._ignores(given)) or not self._covers(given):
+        if not given.keys() <= self._known:
+            if not self._ignores(given):
+                return NotImplemented
+            given = {name: value for name, value in given.items() if name in self._known}
+        if not self._covers(given):
             return NotImplemented
         return self._forward(layer, **given)
 
     def _ignores(self, given: dict[str, Any]) -> bool:
         """Whether the original has no use for the arguments that have no role."""
-        return self._takes_any and not any(name in self._arguments for name in given.keys() - self._known)
+        others = given.keys() - self._known
+        return self._looked_at is not None and others.isdisjoint({*self._arguments, *self._looked_at})
 
     def _covers(self, given: dict[str, Any]) -> bool:
         if self._points is None:
@@ -269,20 +274,29 @@ def _scopes(layer: nn.Module, judgement: Judgement) -> Iterator[_Scope]:
         yield _Scope(owner, values)
 
 
-def _ignores_others(function: Function) -> bool:
-    """Whether keyword arguments of other names have no effect: nothing looks at them."""
-    if hasattr(function, "__wrapped__"):  # a decorator may
-        return False
+def _looked_at(function: Function) -> set[str] | None:
+    """The keyword arguments of other names that a forward looks at; None if that may be any.
+
+    Decorators of known libraries look at those that they rename, which their closures hold.
+    """
+    names: set[str] = set()
+    while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
+        if not is_harmless(function):
+            return None
+        for value in map(content, function.__closure__ or ()):
+            names |= {value} if isinstance(value, str) else set(value) if isinstance(value, dict) else set()
+        function = function.__wrapped__
     code = getattr(function, "__code__", None)
     if code is None or not code.co_flags & inspect.CO_VARKEYWORDS:
-        return False
+        return None
     name = code.co_varnames[
         code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
     ]
-    return name not in code.co_cellvars and all(
-        not (each.opname.startswith("LOAD_") and _names_it(each.argval, name))
+    used = name in code.co_cellvars or any(
+        each.opname.startswith("LOAD_") and _names_it(each.argval, name)
         for each in dis.get_instructions(code)
     )
+    return None if used else names
 
 
 def _names_it(value: Any, name: str) -> bool:

@@ -62,6 +62,11 @@ def undone(value: Any) -> Any:
     return getattr(value, "replaces", value) if isinstance(value, FunctionType) else value
 
 
+def is_harmless(function: FunctionType) -> bool:
+    """Whether a decorator or check is one of those of known libraries."""
+    return function.__globals__.get("__name__") in _HARMLESS
+
+
 def is_theirs(function: Any) -> bool:
     return isinstance(function, FunctionType) and belongs(function.__globals__.get("__name__"))
 
@@ -95,8 +100,10 @@ def is_core(module: nn.Module) -> bool:
     """Whether a child is code alone, as the sampling of most layers of transformers is."""
     if type(module).__module__.partition(".")[0] == "torch" or "forward" in vars(module):
         return False
+    if module._parameters or module._buffers or module._modules:
+        return False
     own = vars(module).keys() - vars(_EMPTY).keys()
-    return not (own or module._parameters or module._buffers or module._modules)
+    return not any(own & names_in(each.__code__) for _, each in methods_of(type(module)))
 
 
 def reachable(layer: nn.Module, kind: type[nn.Module]) -> Iterator[FunctionType]:
