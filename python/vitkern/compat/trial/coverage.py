@@ -126,10 +126,6 @@ class Coverage:
             self._ran.setdefault(key, _Ran(ran.code)).add(ran)
         self.codes.update(other.codes)
 
-    def __le__(self, other: Coverage) -> bool:
-        """Whether all that ran here ran there, too."""
-        return all(key in other._ran and ran.pairs <= other._ran[key].pairs for key, ran in self._ran.items())
-
     def gaps(self, settled: Callable[[CodeType, Leaf], bool], raised: Coverage | None = None) -> list[Gap]:
         """The first line of each way that no trial took and that is not harmless.
 
