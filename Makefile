@@ -11,8 +11,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two workers must not build the emulated kernels at once.
 PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 -p no:benchmark
-# In processes of their own: trials follow the interpreter, and other tests compile, trace and reload what they follow.
-PATCHES := $(wildcard tests/test_patch*.py)
 PYTHON_FILES := python triton_kernels tests benchmarks examples
 
 .DELETE_ON_ERROR:
@@ -25,9 +23,8 @@ demo: setup  ## What this machine has, then a transformer layer checked and time
 	$(BIN)/vitkern demo --output build/demo
 
 test: setup  ## Everything this machine can run; what it cannot is listed with the reason
-	$(PYTEST) -m "not alone" $(PARALLEL) --ignore-glob='tests/test_patch*' $(PYTEST_ARGS)
-	$(PYTEST) -m alone --ignore-glob='tests/test_patch*' $(PYTEST_ARGS)
-	$(PYTEST) $(PARALLEL) $(PATCHES) $(PYTEST_ARGS) || test $$? = 5
+	$(PYTEST) -m "not alone" $(PARALLEL) $(PYTEST_ARGS)
+	$(PYTEST) -m alone $(PYTEST_ARGS)
 
 test-ecosystem:  ## Models of timm, torchvision, transformers and mmcv with ours, in an environment of its own
 	$(MAKE) VENV=.venv-ecosystem .venv-ecosystem/.ecosystem

@@ -2,6 +2,7 @@
 """vitkern.patch changes the classes of layers and nothing else, whatever it is called under and whatever they hold."""
 
 import contextlib
+import gc
 import random
 import sys
 import warnings
@@ -60,6 +61,7 @@ def process_state() -> dict[str, object]:
         "deterministic, warning": torch.is_deterministic_algorithms_warn_only_enabled(),
         "threads": torch.get_num_threads(),
         "tracer": sys.gettrace(),
+        "collector": gc.isenabled(),
         "profiler": sys.getprofile(),
         "warnings": list(warnings.filters),
         "CUDA": torch.cuda.is_initialized(),
@@ -141,6 +143,24 @@ def warnings_are_errors():
         yield
 
 
+@contextlib.contextmanager
+def a_callback_of_the_collector():
+    """Python calls it in the middle of the code that is tried. hypothesis registers one."""
+
+    def callback(phase, info):
+        if info["uncollectable"] > 1000:  # a way that no trial takes
+            info.clear()
+
+    before = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(callback)
+
+
 CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -151,6 +171,7 @@ CONTEXTS = {
     "FakeTensorMode": FakeTensorMode,
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
     "warnings are errors": warnings_are_errors,
+    "a callback of the collector": a_callback_of_the_collector,
 }
 
 

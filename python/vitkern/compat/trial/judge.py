@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import threading
 import warnings
@@ -73,8 +74,9 @@ def _in_a_thread(work: Callable[[], _T]) -> _T:
     errors: list[BaseException] = []
 
     def target() -> None:
-        default, threads = torch.get_default_dtype(), torch.get_num_threads()
+        default, threads, collects = torch.get_default_dtype(), torch.get_num_threads(), gc.isenabled()
         try:
+            gc.disable()  # Python calls the user's gc.callbacks in the middle of any code, as if it had called them
             torch.set_num_threads(1)  # small operations would wait for one another
             if default != torch.float32:
                 torch.set_default_dtype(torch.float32)
@@ -84,6 +86,8 @@ def _in_a_thread(work: Callable[[], _T]) -> _T:
         except BaseException as error:  # for the caller to see
             errors.append(error)
         finally:
+            if collects:
+                gc.enable()
             torch.set_num_threads(threads)
             if default != torch.float32:
                 torch.set_default_dtype(default)
