@@ -145,6 +145,7 @@ class Trial:
         self.roles, self.sizes, self.is_core = first.roles, first.sizes, first.form.is_core
         if not self.is_core:
             aim(self.specimen.children["sampling_offsets"], self.sizes, self.specimen.draws)
+            self.specimen.heads = self.sizes.heads
         self.seen = Coverage(functions.frame_belongs)
         self.coverage, self.raised = Coverage(functions.frame_belongs), Coverage(functions.frame_belongs)
         self.worlds: dict[tuple[bool, bool, bool], World] = {}
@@ -287,8 +288,7 @@ class Trial:
     def _exact(self, setting: Setting, inputs: dict[str, Any]) -> Outcome | None:
         if setting.exact:
             return None
-        plain = setting._replace(autocast=False, dtype=torch.float64, card=False, on_card=False, traced=False)
-        return self.original_run(plain, inputs, torch.float64)
+        return self.original_run(setting.in_float64(), inputs, torch.float64)
 
     def _basic(self, setting: Setting) -> None:
         """A run that every layer is put to. Kinds of reference points that it cannot take, and masks, are left out."""
@@ -347,10 +347,8 @@ class Trial:
             ours = self._ours(candidate, run.setting, run.inputs)
         except Exception as error:
             return f"the kernel raises with {run.setting}: {_said(error)}"
-        reason = difference(run.theirs, ours, run.exact, run.setting.dtype)
-        if reason is None:
-            return None
-        return f"its forward {reason}, with {run.setting}"
+        reason = difference(run.theirs, ours, run.exact, run.setting.rounding)
+        return None if reason is None else f"its forward {reason}, with {run.setting}"
 
     def _best(self) -> forms.Candidate:
         """The candidate that agrees everywhere."""
@@ -365,7 +363,9 @@ class Trial:
 
     def _further(self, candidate: forms.Candidate) -> None:
         """Ways that no run has taken: they are sought under further conditions, and must agree there, too."""
-        base = self.runs[0].setting
+        base = self.runs[0].setting._replace(
+            optional=True
+        )  # else the query may be all pixels, which takes longer
         named = self._names()
         for change in FURTHER:
             if not self._gaps() and not named & _DECIDED_BY.get(next(iter(change)), set()):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def require_sensitive(trial: Trial) -> None:
-    """Every input and weight moves the result, in runs of which kernel and original agree."""
+    """Every input and child moves the result, in runs of which kernel and original agree."""
+    called = {name for each in trial.runs for name, inputs in each.theirs.calls.items() if inputs}
+    for name, child in trial.specimen.children.items():
+        if child._sizes is not None and name not in called:
+            raise UnfitError(f"{name} has no effect on its result, so that no trial can prove what it does")
     names: dict[str, None] = {}
     moved: set[str] = set()
     for each in trial.runs:
@@ -35,18 +40,19 @@ def require_sensitive(trial: Trial) -> None:
 
 
 def _moves(trial: Trial, name: str) -> bool:
-    """Whether another value of an input or weight changes the result, of the kernel as of the original."""
+    """Whether another value of an input or of a child's bias changes the result, of the kernel as of the original."""
     each = next(each for each in trial.runs if each.setting.exact and name in each.theirs.gradients)
-    child, _, part = name.partition(".")
-    inputs = each.inputs
-    if not part:
+    inputs, child = (
+        each.inputs,
+        None if name in each.inputs else trial.specimen.children.get(name.partition("'")[0]),
+    )
+    if name in inputs:
         inputs = {**inputs, name: inputs[name].roll(1, 1)}
+    elif child is None or child._sizes is None:
+        return False
+    with contextlib.nullcontext() if child is None else child.shifted():
         other = trial.original_run(each.setting, inputs)
-    else:
-        with trial.specimen.children[child].shifted(part):
-            other = trial.original_run(each.setting, inputs)
-            return _agrees(trial, each, inputs, other) and _differs(each, other)
-    return _agrees(trial, each, inputs, other) and _differs(each, other)
+        return _agrees(trial, each, inputs, other) and _differs(each, other)
 
 
 def _agrees(trial: Trial, run: Run, inputs: dict[str, Any], theirs: Any) -> bool:

@@ -11,8 +11,8 @@ import torch
 LEVELS = {
     "uneven": ((4, 6), (2, 3), (6, 3)),
     "pixel": ((3, 5), (1, 1), (4, 2)),
-    "wide": ((2, 8), (2, 4), (4, 4)),
-    "large": ((9, 11), (2, 3), (3, 4)),
+    "wide": ((2, 6), (1, 4), (3, 2)),
+    "large": ((5, 7), (2, 3), (3, 4)),
 }
 
 
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     training: bool = False
     autocast: bool = False  # bfloat16
     steep: bool = False  # logits up to 20, under autocast to 4
-    queries: int = 6
+    queries: int = 10
     magnitude: float = 1.0  # of value
     poisoned: bool = False  # whether some of value is not a number
     least: int = 0  # pixels that the first level has at the least
@@ -44,6 +44,14 @@ class Setting(NamedTuple):
         """Whether two right results agree to float32."""
         return not self.autocast and self.dtype in (torch.float32, torch.float64)
 
+    @property
+    def rounding(self) -> float:
+        """The step between one and the next number, of the type that is calculated in."""
+        return torch.finfo(torch.bfloat16 if self.autocast else self.dtype).eps
+
+    def in_float64(self) -> Setting:
+        return self._replace(autocast=False, dtype=torch.float64, card=False, on_card=False, traced=False)
+
     def __str__(self) -> str:
         parts = [
             f"batch {self.batch}",
@@ -55,7 +63,7 @@ class Setting(NamedTuple):
         parts += ["bfloat16 autocast"] * self.autocast + ["large logits"] * self.steep
         parts += ["tensors on a card"] * self.on_card + ["while compiling"] * self.traced
         parts += [f"values up to {self.magnitude:g}"] * (self.magnitude != 1) + ["NaN values"] * self.poisoned
-        parts += [f"{self.queries} queries"] * (self.queries > 6)
+        parts += [f"{self.queries} queries"] * (self.queries > 10)
         parts += [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
         return ", ".join(parts)
 
@@ -63,20 +71,20 @@ class Setting(NamedTuple):
 def _table() -> tuple[Setting, ...]:
     columns = ("batch", "levels", "boxes", "one_point", "masked", "optional", "training", "autocast", "steep")
     rows = (
-        (3, "uneven", 1, 0, 1, 0, 0, 0, 1),
-        (1, "pixel", 0, 0, 1, 0, 1, 0, 0),
-        (1, "uneven", 0, 1, 0, 1, 1, 0, 1),
+        (3, "pixel", 1, 0, 1, 0, 0, 0, 1),
+        (1, "uneven", 0, 0, 1, 0, 1, 0, 0),
+        (1, "pixel", 0, 1, 0, 1, 1, 0, 1),
         (1, "wide", 1, 1, 1, 1, 0, 0, 0),
         (3, "wide", 0, 0, 0, 0, 0, 1, 0),
-        (3, "pixel", 1, 1, 0, 1, 0, 1, 1),
+        (3, "uneven", 1, 1, 0, 1, 0, 1, 1),
         (3, "wide", 1, 0, 1, 1, 1, 1, 1),
-        (1, "uneven", 1, 1, 0, 0, 1, 1, 0),
+        (1, "pixel", 1, 1, 0, 0, 1, 1, 0),
     )
     made = [dict(zip(columns, (row[0], row[1], *map(bool, row[2:])))) for row in rows]
     # More queries and pixels than any number that the code names.
     made += [
-        {"levels": "large", "boxes": False, "optional": False},
-        {"levels": "large", "boxes": True, "one_point": True, "masked": False},
+        {"batch": 2, "levels": "large", "boxes": False},
+        {"batch": 2, "levels": "large", "boxes": True, "one_point": True, "masked": False},
         # Numbers that a clamp or a test for overflow would change.
         {"magnitude": 1e7, "boxes": True},
         {"poisoned": True, "gradients": False, "masked": False},
@@ -92,7 +100,7 @@ def enlarged(setting: Setting, above: int) -> Setting:
     """With more queries and pixels than a number, if it is the setting for that."""
     if setting.levels != "large":
         return setting
-    return setting._replace(queries=max(130, above + 1), least=above + 1)
+    return setting._replace(queries=max(32, above + 1), least=above + 1)
 
 
 # Tried in turn as long as some way through the code has not been taken.

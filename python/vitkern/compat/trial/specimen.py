@@ -51,7 +51,10 @@ class Child(nn.Module):
 
     def __init__(self, name: str, sizes: tuple[int, int] | None, draws: Draws) -> None:
         super().__init__()
-        self._name, self._calls, self._reads = name, [], []  # type: ignore[var-annotated]
+        self._name = name
+        self._calls: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._reads: list[str] = []
         self._sizes = sizes
         self._master: dict[str, Tensor] = {}
         if sizes is not None:
@@ -62,6 +65,10 @@ class Child(nn.Module):
 
     def __call__(self, x: Tensor) -> Tensor:  # past the hooks of all modules
         self._calls.append(x.detach())
+        self._outputs.append(self._mapped(x))
+        return self._outputs[-1].clone()  # the code may write into it
+
+    def _mapped(self, x: Tensor) -> Tensor:
         if self._sizes is None:
             return x * 1.5
         weight, bias = self._now["weight"], self._now["bias"]
@@ -79,14 +86,14 @@ class Child(nn.Module):
         return (x * weight).sum(-2) + bias
 
     @contextlib.contextmanager
-    def shifted(self, part: str) -> Iterator[None]:
-        """With another weight or bias."""
-        kept = self._master[part]
-        self._master[part] = kept + 1
+    def shifted(self) -> Iterator[None]:
+        """With another bias."""
+        kept = self._master["bias"]
+        self._master["bias"] = kept + 1
         try:
             yield
         finally:
-            self._master[part] = kept
+            self._master["bias"] = kept
 
     def __getattr__(self, name: str) -> Any:  # asked for what the stand-in has not
         if not name.startswith("_"):
@@ -117,7 +124,7 @@ class Specimen:
 
     def __init__(self, layer: nn.Module, kind: type[nn.Module], seed: int = 0) -> None:
         self.listening = False
-        self.gain = 1.0  # of the logits
+        self.heads, self.steep = 1, 0.0  # how large logits are, 0: as drawn
         self.draws = Draws(seed)
         self.reads: set[str] = set()
         self.misses: set[str] = set()
@@ -176,13 +183,15 @@ class Specimen:
         return self.draws.integers(*buffer.shape, low=1, high=3).to(torch.float32) / 2
 
     def prepare(self, dtype: torch.dtype, training: bool) -> dict[str, Tensor]:
-        """Fresh leaves of all weights in a dtype. Returns them by name."""
-        leaves = {}
+        """Fresh leaves of all weights in a dtype. Returns the layer's own by name."""
+        leaves: dict[str, Tensor] = {}
         for name, child in self.children.items():
             child._calls.clear()
-            gain = self.gain if name == "attention_weights" else 1.0
-            child._now = {key: _leaf(value * gain, dtype) for key, value in child._master.items()}
-            leaves.update({f"{name}.{key}": value for key, value in child._now.items()})
+            child._outputs.clear()
+            values = dict(child._master)
+            if name == "attention_weights" and self.steep:
+                values["bias"] = self._steep(values["bias"])
+            child._now = {key: _leaf(value, dtype) for key, value in values.items()}
         for name, buffer in self._buffers.items():
             self.module._buffers[name] = None if buffer is None else buffer.to(dtype)
         for name, tensor in self._parameters.items():
@@ -190,6 +199,11 @@ class Specimen:
             self.module._parameters[name] = leaves[name] = parameter
         vars(self.module)["training"] = training
         return leaves
+
+    def _steep(self, bias: Tensor) -> Tensor:
+        """Large logits. The larger half of each head's are equal: a weight of one has no gradient but rounding."""
+        logits = (bias * 2 * self.steep).view(self.heads, -1)
+        return logits.minimum(logits.quantile(0.5, dim=1, keepdim=True, interpolation="lower")).flatten()
 
     def names(self) -> set[str]:
         """The layer's own attributes, parameters, buffers, children and methods."""
@@ -211,6 +225,14 @@ class Specimen:
 
     def calls(self) -> dict[str, list[Tensor]]:
         return {name: list(child._calls) for name, child in self.children.items()}
+
+    def outputs(self) -> dict[str, Tensor]:
+        """What children have returned. All that a layer does to their weights, it does by way of these."""
+        return {
+            f"{name}'s output" + f" {number}" * (number > 1): each
+            for name, child in self.children.items()
+            for number, each in enumerate(child._outputs, 1)
+        }
 
     def complaint(self) -> str | None:
         """A sentence about what the code has done to the layer and a replacement would not do, or None."""
