@@ -3,6 +3,7 @@
 // are compiled here, since pybind11 costs more than they do.
 #include "adapter_bottleneck/bindings.h"
 #include "common/cpu_isa.h"
+#include "common/cuda_driver.h"
 #include "host/short_way.h"
 #include "ms_deform_attn/bindings.h"
 #include "token_pool/bindings.h"
@@ -26,6 +27,11 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.attr("cuda_reason") = VITKERN_CUDA_REASON;  // why there are no CUDA kernels, or empty
 
 #ifndef VITKERN_EMULATED
+#ifdef VITKERN_WITH_CUDA
+  m.def("cuda_driver", &cuda_driver);
+#else
+  m.def("cuda_driver", [] { return std::make_pair(0, 0); });
+#endif
   m.def("compiled_cpu_isas", &compiled_cpu_isas);
   m.def("supported_cpu_isas", &supported_cpu_isas);
   m.def("cpu_isa", &cpu_isa_name);

@@ -42,6 +42,29 @@ def test_either_there_is_cuda_or_a_reason():
     assert bool(cuda["devices"]) != bool(cuda["devices_reason"])
 
 
+@pytest.mark.parametrize(
+    "driver, row",
+    [
+        (12020, "the CUDA kernels need a driver for CUDA 13.0 or later, the driver here is for CUDA 12.2"),
+        (13010, "for CUDA 13.1, which serves the kernels' CUDA 13.0"),
+        (0, "the CUDA kernels need a driver for CUDA 13.0 or later, and no NVIDIA driver was found"),
+    ],
+)
+def test_the_driver_is_told_beside_what_the_kernels_need(driver, row, monkeypatch):
+    monkeypatch.setattr(_C, "cuda_version", "13.0.88")
+    monkeypatch.setattr(_C, "cuda_driver", lambda: (driver, 13000))
+    facts = doctor.examine()
+    (told,) = (line for line in doctor.report(facts).splitlines() if line.split()[:1] == ["driver"])
+    assert row in told
+    if not torch.cuda.is_available():
+        assert facts["backends"]["cuda"] == (facts["cuda"]["driver_reason"] or "torch sees no GPU")
+
+
+def test_the_driver_is_asked_without_one():
+    driver, runtime = _C.cuda_driver()
+    assert driver >= 0 and (runtime >= 11000) == (_C.cuda_version is not None)
+
+
 def test_report_has_every_backend_and_set_variable(monkeypatch):
     monkeypatch.setenv("VITKERN_VALIDATE", "1")
     lines = [line.split() for line in doctor.report(doctor.examine()).splitlines()]

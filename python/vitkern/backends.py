@@ -40,24 +40,68 @@ def _can_run_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     if native.cuda_module is not native._C:  # emulated, in tests
         return None if device.type == "cpu" else "the emulator takes CPU tensors"
     if native._C.cuda_version is None:
-        return f"this build of vitkern has no CUDA kernels: {native._C.cuda_reason}"
+        return _no_cuda()
     if device.type != "cuda":
         return f"it takes CUDA tensors, these are on {device}"
-    return _no_image_for(torch.cuda.get_device_capability(device), native._C.cuda_architectures)
+    driver, runtime = native._C.cuda_driver()
+    return driver_objection(driver, runtime) or _no_image_for(
+        torch.cuda.get_device_capability(device), native._C.cuda_architectures, ptx=driver >= runtime
+    )
 
 
-def _no_image_for(capability: tuple[int, int], architectures: str) -> str | None:
-    """None if machine code or PTX among `architectures` ("80-real 90-real 120") runs on a card of this capability."""
+def _no_cuda() -> str | None:
+    """Why this build's CUDA kernels run on no card of this machine, if they do not."""
+    if native._C.cuda_version is None:
+        return f"this build of vitkern has no CUDA kernels: {native._C.cuda_reason}"
+    return driver_objection(*native._C.cuda_driver())
+
+
+def driver_objection(driver: int, runtime: int) -> str | None:
+    """None if a driver serves what is linked to a CUDA runtime; 12020 is version 12.2, a driver of 0 is none.
+
+    From CUDA 11 on every driver of a major version serves each runtime of it, and of the earlier ones.
+    """
+    if driver // 1000 >= runtime // 1000:
+        return None
+    needs = f"the CUDA kernels need a driver for CUDA {runtime // 1000}.0 or later"
+    if driver == 0:
+        return f"{needs}, and no NVIDIA driver was found: install one"
+    return (
+        f"{needs}, the driver here is for CUDA {cuda_version(driver)}: update it, "
+        f"or build vitkern with nvcc {driver // 1000}"
+    )
+
+
+def cuda_version(number: int) -> str:
+    """12.2 for 12020."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+LOWEST_CARD = 80  # sm_80 brought the instructions that the CUDA kernels are made of
+
+
+def _no_image_for(capability: tuple[int, int], architectures: str, *, ptx: bool = True) -> str | None:
+    """None if machine code or, where the driver compiles it, PTX of `architectures` runs on a card.
+
+    They are as in "80-real 90 100-real 120". A driver older than nvcc does not compile its PTX.
+    """
     major, minor = capability
     card = 10 * major + minor
+    if card < LOWEST_CARD:
+        return f"the CUDA kernels need a card of sm_{LOWEST_CARD} or later, this one is sm_{card}"
+    only_ptx = False
     for architecture in architectures.split():
         name, _, kind = architecture.partition("-")
         number = int(name)
-        same_family = number // 10 == major and number <= card and kind != "virtual"
-        by_ptx = kind != "real" and number <= card
-        if same_family or by_ptx:
+        if number // 10 == major and number <= card and kind != "virtual":
             return None
-    return f"its CUDA kernels were compiled for sm {architectures}, this card is sm_{card}"
+        only_ptx |= kind != "real" and number <= card
+    if only_ptx and ptx:
+        return None
+    reason = f"its CUDA kernels were compiled for sm {architectures}, this card is sm_{card}"
+    if only_ptx:
+        return f"{reason} and its driver is older than the nvcc that made their PTX: update the driver"
+    return f"{reason}: build vitkern with VITKERN_CUDA_ARCHITECTURES={card}-real"
 
 
 def _can_run_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -143,11 +187,3 @@ def explain(
             )
             reasons[backend] = reasons[backend] or "torch sees no GPU"
     return reasons
-
-
-def _no_cuda() -> str | None:
-    return (
-        None
-        if native._C.cuda_version
-        else f"this build of vitkern has no CUDA kernels: {native._C.cuda_reason}"
-    )

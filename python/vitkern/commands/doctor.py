@@ -129,6 +129,9 @@ def _cuda(torch: Any, native: Any) -> Facts:
         "compiled_with": None,
         "reason": None,
         "architectures": [],
+        "driver": None,
+        "runtime": None,
+        "driver_reason": None,
         "devices": [],
         "devices_reason": None,
     }
@@ -138,6 +141,7 @@ def _cuda(torch: Any, native: Any) -> Facts:
         facts["compiled_with"] = native.cuda_version
         facts["reason"] = native.cuda_reason or None
         facts["architectures"] = native.cuda_architectures.split()
+        facts |= _driver(native)
     if torch is None:
         facts["devices_reason"] = "torch does not load"
     elif torch.version.cuda is None:
@@ -147,6 +151,19 @@ def _cuda(torch: Any, native: Any) -> Facts:
     else:
         facts["devices"] = [_device(torch, index, native) for index in range(torch.cuda.device_count())]
     return facts
+
+
+def _driver(native: Any) -> Facts:
+    """Which CUDA the driver and the kernels' runtime are of, and why the one does not serve the other."""
+    backends: Any = _load("vitkern.backends")[0]
+    if backends is None or native.cuda_version is None:
+        return {}
+    driver, runtime = native.cuda_driver()
+    return {
+        "driver": backends.cuda_version(driver) if driver else None,
+        "runtime": backends.cuda_version(runtime),
+        "driver_reason": backends.driver_objection(driver, runtime),
+    }
 
 
 def _device(torch: Any, index: int, native: Any) -> Facts:
@@ -239,6 +256,9 @@ def _cuda_rows(cuda: Facts) -> list[tuple[str, str]]:
         rows = [
             ("kernels", f"compiled by nvcc {cuda['compiled_with']} for sm {' '.join(cuda['architectures'])}")
         ]
+    if cuda["runtime"] is not None:
+        serves = f"for CUDA {cuda['driver']}, which serves the kernels' CUDA {cuda['runtime']}"
+        rows.append(("driver", cuda["driver_reason"] or serves))
     rows += [("gpu", f"none: {cuda['devices_reason']}")] if cuda["devices_reason"] else []
     for device in cuda["devices"]:
         about = f"{device['name']}, compute capability {device['capability']}, {device['memory_gib']} GiB"
