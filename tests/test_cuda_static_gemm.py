@@ -57,6 +57,13 @@ def test_registers_leave_room_for_two_blocks(kernels):
         assert kernel.registers <= 128, name
 
 
+def test_all_shared_memory_is_asked_for_at_the_launch(kernels):
+    """launch.cuh allows as much as a block can have, of which static shared memory would take a part."""
+    assert {
+        name: kernel.shared for name, kernel in products(kernels, ("float", "double", *LOW)) if kernel.shared
+    } == {}
+
+
 def test_products_of_16_bits_run_on_tensor_cores(kernels):
     for name, kernel in products(kernels, LOW):
         assert count(kernel, r"HMMA\.16816\.F32") >= 4, name

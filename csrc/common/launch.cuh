@@ -5,8 +5,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #ifdef VITKERN_EMULATED
 #include "emulator/cuda_emulator.h"
@@ -21,30 +23,67 @@
 
 namespace vitkern {
 
-inline void check_cuda(cudaError_t error, const std::string& doing) {
-  if (error != cudaSuccess) throw std::runtime_error("vitkern: " + doing + ": " + cudaGetErrorString(error));
+// The runtime also keeps an error for whoever asks next on this thread: it is taken away, since it is told here.
+inline void check_cuda(cudaError_t error, const char* doing) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("vitkern: ") + doing + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` current for a scope. Switching costs, so it is done only where another one is current.
+#ifdef VITKERN_EMULATED
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+#else
+template <typename Function>
+Function driver_function(const char* name) {
+  void* address = nullptr;
+#if CUDART_VERSION >= 12050
+  constexpr unsigned kVersion = 11000;  // whose signature is meant
+  check_cuda(cudaGetDriverEntryPointByVersion(name, &address, kVersion, cudaEnableDefault), name);
+#else
+  check_cuda(cudaGetDriverEntryPoint(name, &address, cudaEnableDefault), name);
+#endif
+  if (!address) throw std::runtime_error(std::string("vitkern: the CUDA driver has no ") + name);
+  return reinterpret_cast<Function>(address);
+}
+
+// The context of the calling thread, by the driver, which creates none. Each returns 0 or an error.
+struct ThreadContext {
+  int (*device)(int*) = driver_function<int (*)(int*)>("cuCtxGetDevice");
+  int (*get)(void**) = driver_function<int (*)(void**)>("cuCtxGetCurrent");
+  int (*set)(void*) = driver_function<int (*)(void*)>("cuCtxSetCurrent");
+
+  static const ThreadContext& functions() {
+    static const ThreadContext found;
+    return found;
+  }
+};
+
+// Makes `device` current for a scope. Switching costs, so it is done only where another one is current, or none.
+// Then the thread gets back the context that it had, maybe none, and not its device: cudaSetDevice creates the
+// context of a device that has none, from CUDA 12 on, some 500 MB on GPU 0 for each process that works on another.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) : device_(device) {
-    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device_)
-      check_cuda(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
+  explicit DeviceGuard(int device) {
+    int current = 0;
+    switched_ = thread_.device(&current) != 0 || current != device;
+    if (!switched_) return;
+    thread_.get(&before_);
+    check_cuda(cudaSetDevice(device), ("cudaSetDevice(" + std::to_string(device) + ")").c_str());
   }
   ~DeviceGuard() {
-    if (before_ != device_) cudaSetDevice(before_);
+    if (switched_) thread_.set(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int device_;
-  int before_ = 0;
+  const ThreadContext& thread_ = ThreadContext::functions();
+  void* before_ = nullptr;
+  bool switched_;
 };
 
-#ifndef VITKERN_EMULATED
 inline std::string launch_failure(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
                                   cudaError_t error) {
   int device = 0, major = 0, minor = 0;
@@ -89,6 +128,22 @@ inline size_t most_shared_bytes() {
 #endif
 }
 
+#ifndef VITKERN_EMULATED
+// Lets a kernel have all the shared memory of a block; each thread asks for it once for a device. What one launch
+// needs would not do: the limit is one for all threads, and another may need more at the same time.
+inline void allow_most_shared_bytes(const char* name, const void* kernel) {
+  static thread_local std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  if (allowed.count({kernel, device})) return;
+  const int most = static_cast<int>(most_shared_bytes());  // none of it is static in kernels that ask for it
+  const std::string doing = std::to_string(most) + " bytes of shared memory for kernel " + name;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), doing.c_str());
+  allowed.insert({kernel, device});
+}
+#endif
+
+// Only the launch itself says how it went: what the thread's last error was before is not this kernel's.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             void* stream, const Arguments&... arguments) {
@@ -96,14 +151,16 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   (void)stream;
   emulator::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
 #else
-  if (shared_bytes > kSharedBytes)
-    check_cuda(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        std::to_string(shared_bytes) + " bytes of shared memory for kernel " + name);
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(launch_failure(name, grid, block, shared_bytes, error));
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > kSharedBytes) allow_most_shared_bytes(name, function);
+  const cudaError_t error = [&](Parameters... given) {
+    void* addresses[] = {&given...};
+    return cudaLaunchKernel(function, grid, block, addresses, shared_bytes,
+                            static_cast<cudaStream_t>(stream));
+  }(arguments...);
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(launch_failure(name, grid, block, shared_bytes, error));
 #endif
 }
 

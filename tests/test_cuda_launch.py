@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guards and launches of csrc/common/launch.cuh against a runtime with two devices that are not there
+(tests/fake_runtime): which contexts come about, what is left current, errors, shared memory."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "tests" / "fake_runtime"
+MUCH = "233472 bytes>>> on device 0: invalid"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no c++")
+    built = tmp_path_factory.mktemp("launch") / "launching"
+    options = ["-std=c++17", "-Wall", "-Werror", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+    options += ['-DVITKERN_CUDA_ARCHITECTURES="90"', "-o", str(built)]
+    done = subprocess.run([compiler, *options, HERE / "launching.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return built
+
+
+@pytest.mark.parametrize(
+    "scenario, told, contexts, current, launches, switches, limits_set",
+    [
+        # What a thread has afterwards is what it had before, and no context comes about on GPU 0 by the way.
+        ("no_context", [], "1", "none", "1:-7", 1, 0),
+        ("no_context_twice", [], "1", "none", "1:-7 1:-7", 2, 0),
+        ("no_context_on_its_device", [], "0", "none", "0:-8", 1, 0),
+        ("current_device", [], "1", "1", "1:-7", 0, 0),
+        ("another_device", [], "0 1", "0", "1:-7", 1, 0),
+        # An error is told once, by the call that it is of.
+        ("no_such_device", ["cudaSetDevice(7): invalid device ordinal"], "0", "0", "0:-8", 0, 0),
+        ("no_blocks", ["kernel <<<(0, 1, 1), 32, 0 bytes>>> on device 0: invalid"], "0", "0", "0:-8", 0, 0),
+        ("an_error_of_others", [], "0", "0", "0:-8", 0, 0),
+        # The limit never sinks under a launch of another thread, and is set once for a device.
+        ("much_and_less", [], "0", "0", "0:-8 0:-8 0:-8", 0, 1),
+        ("much_on_two_devices", [], "0 1", "0", "0:-8 1:-7", 1, 2),
+        ("too_much", [MUCH], "0", "0", "0:-8", 0, 1),
+    ],
+)
+def test_a_launch(program, scenario, told, contexts, current, launches, switches, limits_set):
+    done = subprocess.run([program, scenario], capture_output=True, text=True, check=True)
+    *errors, found, left, launched, switched, allowed, error = done.stdout.splitlines()
+    assert len(errors) == len(told) and all(map(str.endswith, errors, told)), errors
+    assert [found, left, launched] == [f"contexts {contexts}", f"current {current}", f"launches {launches}"]
+    assert [switched, allowed] == [f"switches {switches}", f"limits set {limits_set}"]
+    theirs = scenario == "an_error_of_others"
+    assert error == f"last error {int(theirs)}"
