@@ -27,8 +27,10 @@ __global__ void __launch_bounds__(kThreads)
   const Form<T, kFused> form = form_of_team<T, kFused, kFilingLanes>(task, place);
   if (!place.exists) return;
   if constexpr (kFused) {
-    softmax[2 * place.index] = form.maximum;
-    softmax[2 * place.index + 1] = form.scale;
+    if (threadIdx.x % kFilingLanes == 0) {  // all lanes have the same
+      softmax[2 * place.index] = form.maximum;
+      softmax[2 * place.index + 1] = form.scale;
+    }
   }
   const int64_t first = (uint64_t{place.image} * task.heads + place.head) * task.pixels;
   for (uint32_t point = threadIdx.x % kFilingLanes; point < task.points; point += kFilingLanes) {
