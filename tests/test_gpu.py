@@ -4,6 +4,10 @@ graphs, torch.compile. More inputs than here are in the other files, whose tests
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,6 +22,7 @@ from vitkern.check.examine import examine
 from vitkern.check.plan import Request, plan
 from vitkern.commands.choices import DTYPES
 
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ATTENTION = ATTENTION_CASES["injector-B512"].with_batch(1)
 SHAPES = {
@@ -115,6 +120,40 @@ def test_forward_and_backward_are_captured_in_a_graph(op, backend, deterministic
         assert not torch.equal(theirs, old)
         scale = theirs.abs().max().item()
         torch.testing.assert_close(ours, theirs, atol=1e-4 * scale, rtol=1e-4)
+
+
+FIRST_CALLS = """
+import torch
+from tests.test_gpu import OPS, leaves_of, make
+
+for op in OPS:
+    print(op, flush=True)
+    work = make(op)
+    function, leaves = work.implementation("cuda"), leaves_of(work)
+    like = work.implementation("reference")(*leaves).detach()
+    upstream = torch.ones_like(like)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        output = function(*leaves)
+        found = torch.autograd.grad(output, leaves, upstream)
+    graph.replay()
+    expected = torch.autograd.grad(function(*leaves), leaves, upstream)
+    torch.testing.assert_close(output, like, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(found, expected):
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * scale, rtol=1e-4)
+"""
+
+
+def test_a_graph_captures_the_first_call_of_a_process():
+    """The runtime starts and loads the kernels in the middle of the capture."""
+    reason = backends.can_run("cuda", torch.device("cuda"), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout.split()[-1:], done.stderr[-4000:])
 
 
 def test_each_replay_of_a_graph_draws_another_mask(backend):

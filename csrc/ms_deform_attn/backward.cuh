@@ -9,7 +9,8 @@
 // type; grad_locations and grad_weights are written once, coalesced.
 // Fused form: (6) of a query's points waits in grad_weights until the sum in (11) is known; its lane
 // reads it again.
-// Numerics: only the order of the reductions into grad_value is left to chance.
+// Numerics: only the order of the reductions into grad_value is left to chance. Those of floats flush subnormals,
+// below 1.2e-38, to zero.
 #pragma once
 
 #include "common/atomics.cuh"
@@ -184,7 +185,8 @@ template <typename T, int kChannels, bool kFused>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     ms_deform_attn_backward(const __grid_constant__ Task task) {
   using Split = Team<T, kChannels>;
-  __shared__ GradPoint<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];  // banks as in forward
+  // The odd stride puts neighbouring teams into different banks; every other team shares them.
+  __shared__ GradPoint<Accumulator<T>> staged[Split::kPerBlock][Split::kLanes + 1];
   __shared__ Form<T, kFused> forms[Split::kPerBlock];  // where they take no registers
   static_assert(leaves_room_for_levels<decltype(staged), decltype(forms)>);
   VITKERN_DYNAMIC_SHARED(Level<Accumulator<T>>, levels);

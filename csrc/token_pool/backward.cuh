@@ -8,6 +8,7 @@
 // a group; the parts of the weight's gradient are small beside x.
 // Numerics: A and f in the accumulator type, rounded to the type of x before the products. (5) is made by the code of
 // the products of (6), so that f is 0 where one pixel is all of a token. No atomics: parts are added in a fixed order.
+// Each group of tokens rounds the gradient of the pixels to the type of x: once up to kTokens tokens.
 #pragma once
 
 #include "token_pool/pool.cuh"
