@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guards and launches of csrc/common/launch.cuh against a runtime with two devices that are not there
-(tests/fake_runtime): which contexts come about, what is left current, errors, shared memory."""
+(tests/fake_runtime): which contexts come about, what is left current, errors, shared memory. And a driver that has no
+card, asked by the true runtime."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from vitkern import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "fake_runtime"
 MUCH = "233472 bytes>>> on device 0: invalid"
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
+def compile_cpp(source: str, built: Path, *options: str) -> Path:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no c++")
-    built = tmp_path_factory.mktemp("launch") / "launching"
-    options = ["-std=c++17", "-Wall", "-Werror", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-    options += ['-DVITKERN_CUDA_ARCHITECTURES="90"', "-o", str(built)]
-    done = subprocess.run([compiler, *options, HERE / "launching.cpp"], capture_output=True, text=True)
+    command = [compiler, "-std=c++17", "-Wall", "-Werror", *options, HERE / source, "-o", built]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return built
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    options = [f"-I{HERE}", f"-I{ROOT / 'csrc'}", '-DVITKERN_CUDA_ARCHITECTURES="90"']
+    return compile_cpp("launching.cpp", tmp_path_factory.mktemp("launch") / "launching", *options)
 
 
 @pytest.mark.parametrize(
@@ -55,3 +63,14 @@ def test_a_launch(program, scenario, told, contexts, current, launches, switches
     assert [switched, allowed] == [f"switches {switches}", f"limits set {limits_set}"]
     theirs = scenario == "an_error_of_others"
     assert error == f"last error {int(theirs)}"
+
+
+@pytest.mark.skipif(_C.cuda_version is None, reason="built without CUDA")
+@pytest.mark.skipif(sys.platform != "linux", reason="the driver is a libcuda.so")
+def test_the_driver_is_asked_for_its_version_and_for_no_context(tmp_path):
+    compile_cpp("driver.cpp", tmp_path / "libcuda.so.1", "-shared", "-fPIC")
+    code = f"import sys; sys.path.insert(0, {str(Path(_C.__file__).parent)!r}); import _C; print(*_C.cuda_driver())"
+    for driver in ("11080", "12020", "13000"):
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "FAKE_DRIVER": driver}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.split()[:1] == [driver], (done.returncode, done.stderr)

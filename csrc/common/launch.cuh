@@ -23,7 +23,7 @@
 
 namespace vitkern {
 
-// The runtime also keeps an error for whoever asks next on this thread: it is taken away, since it is told here.
+// The runtime also keeps an error for whoever asks next on this thread: what is told here is taken away.
 inline void check_cuda(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
@@ -60,9 +60,10 @@ struct ThreadContext {
   }
 };
 
-// Makes `device` current for a scope. Switching costs, so it is done only where another one is current, or none.
-// Then the thread gets back the context that it had, maybe none, and not its device: cudaSetDevice creates the
-// context of a device that has none, from CUDA 12 on, some 500 MB on GPU 0 for each process that works on another.
+// Makes `device` current for a scope. Switching costs, so it is done only where another one is current, or
+// none. Then the thread gets back the context that it had, maybe none, and not its device: from CUDA 12 on
+// cudaSetDevice creates the context of a device without one, some 500 MB on GPU 0 for each process that works
+// on another GPU.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -129,8 +130,8 @@ inline size_t most_shared_bytes() {
 }
 
 #ifndef VITKERN_EMULATED
-// Lets a kernel have all the shared memory of a block; each thread asks for it once for a device. What one launch
-// needs would not do: the limit is one for all threads, and another may need more at the same time.
+// Lets a kernel have all the shared memory of a block; each thread asks for it once for a device. The need of
+// one launch would not do: the limit is one for all threads, and another may need more at the same time.
 inline void allow_most_shared_bytes(const char* name, const void* kernel) {
   static thread_local std::set<std::pair<const void*, int>> allowed;
   int device = 0;

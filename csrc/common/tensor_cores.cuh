@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instructions that feed and run the tensor cores, sm_80 and later, as functions. A whole warp calls them.
-// Numerics: sums are float. load_matrices tells the compiler of no memory that it reads: barriers, which volatile
-// instructions do not cross, stand between the stores to shared memory and it.
+// Numerics: sums are float. load_matrices tells the compiler of no memory that it reads: barriers, which
+// volatile instructions do not cross, stand between the stores to shared memory and it.
 #pragma once
 
 #include <cstdint>
