@@ -43,6 +43,14 @@ def leaves_of(work: Work) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.detach().clone().requires_grad_() for tensor in work.inputs.values())
 
 
+def in_a_new_process(code: str) -> None:
+    reason = backends.can_run("cuda", torch.device("cuda"), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout.split()[-1:], done.stderr[-4000:])
+
+
 @pytest.fixture(params=OPS)
 def op(request) -> str:
     return request.param
@@ -122,6 +130,25 @@ def test_forward_and_backward_are_captured_in_a_graph(op, backend, deterministic
         torch.testing.assert_close(ours, theirs, atol=1e-4 * scale, rtol=1e-4)
 
 
+ON_ANOTHER_DEVICE = """
+import torch
+from tests.test_gpu import OPS, leaves_of, make
+
+for op in OPS:
+    work = make(op, "cuda:1")
+    function, leaves = work.implementation("cuda"), leaves_of(work)
+    before = torch._C._cuda_hasPrimaryContext(0)
+    function(*leaves).sum().backward()
+    assert torch._C._cuda_hasPrimaryContext(0) == before, op
+    assert torch.cuda.current_device() == 0, op
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_process_on_another_device_gets_no_context_on_the_first():
+    in_a_new_process(ON_ANOTHER_DEVICE)
+
+
 FIRST_CALLS = """
 import torch
 from tests.test_gpu import OPS, leaves_of, make
@@ -149,11 +176,7 @@ for op in OPS:
 
 def test_a_graph_captures_the_first_call_of_a_process():
     """The runtime starts and loads the kernels in the middle of the capture."""
-    reason = backends.can_run("cuda", torch.device("cuda"), torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
-    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout.split()[-1:], done.stderr[-4000:])
+    in_a_new_process(FIRST_CALLS)
 
 
 def test_each_replay_of_a_graph_draws_another_mask(backend):
