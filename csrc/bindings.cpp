@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// vitkern._C: addresses, sizes and codes come in, exceptions go out. Each op has its bindings beside its kernels; all
-// are compiled here, since pybind11 costs more than they do.
+// vitkern._C: tensors come in, exceptions go out. Each op has its bindings beside its kernels; all are compiled here, since
+// pybind11 costs more than they do.
 #include "adapter_bottleneck/bindings.h"
 #include "common/cpu_isa.h"
 #include "common/cuda_driver.h"
-#include "host/short_way.h"
+#include "host/call.h"
+#include "host/fast_path.h"
 #include "ms_deform_attn/bindings.h"
 #include "token_pool/bindings.h"
 #include "token_project/bindings.h"
@@ -37,22 +38,30 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
   m.def("cpu_isa", &cpu_isa_name);
   m.def("set_cpu_isa", &set_cpu_isa);
 
-  py::class_<Describer>(m, "Describer", py::module_local())
+  py::class_<Signer>(m, "Signer", py::module_local())
       .def(py::init<py::object, py::object, py::type, py::type>())
-      .def("__call__", &Describer::operator());
+      .def("__call__", &Signer::operator());
   py::class_<Watch>(m, "Watch", py::module_local())
       .def(py::init<py::tuple, py::dict>())
       .def("__call__", &Watch::operator());
-  m.def("short_way",
-        [](const Describer& describer, const Watch& watched, py::object asks_gradients, Py_ssize_t tensors,
+  m.def("fast_path",
+        [](const Signer& signer, const Watch& watched, py::object asks_gradients, Py_ssize_t tensors,
            py::tuple defaults, std::vector<Py_ssize_t> recorded, py::dict plans, bool whole) {
-          return make_function(ShortWay(describer, watched, std::move(asks_gradients), tensors,
+          return make_function(FastPath(signer, watched, std::move(asks_gradients), tensors,
                                         std::move(defaults), std::move(recorded), std::move(plans), whole));
         });
+  m.def("fast_backward", [](const Signer& signer, const Watch& watched, py::object asks_gradients,
+                            const std::vector<py::bytes>& signatures, py::object kernel) {
+    return make_function(FastBackward(signer, watched, std::move(asks_gradients),
+                                      {signatures.begin(), signatures.end()}, std::move(kernel)));
+  });
 #endif
 
-  bindings::ms_deform_attn::bind(m);
-  bindings::adapter_bottleneck::bind(m);
-  bindings::token_pool::bind(m);
-  bindings::token_project::bind(m);
+  py::class_<Host> host(m, "Host", py::module_local());
+  host.def(py::init<bool, py::object, int, py::object, py::object>(), py::kw_only(), py::arg("cuda"),
+           py::arg("borrow"), py::arg("device"), py::arg("where"), py::arg("workspace"));
+  bindings::ms_deform_attn::bind(host);
+  bindings::adapter_bottleneck::bind(host);
+  bindings::token_pool::bind(host);
+  bindings::token_project::bind(host);
 }

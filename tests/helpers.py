@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch import Tensor
 from tests.parity.weights import seeded
 from vitkern.cases import results as gradients
 from vitkern.check import compare
-from vitkern.ops.ms_deform_attn import MsDeformAttnCall
-from vitkern.ops.op import kernel
+from vitkern.check.examine import deterministic as reproducible
+from vitkern.ops import ms_deform_attn
+from vitkern.ops.op import Plan
 from vitkern.ops.plain import in_its_own_dtype
 
 
@@ -148,15 +150,44 @@ def guarded_memory() -> Iterator[None]:
             assert intact.all(), "a kernel wrote outside its output"
 
 
+class KernelCall(NamedTuple):
+    """The tensors and options of a call of ms_deform_attn's kernels, whose levels may lie anywhere."""
+
+    value: Tensor
+    spatial_shapes: Tensor
+    level_start_index: Tensor
+    locations: Tensor  # in the fused form, offsets
+    weights: Tensor  # in the fused form, logits
+    points_per_level: tuple[int, ...]
+    method: str = "bilinear"
+    reference_points: Tensor | None = None  # the fused form
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        points = () if self.reference_points is None else (self.reference_points,)
+        return tuple(tensor.contiguous() for tensor in (*self[:3], *points, *self[3:5]))
+
+    def plan(self, backend: str) -> Plan:
+        batch, _, heads, channels = self.value.shape
+        output = (batch, self.weights.shape[1], heads * channels), self.value.dtype
+        options = self.points_per_level, self.method, [output]
+        return ms_deform_attn.kernels(backend, self.tensors, *options, checks_levels=False)
+
+
 def launch_forward(backend: str, *call) -> Tensor:
-    """ms_deform_attn's kernel on the fields of MsDeformAttnCall, with levels that may lie anywhere."""
-    described = MsDeformAttnCall(*call)
-    launch = kernel("ms_deform_attn", "forward", backend)(described, lambda *_: None)
-    return launch(*described.tensors)
+    call = KernelCall(*call)
+    return call.plan(backend).forward(*call.tensors)
 
 
 def launch_backward(
     backend: str, grad_output: Tensor, needed: tuple[bool, ...], *call, deterministic: bool = False
 ) -> list[Tensor | None]:
-    launch = kernel("ms_deform_attn", "backward", backend)
-    return launch(MsDeformAttnCall(*call), grad_output, needed, deterministic)
+    """Gradients of value, locations and weights, and, in the fused form, of the places sampled."""
+    call = KernelCall(*call)
+    if call.reference_points is not None:
+        needed = (needed[0], needed[3] if len(needed) == 4 else False, *needed[1:3])
+    with reproducible(deterministic):
+        found = call.plan(backend).backward(needed, grad_output, *call.tensors)
+    value, *places, locations, weights = found
+    likes = zip((value, locations, weights), (call.value, call.locations, call.weights))
+    return [*(None if each is None else each.to(like.dtype) for each, like in likes), *places]

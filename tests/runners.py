@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from tests import emulated, wide
-from vitkern import backends
 from vitkern.check.examine import deterministic
 from vitkern.check.routes import Route, all_routes
-from vitkern.ops import native
+from vitkern.ops import backends, native
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs a call: asked for, told by the environment, or refused with the reason; and what it is asked."""
 
+import functools
+import importlib
 import os
 import re
 import subprocess
@@ -11,8 +13,8 @@ import pytest
 import torch
 
 from tests.test_torch_citizenship import attend, make
-from vitkern import _C, backends
-from vitkern.ops import direct
+from vitkern import _C
+from vitkern.ops import backends, fast_path, private
 from vitkern.ops import ms_deform_attn as ops
 from vitkern.ops.op import forget_plans
 
@@ -130,17 +132,17 @@ def test_a_card_and_its_driver_are_asked_before_the_first_call(card, capability,
 
 def test_a_call_is_described_alike_with_and_without_dlpack(monkeypatch):
     """Torch below 2.10 is asked attribute by attribute, and one without its C functions for storages."""
-    asking = _C.Describer(direct._tell, direct._room, torch.Tensor, torch.nn.Parameter)
-    assert direct.room is not direct._room, "torch has lost the functions that make this quick"
+    asking = _C.Signer(private.describe, private.room_by_python, torch.Tensor, torch.nn.Parameter)
+    assert private.room() is not private.room_by_python, "torch has lost the functions that make this quick"
     tensor = torch.randn(2, 3, 4)
     plain = (tensor, tensor.double(), tensor[:1], tensor.transpose(0, 1), tensor[0], None, tensor.long())
     kinds = {"parameter": torch.nn.Parameter(tensor), "expanded": tensor[:1].expand(2, 3, 4)}
     for one in (*plain, *kinds.values()):
-        assert direct.describe((one, tensor)) == asking((one, tensor)) is not None
+        assert fast_path.sign((one, tensor)) == asking((one, tensor)) is not None
     lazy = (torch._neg_view(tensor), torch._efficientzerotensor((2,)), tensor.to_sparse(), tensor.to("meta"))
     for one in lazy:
-        assert direct.describe((tensor, one)) is asking((tensor, one)) is None
-    monkeypatch.setattr(direct, "lends", direct._tell)
+        assert fast_path.sign((tensor, one)) is asking((tensor, one)) is None
+    monkeypatch.setattr(private, "borrow", lambda: private.describe)
     forget_plans()
     inputs = make().requires_grad_()
     attend(*inputs).sum().backward()
@@ -158,3 +160,123 @@ def test_plans_may_be_forgotten_at_any_time(monkeypatch):
     monkeypatch.setattr(ops.ms_deform_attn, "_planned", planned)
     forget_plans()
     assert attend(*inputs).shape == (2, 5, 16)
+
+
+# An op, tensors beyond a limit of a backend's kernels, and the sentence about it. The tensors have no memory.
+def _empty(*shape):
+    return torch.empty(shape, device="meta")
+
+
+_TABLES = (
+    torch.empty(1025, 2, dtype=torch.int64, device="meta"),
+    torch.empty(1025, dtype=torch.int64, device="meta"),
+)
+BEYOND = {
+    "token_pool": ("triton", [_empty(1, 4, 8), _empty(257, 8)], "at most 256 tokens, got 257"),
+    "token_project": (
+        "triton",
+        [_empty(1, 4, 8), _empty(1, 4, 2), _empty(1, 513, 2), _empty(1, 513, 8)],
+        "at most 512, got 513",
+    ),
+    "adapter_bottleneck": (
+        "triton",
+        [_empty(4, 8), _empty(513, 8), None, _empty(8, 513), *[None] * 4],
+        "at most 512 hidden units, got 513",
+    ),
+    "ms_deform_attn": (
+        "cuda",
+        [_empty(1, 0, 1, 1), *_TABLES, _empty(1, 1, 1, 1025, 1, 2), _empty(1, 1, 1, 1025, 1)],
+        "at most 1024 levels in torch.float32, got 1025",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_limit_of_shape_is_told_before_a_launch(name):
+    backend, tensors, sentence = BEYOND[name]
+    module = importlib.import_module(f"vitkern.ops.{name}")
+    reason = getattr(module, name)._limits(backend, *tensors)
+    assert reason is not None and sentence in reason
+    assert getattr(module, name)._limits("reference", *tensors) is None
+
+
+def test_another_backend_runs_beyond_a_limit_or_the_sentence_is_raised(monkeypatch):
+    """As on a card: Triton would be chosen, and cannot take so many tokens."""
+    monkeypatch.setattr(backends, "BACKENDS", ("triton", "cpu", "reference"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends.choose.cache_clear()
+    refusals = (("triton", "weight must have at most 256 tokens, got 257"),)
+    choose = functools.partial(backends.choose, torch.device("cpu"), torch.float32)
+    assert (choose(None), choose(None, refusals)) == ("triton", "cpu")
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' cannot run here: weight must have at most 256 tokens, got 257"
+    ):
+        choose("triton", refusals)
+
+
+def test_the_limits_are_those_of_the_kernels():
+    pytest.importorskip("triton")
+    from vitkern.ops import adapter_bottleneck, token_pool, token_project
+    from vitkern.triton_kernels import adapter_bottleneck as adapters
+    from vitkern.triton_kernels import token_pool as pools
+    from vitkern.triton_kernels import token_project as projects
+
+    assert adapter_bottleneck.MOST_HIDDEN == adapters.MAX_HIDDEN
+    assert (token_pool.MOST_TOKENS, token_project.MOST_TOKENS) == (pools.MAX_TOKENS, projects.MAX_TOKENS)
+
+
+# Loads the module that finds private symbols of torch before the package, and hides one from it.
+WITHOUT = """
+import importlib.util, sys, torch
+path, hidden = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("vitkern.ops.private", path)
+private = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(private)
+find = private.find
+private.find = lambda name: None if name == hidden else find(name)
+if hidden == "forward_ad":
+    private.forward_ad = lambda: None
+import vitkern
+torch.manual_seed(0)
+shapes = (2, 9, 8), (2, 9, 3), (2, 4, 3), (2, 4, 8)
+tensors = [torch.rand(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+for _ in range(2):  # the first makes the plan
+    got = [vitkern.token_project(*tensors, backend=backend) for backend in ("cpu", "reference")]
+    torch.testing.assert_close(*got)
+    torch.testing.assert_close(*(torch.autograd.grad(each.square().sum(), tensors) for each in got))
+with torch.autocast("cpu", torch.bfloat16):
+    half = vitkern.token_project(*(tensor.float() for tensor in tensors))
+assert half.dtype == torch.bfloat16
+vitkern.ms_deform_attn(torch.rand(1, 6, 1, 4), [(2, 3)], None, torch.rand(1, 2, 1, 1, 2, 2), torch.rand(1, 2, 1, 1, 2))
+fixed = [tensor.detach() for tensor in tensors]
+try:
+    tangent = torch.func.jvp(lambda x: vitkern.token_project(x, *fixed[1:], backend="cpu"), fixed[:1], fixed[:1])
+    raise SystemExit(f"a derivative that no kernel has: {tangent}")
+except (NotImplementedError, RuntimeError):
+    pass
+try:
+    gradient = torch.func.grad(lambda q: vitkern.token_project(fixed[0], q, *fixed[2:], backend="cpu").sum())(fixed[1])
+    reference = vitkern.token_project(*tensors, backend="reference").sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(reference, tensors[1])[0])
+except (NotImplementedError, RuntimeError):
+    pass
+"""
+SYMBOLS = (
+    "_C._len_torch_dispatch_stack",
+    "_C._len_torch_function_stack",
+    "autograd._profiler_enabled",
+    "_C._is_tracing",
+    "_C._functorch.peek_interpreter_stack",
+    "_C._functorch.TransformType",
+    "forward_ad",
+    "_C._is_any_autocast_enabled",
+    "_library.autograd.make_autograd_impl",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symbol", SYMBOLS)
+def test_a_torch_without_a_private_symbol_loses_speed_alone(symbol):
+    command = [sys.executable, "-c", WITHOUT, private.__file__, symbol]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]

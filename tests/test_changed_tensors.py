@@ -136,7 +136,7 @@ class Calling(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-# Without a watcher the short way leads to the kernel; with one, the dispatcher's.
+# Without a watcher the fast path leads to the kernel; with one, the dispatcher's.
 WATCHERS = {"unwatched": contextlib.nullcontext, "dispatch-mode": Dispatching, "function-mode": Calling}
 
 each_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)

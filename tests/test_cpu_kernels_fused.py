@@ -9,11 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import launch_backward, launch_forward
+from tests.helpers import KernelCall, launch_backward, launch_forward
 from tests.test_cpu_kernels import BF16, DTYPES, FP32, FP64, LEVELS, SPLITS, isa, make
 from vitkern import reference
 from vitkern.ops import native
-from vitkern.ops.ms_deform_attn import MsDeformAttnCall
 
 __all__ = ["isa"]  # a fixture
 
@@ -32,7 +31,7 @@ def make_fused(numbers=2, image=True, level=True, dtype=FP32, coord_dtype=None, 
     offsets = (locations - of_point[..., :2]) / step
     logits = scale * torch.randn_like(logits)
     coord_dtype = coord_dtype or dtype
-    return MsDeformAttnCall(
+    return KernelCall(
         value.to(dtype),
         shapes,
         start,

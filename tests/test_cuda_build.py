@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.static.figures import MULTIPROCESSORS
 from tests.emulated import _tool
-from vitkern.backends import LOWEST_CARD
+from vitkern.ops.backends import LOWEST_CARD
 
 ROOT = Path(__file__).resolve().parents[1]
 CMAKE = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ import torch
 
 import vitkern
 from vitkern import _C
-from vitkern.backends import BACKENDS
 from vitkern.commands import doctor
+from vitkern.ops.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 

@@ -41,7 +41,7 @@ SIZES = [(2, 5), (3, 7), (1, 1)]
 @pytest.fixture
 def layer():
     layer = Layer().eval()
-    layer(*inputs(2, 5))  # from now on a call that nothing watches takes the short way, past the dispatcher
+    layer(*inputs(2, 5))  # from now on a call that nothing watches takes the fast path, past the dispatcher
     return layer
 
 

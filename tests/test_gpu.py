@@ -13,7 +13,6 @@ import torch
 
 import vitkern
 from tests.helpers import gradients
-from vitkern import backends
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import OPS, Work
 from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES, make_inputs
@@ -21,6 +20,7 @@ from vitkern.check.examine import deterministic as deterministic_mode
 from vitkern.check.examine import examine
 from vitkern.check.plan import Request, plan
 from vitkern.commands.choices import DTYPES
+from vitkern.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -19,7 +19,6 @@ import torch
 from benchmarks.gpu import contenders
 from benchmarks.gpu.common import DONE, FAILED, LEFT, STATE, Budget, demand_the_software_of
 from benchmarks.gpu.resume import BROKEN
-from vitkern import backends
 from vitkern.bench import schema, store
 from vitkern.bench.ceilings import ANCHORS, Machine, cost
 from vitkern.bench.environment import gpu_clocks
@@ -30,6 +29,7 @@ from vitkern.bench.workloads import OPS, Op, Work
 from vitkern.cases import Case
 from vitkern.commands.choices import DTYPES, cases_exist, chosen, dtype_name, matches
 from vitkern.commands.errors import CommandError
+from vitkern.ops import backends
 
 FOLDER = ""
 USUAL_DTYPES = ("bf16", "fp16", "fp32")

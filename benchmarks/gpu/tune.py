@@ -22,7 +22,6 @@ from typing import Any
 from benchmarks.gpu import bench
 from benchmarks.gpu.common import DONE, LEFT, ROOT, Budget, demand_the_software_of
 from benchmarks.gpu.resume import BROKEN
-from vitkern import backends
 from vitkern.bench import store
 from vitkern.bench.measure import clock_of, interleaved
 from vitkern.bench.plan import Subject
@@ -30,6 +29,7 @@ from vitkern.bench.run import call
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.bench.workloads import OPS, Work
 from vitkern.commands.errors import CommandError
+from vitkern.ops import backends
 
 FOLDER = "tune"
 SECONDS = 1.0  # of all alternatives of a table, after they were compiled

@@ -1,118 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0
-// adapter_bottleneck in vitkern._C. Shapes, dtypes and devices are checked in Python.
+// adapter_bottleneck in vitkern._C: how its tensors and options fill its parameters.
 #pragma once
-
-#include <utility>
 
 #include "adapter_bottleneck/cpu.h"
 #include "adapter_bottleneck/params.h"
-#include "common/bindings.h"
-#include "common/cpu_isa.h"
+#include "host/call.h"
 #ifdef VITKERN_WITH_CUDA
 #include "adapter_bottleneck/cuda.h"
 #endif
 
 namespace vitkern::bindings::adapter_bottleneck {
 
-// x, down weight, down bias, up weight, up bias, residual, scale, seed.
-using Inputs = std::array<uintptr_t, 8>;
-// Of x, down weight, down bias, up weight, up bias, scale; 0 = not wanted.
-using Gradients = std::array<uintptr_t, 6>;
-using Sizes = std::array<int64_t, 3>;       // N, C, H
-using Codes = std::array<int32_t, 3>;       // activation, dtype, whether the residual is x
-using Drops = std::pair<uint32_t, double>;  // threshold, rescale
-
-inline AdapterBottleneckParams make_params(const Inputs& inputs, const Sizes& sizes, const Codes& codes,
-                                           double factor, const Drops& drops) {
-  AdapterBottleneckParams params{};
-  params.rows = sizes[0];
-  params.channels = sizes[1];
-  params.hidden = sizes[2];
-  params.activation = static_cast<Activation>(codes[0]);
-  params.dtype = static_cast<DType>(codes[1]);
-  params.residual_is_x = codes[2] != 0;
-  params.factor = factor;
-  params.dropout = {pointer<const int64_t>(inputs[7]), drops.first, drops.second};
-  params.x = pointer<const void>(inputs[0]);
-  params.down_weight = pointer<const void>(inputs[1]);
-  params.down_bias = pointer<const void>(inputs[2]);
-  params.up_weight = pointer<const void>(inputs[3]);
-  params.up_bias = pointer<const void>(inputs[4]);
-  params.residual = pointer<const void>(inputs[5]);
-  params.scale = pointer<const void>(inputs[6]);
-  return params;
+// in: x, down weight and bias, up weight and bias, residual, scale, seed.
+inline void read_inputs(AdapterBottleneckParams& p, const TensorView* in) {
+  p.rows = in[0].rows();
+  p.hidden = in[1].size(0);
+  p.channels = in[1].size(1);
+  p.dtype = in[0].dtype();
+  p.x = in[0].address();
+  p.down_weight = in[1].address();
+  p.down_bias = in[2].address();
+  p.up_weight = in[3].address();
+  p.up_bias = in[4].address();
+  p.residual = in[5].address();
+  p.scale = in[6].address();
+  p.dropout.seed = in[7].as<const int64_t>();
 }
 
-inline void set_gradients(AdapterBottleneckParams& params, uintptr_t grad_output, uintptr_t kept,
-                          const Gradients& gradients) {
-  params.grad_output = pointer<const void>(grad_output);
-  params.kept = pointer<void>(kept);
-  params.grad_x = pointer<void>(gradients[0]);
-  params.grad_down_weight = pointer<void>(gradients[1]);
-  params.grad_down_bias = pointer<void>(gradients[2]);
-  params.grad_up_weight = pointer<void>(gradients[3]);
-  params.grad_up_bias = pointer<void>(gradients[4]);
-  params.grad_scale = pointer<void>(gradients[5]);
+inline void read_forward(AdapterBottleneckParams& p, const TensorView* in, const TensorView* out) {
+  read_inputs(p, in);
+  p.output = out[0].address();
+  p.kept = out[1].rows() == p.rows ? out[1].address() : nullptr;
 }
 
-#ifndef VITKERN_EMULATED
-inline void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t kept, const Sizes& sizes,
-                        const Codes& codes, double factor, const Drops& drops, int threads) {
-  AdapterBottleneckParams params = make_params(inputs, sizes, codes, factor, drops);
-  params.output = pointer<void>(output);
-  params.kept = pointer<void>(kept);
-  params.threads = threads;
-  VITKERN_DISPATCH_ISA(adapter_bottleneck_forward(params));
+// The residual is not saved, and None: its gradient is grad_output.
+inline void read_backward(AdapterBottleneckParams& p, const TensorView* in, const TensorView* out) {
+  p.grad_output = in[0].address();
+  read_inputs(p, in + 1);
+  p.kept = in[9].rows() == p.rows ? in[9].address() : nullptr;
+  p.grad_x = out[0].address();
+  p.grad_down_weight = out[1].address();
+  p.grad_down_bias = out[2].address();
+  p.grad_up_weight = out[3].address();
+  p.grad_up_bias = out[4].address();
+  p.grad_scale = out[5].address();
 }
 
-inline void backward_cpu(const Inputs& inputs, uintptr_t grad_output, uintptr_t kept,
-                         const Gradients& gradients, const Sizes& sizes, const Codes& codes, double factor,
-                         const Drops& drops, int threads) {
-  AdapterBottleneckParams params = make_params(inputs, sizes, codes, factor, drops);
-  set_gradients(params, grad_output, kept, gradients);
-  params.threads = threads;
-  VITKERN_DISPATCH_ISA(adapter_bottleneck_backward(params));
-}
-#endif
+inline const Pass<AdapterBottleneckParams> kForward{"adapter_bottleneck",
+                                                    8,
+                                                    2,
+                                                    read_forward,
+                                                    adapter_bottleneck_forward_cpu,
+                                                    VITKERN_CUDA(adapter_bottleneck_forward_cuda)};
+inline const Pass<AdapterBottleneckParams> kBackward{"adapter_bottleneck",
+                                                     10,
+                                                     6,
+                                                     read_backward,
+                                                     adapter_bottleneck_backward_cpu,
+                                                     VITKERN_CUDA(adapter_bottleneck_backward_cuda),
+                                                     VITKERN_CUDA(adapter_bottleneck_workspace_cuda),
+                                                     true};
 
-#ifdef VITKERN_WITH_CUDA
-inline void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t kept, const Sizes& sizes,
-                         const Codes& codes, double factor, const Drops& drops, int device,
-                         uintptr_t stream) {
-  AdapterBottleneckParams params = make_params(inputs, sizes, codes, factor, drops);
-  params.output = pointer<void>(output);
-  params.kept = pointer<void>(kept);
-  params.device = device;
-  params.stream = pointer<void>(stream);
-  adapter_bottleneck_forward_cuda(params);
-}
-
-inline void backward_cuda(const Inputs& inputs, uintptr_t grad_output, uintptr_t kept,
-                          const Gradients& gradients, uintptr_t workspace, const Sizes& sizes,
-                          const Codes& codes, double factor, const Drops& drops, int device,
-                          uintptr_t stream) {
-  AdapterBottleneckParams params = make_params(inputs, sizes, codes, factor, drops);
-  set_gradients(params, grad_output, kept, gradients);
-  params.device = device;
-  params.stream = pointer<void>(stream);
-  adapter_bottleneck_backward_cuda(params, pointer<void>(workspace));
+inline AdapterBottleneckParams options(const std::string& activation, double factor, bool residual_is_x,
+                                       uint32_t threshold, double rescale) {
+  AdapterBottleneckParams p{};
+  p.activation = activation == "relu"   ? Activation::kRelu
+                 : activation == "gelu" ? Activation::kGelu
+                                        : Activation::kSilu;
+  p.factor = factor;
+  p.residual_is_x = residual_is_x;
+  p.dropout = {nullptr, threshold, rescale};
+  return p;
 }
 
-inline int64_t workspace_cuda(const Sizes& sizes, const Codes& codes) {
-  return adapter_bottleneck_workspace_cuda(make_params({}, sizes, codes, 1, {}));
+template <const Pass<AdapterBottleneckParams>& kPass>
+pybind11::object make(const Host& host, const pybind11::iterable& outputs, const std::string& activation,
+                      double factor, bool residual_is_x, uint32_t threshold, double rescale) {
+  return make_call(kPass, host, options(activation, factor, residual_is_x, threshold, rescale), outputs);
 }
-#endif
 
-inline void bind(pybind11::module_& m) {
-#ifndef VITKERN_EMULATED
-  m.def("adapter_bottleneck_forward_cpu", &forward_cpu, WithoutGil());
-  m.def("adapter_bottleneck_backward_cpu", &backward_cpu, WithoutGil());
-#endif
-#ifdef VITKERN_WITH_CUDA
-  m.def("adapter_bottleneck_forward_cuda", &forward_cuda, WithoutGil());
-  m.def("adapter_bottleneck_backward_cuda", &backward_cuda, WithoutGil());
-  m.def("adapter_bottleneck_workspace_cuda", &workspace_cuda);
-#endif
+inline void bind(pybind11::class_<Host>& host) {
+  using pybind11::arg;
+  const auto define = [&](const char* name, auto* function) {
+    host.def(name, function, arg("outputs"), pybind11::kw_only(), arg("activation"), arg("factor"),
+             arg("residual_is_x"), arg("threshold"), arg("rescale"));
+  };
+  define("adapter_bottleneck_forward", &make<kForward>);
+  define("adapter_bottleneck_backward", &make<kBackward>);
 }
 
 }  // namespace vitkern::bindings::adapter_bottleneck

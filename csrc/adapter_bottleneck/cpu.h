@@ -1,19 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels of adapter_bottleneck, one pair for each instruction set (common/cpu_isa.h).
+// The CPU kernels of adapter_bottleneck, each a table by instruction set (common/cpu_isa.h).
 #pragma once
 
 #include "adapter_bottleneck/params.h"
+#include "common/cpu_isa.h"
 
 namespace vitkern {
 
-#define VITKERN_DECLARE(NAMESPACE)                                         \
-  namespace NAMESPACE {                                                    \
-  void adapter_bottleneck_forward(const AdapterBottleneckParams& params);  \
-  void adapter_bottleneck_backward(const AdapterBottleneckParams& params); \
-  }
-VITKERN_DECLARE(isa_baseline)
-VITKERN_DECLARE(isa_avx2)
-VITKERN_DECLARE(isa_avx512)
-#undef VITKERN_DECLARE
+VITKERN_CPU_KERNEL(adapter_bottleneck_forward, AdapterBottleneckParams);
+VITKERN_CPU_KERNEL(adapter_bottleneck_backward, AdapterBottleneckParams);
 
 }  // namespace vitkern

@@ -80,9 +80,9 @@ int64_t adapter_bottleneck_workspace_cuda(const AdapterBottleneckParams& p) {
   return Layout(p, nullptr).places.size();
 }
 
-void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams& p, void* workspace) {
+void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams& p) {
   const DeviceGuard guard(p.device);
-  const Layout layout(p, workspace);
+  const Layout layout(p, p.workspace);
   AdapterBottleneckLeft left{};
   left.a = p.grad_up_weight ? layout.a : nullptr;
   left.f = p.grad_down_weight || p.grad_down_bias ? layout.f : nullptr;

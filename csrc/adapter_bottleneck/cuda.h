@@ -9,12 +9,11 @@ namespace vitkern {
 // Writes params.output, and params.kept unless null.
 void adapter_bottleneck_forward_cuda(const AdapterBottleneckParams& params);
 
-// Bytes that backward needs besides, from sizes and dtype alone. Bounded: below half of x where x has more than a
+// Bytes of backward's workspace, from sizes and dtype alone. Bounded: below half of x where x has more than a
 // few times as many rows as there are hidden units.
 int64_t adapter_bottleneck_workspace_cuda(const AdapterBottleneckParams& params);
 
-// Writes the gradients that are not null, the same bits at each call. `workspace` is 256-byte aligned and need
-// not be initialised.
-void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams& params, void* workspace);
+// Writes the gradients that are not null, the same bits at each call.
+void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams& params);
 
 }  // namespace vitkern

@@ -8,10 +8,11 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/target.h"
 
 namespace vitkern {
 
-// Mirrored by ACTIVATION_CODES in python/vitkern/ops/adapter_bottleneck.py. Gelu is the exact one, with erf.
+// Gelu is the exact one, with erf.
 enum class Activation : int32_t { kRelu = 0, kGelu = 1, kSilu = 2 };
 
 // Which hidden units stay is a function of the seed and of their place, eq. (4).
@@ -21,7 +22,7 @@ struct Dropout {
   double rescale;       // what the others are multiplied with
 };
 
-struct AdapterBottleneckParams {
+struct AdapterBottleneckParams : Target {
   int64_t rows;      // N
   int64_t channels;  // C
   int64_t hidden;    // H
@@ -55,10 +56,6 @@ struct AdapterBottleneckParams {
   void* grad_up_weight;    // [C, H]
   void* grad_up_bias;      // [C]
   void* grad_scale;        // [1], of the tensor: times factor
-
-  int32_t threads;  // cpu: how many threads may be used
-  int32_t device;   // cuda: ordinal
-  void* stream;     // cuda: cudaStream_t
 };
 
 }  // namespace vitkern

@@ -22,27 +22,48 @@ CpuIsa cpu_isa();
 std::string cpu_isa_name();
 void set_cpu_isa(const std::string& name);
 
-// Calls a function of the chosen set: VITKERN_DISPATCH_ISA(ms_deform_attn_forward(params)).
-#if defined(VITKERN_HAVE_AVX512)
-#define VITKERN_CASE_AVX512(CALL) \
-  case CpuIsa::kAvx512:           \
-    return isa_avx512::CALL;
+// A kernel of each set, by CpuIsa; null where a build has none.
+template <typename Params>
+struct CpuKernel {
+  void (*of_isa[3])(const Params&);
+
+  explicit operator bool() const { return of_isa[0] != nullptr; }
+#ifndef VITKERN_EMULATED  // which has no CPU kernels
+  void operator()(const Params& params) const { of_isa[static_cast<int>(cpu_isa())](params); }
+#endif
+};
+
+// clang-format off
+#if defined(VITKERN_EMULATED)
+#define VITKERN_IF_CPU(FUNCTION) nullptr
 #else
-#define VITKERN_CASE_AVX512(CALL)
+#define VITKERN_IF_CPU(FUNCTION) FUNCTION
 #endif
 #if defined(VITKERN_HAVE_AVX2)
-#define VITKERN_CASE_AVX2(CALL) \
-  case CpuIsa::kAvx2:           \
-    return isa_avx2::CALL;
+#define VITKERN_IF_AVX2(FUNCTION) FUNCTION
 #else
-#define VITKERN_CASE_AVX2(CALL)
+#define VITKERN_IF_AVX2(FUNCTION) nullptr
 #endif
-#define VITKERN_DISPATCH_ISA(CALL) \
-  switch (cpu_isa()) {             \
-    VITKERN_CASE_AVX512(CALL)      \
-    VITKERN_CASE_AVX2(CALL)        \
-    default:                       \
-      return isa_baseline::CALL;   \
-  }
+#if defined(VITKERN_HAVE_AVX512)
+#define VITKERN_IF_AVX512(FUNCTION) FUNCTION
+#else
+#define VITKERN_IF_AVX512(FUNCTION) nullptr
+#endif
+// clang-format on
+
+// Declares an op's kernel in the namespace of each set, and the table of them under the same name.
+#define VITKERN_CPU_KERNEL(NAME, PARAMS)                                         \
+  namespace isa_baseline {                                                       \
+  void NAME(const PARAMS& params);                                               \
+  }                                                                              \
+  namespace isa_avx2 {                                                           \
+  void NAME(const PARAMS& params);                                               \
+  }                                                                              \
+  namespace isa_avx512 {                                                         \
+  void NAME(const PARAMS& params);                                               \
+  }                                                                              \
+  constexpr CpuKernel<PARAMS> NAME##_cpu = {{VITKERN_IF_CPU(isa_baseline::NAME), \
+                                             VITKERN_IF_AVX2(isa_avx2::NAME),    \
+                                             VITKERN_IF_AVX512(isa_avx512::NAME)}}
 
 }  // namespace vitkern

@@ -6,7 +6,6 @@
 
 namespace vitkern {
 
-// Mirrored by DTYPE_CODES in python/vitkern/ops/native.py.
 enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
 }  // namespace vitkern

@@ -1,19 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels of ms_deform_attn, one pair for each instruction set (common/cpu_isa.h).
+// The CPU kernels of ms_deform_attn, each a table by instruction set (common/cpu_isa.h).
 #pragma once
 
+#include "common/cpu_isa.h"
 #include "ms_deform_attn/params.h"
 
 namespace vitkern {
 
-#define VITKERN_DECLARE(NAMESPACE)                                \
-  namespace NAMESPACE {                                           \
-  void ms_deform_attn_forward(const MsDeformAttnParams& params);  \
-  void ms_deform_attn_backward(const MsDeformAttnParams& params); \
-  }
-VITKERN_DECLARE(isa_baseline)
-VITKERN_DECLARE(isa_avx2)
-VITKERN_DECLARE(isa_avx512)
-#undef VITKERN_DECLARE
+VITKERN_CPU_KERNEL(ms_deform_attn_forward, MsDeformAttnParams);
+VITKERN_CPU_KERNEL(ms_deform_attn_backward, MsDeformAttnParams);
 
 }  // namespace vitkern

@@ -146,20 +146,19 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& p) {
   });
 }
 
-void ms_deform_attn_cells_cuda(const MsDeformAttnParams& p, int64_t* cells, void* softmax) {
+void ms_deform_attn_cells_cuda(const MsDeformAttnParams& p) {
   if (p.batch * p.queries * p.heads * p.points == 0) return;
   const DeviceGuard guard(p.device);
   dispatch_dtype(p.value_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch_teams<T>("ms_deform_attn_cells",
                     p.reference.points ? ms_deform_attn_cells<T, true> : ms_deform_attn_cells<T, false>, p,
-                    p.queries, kFilingLanes, 1, cells, p.batch * p.heads * p.pixels,
-                    static_cast<Accumulator<T>*>(softmax));
+                    p.queries, kFilingLanes, 1, p.cells, p.batch * p.heads * p.pixels,
+                    static_cast<Accumulator<T>*>(p.softmax));
   });
 }
 
-void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const int64_t* order,
-                                           const int64_t* first, const void* softmax) {
+void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p) {
   if (p.batch * p.pixels * p.heads * p.channels == 0) return;
   const DeviceGuard guard(p.device);
   if (p.batch * p.queries * p.points > int64_t{1} << 44) refuse("more than 2^44 points");
@@ -168,7 +167,8 @@ void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& p, const in
     using T = typename decltype(type)::type;
     dispatch_form(p, [&](auto fused) {
       launch_teams<T>("ms_deform_attn_gather_grad_value", ms_deform_attn_gather_grad_value<T, fused.value>, p,
-                      p.pixels, kWarpLanes, 1, order, first, static_cast<const Accumulator<T>*>(softmax));
+                      p.pixels, kWarpLanes, 1, p.order, p.first,
+                      static_cast<const Accumulator<T>*>(p.softmax));
     });
   });
 }

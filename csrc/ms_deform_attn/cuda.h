@@ -21,8 +21,7 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& params);
 // * M * K), first[c], for c in [0, B * M * S], the number of points in cells below c.
 // In the fused form the first also leaves softmax[B, Q, M, 2], accumulator type, for the second: the greatest
 // logit, and 1 over the sum of eq. (8); null in the plain form.
-void ms_deform_attn_cells_cuda(const MsDeformAttnParams& params, int64_t* cells, void* softmax);
-void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& params, const int64_t* order,
-                                           const int64_t* first, const void* softmax);
+void ms_deform_attn_cells_cuda(const MsDeformAttnParams& params);
+void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& params);
 
 }  // namespace vitkern

@@ -9,10 +9,10 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/target.h"
 
 namespace vitkern {
 
-// Mirrored by SAMPLING_CODES in python/vitkern/ops/ms_deform_attn_checks.py.
 enum class Sampling : int32_t { kBilinear = 0, kNearest = 1 };
 
 // Levels of unequal point counts are described by value, so that no launch has to copy a table to the device.
@@ -28,7 +28,7 @@ struct Reference {
   int64_t level_stride;
 };
 
-struct MsDeformAttnParams {
+struct MsDeformAttnParams : Target {
   // Sizes.
   int64_t batch;     // B
   int64_t pixels;    // S
@@ -42,6 +42,7 @@ struct MsDeformAttnParams {
   int32_t ragged;
   uint16_t point_end[kMaxRaggedLevels];
 
+  bool checks_levels;  // whether those in the host's memory are checked: tests of kernels alone leave it out
   Sampling sampling;
   DType value_dtype;  // of value, output, grad_output
   DType coord_dtype;  // of locations, weights and their gradients: value_dtype or its accumulator
@@ -63,9 +64,11 @@ struct MsDeformAttnParams {
   void* grad_places;  // [B, Q, M, K, 2], accumulator type, fused form only: of the locations that came about,
                       // which the caller sums up to the gradient of the reference points
 
-  int32_t threads;  // cpu: how many threads may be used
-  int32_t device;   // cuda: ordinal
-  void* stream;     // cuda: cudaStream_t
+  // cuda, deterministic: see cuda.h.
+  int64_t* cells;        // [B, Q, M, K]
+  const int64_t* order;  // [B * Q * M * K]
+  const int64_t* first;  // [B * M * S + 1]
+  void* softmax;         // [B, Q, M, 2], accumulator type, fused form only
 };
 
 }  // namespace vitkern

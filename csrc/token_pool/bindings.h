@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// token_pool in vitkern._C. Shapes, dtypes and devices are checked in Python.
+// token_pool in vitkern._C: how its tensors fill its parameters.
 #pragma once
 
-#include "common/bindings.h"
-#include "common/cpu_isa.h"
+#include "host/call.h"
 #include "token_pool/cpu.h"
 #include "token_pool/params.h"
 #ifdef VITKERN_WITH_CUDA
@@ -12,88 +11,55 @@
 
 namespace vitkern::bindings::token_pool {
 
-using Inputs = std::array<uintptr_t, 2>;     // x, weight
-using Forward = std::array<uintptr_t, 3>;    // grad_output, and what forward gave: tokens, statistics
-using Gradients = std::array<uintptr_t, 2>;  // of x, weight; 0 = not wanted
-using Sizes = std::array<int64_t, 4>;        // B, N, C, T
-using Codes = std::array<int32_t, 2>;        // whether there is a weight per image, dtype
-
-inline TokenPoolParams make_params(const Inputs& inputs, const Sizes& sizes, const Codes& codes) {
-  TokenPoolParams params{};
-  params.batch = sizes[0];
-  params.pixels = sizes[1];
-  params.channels = sizes[2];
-  params.tokens = sizes[3];
-  params.weight_per_image = codes[0] != 0;
-  params.dtype = static_cast<DType>(codes[1]);
-  params.x = pointer<const void>(inputs[0]);
-  params.weight = pointer<const void>(inputs[1]);
-  return params;
+inline void read_inputs(TokenPoolParams& p, const TensorView& x, const TensorView& weight) {
+  p.batch = x.size(0);
+  p.pixels = x.size(1);
+  p.channels = x.size(2);
+  p.tokens = weight.size(-2);
+  p.weight_per_image = weight.dims == 3;
+  p.dtype = x.dtype();
+  p.x = x.address();
+  p.weight = weight.address();
 }
 
-inline void set_gradients(TokenPoolParams& params, const Forward& forward, const Gradients& gradients) {
-  params.grad_output = pointer<const void>(forward[0]);
-  params.pooled = pointer<const void>(forward[1]);
-  params.statistics = pointer<void>(forward[2]);
-  params.grad_x = pointer<void>(gradients[0]);
-  params.grad_weight = pointer<void>(gradients[1]);
+inline void read_forward(TokenPoolParams& p, const TensorView* in, const TensorView* out) {
+  read_inputs(p, in[0], in[1]);
+  p.output = out[0].address();
+  p.statistics = out[1].address();
 }
 
-#ifndef VITKERN_EMULATED
-inline void forward_cpu(const Inputs& inputs, uintptr_t output, uintptr_t statistics, const Sizes& sizes,
-                        const Codes& codes, int threads) {
-  TokenPoolParams params = make_params(inputs, sizes, codes);
-  params.output = pointer<void>(output);
-  params.statistics = pointer<void>(statistics);
-  params.threads = threads;
-  VITKERN_DISPATCH_ISA(token_pool_forward(params));
+inline void read_backward(TokenPoolParams& p, const TensorView* in, const TensorView* out) {
+  p.grad_output = in[0].address();
+  read_inputs(p, in[1], in[2]);
+  p.pooled = in[3].address();
+  p.statistics = in[4].address();
+  p.grad_x = out[0].address();
+  p.grad_weight = out[1].address();
 }
 
-inline void backward_cpu(const Inputs& inputs, const Forward& forward, const Gradients& gradients,
-                         const Sizes& sizes, const Codes& codes, int threads) {
-  TokenPoolParams params = make_params(inputs, sizes, codes);
-  set_gradients(params, forward, gradients);
-  params.threads = threads;
-  VITKERN_DISPATCH_ISA(token_pool_backward(params));
-}
-#endif
+inline const Pass<TokenPoolParams> kForward{"token_pool",
+                                            2,
+                                            2,
+                                            read_forward,
+                                            token_pool_forward_cpu,
+                                            VITKERN_CUDA(token_pool_forward_cuda),
+                                            VITKERN_CUDA(token_pool_forward_workspace_cuda)};
+inline const Pass<TokenPoolParams> kBackward{"token_pool",
+                                             5,
+                                             2,
+                                             read_backward,
+                                             token_pool_backward_cpu,
+                                             VITKERN_CUDA(token_pool_backward_cuda),
+                                             VITKERN_CUDA(token_pool_backward_workspace_cuda),
+                                             true};
 
-#ifdef VITKERN_WITH_CUDA
-inline void forward_cuda(const Inputs& inputs, uintptr_t output, uintptr_t statistics, uintptr_t workspace,
-                         const Sizes& sizes, const Codes& codes, int device, uintptr_t stream) {
-  TokenPoolParams params = make_params(inputs, sizes, codes);
-  params.output = pointer<void>(output);
-  params.statistics = pointer<void>(statistics);
-  params.device = device;
-  params.stream = pointer<void>(stream);
-  token_pool_forward_cuda(params, pointer<void>(workspace));
-}
-
-inline void backward_cuda(const Inputs& inputs, const Forward& forward, const Gradients& gradients,
-                          uintptr_t workspace, const Sizes& sizes, const Codes& codes, int device,
-                          uintptr_t stream) {
-  TokenPoolParams params = make_params(inputs, sizes, codes);
-  set_gradients(params, forward, gradients);
-  params.device = device;
-  params.stream = pointer<void>(stream);
-  token_pool_backward_cuda(params, pointer<void>(workspace));
-}
-
-inline int64_t workspace_cuda(const Sizes& sizes, const Codes& codes, bool backward) {
-  return token_pool_workspace_cuda(make_params({}, sizes, codes), backward);
-}
-#endif
-
-inline void bind(pybind11::module_& m) {
-#ifndef VITKERN_EMULATED
-  m.def("token_pool_forward_cpu", &forward_cpu, WithoutGil());
-  m.def("token_pool_backward_cpu", &backward_cpu, WithoutGil());
-#endif
-#ifdef VITKERN_WITH_CUDA
-  m.def("token_pool_forward_cuda", &forward_cuda, WithoutGil());
-  m.def("token_pool_backward_cuda", &backward_cuda, WithoutGil());
-  m.def("token_pool_workspace_cuda", &workspace_cuda);
-#endif
+inline void bind(pybind11::class_<Host>& host) {
+  host.def("token_pool_forward", [](const Host& host, const pybind11::iterable& outputs) {
+    return make_call(kForward, host, {}, outputs);
+  });
+  host.def("token_pool_backward", [](const Host& host, const pybind11::iterable& gradients) {
+    return make_call(kBackward, host, {}, gradients);
+  });
 }
 
 }  // namespace vitkern::bindings::token_pool

@@ -1,19 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels of token_pool, one pair for each instruction set (common/cpu_isa.h).
+// The CPU kernels of token_pool, each a table by instruction set (common/cpu_isa.h).
 #pragma once
 
+#include "common/cpu_isa.h"
 #include "token_pool/params.h"
 
 namespace vitkern {
 
-#define VITKERN_DECLARE(NAMESPACE)                         \
-  namespace NAMESPACE {                                    \
-  void token_pool_forward(const TokenPoolParams& params);  \
-  void token_pool_backward(const TokenPoolParams& params); \
-  }
-VITKERN_DECLARE(isa_baseline)
-VITKERN_DECLARE(isa_avx2)
-VITKERN_DECLARE(isa_avx512)
-#undef VITKERN_DECLARE
+VITKERN_CPU_KERNEL(token_pool_forward, TokenPoolParams);
+VITKERN_CPU_KERNEL(token_pool_backward, TokenPoolParams);
 
 }  // namespace vitkern

@@ -53,14 +53,18 @@ void dispatch_tile(const TokenPoolParams& p, const Call& call) {
 
 }  // namespace
 
-int64_t token_pool_workspace_cuda(const TokenPoolParams& p, bool backward) {
-  return Layout(p, backward, nullptr).places.size();
+int64_t token_pool_forward_workspace_cuda(const TokenPoolParams& p) {
+  return Layout(p, false, nullptr).places.size();
 }
 
-void token_pool_forward_cuda(const TokenPoolParams& p, void* workspace) {
+int64_t token_pool_backward_workspace_cuda(const TokenPoolParams& p) {
+  return Layout(p, true, nullptr).places.size();
+}
+
+void token_pool_forward_cuda(const TokenPoolParams& p) {
   if (p.batch * p.tokens == 0) return;
   const DeviceGuard guard(p.device);
-  const TokenPoolTask task = Layout(p, false, workspace).task;
+  const TokenPoolTask task = Layout(p, false, p.workspace).task;
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch_tile<T, false>(p, [&](auto strips, auto window) {
@@ -75,13 +79,13 @@ void token_pool_forward_cuda(const TokenPoolParams& p, void* workspace) {
   });
 }
 
-void token_pool_backward_cuda(const TokenPoolParams& p, void* workspace) {
+void token_pool_backward_cuda(const TokenPoolParams& p) {
   const DeviceGuard guard(p.device);
   if (p.tokens == 0 && p.grad_x && p.batch * p.pixels * p.channels)
     return check_cuda(cudaMemsetAsync(p.grad_x, 0, p.batch * p.pixels * p.channels * bytes(p.dtype),
                                       static_cast<cudaStream_t>(p.stream)),
                       "cudaMemsetAsync");
-  const TokenPoolTask task = Layout(p, true, workspace).task;
+  const TokenPoolTask task = Layout(p, true, p.workspace).task;
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Accumulator<T>;

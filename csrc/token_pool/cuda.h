@@ -6,14 +6,15 @@
 
 namespace vitkern {
 
-// Bytes that either pass needs besides, from sizes and dtype alone: at most a quarter of x, or what one part of
-// the sums takes for each image.
-int64_t token_pool_workspace_cuda(const TokenPoolParams& params, bool backward);
+// Bytes of the workspace of either pass, from sizes and dtype alone: at most a quarter of x, or what one part of the sums
+// takes for each image.
+int64_t token_pool_forward_workspace_cuda(const TokenPoolParams& params);
+int64_t token_pool_backward_workspace_cuda(const TokenPoolParams& params);
 
-// Writes params.output and params.statistics. `workspace` is 256-byte aligned and need not be initialised.
-void token_pool_forward_cuda(const TokenPoolParams& params, void* workspace);
+// Writes params.output and params.statistics.
+void token_pool_forward_cuda(const TokenPoolParams& params);
 
 // Writes the gradients that are not null, the same bits at each call.
-void token_pool_backward_cuda(const TokenPoolParams& params, void* workspace);
+void token_pool_backward_cuda(const TokenPoolParams& params);
 
 }  // namespace vitkern

@@ -8,10 +8,11 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/target.h"
 
 namespace vitkern {
 
-struct TokenPoolParams {
+struct TokenPoolParams : Target {
   int64_t batch;     // B
   int64_t pixels;    // N
   int64_t channels;  // C
@@ -32,10 +33,6 @@ struct TokenPoolParams {
       statistics;  // [B, 2, T], accumulator type: m, then l of eq. (4). Forward writes it, backward reads it.
   void* grad_x;    // [B, N, C]
   void* grad_weight;  // like weight, accumulator type
-
-  int32_t threads;  // cpu: how many threads may be used
-  int32_t device;   // cuda: ordinal
-  void* stream;     // cuda: cudaStream_t
 };
 
 }  // namespace vitkern

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// token_project in vitkern._C. Shapes, dtypes and devices are checked in Python.
+// token_project in vitkern._C: how its tensors fill its parameters.
 #pragma once
 
-#include "common/bindings.h"
-#include "common/cpu_isa.h"
+#include "host/call.h"
 #include "token_project/cpu.h"
 #include "token_project/params.h"
 #ifdef VITKERN_WITH_CUDA
@@ -12,85 +11,52 @@
 
 namespace vitkern::bindings::token_project {
 
-using Inputs = std::array<uintptr_t, 4>;     // x, query, key, tokens
-using Gradients = std::array<uintptr_t, 3>;  // of query, key, tokens; 0 = not wanted
-using Sizes = std::array<int64_t, 5>;        // B, N, C, T, K
-
-inline TokenProjectParams make_params(const Inputs& inputs, const Sizes& sizes, int32_t dtype) {
-  TokenProjectParams params{};
-  params.batch = sizes[0];
-  params.pixels = sizes[1];
-  params.channels = sizes[2];
-  params.token_count = sizes[3];
-  params.keys = sizes[4];
-  params.dtype = static_cast<DType>(dtype);
-  params.x = pointer<const void>(inputs[0]);
-  params.query = pointer<const void>(inputs[1]);
-  params.key = pointer<const void>(inputs[2]);
-  params.tokens = pointer<const void>(inputs[3]);
-  return params;
+inline void read_inputs(TokenProjectParams& p, const TensorView& query, const TensorView& key,
+                        const TensorView& tokens) {
+  p.batch = query.size(0);
+  p.pixels = query.size(1);
+  p.keys = query.size(2);
+  p.token_count = tokens.size(1);
+  p.channels = tokens.size(2);
+  p.dtype = query.dtype();
+  p.query = query.address();
+  p.key = key.address();
+  p.tokens = tokens.address();
 }
 
-inline void set_gradients(TokenProjectParams& params, uintptr_t grad_output, const Gradients& gradients) {
-  params.grad_output = pointer<const void>(grad_output);
-  params.grad_query = pointer<void>(gradients[0]);
-  params.grad_key = pointer<void>(gradients[1]);
-  params.grad_tokens = pointer<void>(gradients[2]);
+inline void read_forward(TokenProjectParams& p, const TensorView* in, const TensorView* out) {
+  read_inputs(p, in[1], in[2], in[3]);
+  p.x = in[0].address();
+  p.output = out[0].address();
 }
 
-#ifndef VITKERN_EMULATED
-inline void forward_cpu(const Inputs& inputs, uintptr_t output, const Sizes& sizes, int32_t dtype,
-                        int threads) {
-  TokenProjectParams params = make_params(inputs, sizes, dtype);
-  params.output = pointer<void>(output);
-  params.threads = threads;
-  VITKERN_DISPATCH_ISA(token_project_forward(params));
+// x is not saved, and None: no gradient depends on its numbers.
+inline void read_backward(TokenProjectParams& p, const TensorView* in, const TensorView* out) {
+  p.grad_output = in[0].address();
+  read_inputs(p, in[2], in[3], in[4]);
+  p.grad_query = out[0].address();
+  p.grad_key = out[1].address();
+  p.grad_tokens = out[2].address();
 }
 
-inline void backward_cpu(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients,
-                         const Sizes& sizes, int32_t dtype, int threads) {
-  TokenProjectParams params = make_params(inputs, sizes, dtype);
-  set_gradients(params, grad_output, gradients);
-  params.threads = threads;
-  VITKERN_DISPATCH_ISA(token_project_backward(params));
-}
-#endif
+inline const Pass<TokenProjectParams> kForward{
+    "token_project", 4, 1, read_forward, token_project_forward_cpu, VITKERN_CUDA(token_project_forward_cuda)};
+inline const Pass<TokenProjectParams> kBackward{"token_project",
+                                                5,
+                                                3,
+                                                read_backward,
+                                                token_project_backward_cpu,
+                                                VITKERN_CUDA(token_project_backward_cuda),
+                                                VITKERN_CUDA(token_project_workspace_cuda),
+                                                true};
 
-#ifdef VITKERN_WITH_CUDA
-inline void forward_cuda(const Inputs& inputs, uintptr_t output, const Sizes& sizes, int32_t dtype,
-                         int device, uintptr_t stream) {
-  TokenProjectParams params = make_params(inputs, sizes, dtype);
-  params.output = pointer<void>(output);
-  params.device = device;
-  params.stream = pointer<void>(stream);
-  token_project_forward_cuda(params);
-}
-
-inline void backward_cuda(const Inputs& inputs, uintptr_t grad_output, const Gradients& gradients,
-                          uintptr_t workspace, const Sizes& sizes, int32_t dtype, int device,
-                          uintptr_t stream) {
-  TokenProjectParams params = make_params(inputs, sizes, dtype);
-  set_gradients(params, grad_output, gradients);
-  params.device = device;
-  params.stream = pointer<void>(stream);
-  token_project_backward_cuda(params, pointer<void>(workspace));
-}
-
-inline int64_t workspace_cuda(const Sizes& sizes, int32_t dtype) {
-  return token_project_workspace_cuda(make_params({}, sizes, dtype));
-}
-#endif
-
-inline void bind(pybind11::module_& m) {
-#ifndef VITKERN_EMULATED
-  m.def("token_project_forward_cpu", &forward_cpu, WithoutGil());
-  m.def("token_project_backward_cpu", &backward_cpu, WithoutGil());
-#endif
-#ifdef VITKERN_WITH_CUDA
-  m.def("token_project_forward_cuda", &forward_cuda, WithoutGil());
-  m.def("token_project_backward_cuda", &backward_cuda, WithoutGil());
-  m.def("token_project_workspace_cuda", &workspace_cuda);
-#endif
+inline void bind(pybind11::class_<Host>& host) {
+  host.def("token_project_forward", [](const Host& host, const pybind11::iterable& outputs) {
+    return make_call(kForward, host, {}, outputs);
+  });
+  host.def("token_project_backward", [](const Host& host, const pybind11::iterable& gradients) {
+    return make_call(kBackward, host, {}, gradients);
+  });
 }
 
 }  // namespace vitkern::bindings::token_project

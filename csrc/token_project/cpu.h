@@ -1,19 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels of token_project, one pair for each instruction set (common/cpu_isa.h).
+// The CPU kernels of token_project, each a table by instruction set (common/cpu_isa.h).
 #pragma once
 
+#include "common/cpu_isa.h"
 #include "token_project/params.h"
 
 namespace vitkern {
 
-#define VITKERN_DECLARE(NAMESPACE)                               \
-  namespace NAMESPACE {                                          \
-  void token_project_forward(const TokenProjectParams& params);  \
-  void token_project_backward(const TokenProjectParams& params); \
-  }
-VITKERN_DECLARE(isa_baseline)
-VITKERN_DECLARE(isa_avx2)
-VITKERN_DECLARE(isa_avx512)
-#undef VITKERN_DECLARE
+VITKERN_CPU_KERNEL(token_project_forward, TokenProjectParams);
+VITKERN_CPU_KERNEL(token_project_backward, TokenProjectParams);
 
 }  // namespace vitkern

@@ -73,9 +73,9 @@ void token_project_forward_cuda(const TokenProjectParams& p) {
 
 int64_t token_project_workspace_cuda(const TokenProjectParams& p) { return Layout(p, nullptr).places.size(); }
 
-void token_project_backward_cuda(const TokenProjectParams& p, void* workspace) {
+void token_project_backward_cuda(const TokenProjectParams& p) {
   const DeviceGuard guard(p.device);
-  const Layout layout(p, workspace);
+  const Layout layout(p, p.workspace);
   TokenProjectLeft left{};
   left.shares = p.grad_tokens ? layout.shares : nullptr;
   left.f = p.grad_key ? layout.f : nullptr;

@@ -9,11 +9,10 @@ namespace vitkern {
 // Writes params.output.
 void token_project_forward_cuda(const TokenProjectParams& params);
 
-// Bytes that backward needs besides, from sizes and dtype alone.
+// Bytes of backward's workspace, from sizes and dtype alone.
 int64_t token_project_workspace_cuda(const TokenProjectParams& params);
 
-// Writes the gradients that are not null, the same bits at each call. `workspace` is 256-byte aligned and need
-// not be initialised.
-void token_project_backward_cuda(const TokenProjectParams& params, void* workspace);
+// Writes the gradients that are not null, the same bits at each call.
+void token_project_backward_cuda(const TokenProjectParams& params);
 
 }  // namespace vitkern

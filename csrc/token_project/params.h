@@ -8,10 +8,11 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/target.h"
 
 namespace vitkern {
 
-struct TokenProjectParams {
+struct TokenProjectParams : Target {
   int64_t batch;        // B
   int64_t pixels;       // N
   int64_t channels;     // C
@@ -32,10 +33,6 @@ struct TokenProjectParams {
   void* grad_query;   // [B, N, K]
   void* grad_key;     // [B, T, K], accumulator type
   void* grad_tokens;  // [B, T, C], accumulator type
-
-  int32_t threads;  // cpu: how many threads may be used
-  int32_t device;   // cuda: ordinal
-  void* stream;     // cuda: cudaStream_t
 };
 
 }  // namespace vitkern

@@ -36,6 +36,7 @@ try:
         token_project,
     )
     from vitkern.models import create_model, list_models
+    from vitkern.ops import backends as backends
 except ImportError as error:
     # `vitkern doctor` has to run where the compiled module or torch does not load; every other use says why it cannot.
     _cause = error

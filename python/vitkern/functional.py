@@ -5,20 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vitkern import reference
-from vitkern.levels import as_levels, whole_numbers
 from vitkern.ops import adapter_bottleneck as adapter_ops
 from vitkern.ops import ms_deform_attn as ops
 from vitkern.ops import native
 from vitkern.ops import token_pool as token_pool_ops
 from vitkern.ops import token_project as token_project_ops
 from vitkern.ops.autocast import any_autocast, autocast_dtype, without_autocast
-
-# Above all seeds that dropout draws.
-_SEEDS = 2**63 - 1
+from vitkern.ops.levels import as_levels, whole_numbers
 
 
 def ms_deform_attn(
@@ -68,20 +64,27 @@ def ms_deform_attn(
         >>> vitkern.ms_deform_attn(value, shapes, None, locations, weights).shape
         torch.Size([1, 5, 32])
     """
-    if not (_is_compiling() or any_autocast()):
-        inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-        output = _ms_deform_attn(*inputs, points_per_level, method, backend)
-        if output is not None:
-            return output
-
-    spatial_shapes, level_start_index = as_levels("ms_deform_attn", spatial_shapes, level_start_index, value)
-    lowered = autocast_dtype(value, sampling_locations, attention_weights)
-    if lowered is not None:
-        value = value.to(lowered)
-        sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
-
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    return ops.ms_deform_attn(*inputs, whole_numbers("ms_deform_attn", points_per_level), method, backend)
+    if not isinstance(spatial_shapes, Tensor) or not isinstance(level_start_index, Tensor):
+        spatial_shapes, level_start_index = as_levels(
+            "ms_deform_attn", spatial_shapes, level_start_index, value
+        )
+    if points_per_level is not None:
+        points_per_level = whole_numbers("ms_deform_attn", points_per_level)
+    if any_autocast():
+        lowered = autocast_dtype(value, sampling_locations, attention_weights)
+        if lowered is not None:
+            value = value.to(lowered)
+            sampling_locations, attention_weights = sampling_locations.float(), attention_weights.float()
+    return ops.ms_deform_attn(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        points_per_level,
+        method,
+        backend,
+    )
 
 
 def ms_deform_attn_fused(
@@ -126,29 +129,26 @@ def ms_deform_attn_fused(
         >>> vitkern.ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits).shape
         torch.Size([1, 5, 32])
     """
-    if not (_is_compiling() or any_autocast()):
-        inputs = (
-            value,
-            spatial_shapes,
-            level_start_index,
-            reference_points,
-            sampling_offsets,
-            attention_logits,
+    if not isinstance(spatial_shapes, Tensor) or not isinstance(level_start_index, Tensor):
+        spatial_shapes, level_start_index = as_levels(
+            "ms_deform_attn_fused", spatial_shapes, level_start_index, value
         )
-        output = _ms_deform_attn_fused(*inputs, points_per_level, method, backend)
-        if output is not None:
-            return output
-
-    spatial_shapes, level_start_index = as_levels(
-        "ms_deform_attn_fused", spatial_shapes, level_start_index, value
-    )
-    lowered = autocast_dtype(value, reference_points, sampling_offsets, attention_logits)
-    if lowered is not None:
-        value = value.to(lowered)
-
-    inputs = (value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
+    if points_per_level is not None:
+        points_per_level = whole_numbers("ms_deform_attn_fused", points_per_level)
+    if any_autocast():
+        lowered = autocast_dtype(value, reference_points, sampling_offsets, attention_logits)
+        if lowered is not None:
+            value = value.to(lowered)
     return ops.ms_deform_attn_fused(
-        *inputs, whole_numbers("ms_deform_attn_fused", points_per_level), method, backend
+        value,
+        spatial_shapes,
+        level_start_index,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        points_per_level,
+        method,
+        backend,
     )
 
 
@@ -198,44 +198,12 @@ def adapter_bottleneck(
         torch.Size([2, 197, 768])
     """
     parameters = (down_weight, down_bias, up_weight, up_bias)
-    adapter_ops.check_tensors(x, *parameters, residual)
-    lowered = autocast_dtype(x, *(tensor for tensor in parameters if tensor is not None))
-    if lowered is not None:
-        x = x.to(lowered)
-    residual_is_x, beside = residual is x, None
-    if residual_is_x:
-        residual = None
-    elif residual is not None and residual.dtype != x.dtype:
-        residual, beside = None, residual
-
-    dropout_p = adapter_ops.number("dropout_p", dropout_p)
-    learnable = scale if isinstance(scale, Tensor) else None
-    factor = adapter_ops.number("scale", scale) if learnable is None else 1.0
-    seed = None
-    if training and dropout_p > 0:
-        seed = torch.randint(_SEEDS, (1,), device=x.device, dtype=torch.int64)
-    differentiable = (x, *parameters, learnable)
-    keep = (
-        x.is_cpu
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in differentiable)
-        # A trace is for both: torch.jit.trace checks one that was made with grad mode on without it.
-        and (_is_compiling() or not torch.jit.is_tracing())
-    )
-    output = adapter_ops.adapter_bottleneck(
-        x,
-        *parameters,
-        residual,
-        learnable,
-        seed,
-        factor,
-        dropout_p,
-        activation,
-        residual_is_x,
-        keep,
-        backend,
-    )
-    return output if beside is None else beside + output
+    if any_autocast():
+        lowered = autocast_dtype(x, *(tensor for tensor in parameters if tensor is not None))
+        if lowered is not None:
+            x = x.to(lowered)
+    options = residual, scale, dropout_p, training, activation, backend
+    return adapter_ops.call(x, parameters, *options)
 
 
 def token_pool(
@@ -302,9 +270,3 @@ def token_project(
     if lowered is not None:
         x, query, key, tokens = (tensor.to(lowered) for tensor in (x, query, key, tokens))
     return token_project_ops.token_project(x, query, key, tokens, backend)
-
-
-_is_compiling = torch.compiler.is_compiling
-# To the results of calls whose like there has been; None for others.
-_ms_deform_attn = ops.ms_deform_attn.short_way
-_ms_deform_attn_fused = ops.ms_deform_attn_fused.short_way

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vitkern import backends
 from vitkern.bench.workloads import OPS, Op
 from vitkern.cases import Case
 from vitkern.commands.choices import DTYPES, Filters, cases_exist, chosen, device_of, dtype_name, matches
 from vitkern.commands.errors import CommandError
+from vitkern.ops import backends
 
 PASSES = ("forward", "backward", "both")
 # Plain torch is no backend of vitkern: it is what one would write without it.

@@ -14,9 +14,9 @@ from types import ModuleType
 
 import torch
 
-from vitkern import _C, backends
+from vitkern import _C
 from vitkern.commands.choices import device_of
-from vitkern.ops import native, op
+from vitkern.ops import backends, native, op
 
 EMULATED = "VITKERN_EMULATED"
 INTERPRET = "TRITON_INTERPRET"

@@ -155,7 +155,7 @@ def _cuda(torch: Any, native: Any) -> Facts:
 
 def _driver(native: Any) -> Facts:
     """Which CUDA the driver and the kernels' runtime are of, and why the one does not serve the other."""
-    backends: Any = _load("vitkern.backends")[0]
+    backends: Any = _load("vitkern.ops.backends")[0]
     if backends is None or native.cuda_version is None:
         return {}
     driver, runtime = native.cuda_driver()
@@ -176,7 +176,7 @@ def _device(torch: Any, index: int, native: Any) -> Facts:
         "reason": "no CUDA kernels were compiled",
     }
     if native is not None and native.cuda_version is not None:
-        from vitkern import backends
+        from vitkern.ops import backends
 
         facts["reason"] = backends.can_run("cuda", torch.device("cuda", index), torch.float32)
     return facts
@@ -184,7 +184,7 @@ def _device(torch: Any, index: int, native: Any) -> Facts:
 
 def _backends() -> dict[str, str | None]:
     """For each backend None, or why it cannot run."""
-    backends, error = _load("vitkern.backends")
+    backends, error = _load("vitkern.ops.backends")
     if backends is None:
         return dict.fromkeys(("cpu", "cuda", "triton", "reference"), f"vitkern does not load ({error})")
     reasons: dict[str, str | None] = backends.explain()

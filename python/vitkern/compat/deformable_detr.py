@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitkern import backends, functional, reference
+from vitkern import functional, reference
 from vitkern.nn import MSDeformAttn
+from vitkern.ops import backends
 from vitkern.ops.ms_deform_attn import ms_deform_attn
 
 __all__ = [

@@ -9,53 +9,75 @@ keep z, eq. (1), for backward, which works it out again where it is not given.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitkern import reference
 from vitkern.ops import native
 from vitkern.ops.checks import Contract
-from vitkern.ops.op import BACKEND, Op, kernel
+from vitkern.ops.derivative import Spec
+from vitkern.ops.op import BACKEND, Op, Plan
 from vitkern.ops.plain import accumulated
 
-# Mirrors csrc/adapter_bottleneck/params.h.
-ACTIVATION_CODES = {"relu": 0, "gelu": 1, "silu": 2}
+ACTIVATIONS = ("relu", "gelu", "silu")
 
 _CONTRACT = Contract("adapter_bottleneck", "x")
+MOST_HIDDEN = 512  # of the Triton kernels
+_SEEDS = 2**63 - 1  # above all that dropout draws
 
 
-class AdapterBottleneckCall(NamedTuple):
-    """What the kernels are launched on: contiguous, of one dtype."""
+def call(
+    x: Tensor,
+    parameters: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    residual: Tensor | None,
+    scale: float | Tensor,
+    dropout_p: float,
+    training: bool,
+    activation: str,
+    backend: str | None,
+) -> Tensor:
+    """The op, after a seed was drawn, and with z kept where a backward pass may follow.
 
-    x: Tensor  # [N, C]
-    down_weight: Tensor  # [H, C]
-    down_bias: Tensor | None  # [H]
-    up_weight: Tensor  # [C, H]
-    up_bias: Tensor | None  # [C]
-    residual: Tensor | None  # [N, C]
-    scale: Tensor | None  # [1], the accumulator's type
-    seed: Tensor | None  # [1] int64
-    factor: float
-    dropout_p: float
-    activation: str
-    residual_is_x: bool
+    A residual of another dtype than x is added afterwards, as torch adds it.
+    """
+    if not isinstance(x, Tensor):
+        _CONTRACT.refuse("x", "a tensor", type(x).__name__)
+    residual_is_x, beside, among = residual is x, None, residual
+    if residual_is_x:
+        among = None
+    elif residual is not None and (not isinstance(residual, Tensor) or residual.dtype != x.dtype):
+        _check_residual(residual, x)
+        among, beside = None, residual
+    learnable, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, _number("scale", scale))
+    dropout_p = _number("dropout_p", dropout_p)
+    seed = None
+    if training and dropout_p > 0:
+        seed = torch.randint(_SEEDS, (1,), device=x.device, dtype=torch.int64)
+    keep = torch.is_grad_enabled() and _wants_kept(x, *parameters, learnable)
+    options = factor, dropout_p, activation, residual_is_x, keep, backend
+    output = adapter_bottleneck(x, *parameters, among, learnable, seed, *options)
+    return output if beside is None else beside + output
 
 
-def check_tensors(x, down_weight, down_bias, up_weight, up_bias, residual) -> None:
-    """What has to hold before the public function looks at them; a residual of another dtype never meets the op."""
-    for name, tensor in {"x": x, "down_weight": down_weight, "up_weight": up_weight}.items():
-        if not isinstance(tensor, Tensor):
-            _CONTRACT.refuse(name, "a tensor", type(tensor).__name__)
-    for name, tensor in {"down_bias": down_bias, "up_bias": up_bias, "residual": residual}.items():
-        if not (tensor is None or isinstance(tensor, Tensor)):
-            _CONTRACT.refuse(name, "a tensor or None", type(tensor).__name__)
-    if residual is not None and residual is not x and residual.dtype != x.dtype:
-        _CONTRACT.check_floating("residual", residual, x)
-        _CONTRACT.check_shape("residual", residual, x.shape, f"{list(x.shape)}, like x")
+def _wants_kept(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass on the CPU may follow: there, to make z again costs more than to keep it."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            # A trace is for both: torch.jit.trace checks one that was made with grad mode on without it.
+            return tensor.is_cpu and (torch.compiler.is_compiling() or not torch.jit.is_tracing())
+    return False
 
 
-def number(name: str, value: Any) -> float:
+def _check_residual(residual: object, x: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        _CONTRACT.refuse("residual", "a tensor or None", type(residual).__name__)
+    _CONTRACT.check_floating("residual", residual, x)
+    _CONTRACT.check_shape("residual", residual, x.shape, f"{list(x.shape)}, like x")
+
+
+def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -63,9 +85,21 @@ def number(name: str, value: Any) -> float:
 
 
 def _check(
-    x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed,
-    factor, dropout_p, activation, residual_is_x, keep, backend,
-):  # fmt: skip
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    seed: Tensor | None,
+    factor: float,
+    dropout_p: float,
+    activation: str,
+    residual_is_x: bool,
+    keep: bool,
+    backend: str | None,
+) -> list[Spec]:
     contract = _CONTRACT
     contract.check_kernel_dtype("x", x)
     if x.dim() == 0:
@@ -95,91 +129,85 @@ def _check(
     if seed is not None:
         contract.check_whole("seed", seed, x)
         contract.check_shape("seed", seed, (1,), "[1]")
-    if activation not in ACTIVATION_CODES:
+    if activation not in ACTIVATIONS:
         contract.fail("activation", "'relu', 'gelu' or 'silu'", repr(activation))
     if not 0 <= dropout_p <= 1:
         contract.fail("dropout_p", "a probability between 0 and 1", dropout_p)
     rows = math.prod(x.shape[:-1])  # Size.numel() would fix a size that is to be dynamic
-    return (x.shape, x.dtype), ((rows, hidden) if keep else (0, hidden), native.accumulator(x.dtype))
+    return [(x.shape, x.dtype), ((rows, hidden) if keep else (0, hidden), native.accumulator(x.dtype))]
 
 
-class _Plan(NamedTuple):
-    backend: str
-    options: tuple[float, float, str, bool]  # as AdapterBottleneckCall ends with them
-    keep: bool
+def _limits(backend: str, x: Tensor, down_weight: Tensor, *others: Tensor | None) -> str | None:
+    if backend == "triton" and down_weight.shape[0] > MOST_HIDDEN:
+        return f"down_weight must have at most {MOST_HIDDEN} hidden units, got {down_weight.shape[0]}"
+    return None
 
 
-def _plan(backend, *inputs) -> _Plan:
+def _plan(backend: str, *inputs: Any) -> Plan:
     factor, dropout_p, activation, residual_is_x, keep, _ = inputs[8:]
-    return _Plan(backend, (factor, dropout_p, activation, residual_is_x), keep)
+    if backend == "triton":
+        from vitkern.ops import triton_adapter_bottleneck as triton
 
-
-def _ready(tensor: Tensor | None, like: Tensor, *shape: int) -> Any:
-    """Contiguous, of like's dtype, None where there is none."""
-    if tensor is None:
-        return None
-    return tensor.to(like.dtype).reshape(shape or tensor.shape).contiguous()
-
-
-def _call(
-    plan, x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed
-) -> AdapterBottleneckCall:
-    rows, channels = x.shape[:-1].numel(), x.shape[-1]
-    return AdapterBottleneckCall(
-        _ready(x, x, rows, channels),
-        _ready(down_weight, x),
-        _ready(down_bias, x),
-        _ready(up_weight, x),
-        _ready(up_bias, x),
-        _ready(residual, x, rows, channels),
-        None if scale is None else scale.to(native.accumulator(x.dtype)).reshape(1),
-        seed,
-        *plan.options,
+        return triton.plan(triton.Options(factor, dropout_p, activation, residual_is_x), keep)
+    x = inputs[0]
+    host, total = native.host(backend, x.device), native.accumulator(x.dtype)
+    options = {
+        "activation": activation,
+        "factor": factor,
+        "residual_is_x": residual_is_x,
+        "threshold": reference.dropout_threshold(dropout_p),
+        "rescale": reference.dropout_rescale(dropout_p),
+    }
+    # Gradients of parameters are sums over all rows.
+    likes = [inputs[at] for at in _DIFFERENTIABLE]
+    gradients = [
+        ((0,) if like is None else like.shape, total if at else x.dtype) for at, like in enumerate(likes)
+    ]
+    return Plan(
+        host.adapter_bottleneck_forward(native.specs(x.dtype, *_check(*inputs)), **options),
+        host.adapter_bottleneck_backward(native.specs(x.dtype, *gradients), **options),
     )
 
 
-def _forward(plan):
-    launch = kernel("adapter_bottleneck", "forward", plan.backend)
-
-    def forward(x, *others):
-        call = _call(plan, x, *others)
-        output, kept = launch(call, plan.keep)
-        if kept is None:
-            kept = x.new_empty((0, call.down_weight.shape[0]), dtype=native.accumulator(x.dtype))
-        # A view could not be changed in place: autograd would lose the gradient.
-        return output.resize_(x.shape), kept
-
-    return forward
-
-
-def _backward(plan, grad_output, needed, *tensors_and_kept):
-    *tensors, kept = tensors_and_kept
-    call = _call(plan, *tensors)
-    launch = kernel("adapter_bottleneck", "backward", plan.backend)
-    gradients = launch(call, grad_output.view(call.x.shape), kept if plan.keep else None, needed)
-    likes = (tensors[position] for position in _DIFFERENTIABLE)
-    return [
-        None if gradient is None else gradient.view(like.shape) for gradient, like in zip(gradients, likes)
-    ]
+def _dtypes(x: Tensor, *others: Tensor | None) -> dict[int, torch.dtype]:
+    return {_SCALE: native.accumulator(x.dtype)}
 
 
 def _reference(
-    x, down_weight, down_bias, up_weight, up_bias, residual, scale, seed,
-    factor, dropout_p, activation, residual_is_x, keep,
-):  # fmt: skip
-    def formula(x, down_weight, down_bias, up_weight, up_bias, residual):
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    seed: Tensor | None,
+    factor: float,
+    dropout_p: float,
+    activation: str,
+    residual_is_x: bool,
+    keep: bool,
+) -> Tensor:
+    def formula(
+        x: Tensor,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
         beside = x if residual_is_x else residual
         times = factor if scale is None else factor * scale.to(x.dtype).view(())
         return reference.adapter_bottleneck(
             x, down_weight, down_bias, up_weight, up_bias, beside, times, seed, dropout_p, activation
         )
 
-    parameters = (_ready(t, x) for t in (down_weight, down_bias, up_weight, up_bias, residual))
-    return accumulated(formula, x, *parameters)
+    parameters = (down_weight, down_bias, up_weight, up_bias, residual)
+    return accumulated(formula, x, *(None if each is None else each.to(x.dtype) for each in parameters))
 
 
 _DIFFERENTIABLE = (0, 1, 2, 3, 4, 6)
-_RESIDUAL = 5
+_RESIDUAL, _SCALE = 5, 6
 
 adapter_bottleneck = Op(
     "adapter_bottleneck",
@@ -191,8 +219,8 @@ adapter_bottleneck = Op(
     passed_on=(_RESIDUAL,),
     check=_check,
     plan=_plan,
-    forward=_forward,
-    backward=_backward,
+    limits=_limits,
+    dtypes=_dtypes,
     reference=_reference,
     kept=1,
 )

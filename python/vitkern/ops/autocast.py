@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vitkern.ops import private
+
 # Whether autocast is on for any device.
-any_autocast = torch._C._is_any_autocast_enabled
+any_autocast = private.any_autocast()
 
 
 def autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from vitkern import backends
+from vitkern.ops import backends
 
 # What an argument has to be, by its kind in a schema.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {

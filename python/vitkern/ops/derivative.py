@@ -4,42 +4,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitkern.ops import direct
-from vitkern.ops.checks import check_memory, check_output, refuse_changes, seen
+from vitkern import _C
+from vitkern.ops import fast_path
+from vitkern.ops.checks import Seen, check_memory, check_output, refuse_changes, seen
 
 Spec = tuple[Sequence[int], torch.dtype]  # of an output
+
+
+def _never(*_: Any) -> None:
+    """No fast path."""
+
+
+class Recorded(NamedTuple):
+    """The facts about a forward pass that its backward needs."""
+
+    options: tuple[Any, ...]
+    saved: tuple[Seen | None, ...]  # shapes, dtypes and devices of the tensors that backward wants again
+    # Of the wanted gradients, grad_output and these tensors: the gradients; None where the plan does not serve.
+    fast: Callable[..., Sequence[Tensor | None] | None] = _never
+    rounds: bool = True  # whether kernels may give gradients of other dtypes than the tensors'
 
 
 class Derivative:
     """The half of an op that is about its gradient: see vitkern.ops.op.Op."""
 
-    name: str
-    differentiable: tuple[int, ...]
     _arguments: list[str]  # as the schema has them
-    _names: tuple[str, ...]  # of the tensors of backward: inputs, and what forward kept
-    _tensors: int  # how many of them are inputs
-    _passed_on: tuple[int, ...]
-    _keeps_result: bool
-    _kept: int  # how many outputs follow the result
-    _saved: slice  # of the outputs, those that backward gets
     _check: Callable[..., Sequence[Spec]]
-    _backward: Callable[..., Sequence[Tensor | None]]
-    _complete: Callable[..., tuple]
-    _launchable: Callable[..., Any]
+    _complete: Callable[..., tuple[Any, ...]]
+    _launchable: Callable[..., fast_path.Planned]
 
-    def _keep(self, ctx, outputs: tuple) -> tuple:
+    def __init__(
+        self,
+        name: str,
+        tensors: list[str],
+        differentiable: tuple[int, ...],
+        passed_on: tuple[int, ...],
+        kept: int,
+        keeps_result: bool,
+    ) -> None:
+        self.name, self.differentiable = name, differentiable
+        self._passed_on, self._kept, self._keeps_result = passed_on, kept, keeps_result
+        self._tensors = len(tensors)
+        self._recorded = tuple(sorted((*differentiable, *passed_on)))  # positions that may want a gradient
+        self._saved = slice(0 if keeps_result else 1, 1 + kept)  # of the outputs, those that backward gets
+        saved = ["result", *(f"kept_{index}" for index in range(kept))][self._saved]
+        # Of the tensors of backward: the inputs, and those that forward kept.
+        self._names = (*(argument.split()[1] for argument in tensors), *saved)
+
+    def _keep(self, ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs for autograd to save: not the result, which could then not be changed in place."""
         if self._keeps_result:
             alias = outputs[0].detach()  # counts the changes of the result
             ctx.result = alias, alias._version
         return outputs[1:]
 
-    def _recall(self, ctx, options: tuple) -> tuple:
+    def _recall(self, ctx: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
         """The tensors that backward wants again."""
         saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
         if not self._keeps_result:
@@ -50,16 +74,26 @@ class Derivative:
                 result = getattr(torch.ops.vitkern, self.name)(*inputs, *options)[0]
         return (*inputs, result, *saved[self._tensors :])
 
-    def _record(self, plan, inputs: tuple, specs: Sequence[Spec]) -> direct.Recorded:
+    def _record(
+        self, backward: Callable[..., Any], inputs: tuple[Any, ...], specs: Sequence[Spec]
+    ) -> Recorded:
         outputs = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs]
-        saved = (*direct.without(inputs[: self._tensors], self._passed_on), *outputs[self._saved])
-        # A gradient may be contiguous or not, what was saved is what it was.
+        saved = (*fast_path.without(inputs[: self._tensors], self._passed_on), *outputs[self._saved])
+        # A gradient may be contiguous or not, saved tensors are what they were.
         gradients = outputs[0], outputs[0].new_empty(()).expand(outputs[0].shape)
-        described = (direct.describe((gradient, *saved)) for gradient in gradients)
-        usual = tuple(key for key in described if key is not None)
-        return direct.Recorded(inputs[self._tensors :], seen(saved), plan, usual)
+        signatures = (fast_path.sign((gradient, *saved)) for gradient in gradients)
+        usual = [signature for signature in signatures if signature is not None]
+        fast: Callable[..., Any] = _never
+        if fast_path.watched is not None:
+            ask = fast_path.sign, fast_path.watched, torch.is_grad_enabled
+            fast = _C.fast_backward(*ask, usual, backward)
+        dtypes = {inputs[at].dtype for at in self.differentiable if inputs[at] is not None}
+        rounds = dtypes not in ({torch.float32}, {torch.float64})
+        return Recorded(inputs[self._tensors :], seen(saved), fast, rounds)
 
-    def _received(self, grad_output: Tensor, needed, inputs: tuple) -> tuple[tuple, tuple, tuple[bool, ...]]:
+    def _received(
+        self, grad_output: Tensor, needed: Sequence[bool], inputs: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[bool, ...]]:
         """The arguments of the forward pass; the tensors of the backward pass, those and what was kept; what is needed.
 
         Of a tensor that was not saved, grad_output has all that may be asked for.
@@ -86,62 +120,72 @@ class Derivative:
         possible = (forward[position] is not None for position in self.differentiable)
         return forward, tensors, tuple(need and can for need, can in zip(needed, possible))
 
-    def _run_backward(self, grad_output, needed, *inputs):
+    def _run_backward(self, grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> Any:
         inputs, tensors, needed = self._received(grad_output, needed, inputs)
-        plan = self._launchable(inputs).plan
-        if direct.describe((grad_output, *tensors)) is None:
+        backward = self._launchable(inputs).backward
+        if fast_path.sign((grad_output, *tensors)) is None:
             check_memory(self.name, ("grad_output", *self._names), (grad_output, *tensors))
-        # Launches see to the strides of inputs; outputs of a forward pass have no others.
+        # The plan knows the strides of inputs; outputs of a forward pass have no others.
         outputs = (output.contiguous() for output in tensors[self._tensors :])
-        gradients = self._gradients(plan, grad_output, needed, (*tensors[: self._tensors], *outputs))
+        ready = (*tensors[: self._tensors], *outputs)
+        gradients = self._rounded(backward(needed, grad_output.contiguous(), *ready), ready)
         return tuple(inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
-    def _gradients(self, plan, grad_output, needed, tensors) -> list[Tensor | None]:
-        gradients = self._backward(plan, grad_output.contiguous(), tuple(needed), *tensors)
+    def _rounded(
+        self, gradients: Sequence[Tensor | None], tensors: tuple[Any, ...]
+    ) -> Sequence[Tensor | None]:
+        """The gradients in the dtypes of the tensors that they are of."""
         return [
-            gradient if gradient is None else gradient.to(tensors[position].dtype)
-            for gradient, position in zip(gradients, self.differentiable)
+            gradient
+            if gradient is None or gradient.dtype == tensors[at].dtype
+            else gradient.to(tensors[at].dtype)
+            for gradient, at in zip(gradients, self.differentiable)
         ]
 
-    def _fake_backward(self, grad_output, needed, *inputs):
+    def _fake_backward(self, grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> Any:
         inputs, _, needed = self._received(grad_output, needed, inputs)
         return tuple(
             inputs[position].new_empty(inputs[position].shape) if need else inputs[0].new_empty(0)
             for position, need in zip(self.differentiable, needed)
         )
 
-    def _set_up(self, ctx, inputs, output) -> None:
+    def _set_up(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = output if self._kept else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
-        tensors = direct.without(inputs[: self._tensors], self._passed_on)
+        tensors = fast_path.without(inputs[: self._tensors], self._passed_on)
         ctx.save_for_backward(*tensors, *self._keep(ctx, outputs))
-        ctx.recorded = direct.Recorded(inputs[self._tensors :], seen((*tensors, *outputs[self._saved])))
+        ctx.recorded = Recorded(inputs[self._tensors :], seen((*tensors, *outputs[self._saved])))
 
-    def _derive(self, ctx, grad_output, *_):
+    def _derive(self, ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Gradients of all arguments, for the dispatcher."""
         gradients = self._differentiate(ctx, grad_output, range(self._tensors), ctx.recorded)
         return *gradients, *(None for _ in ctx.recorded.options)
 
-    def _differentiate(self, ctx, grad_output, positions, recorded: direct.Recorded) -> list[Tensor | None]:
-        """Gradients of the tensors at these positions, which are what ctx tells of."""
-        wanted = dict(zip(positions, ctx.needs_input_grad))
-        needed = [wanted[position] for position in self.differentiable]
+    def _differentiate(
+        self, ctx: Any, grad_output: Tensor, positions: Sequence[int], recorded: Recorded
+    ) -> Sequence[Tensor | None]:
+        """Gradients of the tensors at these positions, of which ctx has a record."""
+        flags = ctx.needs_input_grad
+        same = positions is self._recorded and not self._passed_on  # a flag for each gradient, in order
+        wanted = {} if same else dict(zip(positions, flags))
+        needed = flags[: len(positions)] if same else tuple([wanted[at] for at in self.differentiable])
         saved = self._recall(ctx, recorded.options)
-        # Grad mode is on for a second derivative: only the op knows how to refuse one.
-        if (
-            torch.is_grad_enabled()
-            or not direct.nothing_watches()
-            or direct.describe((grad_output, *saved)) not in recorded.described
-        ):
+        fast = _never if fast_path.is_compiling() else recorded.fast
+        gradients = fast(needed, grad_output, *saved)
+        if gradients is None:
             refuse_changes(self.name, self._names, recorded.saved, saved)
             backward = getattr(torch.ops.vitkern, f"{self.name}_backward")
             gradients = backward(grad_output, needed, *saved, *recorded.options)
-        else:
-            gradients = self._gradients(recorded.plan, grad_output, needed, saved)
-        found = dict(zip(self.differentiable, gradients)) | dict.fromkeys(self._passed_on, grad_output)
-        return [found.get(position) if wanted[position] else None for position in positions]
+        elif recorded.rounds:
+            gradients = self._rounded(gradients, saved)
+        if same:
+            return [each if flag else None for each, flag in zip(gradients, needed)]
+        found = dict(zip(self.differentiable, gradients))
+        for at in self._passed_on:
+            found[at] = grad_output
+        return [found.get(at) if wanted[at] else None for at in positions]
 
-    def _refuse(self, ctx, *grads):
+    def _refuse(self, ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(
             f"vitkern.{self.name} has no second derivative in its kernels; backend='reference' has those of any order"
         )

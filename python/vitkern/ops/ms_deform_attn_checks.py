@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vitkern.ops import native
 from vitkern.ops.checks import Contract
+from vitkern.ops.derivative import Spec
 
-# Mirrors csrc/ms_deform_attn/params.h.
-SAMPLING_CODES = {"bilinear": 0, "nearest": 1}
-
-_VALIDATE_ON_DEVICE = "VITKERN_VALIDATE"
+METHODS = ("bilinear", "nearest")
 
 
 class MsDeformAttnContract(Contract):
@@ -24,20 +21,26 @@ class MsDeformAttnContract(Contract):
         super().__init__(op, leader="value")
         self.locations, self.weights = locations, weights
 
-    def check_value(self, value, spatial_shapes, level_start_index, method) -> None:
+    def check_value(
+        self, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, method: str
+    ) -> None:
         self.check_kernel_dtype("value", value)
         if value.dim() != 4:
             self.fail("value", "[B, S, M, D]", list(value.shape))
-        if method not in SAMPLING_CODES:
+        if method not in METHODS:
             self.fail("method", "'bilinear' or 'nearest'", repr(method))
-        self.check_whole("spatial_shapes", spatial_shapes, value)
-        self.check_whole("level_start_index", level_start_index, value)
+        for name, table in (("spatial_shapes", spatial_shapes), ("level_start_index", level_start_index)):
+            self.check_dense(name, table, value)
+            if table.dtype.is_floating_point or table.dtype == torch.bool or table.dtype.is_complex:
+                self.refuse(name, "int64", table.dtype)
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             self.fail("spatial_shapes", "[L, 2] as (height, width)", list(spatial_shapes.shape))
         levels = spatial_shapes.shape[0]
         self.check_shape("level_start_index", level_start_index, (levels,), f"[L] with L={levels}")
 
-    def check_locations(self, value, spatial_shapes, locations, points_per_level) -> tuple[int, ...]:
+    def check_locations(
+        self, value: Tensor, spatial_shapes: Tensor, locations: Tensor, points_per_level: Sequence[int] | None
+    ) -> tuple[int, ...]:
         """What follows [B, Q, M] in the shape of the locations: (L, P), or (K,) with points_per_level."""
         self.check_floating(self.locations, locations, value)
         levels, (batch, _, heads, _), shape = spatial_shapes.shape[0], value.shape, locations.shape
@@ -51,42 +54,25 @@ class MsDeformAttnContract(Contract):
         self.check_shape(self.locations, locations, (batch, *shape[1:2], heads, *points, 2), form)
         return points
 
-    def check_weights(self, value, weights, expected) -> None:
+    def check_weights(self, value: Tensor, weights: Tensor, expected: tuple[int, ...]) -> None:
         self.check_floating(self.weights, weights, value)
         self.check_shape(self.weights, weights, expected, f"{list(expected)}, like {self.locations}")
-
-    def check_levels(self, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
-        """That the levels tile the S pixels. Reads elements: on a GPU, where that waits, only if VITKERN_VALIDATE=1."""
-        if value.is_cpu and _levels_tile(spatial_shapes.contiguous(), level_start_index.contiguous(), value):
-            return
-        if not value.is_cpu and os.environ.get(_VALIDATE_ON_DEVICE) != "1":
-            return
-        shapes, starts, pixels = spatial_shapes.tolist(), level_start_index.tolist(), value.shape[1]
-        covered = 0
-        for start, (height, width) in sorted(zip(starts, shapes)):
-            if height < 0 or width < 0:
-                self.fail("spatial_shapes", "of sizes of at least 0", shapes)
-            if height * width == 0:
-                continue
-            if start != covered:
-                expected = f"the first pixel of each level of {shapes}, without gap or overlap"
-                self.fail("level_start_index", expected, starts)
-            covered += height * width
-        if covered != pixels:
-            expected = f"the sizes of levels with S={pixels} pixels in all, as value"
-            self.fail("spatial_shapes", expected, f"{shapes}: {covered}")
-
-
-def _levels_tile(shapes: Tensor, starts: Tensor, value: Tensor) -> bool:
-    """Whether the levels, in tables on the host, cover the pixels without gap or overlap."""
-    return native._C.levels_tile(shapes.data_ptr(), starts.data_ptr(), starts.numel(), value.shape[1])
 
 
 PLAIN = MsDeformAttnContract("ms_deform_attn", "sampling_locations", "attention_weights")
 FUSED = MsDeformAttnContract("ms_deform_attn_fused", "sampling_offsets", "attention_logits")
 
 
-def check_plain(value, shapes, starts, locations, weights, points_per_level, method, _):
+def check_plain(
+    value: Tensor,
+    shapes: Tensor,
+    starts: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    points_per_level: Sequence[int] | None,
+    method: str,
+    backend: str | None,
+) -> list[Spec]:
     PLAIN.check_value(value, shapes, starts, method)
     points = PLAIN.check_locations(value, shapes, locations, points_per_level)
     batch, _, heads, channels = value.shape
@@ -95,7 +81,17 @@ def check_plain(value, shapes, starts, locations, weights, points_per_level, met
     return [((batch, queries, heads * channels), value.dtype)]
 
 
-def check_fused(value, shapes, starts, reference_points, offsets, logits, points_per_level, method, _):
+def check_fused(
+    value: Tensor,
+    shapes: Tensor,
+    starts: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    points_per_level: Sequence[int] | None,
+    method: str,
+    backend: str | None,
+) -> list[Spec]:
     FUSED.check_value(value, shapes, starts, method)
     points = FUSED.check_locations(value, shapes, offsets, points_per_level)
     batch, _, heads, channels = value.shape

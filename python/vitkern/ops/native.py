@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What launches of the compiled kernels share, whatever the op: the module, codes, addresses, streams.
-
-native_<op>.py goes from an op's tensors to the kernels. Callers have checked and made everything contiguous.
-"""
+"""The compiled kernels: where their calls run, and the specifications of outputs."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitkern import _C
+from vitkern.ops import private
 
-# Mirrors csrc/common/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-# The module whose *_cuda functions are called: the emulated twin of _C in tests (csrc/emulator).
+# The module whose CUDA kernels are called: the emulated twin of _C in tests (csrc/emulator).
 cuda_module: ModuleType = _C
 
 
@@ -28,22 +20,23 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def current_stream(device: torch.device) -> Callable[[], int]:
-    """What gives the stream that work on a device is to join; 0 on the CPU, where only the emulator comes by."""
-    if device.type != "cuda":
-        return int
-    return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+def _workspace(like: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
-def cuda_target(tensor: Tensor) -> tuple[int, int]:
-    """Device ordinal and current stream; zeros on the CPU."""
-    return (tensor.get_device() if tensor.is_cuda else 0), current_stream(tensor.device)()
+def host(backend: str, device: torch.device) -> _C.Host:
+    """Makes the calls of a backend's kernels on a device."""
+    borrow = private.borrow()
+    if backend == "cpu":
+        return _C.Host(cuda=False, borrow=borrow, device=0, where=torch.get_num_threads, workspace=_workspace)
+    ordinal = 0 if device.type != "cuda" else device.index  # the emulator's tensors are on the CPU
+    where = int if device.type != "cuda" else private.current_stream(ordinal)
+    made: _C.Host = cuda_module.Host(
+        cuda=True, borrow=borrow, device=ordinal, where=where, workspace=_workspace
+    )
+    return made
 
 
-def workspace(size: int, device: torch.device) -> Tensor:
-    """So many bytes for a kernel's intermediate results."""
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
-def addresses(tensors: Sequence[Tensor | None]) -> Any:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def specs(dtype: torch.dtype, *outputs: _C.Spec) -> list[_C.Spec]:
+    """Specifications of outputs for a call whose first tensor is of this dtype."""
+    return [(it[0], None if it[1] == dtype else it[1], len(it) == 3 and it[2]) for it in outputs]

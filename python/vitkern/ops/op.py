@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op of the library ``vitkern`` has in common: registration, fakes, autograd, and the short way in.
+"""The op: registration with torch, fakes, plans, and both paths to a kernel.
 
-An op brings its schema, its checks, its plan and its launches; this file makes a citizen of torch of it:
+An op brings its schema, its checks and its plan. This file makes a full member of torch's library of it:
 ``torch.ops.vitkern.X`` passes opcheck, compiles, exports, and trains after export; its backward is an op too, whose own
-derivative raises. Where nothing but autograd watches, a call takes the short way of ``vitkern.ops.direct``.
+derivative raises. A call goes ``functional -> Op -> plan -> kernel``, by the fast path or by the dispatcher's.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library import autograd as dispatched
 
-from vitkern import _C, backends
-from vitkern.ops import direct
+from vitkern import _C
+from vitkern.ops import backends, fast_path, private
 from vitkern.ops.checks import check_memory, check_types
 from vitkern.ops.derivative import Derivative, Spec
+from vitkern.ops.fast_path import Planned, Tensors
 
 _library = torch.library.Library("vitkern", "FRAGMENT")
 
@@ -30,25 +29,33 @@ BACKEND = "str? backend=None"
 _MOST_PLANS = 4096  # of an op; then it starts afresh
 
 
+class Plan(NamedTuple):
+    """How calls of one signature run, on contiguous tensors of the dtypes that the op asks for."""
+
+    forward: Callable[..., Any]  # of the tensors: the output, or a tuple of outputs
+    # Of which gradients are wanted, a contiguous grad_output, the tensors, and the outputs that were kept: a gradient
+    # or None for each differentiable tensor.
+    backward: Callable[..., Sequence[Tensor | None]]
+
+
 class Op(Derivative):
-    """torch.ops.vitkern.<name>; called, the same by the shortest way that nobody can tell from the dispatcher's.
+    """torch.ops.vitkern.<name>. Calling the object is the same, through a fast path that skips the dispatcher.
 
     Its arguments are tensors (``Tensor``, or ``Tensor?`` where None may come) and then options, the backend last. There
-    is a plan for each set of options: what changes from call to call, such as a seed, has to be a tensor.
+    is a plan for each signature: for the types, devices, shapes and contiguity of the tensors, and the options. An
+    argument that changes from call to call, such as a seed, has to be a tensor.
 
     Args:
         name: of the op; its backward is <name>_backward.
         schema: the arguments as torch.library writes them.
         defaults: of the options, which the dispatcher leaves out where they have them.
         differentiable: positions of the tensors that have a gradient.
-        check: of all arguments, real or fake: raises what is wrong without reading elements, and returns shape and
-            dtype of each output. The first output is the result; others are what the backward wants kept.
-        plan: of the backend and all arguments: what follows from shapes, dtypes, device and options, worked out once
-            for each set of these. Strides and elements may be others the next time.
-        forward: of the plan; returns a function of the tensors as they come, which returns the output, or a tuple of
-            outputs.
-        backward: of the plan, a contiguous grad_output, `needed`, the tensors and the outputs that were kept; returns a
-            gradient or None for each differentiable tensor.
+        check: of all arguments, real or fake: raises if one is wrong, without reading elements, and returns shape and
+            dtype of each output. The first output is the result; others are kept for backward.
+        plan: of the backend and all arguments.
+        limits: of a backend and the tensors: why its kernels cannot take them, with the size that they have and the
+            size that they may have; None if they can.
+        dtypes: of the tensors: the dtype that kernels read each in, by position; others are read in that of the first.
         reference: of all arguments but the backend: the result by differentiable torch code.
         kept: how many outputs follow the result.
         keeps_result: whether the backward wants the result too, before the others.
@@ -61,32 +68,25 @@ class Op(Derivative):
         name: str,
         schema: str,
         *,
-        defaults: tuple,
+        defaults: tuple[object, ...],
         differentiable: tuple[int, ...],
         check: Callable[..., Sequence[Spec]],
-        plan: Callable[..., Any],
-        forward: Callable[..., Any],
-        backward: Callable[..., Sequence[Tensor | None]],
+        plan: Callable[..., Plan],
         reference: Callable[..., Tensor],
+        limits: Callable[..., str | None] = lambda *_: None,
+        dtypes: Callable[..., dict[int, torch.dtype]] = lambda *_: {},
         kept: int = 0,
         keeps_result: bool = False,
         passed_on: tuple[int, ...] = (),
     ) -> None:
-        self.name, self.differentiable, self._defaults, self._kept = name, differentiable, defaults, kept
-        self._keeps_result = keeps_result
-        self._saved = slice(0 if keeps_result else 1, 1 + kept)  # of the outputs, those that backward gets
-        self._passed_on = passed_on
-        self._check, self._plan, self._reference = check, plan, reference
-        self._forward, self._backward = forward, backward
-        # By key of the tensors and options; None: the reference is to run.
-        self._plans: dict[tuple, direct.Planned | None] = {}
-        self._recorded = tuple(sorted((*differentiable, *passed_on)))  # positions that may want a gradient
         arguments = schema.split(", ")
-        self._tensors = len(arguments) - len(defaults)
-        tensors, options = arguments[: self._tensors], arguments[self._tensors :]
-        self._arguments = arguments
-        saved = ["Tensor result", *(f"Tensor kept_{index}" for index in range(kept))][self._saved]
-        self._names = tuple(argument.split()[1] for argument in tensors + saved)  # of the tensors of backward
+        count = len(arguments) - len(defaults)
+        tensors, options = arguments[:count], arguments[count:]
+        super().__init__(name, tensors, differentiable, passed_on, kept, keeps_result)
+        self._arguments, self._defaults = arguments, defaults
+        self._check, self._plan, self._reference = check, plan, reference
+        self._limits, self._dtypes = limits, dtypes
+        self._plans: dict[Any, Planned | None] = {}  # by signature; None: the reference runs
 
         self._define(name, arguments, 1 + kept, self._run_forward, self._fake_forward)
         first = ["Tensor grad_output", f"bool[{len(differentiable)}] needed"]
@@ -94,42 +94,50 @@ class Op(Derivative):
             argument.replace("Tensor ", "Tensor? ") if at in passed_on else argument
             for at, argument in enumerate(tensors)
         ]
-        arguments = first + inputs + saved + options
+        saved = [f"Tensor {name}" for name in self._names[count:]]
+        backward = [*first, *inputs, *saved, *options]
         self._define(
-            f"{name}_backward", arguments, len(differentiable), self._run_backward, self._fake_backward
+            f"{name}_backward", backward, len(differentiable), self._run_backward, self._fake_backward
         )
         torch.library.register_autograd(f"vitkern::{name}_backward", self._refuse, lib=_library)
-        # To the result, None where the call has to go another way; and to all outputs.
-        self.short_way, short_way = (self._shorten(everything) for everything in (False, True))
-        # What torch.library.register_autograd would register, for all but the short way.
-        overload = getattr(torch.ops.vitkern, name).default
-        long_way = dispatched.make_autograd_impl(overload, dispatched.Info(self._derive, self._set_up))
-
-        def run_autograd(keyset, *inputs):
-            output = short_way(*inputs)
-            return long_way(keyset, *inputs) if output is None else output
-
-        _library.impl(name, run_autograd, "Autograd", with_keyset=True)
+        self._fast, self._fast_all = self._fast_path(False), self._fast_path(True)
+        self._register_autograd()
         _ops.append(self)
 
     @staticmethod
-    def _define(name, arguments, outputs, real, fake) -> None:
+    def _define(
+        name: str, arguments: list[str], outputs: int, real: Callable[..., Any], fake: Callable[..., Any]
+    ) -> None:
         gives = ", ".join(["Tensor"] * outputs)
         _library.define(f"{name}({', '.join(arguments)}) -> {gives if outputs == 1 else f'({gives})'}")
         _library.impl(name, real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vitkern::{name}", fake, lib=_library)
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        if direct.is_compiling():
-            check_types(self.name, self._arguments, inputs)
-            return self._through_the_dispatcher(inputs)
-        output = self.short_way(*inputs)
-        return self._long_way(inputs) if output is None else output
+    def _register_autograd(self) -> None:
+        """As torch.library.register_autograd does; where torch allows it, with the fast path before."""
+        make = private.find("_library.autograd.make_autograd_impl")
+        info = private.find("_library.autograd.Info")
+        if make is None or info is None:
+            torch.library.register_autograd(
+                f"vitkern::{self.name}", self._derive, setup_context=self._set_up, lib=_library
+            )
+            return
+        overload = getattr(torch.ops.vitkern, self.name).default
+        recorded = make(overload, info(self._derive, self._set_up))
 
-    def _shorten(self, everything: bool) -> Callable[..., Any]:
-        return _C.short_way(
-            direct.describe,
-            direct.watched,
+        def run_autograd(keyset: object, *inputs: Any) -> Any:
+            output = self._fast_all(*inputs)
+            return recorded(keyset, *inputs) if output is None else output
+
+        _library.impl(self.name, run_autograd, "Autograd", with_keyset=True)
+
+    def _fast_path(self, everything: bool) -> Callable[..., Any]:
+        """A function of the arguments: the result, or all outputs, if this signature has a plan; else None."""
+        if fast_path.watched is None:
+            return lambda *_: None
+        return _C.fast_path(
+            fast_path.sign,
+            fast_path.watched,
             torch.is_grad_enabled,
             self._tensors,
             self._defaults,
@@ -138,59 +146,105 @@ class Op(Derivative):
             everything,
         )
 
-    def _long_way(self, inputs: tuple) -> Tensor:
-        """For what is watched, and for the first call of its kind."""
+    def __call__(self, *inputs: Any) -> Tensor:
+        if not fast_path.is_compiling():
+            output = self._fast(*inputs)
+            if output is not None:
+                return output
         check_types(self.name, self._arguments, inputs)  # before plans are looked up by what must be hashable
         tensors = inputs[: self._tensors]
-        if direct.nothing_watches() and direct.describe(tensors) is None:
-            check_memory(self.name, self._names, tensors)
-        elif direct.nothing_watches():
-            if self._planned(inputs) is None:
+        if fast_path.nothing_watches():
+            if fast_path.sign(tensors) is None:
+                check_memory(self.name, self._names, tensors)
+            elif self._planned(inputs) is None:
                 return self._reference(*inputs[:-1])
-            output = self.short_way(*inputs)
-            if output is not None:  # else another thread has made all plans be forgotten since
+            elif (output := self._fast(*inputs)) is not None:  # None: another thread forgot all plans since
                 return output
         return self._through_the_dispatcher(inputs)
 
-    def _through_the_dispatcher(self, inputs: tuple) -> Tensor:
-        if backends.falls_to_reference(inputs[0].device, inputs[0].dtype, inputs[-1]):
-            self._check(*inputs)
+    def can_run(self, backend: str, *tensors: Tensor | None) -> str | None:
+        """None where a backend serves these tensors, else the reason why it does not."""
+        first = tensors[0]
+        assert first is not None
+        return backends.can_run(backend, first.device, first.dtype) or self._limits(backend, *tensors)
+
+    def _refusals(self, inputs: tuple[Any, ...]) -> backends.Refusals:
+        reasons = [(name, self._limits(name, *inputs[: self._tensors])) for name in backends.BACKENDS]
+        return tuple([(name, reason) for name, reason in reasons if reason is not None])
+
+    def _through_the_dispatcher(self, inputs: tuple[Any, ...]) -> Tensor:
+        self._check(*inputs)  # limits are asked of tensors that fit one another
+        if backends.falls_to_reference(inputs[0].device, inputs[0].dtype, inputs[-1], self._refusals(inputs)):
             return self._reference(*inputs[:-1])
-        direct.refuse_transforms(self.name)
+        fast_path.refuse_transforms(self.name)
         output = getattr(torch.ops.vitkern, self.name)(*inputs)
         return output[0] if self._kept else output
 
-    def _planned(self, inputs: tuple) -> direct.Planned | None:
-        """What runs inputs like these, None where it is the reference."""
-        described, options = direct.describe(inputs[: self._tensors]), inputs[self._tensors :]
-        key = (described, *options)
+    def _planned(self, inputs: tuple[Any, ...]) -> Planned | None:
+        """The plan of a call's signature; None where the reference runs."""
+        tensors, options = inputs[: self._tensors], inputs[self._tensors :]
+        signature = fast_path.sign(tensors)
+        key = (signature, *options)
         if key in self._plans:
             return self._plans[key]
-        if described is None:
-            check_memory(self.name, self._names, inputs[: self._tensors])
+        if signature is None:
+            check_memory(self.name, self._names, tensors)
         specs = self._check(*inputs)
-        backend = backends.choose(inputs[0].device, inputs[0].dtype, inputs[-1])
-        planned = None
-        if backend != "reference":
-            plan = self._plan(backend, *inputs)
-            run = self._forward(plan)
-            recorded = self._record(plan, inputs, specs)
-            differentiate = functools.partial(
-                self._differentiate, positions=self._recorded, recorded=recorded
-            )
-            recorder = functools.partial(direct.recorder, self.name, run, differentiate, self._passed_on)
-            if self._kept:
-                record, record_all = (recorder(self._keep, everything) for everything in (False, True))
-            else:
-                record = record_all = recorder(None, True)
-            planned = direct.Planned(run, record, record_all, plan)
+        backend = backends.choose(inputs[0].device, inputs[0].dtype, inputs[-1], self._refusals(inputs))
+        planned = None if backend == "reference" else self._new_plan(backend, inputs, specs)
         if len(self._plans) == _MOST_PLANS:
             self._plans.clear()
-        if described is not None:
+        if signature is not None:
             self._plans[key] = planned
         return planned
 
-    def _launchable(self, inputs: tuple) -> direct.Planned:
+    def _new_plan(self, backend: str, inputs: tuple[Any, ...], specs: Sequence[Spec]) -> Planned:
+        tensors = inputs[: self._tensors]
+        plan = self._prepared(self._plan(backend, *inputs), tensors)
+        recorded = self._record(plan.backward, inputs, specs)
+        differentiate = functools.partial(self._differentiate, positions=self._recorded, recorded=recorded)
+        recorder = functools.partial(
+            fast_path.recorder, self.name, plan.forward, differentiate, self._passed_on
+        )
+        if not self._kept:
+            record = record_all = recorder(None, True)
+        else:
+            record, record_all = (recorder(self._keep, everything) for everything in (False, True))
+        return Planned(plan.forward, record, record_all, plan.backward)
+
+    def _prepared(self, plan: Plan, tensors: Tensors) -> Plan:
+        """The plan for tensors as they come: contiguous or not, of the dtypes that kernels read or of others."""
+        dtypes = self._dtypes(*tensors)
+        first = tensors[0]
+        assert first is not None
+        wanted = [
+            None
+            if tensor is None
+            else dtypes.get(at, first.dtype if tensor.is_floating_point() else tensor.dtype)
+            for at, tensor in enumerate(tensors)
+        ]
+        if all(
+            tensor is None or (tensor.dtype == dtype and tensor.is_contiguous())
+            for tensor, dtype in zip(tensors, wanted)
+        ):
+            return plan
+
+        def ready(tensors: Tensors) -> list[Tensor | None]:
+            return [
+                None if tensor is None else tensor.to(dtype).contiguous()
+                for tensor, dtype in zip(tensors, wanted)
+            ]
+
+        def forward(*tensors: Tensor | None) -> Any:
+            return plan.forward(*ready(tensors))
+
+        def backward(needed: tuple[bool, ...], grad_output: Tensor, *tensors: Tensor | None) -> Any:
+            kept = tensors[len(wanted) :]
+            return plan.backward(needed, grad_output, *ready(tensors[: len(wanted)]), *kept)
+
+        return Plan(forward, backward)
+
+    def _launchable(self, inputs: tuple[Any, ...]) -> Planned:
         planned = self._planned(inputs)
         if planned is None:
             raise RuntimeError(
@@ -198,17 +252,17 @@ class Op(Derivative):
             )
         return planned
 
-    def _complete(self, inputs: tuple, tensors: int) -> tuple:
+    def _complete(self, inputs: tuple[Any, ...], tensors: int) -> tuple[Any, ...]:
         """All arguments, where the dispatcher leaves defaults out and has lists of numbers for tuples."""
         options = inputs[tensors:]
         options += self._defaults[len(options) :]
         return *inputs[:tensors], *(tuple(o) if isinstance(o, list) else o for o in options)
 
-    def _run_forward(self, *inputs):
+    def _run_forward(self, *inputs: Any) -> Any:
         inputs = self._complete(inputs, self._tensors)
         return self._launchable(inputs).run(*inputs[: self._tensors])
 
-    def _fake_forward(self, *inputs):
+    def _fake_forward(self, *inputs: Any) -> Any:
         specs = self._check(*self._complete(inputs, self._tensors))
         outputs = tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs)
         return outputs if self._kept else outputs[0]
@@ -222,11 +276,3 @@ def forget_plans() -> None:
     backends.choose.cache_clear()
     for op in _ops:
         op._plans.clear()
-
-
-@functools.cache
-def kernel(op: str, direction: str, backend: str) -> Callable[..., Any]:
-    """The launch function of an op for a backend, imported when first needed."""
-    family = "triton" if backend == "triton" else "native"
-    module = importlib.import_module(f"vitkern.ops.{family}_{op}")
-    return getattr(module, f"{op}_{direction}_{backend}")

@@ -7,27 +7,20 @@ which backward needs, as it needs the tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from vitkern import reference
 from vitkern.ops import native
 from vitkern.ops.checks import Contract
-from vitkern.ops.op import BACKEND, Op, kernel
+from vitkern.ops.derivative import Spec
+from vitkern.ops.op import BACKEND, Op, Plan
 from vitkern.ops.plain import accumulated
 
 _CONTRACT = Contract("token_pool", "x")
+MOST_TOKENS = 256  # of the Triton kernels
 
 
-class TokenPoolCall(NamedTuple):
-    """What the kernels are launched on: contiguous, of one dtype."""
-
-    x: Tensor  # [B, N, C]
-    weight: Tensor  # [T, C] or [B, T, C]
-
-
-def _check(x, weight, backend):
+def _check(x: Tensor, weight: Tensor, backend: str | None) -> list[Spec]:
     contract = _CONTRACT
     contract.check_kernel_dtype("x", x)
     if x.dim() != 3:
@@ -40,30 +33,27 @@ def _check(x, weight, backend):
     if len(images) > 1 or weight.shape != (*((batch,) if images else ()), tokens, channels):
         expected = f"[T, C] or [B, T, C] with B={batch}, C={channels}"
         contract.fail("weight", expected, list(weight.shape))
-    return ((batch, tokens, channels), x.dtype), ((batch, 2, tokens), native.accumulator(x.dtype))
+    return [((batch, tokens, channels), x.dtype), ((batch, 2, tokens), native.accumulator(x.dtype))]
 
 
-def _plan(backend, *_) -> str:
-    return backend
+def _limits(backend: str, x: Tensor, weight: Tensor) -> str | None:
+    if backend == "triton" and weight.shape[-2] > MOST_TOKENS:
+        return f"weight must have at most {MOST_TOKENS} tokens, got {weight.shape[-2]}"
+    return None
 
 
-def _call(x, weight) -> TokenPoolCall:
-    if weight.dtype != x.dtype:
-        weight = weight.to(x.dtype)
-    return TokenPoolCall(x.contiguous(), weight.contiguous())
+def _plan(backend: str, x: Tensor, weight: Tensor, requested: str | None) -> Plan:
+    if backend == "triton":
+        from vitkern.ops import triton_token_pool as triton
+
+        return Plan(triton.forward, triton.backward)
+    host, total = native.host(backend, x.device), native.accumulator(x.dtype)
+    outputs = native.specs(x.dtype, *_check(x, weight, requested))
+    gradients = native.specs(x.dtype, (x.shape, x.dtype), (weight.shape, total))
+    return Plan(host.token_pool_forward(outputs), host.token_pool_backward(gradients))
 
 
-def _forward(backend):
-    launch = kernel("token_pool", "forward", backend)
-    return lambda *tensors: launch(_call(*tensors))
-
-
-def _backward(backend, grad_output, needed, x, weight, tokens, statistics):
-    launch = kernel("token_pool", "backward", backend)
-    return launch(_call(x, weight), grad_output, tokens, statistics, needed)
-
-
-def _reference(x, weight):
+def _reference(x: Tensor, weight: Tensor) -> Tensor:
     return accumulated(reference.token_pool, x, weight.to(x.dtype))
 
 
@@ -74,8 +64,7 @@ token_pool = Op(
     differentiable=(0, 1),
     check=_check,
     plan=_plan,
-    forward=_forward,
-    backward=_backward,
+    limits=_limits,
     reference=_reference,
     kept=1,
     keeps_result=True,

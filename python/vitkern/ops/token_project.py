@@ -6,28 +6,20 @@ The public, documented function is in ``vitkern.functional``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from vitkern import reference
+from vitkern.ops import native
 from vitkern.ops.checks import Contract
-from vitkern.ops.op import BACKEND, Op, kernel
+from vitkern.ops.derivative import Spec
+from vitkern.ops.op import BACKEND, Op, Plan
 from vitkern.ops.plain import accumulated
 
 _CONTRACT = Contract("token_project", "x")
+MOST_TOKENS = 512  # of the Triton kernels
 
 
-class TokenProjectCall(NamedTuple):
-    """What the kernels are launched on: contiguous, of one dtype."""
-
-    x: Tensor  # [B, N, C]
-    query: Tensor  # [B, N, K]
-    key: Tensor  # [B, T, K]
-    tokens: Tensor  # [B, T, C]
-
-
-def _check(x, query, key, tokens, backend):
+def _check(x: Tensor, query: Tensor, key: Tensor, tokens: Tensor, backend: str | None) -> list[Spec]:
     contract = _CONTRACT
     contract.check_kernel_dtype("x", x)
     if x.dim() != 3:
@@ -46,29 +38,27 @@ def _check(x, query, key, tokens, backend):
     contract.check_shape(
         "tokens", tokens, (batch, count, channels), f"[B, T, C] = {[batch, count, channels]}"
     )
-    return ((x.shape, x.dtype),)
+    return [(x.shape, x.dtype)]
 
 
-def _plan(backend, *_) -> str:
-    return backend
+def _limits(backend: str, x: Tensor, query: Tensor, key: Tensor, tokens: Tensor) -> str | None:
+    if backend == "triton" and tokens.shape[1] > MOST_TOKENS:
+        return f"tokens must be at most {MOST_TOKENS}, got {tokens.shape[1]}"
+    return None
 
 
-def _call(*tensors) -> TokenProjectCall:
-    return TokenProjectCall(*(tensor.contiguous() for tensor in tensors))
+def _plan(backend: str, x: Tensor, query: Tensor, key: Tensor, tokens: Tensor, requested: str | None) -> Plan:
+    if backend == "triton":
+        from vitkern.ops import triton_token_project as triton
+
+        return Plan(triton.forward, triton.backward)
+    host, total = native.host(backend, x.device), native.accumulator(x.dtype)
+    output = native.specs(x.dtype, (x.shape, x.dtype))
+    gradients = native.specs(x.dtype, (query.shape, x.dtype), (key.shape, total), (tokens.shape, total))
+    return Plan(host.token_project_forward(output), host.token_project_backward(gradients))
 
 
-def _forward(backend):
-    launch = kernel("token_project", "forward", backend)
-    return lambda *tensors: launch(_call(*tensors))
-
-
-def _backward(backend, grad_output, needed, _, *tensors):
-    # Nothing depends on the numbers in x, and x was not saved: grad_output has its shape and dtype.
-    call = _call(grad_output, *tensors)
-    return kernel("token_project", "backward", backend)(call, grad_output, needed)
-
-
-def _reference(*tensors):
+def _reference(*tensors: Tensor) -> Tensor:
     return accumulated(reference.token_project, *tensors)
 
 
@@ -80,7 +70,6 @@ token_project = Op(
     passed_on=(0,),
     check=_check,
     plan=_plan,
-    forward=_forward,
-    backward=_backward,
+    limits=_limits,
     reference=_reference,
 )

@@ -1,112 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocates for the Triton kernels of the adapter bottleneck and launches them. Callers have checked everything."""
+"""The Triton kernels of adapter_bottleneck: allocation and launches, on contiguous tensors of one dtype."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitkern import reference
-from vitkern.ops.adapter_bottleneck import AdapterBottleneckCall
+from vitkern.ops.op import Plan
 from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import product_constants, sum_of_products
 
 
-def _blocks(call: AdapterBottleneckCall, backward: bool = False) -> dict[str, int]:
+class Options(NamedTuple):
+    factor: float
+    dropout_p: float
+    activation: str
+    residual_is_x: bool
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # [..., C]: N rows
+    down_weight: Tensor  # [H, C]
+    down_bias: Tensor | None  # [H]
+    up_weight: Tensor  # [C, H]
+    up_bias: Tensor | None  # [C]
+    residual: Tensor | None  # like x
+    scale: Tensor | None  # one number, float
+    seed: Tensor | None  # [1] int64
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[:-1].numel()
+
+    @property
+    def hidden(self) -> int:
+        return self.down_weight.shape[0]
+
+
+def plan(options: Options, keep: bool) -> Plan:
+    return Plan(functools.partial(_forward, options, keep), functools.partial(_backward, options, keep))
+
+
+def _blocks(inputs: Inputs, backward: bool = False) -> dict[str, int]:
     from vitkern.triton_kernels import adapter_bottleneck as kernels
 
-    hidden = call.down_weight.shape[0]
-    if hidden > kernels.MAX_HIDDEN:
-        raise ValueError(
-            f"adapter_bottleneck: down_weight must have at most {kernels.MAX_HIDDEN} hidden units "
-            f"for backend 'triton', got {hidden}"
-        )
-    return kernels.launch_table(call.x.shape[0], hidden, call.x.element_size(), backward)
+    return kernels.launch_table(inputs.rows, inputs.hidden, inputs.x.element_size(), backward)
 
 
-def _numbers(call: AdapterBottleneckCall) -> tuple:
-    """Factor of the scale, and what dropout compares and multiplies with."""
-    p = call.dropout_p
-    return call.factor, reference.dropout_threshold(p), reference.dropout_rescale(p), call.x.shape[0]
+def _numbers(inputs: Inputs, options: Options) -> tuple[float, int, float, int]:
+    """Factor of the scale, the two numbers that dropout compares and multiplies with, and rows."""
+    p = options.dropout_p
+    return options.factor, reference.dropout_threshold(p), reference.dropout_rescale(p), inputs.rows
 
 
-def _constants(call: AdapterBottleneckCall) -> dict[str, Any]:
+def _constants(inputs: Inputs, options: Options) -> dict[str, Any]:
     return {
-        "C": call.x.shape[1],
-        "H": call.down_weight.shape[0],
-        "ACTIVATION": call.activation,
-        **product_constants(call.x),
+        "C": inputs.x.shape[-1],
+        "H": inputs.hidden,
+        "ACTIVATION": options.activation,
+        **product_constants(inputs.x),
     }
 
 
-def adapter_bottleneck_forward_triton(
-    call: AdapterBottleneckCall, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The output, and z for backward if it is to be kept."""
+def _forward(options: Options, keep: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
+    """The output, and z for backward: without rows unless it is kept."""
     from vitkern.triton_kernels import adapter_bottleneck as kernels
 
-    rows, hidden, x = call.x.shape[0], call.down_weight.shape[0], call.x
-    blocks = _blocks(call)
+    inputs = Inputs(*tensors)
+    x, rows = inputs.x, inputs.rows
     output = torch.empty_like(x)
-    kept = x.new_empty((rows, hidden), dtype=torch.float32) if keep else None
+    kept = x.new_empty((rows if keep else 0, inputs.hidden), dtype=torch.float32)
     if output.numel() == 0:
         return output, kept
+    blocks = _blocks(inputs)
     with on(x):
         kernels.adapter_bottleneck_forward[(cdiv(rows, blocks["BLOCK_N"]),)](
             output,
-            kept,
+            kept if keep else None,
             x,
-            call.down_weight,
-            call.down_bias,
-            call.up_weight,
-            call.up_bias,
-            x if call.residual_is_x else call.residual,
-            call.scale,
-            call.seed,
-            *_numbers(call),
-            **_constants(call),
+            inputs.down_weight,
+            inputs.down_bias,
+            inputs.up_weight,
+            inputs.up_bias,
+            x if options.residual_is_x else inputs.residual,
+            inputs.scale,
+            inputs.seed,
+            *_numbers(inputs, options),
+            **_constants(inputs, options),
             **blocks,
         )
     return output, kept
 
 
-def adapter_bottleneck_backward_triton(
-    call: AdapterBottleneckCall, grad_output: Tensor, kept: Tensor | None, needed: tuple[bool, ...]
+def _backward(
+    options: Options, keep: bool, needed: Sequence[bool], grad_output: Tensor, *tensors_and_kept: Any
 ) -> list[Tensor | None]:
     """Gradients of x, both weights and biases, and the scale; those of parameters are float."""
-    if call.x.numel() == 0:
-        likes = (*call[:5], call.scale)
+    inputs, kept = Inputs(*tensors_and_kept[:-1]), tensors_and_kept[-1] if keep else None
+    x = inputs.x
+    if x.numel() == 0:
+        likes = (*inputs[:5], inputs.scale)
         return [
-            like.new_zeros(like.shape, dtype=torch.float32 if i else None)
-            if like is not None and need
-            else None
-            for i, (like, need) in enumerate(zip(likes, needed))
+            torch.zeros_like(like, dtype=torch.float32 if at else None) if like is not None and need else None
+            for at, (like, need) in enumerate(zip(likes, needed))
         ]
     grad_x = grad_down_bias = grad_scale = a = f = None
     _, _, _, need_up, need_up_bias, _ = needed
     if any(needed[:4]) or needed[5]:
-        grad_x, grad_down_bias, grad_scale, a, f = _rows(call, grad_output, kept, needed)
+        grad_x, grad_down_bias, grad_scale, a, f = _rows(inputs, options, grad_output, kept, needed)
     grad_down = grad_up = grad_up_bias = None
+    channels = x.shape[-1]
     if f is not None:
-        grad_down, _ = sum_of_products(f, call.x)
+        grad_down, _ = sum_of_products(f, x.view(-1, channels))
     if need_up or need_up_bias:
         grad_up, grad_up_bias = sum_of_products(
-            grad_output, a, scale=call.scale, factor=call.factor, sums=need_up_bias
+            grad_output.view(-1, channels),
+            a,
+            scale=inputs.scale,
+            factor=options.factor,
+            sums=need_up_bias,
         )
     return [grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_scale]
 
 
 def _rows(
-    call: AdapterBottleneckCall, grad_output: Tensor, kept: Tensor | None, needed: tuple[bool, ...]
+    inputs: Inputs, options: Options, grad_output: Tensor, kept: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, b_d and the scale, and what those of the weights are made of: a for W_u, f for W_d."""
+    """Gradients of x, b_d and the scale, and the factors of those of the weights: a for W_u, f for W_d."""
     from vitkern.triton_kernels import adapter_bottleneck_backward as kernels
 
     need_x, need_down, need_down_bias, need_up, _, need_scale = needed
-    x, (rows, hidden) = call.x, (call.x.shape[0], call.down_weight.shape[0])
-    blocks = _blocks(call, backward=True)
+    x, rows, hidden = inputs.x, inputs.rows, inputs.hidden
+    blocks = _blocks(inputs, backward=True)
     programs = cdiv(rows, blocks["BLOCK_N"])
     grad_x = torch.empty_like(x) if need_x else None
     a = x.new_empty((rows, hidden)) if need_up else None
@@ -123,17 +153,19 @@ def _rows(
             grad_output,
             kept,
             x,
-            call.down_weight,
-            call.down_bias,
-            call.up_weight,
-            call.up_bias if need_scale else None,
-            call.scale,
-            call.seed,
-            *_numbers(call),
-            **_constants(call),
-            RESIDUAL_IS_X=call.residual_is_x,
+            inputs.down_weight,
+            inputs.down_bias,
+            inputs.up_weight,
+            inputs.up_bias if need_scale else None,
+            inputs.scale,
+            inputs.seed,
+            *_numbers(inputs, options),
+            **_constants(inputs, options),
+            RESIDUAL_IS_X=options.residual_is_x,
             **blocks,
         )
     grad_bias = None if bias_parts is None else bias_parts.sum(0)
-    grad_scale = None if scale_parts is None else scale_parts.sum(0)
+    grad_scale = None
+    if scale_parts is not None and inputs.scale is not None:
+        grad_scale = scale_parts.sum(0).view(inputs.scale.shape)
     return grad_x, grad_bias, grad_scale, a, f

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocates for the Triton kernels of ms_deform_attn and launches them, on what is contiguous and checked.
+"""The Triton kernels of ms_deform_attn and ms_deform_attn_fused: allocation and launches, on contiguous tensors.
 
 Triton is imported at the first launch, so that the package imports without it. No device tensor is read on the host:
 every launch can be captured in a CUDA graph after a first call has compiled it.
@@ -9,21 +9,56 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitkern.ops.ms_deform_attn import MsDeformAttnCall
+from vitkern.ops.ms_deform_attn import sort_by_cell
 from vitkern.ops.native import accumulator
-from vitkern.ops.native_ms_deform_attn import new_gradients, sort_by_cell
+from vitkern.ops.op import Plan
 from vitkern.ops.triton_common import cdiv, on
 
 # Queries, or pixels, of one program while interpreting: there the price is per operation, whatever the block size.
 _INTERPRETED_BLOCK = 64
 # Elements of an image up to which an offset fits 32 bits, one row of pixels beyond either end included.
 _INT32_OFFSETS = 2**30
+
+
+class Call(NamedTuple):
+    """The tensors and options of a call, under the names that both forms have for them."""
+
+    value: Tensor  # [B, S, M, D]
+    spatial_shapes: Tensor  # [L, 2]
+    level_start_index: Tensor  # [L]
+    reference_points: Tensor | None  # [B | 1, Q, L | 1, 2 | 4], accumulator's dtype: the fused form
+    locations: Tensor  # [B, Q, M, K, 2] or [B, Q, M, L, P, 2]; in the fused form, offsets
+    weights: Tensor  # [B, Q, M, K] or [B, Q, M, L, P]; in the fused form, logits
+    points_per_level: tuple[int, ...]
+    method: str
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], points_per_level: tuple[int, ...], method: str) -> Call:
+        value, shapes, starts, *points, locations, weights = tensors
+        reference = points[0] if points else None
+        return cls(value, shapes, starts, reference, locations, weights, points_per_level, method)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """B, S, M, D, Q, L, K."""
+        points = self.points_per_level
+        return (*self.value.shape, self.weights.shape[1], len(points), sum(points))
+
+
+def plan(points_per_level: tuple[int, ...], method: str) -> Plan:
+    def forward(*tensors: Any) -> Tensor:
+        return _forward(Call.of(tensors, points_per_level, method))
+
+    def backward(needed: tuple[bool, ...], grad_output: Tensor, *tensors: Any) -> list[Tensor | None]:
+        return _backward(Call.of(tensors, points_per_level, method), grad_output, needed)
+
+    return Plan(forward, backward)
 
 
 @functools.cache
@@ -40,7 +75,7 @@ def _groups(points_per_level: tuple[int, ...], device: torch.device) -> tuple[in
     return len(levels), points, torch.tensor(table, dtype=torch.int32, device=device)
 
 
-def _inputs(call: MsDeformAttnCall) -> tuple:
+def _inputs(call: Call) -> tuple[Any, ...]:
     """What every kernel reads: levels, locations and weights, and the reference points with their strides."""
     reference, strides = call.reference_points, (0, 0, 0)
     if reference is not None:
@@ -52,7 +87,7 @@ def _inputs(call: MsDeformAttnCall) -> tuple:
     return *tables, call.locations, call.weights, reference, *strides
 
 
-def _constants(call: MsDeformAttnCall) -> dict[str, Any]:
+def _constants(call: Call) -> dict[str, Any]:
     """What every kernel is specialised on."""
     import triton.language as tl
 
@@ -66,14 +101,14 @@ def _constants(call: MsDeformAttnCall) -> dict[str, Any]:
     }
 
 
-def _offset(value: Tensor):
+def _offset(value: Tensor) -> Any:
     """The type of an offset within one image."""
     import triton.language as tl
 
     return tl.int32 if value[0].numel() < _INT32_OFFSETS else tl.int64
 
 
-def _blocks(call: MsDeformAttnCall, backward: bool = False) -> dict[str, int]:
+def _blocks(call: Call, backward: bool = False) -> dict[str, int]:
     from vitkern.triton_kernels import ms_deform_attn as kernels
 
     value = call.value
@@ -87,25 +122,7 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def ms_deform_attn_forward_triton(
-    call: MsDeformAttnCall, complain: Callable[..., None]
-) -> Callable[..., Tensor]:
-    """A function of tensors like those of the call, after `complain` has looked at the levels."""
-    points_per_level, method = call.points_per_level, call.method
-
-    def forward(value, shapes, starts, *others):
-        complain(value, shapes, starts)
-        *reference_points, locations, weights = others
-        return _forward(
-            MsDeformAttnCall(
-                value, shapes, starts, locations, weights, points_per_level, method, *reference_points
-            )
-        )
-
-    return forward
-
-
-def _forward(call: MsDeformAttnCall) -> Tensor:
+def _forward(call: Call) -> Tensor:
     batch, pixels, heads, channels, queries, *_ = call.sizes
     output = call.value.new_empty(batch, queries, heads * channels)
     if output.numel() == 0:
@@ -133,36 +150,46 @@ def _forward(call: MsDeformAttnCall) -> Tensor:
     return output
 
 
-def ms_deform_attn_backward_triton(
-    call: MsDeformAttnCall, grad_output: Tensor, needed: Sequence[bool], deterministic: bool = False
-) -> list[Tensor | None]:
-    """Gradients of value, locations and weights, and, in the fused form, of the places sampled."""
+def _new_gradients(call: Call, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Uninitialised gradients: of value, in the fused form of the places sampled, of locations and of weights."""
+    likes, total = [call.value, call.locations, call.weights], accumulator(call.value.dtype)
+    wanted = [like if need else None for like, need in zip(likes, (needed[0], *needed[-2:]))]
+    gradients = [None if like is None else torch.empty_like(like) for like in wanted]
+    if call.reference_points is not None:
+        gradients.insert(1, torch.empty_like(call.locations, dtype=total) if needed[1] else None)
+    return gradients
+
+
+def _backward(call: Call, grad_output: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients of value, of the places sampled in the fused form, of locations and of weights."""
     if call.value.numel() == 0 or call.weights.numel() == 0:
-        gradients = new_gradients(call, needed)
-        return [None if gradient is None else gradient.zero_() for gradient in gradients[: len(needed)]]
+        return [None if each is None else each.zero_() for each in _new_gradients(call, needed)]
 
     # Atomics need zeros to add to; the deterministic pass writes every element.
-    gradients = new_gradients(call, (False, *needed[1:]))
+    gradients = _new_gradients(call, (False, *needed[1:]))
+    deterministic = torch.are_deterministic_algorithms_enabled()
     if needed[0] and not deterministic:
         gradients[0] = torch.zeros_like(call.value, dtype=accumulator(call.value.dtype))
     if any(gradient is not None for gradient in gradients):
-        _backward(call, grad_output, gradients)
+        _scatter(call, grad_output, gradients)
     if needed[0] and deterministic:
         gradients[0] = _gather_grad_value(call, grad_output)
-    if gradients[0] is not None:
-        gradients[0] = gradients[0].to(call.value.dtype)
-    return gradients[: len(needed)]
+    return gradients
 
 
-def _backward(call: MsDeformAttnCall, grad_output: Tensor, gradients: list[Tensor | None]) -> None:
+def _scatter(call: Call, grad_output: Tensor, gradients: list[Tensor | None]) -> None:
     """Adds to the gradient of value, writes the others; those that are None are not wanted."""
     from vitkern.triton_kernels import ms_deform_attn_backward as kernels
 
     batch, pixels, heads, channels, queries, _, points = call.sizes
     blocks, constants = _blocks(call, backward=True), _constants(call)
+    grad_value, *grad_places, grad_locations, grad_weights = gradients
     with on(call.value):
         kernels.ms_deform_attn_backward[(batch * heads * cdiv(queries, blocks["BLOCK_Q"]),)](
-            *gradients,
+            grad_value,
+            grad_locations,
+            grad_weights,
+            grad_places[0] if grad_places else None,
             grad_output,
             call.value,
             *_inputs(call),
@@ -178,7 +205,7 @@ def _backward(call: MsDeformAttnCall, grad_output: Tensor, gradients: list[Tenso
         )
 
 
-def _gather_grad_value(call: MsDeformAttnCall, grad_output: Tensor) -> Tensor:
+def _gather_grad_value(call: Call, grad_output: Tensor) -> Tensor:
     """The bitwise reproducible gradient of value: points sorted by pixel, then summed pixel by pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 

@@ -1,53 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocates for the Triton kernels of token pooling and launches them. Callers have checked everything."""
+"""The Triton kernels of token_pool: allocation and launches, on contiguous tensors of one dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkern.ops.token_pool import TokenPoolCall
 from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import parts_of, product_constants
 
 
-def _blocks(call: TokenPoolCall, backward: bool = False) -> dict[str, Any]:
+def _blocks(x: Tensor, weight: Tensor, backward: bool = False) -> dict[str, Any]:
     from vitkern.triton_kernels import token_pool as kernels
 
-    channels, tokens = call.x.shape[2], call.weight.shape[-2]
-    if tokens > kernels.MAX_TOKENS:
-        raise ValueError(
-            f"token_pool: weight must have at most {kernels.MAX_TOKENS} tokens for backend 'triton', got {tokens}"
-        )
-    return kernels.launch_table(channels, tokens, call.x.element_size(), backward)
+    return kernels.launch_table(x.shape[2], weight.shape[-2], x.element_size(), backward)
 
 
-def _weight_stride(call: TokenPoolCall) -> int:
+def _weight_stride(weight: Tensor) -> int:
     """From the weight of one image to that of the next."""
-    return call.weight[0].numel() if call.weight.dim() == 3 and len(call.weight) else 0
+    return weight[0].numel() if weight.dim() == 3 and len(weight) else 0
 
 
-def _parts(call: TokenPoolCall, blocks: dict[str, Any]) -> tuple[int, int]:
+def _parts(x: Tensor, blocks: dict[str, Any]) -> tuple[int, int]:
     """Parts that the pixels of an image are split into, and tiles of channels."""
-    batch, pixels, channels = call.x.shape
+    batch, pixels, channels = x.shape
     tiles = cdiv(channels, blocks["BLOCK_C"])
     return parts_of(pixels, blocks["BLOCK_N"], batch * tiles), tiles
 
 
-def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B, T, C], and of each one [B, 2, T] the greatest logit and the sum of exponentials."""
     from vitkern.triton_kernels import token_pool as kernels
 
-    x, (batch, pixels, channels), tokens = call.x, call.x.shape, call.weight.shape[-2]
-    blocks = _blocks(call)
+    (batch, pixels, channels), tokens = x.shape, weight.shape[-2]
     output = x.new_empty((batch, tokens, channels))
     statistics = x.new_empty((batch, 2, tokens), dtype=torch.float32)
-    if call.x.numel() == 0 or tokens == 0:
+    if x.numel() == 0 or tokens == 0:
         return output.zero_(), statistics.zero_()
 
-    parts, tiles = _parts(call, blocks)
+    blocks = _blocks(x, weight)
+    parts, tiles = _parts(x, blocks)
     largest = x.new_empty((batch, parts, tokens), dtype=torch.float32)
     total = x.new_empty((batch, parts, tokens), dtype=torch.float32)
     pooled = x.new_empty((batch, parts, tokens, channels), dtype=torch.float32)
@@ -57,8 +52,8 @@ def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
             total,
             pooled,
             x,
-            call.weight,
-            _weight_stride(call),
+            weight,
+            _weight_stride(weight),
             pixels,
             parts,
             tokens,
@@ -81,20 +76,25 @@ def token_pool_forward_triton(call: TokenPoolCall) -> tuple[Tensor, Tensor]:
     return output, statistics
 
 
-def token_pool_backward_triton(
-    call: TokenPoolCall, grad_output: Tensor, tokens: Tensor, statistics: Tensor, needed: tuple[bool, ...]
+def backward(
+    needed: Sequence[bool],
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    statistics: Tensor,
 ) -> list[Tensor | None]:
     """Gradients of x and, float, of the weight."""
     from vitkern.triton_kernels import token_pool as kernels
 
-    x, weight, (batch, pixels, channels) = call.x, call.weight, call.x.shape
+    batch, pixels, channels = x.shape
     need_x, need_weight = needed
-    blocks = _blocks(call, backward=True)
     if x.numel() == 0 or tokens.numel() == 0:
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         return [torch.zeros_like(x) if need_x else None, grad_weight]
 
-    parts, tiles = _parts(call, blocks)
+    blocks = _blocks(x, weight, backward=True)
+    parts, tiles = _parts(x, blocks)
     grad_x = torch.empty_like(x) if need_x else None
     grad_weight = None
     if need_weight:
@@ -109,7 +109,7 @@ def token_pool_backward_triton(
             statistics,
             x,
             weight,
-            _weight_stride(call),
+            _weight_stride(weight),
             pixels,
             parts,
             weight.shape[-2],

@@ -1,63 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocates for the Triton kernels of token projection and launches them. Callers have checked everything."""
+"""The Triton kernels of token_project: allocation and launches, on contiguous tensors of one dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkern.ops.token_project import TokenProjectCall
 from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import product_constants, sum_of_products
 
 
-def _arguments(call: TokenProjectCall) -> tuple[int, dict[str, Any]]:
+def _arguments(query: Tensor, key: Tensor, tokens: Tensor) -> tuple[int, dict[str, Any]]:
     """How many programs, and what they are specialised on."""
     from vitkern.triton_kernels import token_project as kernels
 
-    batch, pixels, channels = call.x.shape
-    _, tokens, keys = call.key.shape
-    if tokens > kernels.MAX_TOKENS:
-        raise ValueError(
-            f"token_project: tokens must be at most {kernels.MAX_TOKENS} for backend 'triton', got {tokens}"
-        )
-    blocks = kernels.launch_table(tokens, call.x.element_size())
-    sizes = {"N": pixels, "C": channels, "T": tokens, "K": keys}
-    return batch * cdiv(pixels, blocks["BLOCK_N"]), sizes | product_constants(call.x) | blocks
+    (batch, pixels, keys), (_, count, channels) = query.shape, tokens.shape
+    blocks = kernels.launch_table(count, query.element_size())
+    sizes = {"N": pixels, "C": channels, "T": count, "K": keys}
+    return batch * cdiv(pixels, blocks["BLOCK_N"]), sizes | product_constants(query) | blocks
 
 
-def token_project_forward_triton(call: TokenProjectCall) -> Tensor:
+def forward(x: Tensor, query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
     from vitkern.triton_kernels import token_project as kernels
 
-    programs, constants = _arguments(call)
-    if call.x.numel() == 0 or call.key.shape[1] == 0:
-        return call.x.clone()
-    output = torch.empty_like(call.x)
-    with on(call.x):
-        kernels.token_project_forward[(programs,)](
-            output, call.x, call.query, call.key, call.tokens, **constants
-        )
+    if x.numel() == 0 or key.shape[1] == 0:
+        return x.clone()
+    programs, constants = _arguments(query, key, tokens)
+    output = torch.empty_like(x)
+    with on(x):
+        kernels.token_project_forward[(programs,)](output, x, query, key, tokens, **constants)
     return output
 
 
-def token_project_backward_triton(
-    call: TokenProjectCall, grad_output: Tensor, needed: tuple[bool, ...]
+def backward(
+    needed: Sequence[bool], grad_output: Tensor, x: None, query: Tensor, key: Tensor, tokens: Tensor
 ) -> list[Tensor | None]:
     """Gradients of query and, float, of key and tokens; that of x is grad_output."""
     from vitkern.triton_kernels import token_project as kernels
 
-    query, key, tokens = call.query, call.key, call.tokens
     need_query, need_key, need_tokens = needed
-    programs, constants = _arguments(call)
-    if programs == 0 or key.shape[1] == 0:
+    if query.shape[:2].numel() == 0 or key.shape[1] == 0:
         zeros = [torch.zeros_like(query)]
         zeros += [torch.zeros_like(t, dtype=torch.float32) for t in (key, tokens)]
         return [zero if need else None for zero, need in zip(zeros, needed)]
 
-    batch, pixels, _ = query.shape
-    shape = (batch, pixels, key.shape[1])
+    programs, constants = _arguments(query, key, tokens)
+    shape = (*query.shape[:2], key.shape[1])
     grad_query = torch.empty_like(query) if need_query else None
     attention = query.new_empty(shape) if need_tokens else None
     f = query.new_empty(shape) if need_key else None

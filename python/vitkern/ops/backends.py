@@ -131,22 +131,29 @@ _PREDICATES = {
 }
 
 
-@functools.cache
-def choose(device: torch.device, dtype: torch.dtype, requested: str | None) -> str:
-    """The backend that runs: the requested one (or VITKERN_BACKEND's) or an error; else the first that can."""
+Refusals = tuple[tuple[str, str], ...]  # backends that an op's tensors are beyond, and why
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(device: torch.device, dtype: torch.dtype, requested: str | None, refusals: Refusals = ()) -> str:
+    """The backend that runs: the requested one (or VITKERN_BACKEND's) or an error; else the first that can.
+
+    `refusals` are those of an op for its tensors: see vitkern.ops.op.Op.
+    """
+    beyond = dict(refusals)
     named_by = "backend" if requested is not None else "VITKERN_BACKEND"
     requested = requested if requested is not None else os.environ.get("VITKERN_BACKEND") or None
     if requested is not None:
         if requested not in BACKENDS:
             raise ValueError(f"vitkern: {named_by} must be one of {', '.join(BACKENDS)}, got {requested!r}")
-        reason = can_run(requested, device, dtype)
+        reason = can_run(requested, device, dtype) or beyond.get(requested)
         if reason is not None:
             raise RuntimeError(f"vitkern: {named_by} {requested!r} cannot run here: {reason}")
         return requested
 
     objections = {}
     for backend in BACKENDS:
-        reason = can_run(backend, device, dtype)
+        reason = can_run(backend, device, dtype) or beyond.get(backend)
         if reason is None:
             break
         objections[backend] = reason
@@ -160,11 +167,13 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str | None) -> s
 
 
 @torch.compiler.assume_constant_result
-def falls_to_reference(device: torch.device, dtype: torch.dtype, requested: str | None) -> bool:
+def falls_to_reference(
+    device: torch.device, dtype: torch.dtype, requested: str | None, refusals: Refusals = ()
+) -> bool:
     """Whether the choice is the reference, which is no op but differentiable torch code."""
     if device.type == "meta" or dtype not in DTYPES:
         return False  # an op's own check has the better message
-    return choose(device, dtype, requested) == "reference"
+    return choose(device, dtype, requested, refusals) == "reference"
 
 
 def explain(

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a tensor lends: address, sizes, strides, type and device, without libtorch.
+// A tensor as C++ sees it: address, sizes, strides, type and device, without libtorch.
 //
-// Asked attribute by attribute, five tensors cost more than a small kernel. From 2.10 on, torch tells all at once through
-// DLPack's C exchange API (github.com/dmlc/dlpack, 1.2), which knows no version of torch.
+// From 2.10 on, torch hands all of it over at once through DLPack's C exchange API (github.com/dmlc/dlpack, 1.2), which
+// does not depend on torch's version. Older releases are asked by a Python function.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "common/dtype.h"
 #include "host/function.h"
 
 namespace vitkern {
@@ -28,7 +30,8 @@ struct DLPackTensor {
   uint64_t byte_offset;
 };
 
-constexpr uint8_t kInteger = 0;  // a type_code
+constexpr uint8_t kInteger = 0, kBFloat = 4;  // type codes
+constexpr int32_t kCpu = 1;                   // a device type
 
 struct DLPackExchangeApi {
   uint32_t major, minor;
@@ -37,82 +40,96 @@ struct DLPackExchangeApi {
   void* stream;
 };
 
-struct Lent : DLPackTensor {
-  const void* address() const { return static_cast<const char*>(data) + byte_offset; }
+// A borrowed tensor; without memory and axes where the argument is None.
+struct TensorView : DLPackTensor {
+  static constexpr int32_t kMostDims = 8;  // of an op's arguments
 
-  std::vector<int64_t> told;  // sizes and strides, where a function told them
-};
+  void* address() const { return static_cast<char*>(data) + byte_offset; }
 
-// What the arguments of a call have lent, while it lasts, for those further down who ask the same ones in the same order.
-class Lendings {
- public:
-  static constexpr Py_ssize_t kMost = 8;
-
-  explicit Lendings(PyObject* const* tensors) : tensors_(tensors), above_(innermost()) { innermost() = this; }
-  ~Lendings() { innermost() = above_; }
-  Lendings(const Lendings&) = delete;
-  Lendings& operator=(const Lendings&) = delete;
-
-  Lent& next() { return lent_[count_++]; }
-
-  // What the tensor at this position has lent, or null.
-  static const Lent* find(pybind11::handle tensor, Py_ssize_t position) {
-    const Lendings* here = innermost();
-    const bool known = here != nullptr && position < here->count_ && here->tensors_[position] == tensor.ptr();
-    return known ? &here->lent_[position] : nullptr;
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(address());
   }
 
- private:
-  static Lendings*& innermost() {
-    static thread_local Lendings* lendings = nullptr;
-    return lendings;
+  // Sizes by axis; negative axes count from the last.
+  int64_t size(int32_t axis) const { return shape[axis < 0 ? axis + dims : axis]; }
+
+  // How many rows, all axes but the last together.
+  int64_t rows() const {
+    int64_t count = 1;
+    for (int32_t axis = 0; axis < dims - 1; ++axis) count *= shape[axis];
+    return count;
   }
 
-  PyObject* const* tensors_;
-  Lendings* above_;
-  Py_ssize_t count_ = 0;
-  Lent lent_[kMost];
+  bool is_contiguous() const {
+    int64_t count = 1, step = 1;
+    for (int32_t axis = dims - 1; axis >= 0; --axis) {
+      if (shape[axis] != 1 && strides[axis] != step) count = -1;
+      if (shape[axis] == 0) return true;
+      step *= shape[axis];
+    }
+    return count == 1;
+  }
+
+  // Bytes from the first element to the end of the last; 0 without elements.
+  int64_t span() const {
+    int64_t last = 0;
+    for (int32_t axis = 0; axis < dims; ++axis) {
+      if (shape[axis] == 0) return 0;
+      last += (shape[axis] - 1) * strides[axis];
+    }
+    return (last + 1) * (type_bits / 8);
+  }
+
+  DType dtype() const {
+    if (type_code == kBFloat) return DType::kBFloat16;
+    return type_bits == 16 ? DType::kFloat16 : type_bits == 32 ? DType::kFloat32 : DType::kFloat64;
+  }
+
+  int64_t told[2 * kMostDims];  // sizes and strides, where a Python function told them
 };
 
-class Lender {
+// Borrows tensors.
+class Borrower {
  public:
-  // `source` is the capsule that holds the API; or, for older releases, a function of a tensor that returns address,
-  // device type and index, type code and bits, sizes and strides, as DLPack counts them, or None.
-  explicit Lender(const pybind11::object& source) : api_(nullptr), tell_(source) {
+  // `source` is the capsule of the API; or, for older releases, a function of a tensor that returns address, device type
+  // and index, type code and bits, sizes and strides, as DLPack counts them, or None.
+  explicit Borrower(const pybind11::object& source) : api_(nullptr), tell_(source) {
     if (!pybind11::isinstance<pybind11::capsule>(source)) return;
     api_ = pybind11::reinterpret_borrow<pybind11::capsule>(source).get_pointer<DLPackExchangeApi>();
     if (api_->major != 1 || api_->borrow == nullptr) throw std::runtime_error("DLPack: not version 1");
   }
 
-  // Whether the tensor is one that lends. Asking takes as long as ten other things that a call does: see Lendings.
-  bool operator()(pybind11::handle tensor, Lent& lent) const {
-    if (api_ == nullptr) return ask(tensor, lent);
-    if (api_->borrow(tensor.ptr(), &lent) == 0) return true;
+  // False if the tensor has no memory of its own.
+  bool operator()(pybind11::handle tensor, TensorView& view) const {
+    if (api_ == nullptr) return ask(tensor, view);
+    if (api_->borrow(tensor.ptr(), &view) == 0) return true;
     PyErr_Clear();
     return false;
   }
 
  private:
-  bool ask(pybind11::handle tensor, Lent& lent) const {
-    const pybind11::object answer =
+  bool ask(pybind11::handle tensor, TensorView& view) const {
+    const auto answer =
         pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(tell_.ptr(), tensor.ptr()));
-    if (!answer) PyErr_Clear();  // of a plain type, but without memory
+    if (!answer) PyErr_Clear();
     if (!answer || answer.is_none()) return false;
     const auto [data, device_type, device_index, type_code, type_bits, shape, strides] =
         answer.cast<std::tuple<uintptr_t, int32_t, int32_t, uint8_t, uint8_t, std::vector<int64_t>,
                                std::vector<int64_t>>>();
     const auto dims = static_cast<int32_t>(shape.size());
-    lent.told = shape;
-    lent.told.insert(lent.told.end(), strides.begin(), strides.end());
-    static_cast<DLPackTensor&>(lent) = {reinterpret_cast<void*>(data),
+    if (dims > TensorView::kMostDims) return false;
+    std::copy(shape.begin(), shape.end(), view.told);
+    std::copy(strides.begin(), strides.end(), view.told + dims);
+    static_cast<DLPackTensor&>(view) = {reinterpret_cast<void*>(data),
                                         device_type,
                                         device_index,
                                         dims,
                                         type_code,
                                         type_bits,
                                         1,
-                                        lent.told.data(),
-                                        lent.told.data() + dims,
+                                        view.told,
+                                        view.told + dims,
                                         0};
     return true;
   }
@@ -121,7 +138,7 @@ class Lender {
   pybind11::object tell_;
 };
 
-// The bytes that a tensor's storage has from the first element on. Its sizes promise nothing: a storage can be resized.
+// Bytes of a tensor's storage from its first element on. Sizes alone prove nothing: a storage can be resized.
 class Room {
  public:
   // `source` is a function of a tensor; or a pair of addresses, of aoti_torch_get_storage_size and
@@ -134,7 +151,7 @@ class Room {
     offset_ = reinterpret_cast<Shim>(offset);
   }
 
-  // -1 if the tensor has no storage to ask.
+  // -1 if the tensor has no storage.
   int64_t operator()(pybind11::handle tensor, int64_t element) const {
     const auto told = pybind11::reinterpret_steal<pybind11::object>(
         size_ == nullptr ? PyObject_CallOneArg(ask_.ptr(), tensor.ptr()) : handle_(tensor));

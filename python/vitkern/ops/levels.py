@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from operator import index
 
 import torch
 from torch import Tensor
 
-from vitkern.ops import direct
+from vitkern import _C
+from vitkern.ops import fast_path, native
 
 
 def as_levels(
@@ -20,15 +22,13 @@ def as_levels(
     value: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and first pixels of the levels as int64 tensors, without reading any element on the host."""
-    if isinstance(spatial_shapes, Tensor) and isinstance(level_start_index, Tensor):
-        return _as_int64(spatial_shapes), _as_int64(level_start_index)
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: value must be a tensor, got {type(value).__name__}")
     if level_start_index is not None and not isinstance(level_start_index, Tensor):
         level_start_index = _as_starts(op, level_start_index, value.device)
     if not isinstance(spatial_shapes, Tensor):
         # Tensors made while something traces (dynamo, fake tensors, torch.func) belong to that trace alone.
-        make = _kept if direct.nothing_traces() else _made
+        make = _kept if fast_path.nothing_traces() else _made
         try:
             sizes = tuple((index(height), index(width)) for height, width in spatial_shapes)
         except (TypeError, ValueError):
@@ -75,7 +75,7 @@ def _as_int64(tensor: Tensor) -> Tensor:
 
 def _to_be_int64(*numbers: int) -> None:
     """Torch's own message for others names no argument. Symbols, which a trace has for numbers, are not asked."""
-    if direct.nothing_traces() and any(not -(2**63) <= number < 2**63 for number in numbers):
+    if fast_path.nothing_traces() and any(not -(2**63) <= number < 2**63 for number in numbers):
         raise OverflowError
 
 
@@ -107,3 +107,15 @@ def whole_numbers(op: str, points_per_level: Sequence[int] | None) -> tuple[int,
         return tuple(index(points) for points in points_per_level)
     except TypeError:
         raise TypeError(f"{op}: points_per_level must be whole numbers, got {points_per_level!r}") from None
+
+
+def check_levels(op: str, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
+    """That the levels cover value's pixels. Levels on a card are read, and waited for, only if VITKERN_VALIDATE=1."""
+    if value.is_cpu or os.environ.get("VITKERN_VALIDATE") == "1":
+        shapes, starts = (table.cpu().contiguous() for table in (spatial_shapes, level_start_index))
+        _host().check_levels(op, shapes, starts, value.shape[1])
+
+
+@functools.cache
+def _host() -> _C.Host:
+    return native.host("cpu", torch.device("cpu"))

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast path into a kernel, for calls that nothing but autograd watches.
+
+The dispatcher's path to an op that is written in Python costs several times what a small kernel takes. Compilers,
+exporters, tracers, transforms, profilers and tensor subclasses need it. Where none of them is at work, an op calls its
+kernel itself, under an ``autograd.Function`` if a gradient is wanted. Both paths share the kernel and its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from vitkern import _C
+from vitkern.ops import private
+
+Tensors = tuple[Tensor | None, ...]
+
+is_compiling = torch.compiler.is_compiling
+_watchers, _forward_ad = private.watchers(), private.forward_ad()
+# None where torch cannot be asked whether something watches: then every call takes the dispatcher's path.
+watched: _C.Watch | None = None
+if _forward_ad is not None and None not in _watchers:
+    watched = _C.Watch(tuple(_watchers), _forward_ad)
+
+# Signature of a call's tensors: see csrc/host/signature.h.
+sign = _C.Signer(private.borrow(), private.room(), Tensor, Parameter)
+
+
+def nothing_traces() -> bool:
+    """Whether tensors made now are plain ones, in no world of a compiler, a tracer or a transform."""
+    modes, _, _, tracing, transform = _watchers
+    if is_compiling() or modes is None or tracing is None or transform is None:
+        return False
+    return not (modes() or tracing()) and transform() is None
+
+
+def nothing_watches() -> bool:
+    """Whether an op on plain tensors would go through the dispatcher unseen."""
+    return watched is not None and not (is_compiling() or watched())
+
+
+def refuse_transforms(op: str) -> None:
+    """Derivatives that the kernels do not have would come back as zeros or None in some releases."""
+    if _forward_ad is not None and _forward_ad.get("_current_level", -1) >= 0:
+        raise NotImplementedError(f"vitkern.{op} has no forward-mode derivative; backend='reference' has one")
+    if is_compiling() or _watchers.transform is None:
+        return
+    interpreter = _watchers.transform()
+    if interpreter is not None and private.is_gradient(interpreter):
+        raise NotImplementedError(
+            f"vitkern.{op} does not run under torch.func's gradients; backend='reference' does"
+        )
+
+
+class Planned(NamedTuple):
+    """How calls of one signature run. csrc/host/fast_path.h reads the first three."""
+
+    run: Callable[..., Any]  # of the tensors
+    record: Callable[..., Any]  # of those that may want a gradient, and of all in a tuple: gives the result
+    record_all: Callable[..., Any]  # the same, gives all outputs
+    backward: Callable[..., Any]
+
+
+def without(tensors: Tensors, positions: tuple[int, ...]) -> Tensors:
+    """The tensors with None at these positions."""
+    return tuple(None if at in positions else tensor for at, tensor in enumerate(tensors))
+
+
+def recorder(
+    name: str,
+    run: Callable[..., Any],
+    differentiate: Callable[..., Any],
+    unsaved: tuple[int, ...],
+    keep: Callable[..., tuple[Tensor, ...]] | None,
+    everything: bool,
+) -> Callable[..., Any]:
+    """Forward and gradient of one plan without the dispatcher between them: see Planned.
+
+    differentiate: of ctx and grad_output; returns gradients of the tensors that may want one.
+    unsaved: positions of tensors that the backward pass does not want.
+    keep: of ctx and the outputs, those that autograd saves; None: there is one output, which is not saved.
+    """
+
+    # Each tensor among its arguments costs, and so does each attribute of ctx: all tensors come in a tuple.
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        tensors = inputs[-1]
+        outputs = run(*tensors)
+        if unsaved:
+            tensors = without(tensors, unsaved)
+        if keep is None:
+            ctx.save_for_backward(*tensors)
+            return outputs
+        ctx.save_for_backward(*tensors, *keep(ctx, outputs))
+        if not everything:
+            return outputs[0]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+        return *differentiate(ctx, grad_output), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return private.apply_of(type(name, (torch.autograd.Function,), methods))
