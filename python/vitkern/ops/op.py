@@ -173,8 +173,14 @@ class Op(Derivative):
         return tuple([(name, reason) for name, reason in reasons if reason is not None])
 
     def _through_the_dispatcher(self, inputs: tuple[Any, ...]) -> Tensor:
-        self._check(*inputs)  # limits are asked of tensors that fit one another
-        if backends.falls_to_reference(inputs[0].device, inputs[0].dtype, inputs[-1], self._refusals(inputs)):
+        refusals: backends.Refusals = ()
+        if (
+            not fast_path.is_compiling()
+        ):  # a limit that is asked while tracing would bound sizes that are to be dynamic
+            self._check(*inputs)  # limits are asked of tensors that fit one another
+            refusals = self._refusals(inputs)
+        if backends.falls_to_reference(inputs[0].device, inputs[0].dtype, inputs[-1], refusals):
+            self._check(*inputs)
             return self._reference(*inputs[:-1])
         fast_path.refuse_transforms(self.name)
         output = getattr(torch.ops.vitkern, self.name)(*inputs)
