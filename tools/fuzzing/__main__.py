@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``tools/fuzz``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from tools.fuzzing.draw import BACKENDS, DTYPES, OPS
+from tools.fuzzing.workers import Tally, Wanted, fuzz
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.case is not None:
+        return one(options.case)
+    wanted = Wanted(options.op, options.backend)
+    workers = options.workers or min(os.cpu_count() or 1, 16)
+    tally = fuzz(options.minutes, options.seed, workers, wanted, lambda text: print(text, flush=True))
+    print(table(tally))
+    if not sum(tally.counts.values()):
+        print("no case has run")
+        return 1
+    return 1 if any(tally.wrong.values()) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/fuzz",
+        description="Random calls of the ops, each number of the results against a bound of its own. "
+        "Says which cases are wrong; each is made again by its number.",
+    )
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long (default: 1)")
+    parser.add_argument("--case", type=int, help="run the case of this number alone, and tell all about it")
+    parser.add_argument("--op", choices=OPS, help="cases of this op only")
+    parser.add_argument("--backend", choices=tuple(BACKENDS), help="cases of this backend only")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case (default: 0)")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    return parser
+
+
+def one(number: int) -> int:
+    from tools.fuzzing.one import describe, try_case
+
+    outcome = try_case(number)
+    print(outcome.report())
+    print("  " + describe(outcome.case))
+    print("wrong" if outcome.found else "right")
+    return 1 if outcome.found else 0
+
+
+def table(tally: Tally) -> str:
+    """Cases of each op and backend by dtype, and how many were wrong."""
+    lines = [f"{'op':22}{'backend':11}" + "".join(f"{dtype:>10}" for dtype in DTYPES) + f"{'all':>9}{'wrong':>7}"]
+    for op in OPS:
+        for backend in BACKENDS:
+            counts = [tally.counts[op, backend, dtype] for dtype in DTYPES]
+            wrong = sum(tally.wrong[op, backend, dtype] for dtype in DTYPES)
+            cells = "".join(f"{count:>10}" for count in counts)
+            lines.append(f"{op:22}{backend:11}{cells}{sum(counts):>9}{wrong:>7}")
+    count, wrong = sum(tally.counts.values()), sum(tally.wrong.values())
+    lines.append(
+        f"{count} cases in {tally.seconds:.0f} s, {count / tally.seconds:.1f} a second, {wrong} wrong; "
+        f"{tally.unsure:.1%} of their numbers may be anything"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A case through the public functions and autograd, and the oracle's results for the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vitkern
+from tests.helpers import guarded_memory
+from tests.runners import RUNNERS
+from tools.fuzzing import adapter, attention, tokens
+from tools.fuzzing.arithmetic import OF, Arithmetic, Array, Bounded, accumulator
+from tools.fuzzing.draw import TORCH, Case
+from tools.fuzzing.sampling import Level
+from vitkern import functional
+from vitkern.check.examine import deterministic
+from vitkern.check.routes import Route, all_routes
+
+_SEEDS = 2**63 - 1
+
+
+def routes() -> dict[str, list[Route]]:
+    """The ways to run each backend here: of cpu every instruction set, of the others one."""
+    known: list[Route] = [*RUNNERS, *(route for route in all_routes("cpu") if route.backend == "reference")]
+    usable = [route for route in known if route.device == "cpu" and route.reason is None and route.name != "cpu-wide"]
+    return {name: [r for r in usable if r.backend == name] for name in vitkern.backends.BACKENDS}
+
+
+def function(case: Case) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """The public function, of the case's tensors by their names."""
+    op, options = getattr(functional, case.op), {**case.options, "backend": case.backend}
+
+    def call(**tensors: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        if case.op.startswith("ms_deform_attn"):
+            value, *rest = tensors.values()
+            return op(value, *case.tables, *rest, **options)
+        if case.op == "adapter_bottleneck":
+            torch.manual_seed(case.number)
+            x, *parameters, residual, scale = tensors.values()
+            factor = {} if scale is None else {"scale": scale}
+            return op(x, *parameters, residual=x if case.residual_is_x else residual, **factor, **options)
+        return op(*tensors.values(), **options)
+
+    return call
+
+
+@contextlib.contextmanager
+def _settings(case: Case) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        with deterministic(case.deterministic):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+Actual = dict[str, Tensor]
+
+
+def actual(case: Case, run: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> Actual:
+    """Output and the gradients that are wanted."""
+    leaves = {
+        name: None if tensor is None else tensor.detach().requires_grad_(name in case.wanted)
+        for name, tensor in case.tensors.items()
+    }
+    with _settings(case), guarded_memory() if case.guarded else contextlib.nullcontext():
+        output = run(**leaves)
+        results: Actual = {}
+        if isinstance(output, tuple):
+            output, results["attention"] = output
+        results["output"] = output
+        if output.requires_grad:
+            wanted = [leaves[name] for name in case.wanted]
+            gradients = torch.autograd.grad(output, wanted, case.grad_output, allow_unused=True)
+            results |= {name: g for name, g in zip(case.wanted, gradients) if g is not None}
+    return {name: result.detach() for name, result in results.items()}
+
+
+def _numbers(tensor: Tensor | None, *dtypes: str) -> Array | None:
+    """In float64, brought to these types first, as the op does."""
+    if tensor is None:
+        return None
+    for dtype in dtypes:
+        tensor = tensor.to(TORCH[dtype])
+    return tensor.double().resolve_neg().resolve_conj().numpy()
+
+
+def factors(case: Case) -> Arithmetic:
+    """What factors of a second product are brought to: tensor cores take the type of x."""
+    return OF[case.dtype] if case.backend in ("cuda", "triton") else accumulator(case.dtype)
+
+
+def expected(case: Case) -> dict[str, Bounded]:
+    with np.errstate(all="ignore"):
+        return _EXPECTED[case.op](case)
+
+
+def _attention(case: Case) -> dict[str, Bounded]:
+    acc, value = accumulator(case.dtype), _numbers(case.tensors["value"])
+    assert value is not None
+    batch, _, heads, channels = value.shape
+    others = [_numbers(tensor, acc.name) for tensor in list(case.tensors.values())[1:]]
+    flat = others[-1]
+    points = case.options.get("points_per_level")
+    if points is None:
+        where = case.tensors["locations" if "locations" in case.tensors else "offsets"]
+        points = [where.shape[4]] * where.shape[3]
+    ends = np.cumsum([0, *points])
+    levels = [
+        Level(*size, start, slice(int(ends[i]), int(ends[i + 1])))
+        for i, (size, start) in enumerate(zip(case.levels, case.starts))
+    ]
+    queries, count = flat.shape[1], int(ends[-1])
+    places = others[-2].reshape(batch, queries, heads, count, 2)
+    weights = flat.reshape(batch, queries, heads, count)
+    grad = _numbers(case.grad_output).reshape(batch, queries, heads, channels)
+    call = acc, levels, case.options["method"], value
+    if case.op == "ms_deform_attn":
+        return attention.expected_plain(*call, places, weights, grad)
+    return attention.expected_fused(*call, others[0], places, weights, grad)
+
+
+def _adapter(case: Case) -> dict[str, Bounded]:
+    acc, t, dtype = accumulator(case.dtype), case.tensors, case.dtype
+    x, beside = t["x"], t["residual"]
+    rows = (int(np.prod(x.shape[:-1], dtype=np.int64)), x.shape[-1])
+    inputs = {name: _numbers(t[name], dtype) for name in ("down_weight", "down_bias", "up_weight", "up_bias")}
+    inputs["x"] = _numbers(x).reshape(rows)
+    apart = beside is not None and beside.dtype != x.dtype
+    inputs["residual"] = None if beside is None or apart else _numbers(beside).reshape(rows)
+    if case.residual_is_x:
+        inputs["residual"] = inputs["x"]
+    learnable = t["scale"] is not None
+    inputs["scale"] = np.asarray(case.options.get("scale", 1.0))
+    if learnable:
+        inputs["scale"] = _numbers(t["scale"], acc.name).reshape(())
+    seed, p = None, case.options.get("dropout_p", 0.0)
+    if case.options.get("training") and p > 0:
+        torch.manual_seed(case.number)
+        seed = int(torch.randint(_SEEDS, (1,), dtype=torch.int64))
+    g = _numbers(case.grad_output, dtype).reshape(rows)
+    results = adapter.expected(
+        acc, factors(case), inputs, g, seed=seed, dropout_p=p,
+        activation=case.options["activation"], scale_is_exact=learnable,
+    )  # fmt: skip
+    if case.residual_is_x:
+        results["x"] = acc.add(results["x"], Bounded(g, np.zeros_like(g)))
+    if beside is not None:
+        given = _numbers(case.grad_output, str(beside.dtype).removeprefix("torch.")).reshape(rows)
+        results["residual"] = Bounded(given, np.zeros_like(given))
+    if apart:  # added by torch to what is rounded already
+        kind = OF[str(case.grad_output.dtype).removeprefix("torch.")]
+        other = _numbers(beside).reshape(rows)
+        results["output"] = kind.add(OF[dtype].rounded(results["output"]), Bounded(other, np.zeros_like(other)))
+    return results
+
+
+def _pool(case: Case) -> dict[str, Bounded]:
+    x, weight = _numbers(case.tensors["x"]), _numbers(case.tensors["weight"], case.dtype)
+    acc = accumulator(case.dtype)
+    return tokens.expected_pool(acc, factors(case), OF[case.dtype], x, weight, _numbers(case.grad_output))
+
+
+def _project(case: Case) -> dict[str, Bounded]:
+    numbers = [_numbers(tensor) for tensor in case.tensors.values()]
+    return tokens.expected_project(accumulator(case.dtype), factors(case), *numbers, _numbers(case.grad_output))
+
+
+_EXPECTED = {
+    "ms_deform_attn": _attention,
+    "ms_deform_attn_fused": _attention,
+    "adapter_bottleneck": _adapter,
+    "token_pool": _pool,
+    "token_project": _project,
+}
+

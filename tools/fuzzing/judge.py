@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results against their bounds, number by number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tools.fuzzing.arithmetic import OF, Array, Bounded
+from tools.fuzzing.draw import Case
+
+_MOST = 5  # wrong numbers of a result that are told
+
+
+@dataclass(frozen=True)
+class Wrong:
+    result: str
+    element: tuple[int, ...]
+    got: float
+    expected: float
+    bound: float
+
+    def __str__(self) -> str:
+        at = list(self.element)
+        return f"{self.result}{at}: got {self.got!r}, expected {self.expected!r} within {self.bound:.3g}"
+
+
+def rounded(value: Array, dtype: torch.dtype) -> Array:
+    """To the nearest of this type, infinities where there is none."""
+    if dtype == torch.float64:
+        return value
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(np.ascontiguousarray(value)).float().to(dtype).double().numpy()
+    return value.astype(np.float16 if dtype == torch.float16 else np.float32).astype(np.float64)
+
+
+def limits(known: Bounded, dtype: torch.dtype) -> tuple[Array, Array]:
+    """The least and the greatest number that may come. Rounding keeps order: what lies between two lies between theirs."""
+    error = known.error * (1 + 1e-9)
+    return rounded(known.value - error, dtype), rounded(known.value + error, dtype)
+
+
+def compare(name: str, got: Tensor, known: Bounded, dtype: torch.dtype) -> list[Wrong | str]:
+    if got.dtype != dtype:
+        return [f"{name} is {got.dtype}, expected {dtype}"]
+    if got.numel() != known.value.size:
+        return [f"{name} has shape {list(got.shape)}, expected {list(known.value.shape)}"]
+    numbers = got.double().resolve_neg().numpy().reshape(known.value.shape)
+    with np.errstate(all="ignore"):
+        low, high = limits(known, dtype)
+        right = (low <= numbers) & (numbers <= high)
+    right |= np.isinf(known.error) | (np.isnan(known.value) & np.isnan(numbers))
+    wrong = np.argwhere(~right)
+    found: list[Wrong | str] = [
+        Wrong(name, tuple(map(int, at)), *(float(a[tuple(at)]) for a in (numbers, *known))) for at in wrong[:_MOST]
+    ]
+    if len(wrong) > _MOST:
+        found.append(f"{name}: {len(wrong)} of {numbers.size} numbers are wrong")
+    return found
+
+
+def through(case: Case, name: str, known: Bounded, dtype: torch.dtype) -> Bounded:
+    """An input of another type than x may get its gradient by way of x's type, as it came."""
+    own = case.tensors["x" if "x" in case.tensors else "value"]
+    assert own is not None
+    parameter = case.op in ("adapter_bottleneck", "token_pool") and name not in ("x", "scale", "residual")
+    return OF[case.dtype].rounded(known) if parameter and dtype != own.dtype else known
+
+
+def judge(case: Case, results: dict[str, Tensor], expected: dict[str, Bounded]) -> list[Wrong | str]:
+    """What is wrong, in words; nothing if nothing is."""
+    assert case.grad_output is not None
+    first = case.tensors["x" if "x" in case.tensors else "value"]
+    assert first is not None
+    found: list[Wrong | str] = []
+    shapes = {"output": case.grad_output, "attention": first}
+    for name in ("output", *case.wanted, *(["attention"] if "attention" in results else [])):
+        if name not in results:
+            found.append(f"the gradient of {name} is missing")
+            continue
+        like = shapes.get(name, case.tensors.get(name))
+        assert like is not None
+        if name != "attention" and results[name].shape != like.shape:
+            found.append(f"{name} has shape {list(results[name].shape)}, expected {list(like.shape)}")
+            continue
+        known = expected[name] if name in shapes else through(case, name, expected[name], like.dtype)
+        title = name if name in shapes else f"gradient of {name}"
+        found += compare(title, results[name], known, like.dtype)
+    return found
+
+
+def unsure(case: Case, expected: dict[str, Bounded]) -> tuple[int, int]:
+    """How many numbers may be anything, of how many."""
+    names = ["output", *case.wanted]
+    errors = [expected[name].error for name in names]
+    return sum(int(np.isinf(error).sum()) for error in errors), sum(error.size for error in errors)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One case, run and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tools.fuzzing.call import Actual, actual, expected, function, routes
+from tools.fuzzing.draw import Case, draw
+from tools.fuzzing.judge import Wrong, judge, unsure
+from vitkern.check.routes import Route
+
+
+@dataclass
+class Outcome:
+    case: Case
+    route: str
+    found: list[Wrong | str] = field(default_factory=list)
+    numbers: tuple[int, int] = (0, 0)  # that may be anything, of how many
+
+    def report(self) -> str:
+        case = self.case
+        first = f"case {case.number}: {case.op} on {self.route} in {case.dtype}"
+        return "\n  ".join([first, *map(str, self.found)])
+
+
+def route_of(case: Case) -> Route | None:
+    """None where the backend cannot run here."""
+    usable = routes()[case.backend]
+    return usable[case.isa % len(usable)] if usable else None
+
+
+def try_case(number: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run) -> Outcome:
+    """Runs a case. `wrap` may stand between it and the public function."""
+    case = draw(number)
+    route = route_of(case)
+    if route is None:
+        return Outcome(case, "nothing", [f"{case.backend} cannot run here"])
+    outcome = Outcome(case, route.name)
+    known = expected(case)
+    outcome.numbers = unsure(case, known)
+    run = wrap(function(case))
+    with route.active():
+        first = _attempt(case, run, outcome, known, "")
+        if case.twice and first is not None:
+            second = _attempt(case, run, outcome, known, "in a second call, ")
+            if second is not None and case.backend == "cpu":
+                outcome.found += [
+                    f"{name} has other bits in a second call"
+                    for name in first
+                    if not torch.equal(first[name].nan_to_num(7), second[name].nan_to_num(7))
+                ]
+    if case.places.overwritten():
+        outcome.found.append("an input was written to")
+    return outcome
+
+
+def _attempt(
+    case: Case, run: Callable[..., Any], outcome: Outcome, known: dict[str, Any], when: str
+) -> Actual | None:
+    try:
+        results = actual(case, run)
+    except Exception as error:
+        outcome.found.append(f"{when}raised {type(error).__name__}: {error}"[:500])
+        return None
+    outcome.found += [f"{when}{one}" if when else one for one in judge(case, results, known)]
+    return results
+
+
+def describe(case: Case) -> str:
+    """All of a case in words, for whoever looks into it."""
+    lines = [f"options {case.options}, levels {case.levels} from {case.starts}"] if case.levels else []
+    lines = lines or [f"options {case.options}"]
+    lines.append(
+        f"gradients of {', '.join(case.wanted) or 'nothing'}; {case.threads} threads, deterministic "
+        f"{case.deterministic}, margins {case.guarded}, twice {case.twice}, residual is x {case.residual_is_x}"
+    )
+    for name, tensor in {**case.tensors, "grad_output": case.grad_output}.items():
+        if tensor is not None:
+            views = " negated" if tensor.is_neg() else ""
+            lines.append(f"{name} {list(tensor.shape)} {tensor.dtype} strides {tensor.stride()}{views}")
+    return "\n  ".join(lines)
