@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, concatenate, exact
+from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, concatenate, either, exact
 
 _ERF = np.vectorize(math.erf, otypes=[np.float64])
 Results = dict[str, Bounded]
@@ -45,17 +45,19 @@ def expected(
     if tensors["residual"] is not None:
         y = acc.add(exact(tensors["residual"]), y)
 
-    e = acc.dot(g, up.swap())  # (6)
-    f = _switched(acc, _switched(acc, acc.mul(scale, e), kept), _slope(acc, z, activation))
+    scaled = acc.mul(scale, g)  # before the products or after: tiny numbers lose more in one way than in the other
+    e = either(acc.mul(scale, acc.dot(g, up.swap())), acc.dot(scaled, up.swap()))  # (6)
+    f = _switched(acc, _switched(acc, e, kept), _slope(acc, z, activation))
     f = factor.rounded(f)  # (7)
-    rows = acc.sum(g, 0)
     return {
         "output": y,
         "x": acc.dot(f, down.swap()),  # (8)
         "down_weight": acc.dot(f.swap(), x.swap()),  # (9)
         "down_bias": acc.sum(f, 0),
-        "up_weight": acc.mul(scale, acc.dot(g.swap(), a.swap())),  # (10)
-        "up_bias": acc.mul(scale, rows),
+        "up_weight": either(  # (10)
+            acc.mul(scale, acc.dot(g.swap(), a.swap())), acc.dot(scaled.swap(), a.swap())
+        ),
+        "up_bias": either(acc.mul(scale, acc.sum(g, 0)), acc.sum(scaled, 0)),
         "scale": _of_scale(acc, g, up, a, tensors["up_bias"]),
     }
 

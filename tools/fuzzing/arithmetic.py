@@ -46,6 +46,13 @@ def concatenate(parts: list[Bounded], axis: int) -> Bounded:
     return Bounded(*(np.concatenate(each, axis) for each in zip(*parts)))
 
 
+def either(one: Bounded, other: Bounded) -> Bounded:
+    """The same number worked out in two ways, of which either may be a kernel's."""
+    error = np.maximum(one.error, other.error)
+    same = np.isfinite(one.value) | (one.value == other.value) | (np.isnan(one.value) & np.isnan(other.value))
+    return Bounded(one.value, np.where(same, error, np.inf))
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """What one operation may be off by: `unit` of its result, and `smallest` where results near zero are flushed."""
@@ -181,6 +188,8 @@ FLOAT32 = Arithmetic("float32", 2.0**-24, 2.0**-126, 3.4e38)
 FLOAT64 = Arithmetic("float64", 2.0**-51, 1e-300, 1e300)
 FLOAT16 = Arithmetic("float16", 2.0**-11, 2.0**-25, 65504.0)
 BFLOAT16 = Arithmetic("bfloat16", 2.0**-8, 2.0**-126, 3.38e38)
+# Triton's interpreter truncates where a chip rounds.
+TRUNCATED = Arithmetic("truncated", 2.0**-7, 2.0**-126, 3.38e38)
 OF = {each.name: each for each in (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)}
 
 

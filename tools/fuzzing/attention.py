@@ -84,7 +84,7 @@ class Attention:
         image = np.arange(batch).reshape(-1, 1, 1, 1, 1)
         head = np.arange(heads).reshape(1, 1, -1, 1, 1)
         rows = np.where(pixel >= 0, (image * pixels + pixel) * heads + head, -1)
-        return given.reshape(-1, channels), rows.reshape(-1)
+        return given.reshape(rows.size, channels), rows.reshape(-1)
 
     def _widened(
         self, at: Touched, other: Touched, weight: Bounded, known: tuple[Bounded, Bounded, Pair]
