@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,16 @@ class Sampled:
     weights: Bounded  # [B, Q, M, P], (6)
     places: Pair  # the same, (7) without W and H
     scattered: list[tuple[Bounded, Array]]  # (5): terms [N, D] and their rows of value [B * S * M, D]
+
+
+class Wider(NamedTuple):
+    """How much more results may be off, where points may lie in other cells."""
+
+    terms: Array
+    weights: Array
+    along: tuple[Array, Array]
+    given: Array  # to the pixels of the own cell
+    other: Array  # to those of the other cell alone
 
 
 class Attention:
@@ -56,13 +67,16 @@ class Attention:
         dots = self.acc.sum(self.acc.mul(exact(read), self.grad.at(np.s_[..., None, None, :])), -1)
         dots = dots.zero_unless(inside)
         grad_weight, along = self._of_point(at, weight, dots)
-        scattered = [self._scattered(given, at.pixel)]
+        scattered = []
         for u, v in others_near(place):
             other = touched((exact(u), exact(v)), level, self.acc, self.method)
-            terms, grad_weight, along, extra = self._widened(
-                at, other, weight, (terms, grad_weight, along)
-            )
-            scattered.append(extra)
+            wider = self._widened(at, other, weight.value[..., None])
+            terms, given = terms.may_differ(wider.terms), given.may_differ(wider.given)
+            grad_weight = grad_weight.may_differ(wider.weights)
+            along = along[0].may_differ(wider.along[0]), along[1].may_differ(wider.along[1])
+            unread = Bounded(np.zeros_like(wider.other), np.where(np.isnan(wider.other), np.inf, wider.other))
+            scattered.append(self._scattered(unread, other.pixel))
+        scattered.append(self._scattered(given, at.pixel))
         size = terms.value.shape
         terms = terms.reshape(*size[:3], size[3] * size[4], size[5])
         return Sampled(terms, grad_weight, along, scattered)
@@ -86,32 +100,21 @@ class Attention:
         rows = np.where(pixel >= 0, (image * pixels + pixel) * heads + head, -1)
         return given.reshape(rows.size, channels), rows.reshape(-1)
 
-    def _widened(
-        self, at: Touched, other: Touched, weight: Bounded, known: tuple[Bounded, Bounded, Pair]
-    ) -> tuple[Bounded, Bounded, Pair, tuple[Bounded, Array]]:
-        """Errors grown by what changes where a point lies in the other cell."""
-        terms, grad_weight, along = known
-        w = weight.value[..., None]
-        shared = _matched(at, other)
-        moved = _unmatched(other, at)  # the part of the other cell's shares that this one does not have
-        lost = np.abs(at.share.value - shared) * (at.pixel >= 0)
+    def _widened(self, at: Touched, other: Touched, w: Array) -> Wider:
+        """What changes where points lie in other cells."""
+        lost = np.abs(at.share.value - _matched(at, other)) * (at.pixel >= 0)
+        moved = _unmatched(other, at)
         read, read_there = _read(self.value, at.pixel), _read(self.value, other.pixel)
-        change = (_product(lost[..., None], np.abs(w[..., None] * read))).sum(-2, keepdims=True)
+        change = _product(lost[..., None], np.abs(w[..., None] * read)).sum(-2, keepdims=True)
         change = change + _product(moved[..., None], np.abs(w[..., None] * read_there)).sum(-2, keepdims=True)
-        first = np.zeros(terms.value.shape[-2])
-        first[0] = 1.0  # one of a point's terms carries it
-        terms = terms.may_differ(_product(change, first[:, None]))
-
         dots = _dots(self.grad.value, read, at.pixel), _dots(self.grad.value, read_there, other.pixel)
-        values = [_of_cell(self.method, cell, w[..., 0], dot) for cell, dot in zip((at, other), dots)]
-        wider = [np.abs(one - two) for one, two in zip(*values)]
-        along = along[0].may_differ(wider[1]), along[1].may_differ(wider[2])
-        g = np.abs(self.grad.value)[..., None, None, :]
-        off = [_product(part[..., None], np.abs(w)[..., None] * g) for part in (moved, lost)]
-        pixel = np.concatenate([other.pixel, at.pixel], -1)
-        error = np.concatenate(off, -2)
-        unread = Bounded(np.zeros_like(error), np.where(np.isnan(error), np.inf, error))
-        return terms, grad_weight.may_differ(wider[0]), along, self._scattered(unread, pixel)
+        here, there = (_of_cell(self.method, cell, w[..., 0], dot) for cell, dot in zip((at, other), dots))
+        weights, *along = (np.abs(one - two) for one, two in zip(here, there))
+        of_lost, of_moved = (
+            _product(part[..., None], np.abs(w)[..., None] * np.abs(self.grad.value)[..., None, None, :])
+            for part in (lost, moved)
+        )
+        return Wider(change, weights, (along[0], along[1]), of_lost, of_moved)
 
 
 def _read(value: Array, pixel: Array) -> Array:
