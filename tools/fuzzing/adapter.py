@@ -68,7 +68,10 @@ def _of_scale(acc: Arithmetic, g: Bounded, up: Bounded, a: Bounded, bias: Array 
     terms = acc.mul(ways, a.at(np.s_[:, None, :])).reshape(-1)
     if bias is not None:
         terms = concatenate([terms, acc.mul(g, exact(bias)).reshape(-1)], 0)
-    return acc.sum(terms, 0)
+    total = acc.sum(terms, 0)
+    # Without rows there is no term, but the bias that is not finite times a sum that is 0 is NaN.
+    nothing = bias is not None and len(g.value) == 0 and not np.isfinite(bias).all()
+    return total.may_differ(np.asarray(np.inf if nothing else 0.0))
 
 
 def _switched(acc: Arithmetic, a: Bounded, switch: Bounded) -> Bounded:

@@ -124,6 +124,7 @@ class Arithmetic:
         error = np.abs(a.value) @ b.error.swapaxes(-1, -2) + a.error @ right
         count = a.value.shape[-1]
         error = error + self._gamma(count) * size + count * self.smallest * (size > 0)
+        error = np.where(size <= self.largest, error, np.inf)
         return self._settled(a.value @ b.value.swapaxes(-1, -2), error, np.ones_like(error, dtype=bool))
 
     def scatter(self, terms: Bounded, index: Array, rows: int) -> Bounded:
@@ -188,8 +189,8 @@ FLOAT32 = Arithmetic("float32", 2.0**-24, 2.0**-126, 3.4e38)
 FLOAT64 = Arithmetic("float64", 2.0**-51, 1e-300, 1e300)
 FLOAT16 = Arithmetic("float16", 2.0**-11, 2.0**-25, 65504.0)
 BFLOAT16 = Arithmetic("bfloat16", 2.0**-8, 2.0**-126, 3.38e38)
-# Triton's interpreter truncates where a chip rounds.
-TRUNCATED = Arithmetic("truncated", 2.0**-7, 2.0**-126, 3.38e38)
+# Triton's interpreter truncates where a chip rounds, and converts subnormal numbers wrongly.
+TRUNCATED = Arithmetic("truncated", 2.0**-7, 2.0**-122, 3.38e38)
 OF = {each.name: each for each in (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)}
 
 

@@ -131,7 +131,7 @@ def _attention(case: Case) -> dict[str, Bounded]:
         results = attention.expected_plain(*call, places, weights, grad)
     else:
         results = attention.expected_fused(*call, others[0], places, weights, grad)
-    if channels == 0:  # no sum has a term: NaN times nothing is 0 or NaN
+    if value.size == 0:  # no sum has a term: NaN times nothing is 0 or NaN
         results = {name: r.may_differ(np.where(np.isfinite(r.value), 0.0, np.inf)) for name, r in results.items()}
     return results
 

@@ -15,7 +15,7 @@ from tools.fuzzing.memory import LAYOUTS, Placed
 
 OPS = ("ms_deform_attn", "ms_deform_attn_fused", "adapter_bottleneck", "token_pool", "token_project")
 # How often each backend comes: what takes longer comes less often.
-BACKENDS = {"cpu": 0.62, "reference": 0.2, "cuda": 0.11, "triton": 0.07}
+BACKENDS = {"cpu": 0.63, "reference": 0.2, "cuda": 0.11, "triton": 0.06}
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 TORCH = {name: getattr(torch, name) for name in DTYPES}
 _HUGE = {"float32": (10, 30), "float64": (10, 60), "float16": (2, 4.7), "bfloat16": (10, 30)}
@@ -93,6 +93,8 @@ class Draw:
             data *= self.rng.random(shape) < 0.3
         if dtype == "float16":
             data = np.clip(data, -65504, 65504)
+        if dtype == "bfloat16" and self.case.backend == "triton":
+            data *= np.abs(data) > 1e-35  # its interpreter has no subnormal ones
         if kind == "bad":
             self.spoil(data)
         return torch.from_numpy(np.asarray(data)).to(TORCH[dtype])

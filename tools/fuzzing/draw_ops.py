@@ -81,8 +81,8 @@ def token_project(draw: Draw) -> Case:
 
 def _pyramid(draw: Draw) -> tuple[list[int], list[int]]:
     """The levels of the case; points of each, and the numbers in [..., L, P]: all alike unless ragged."""
-    case, most = draw.case, 3 if draw.case.small else 4
-    count = draw.size(most, empty=0.03)
+    case = draw.case
+    count = draw.size({"triton": 2, "cuda": 3}.get(case.backend, 4), empty=0.03)
     side = 5 if case.small else 9
     case.levels = [(draw.size(side, empty=0.04), draw.size(side, empty=0.04)) for _ in range(count)]
     order = draw.rng.permutation(count) if draw.chance(0.3) else np.arange(count)
@@ -91,9 +91,9 @@ def _pyramid(draw: Draw) -> tuple[list[int], list[int]]:
         case.starts[level], first = first, first + case.levels[level][0] * case.levels[level][1]
     ragged = draw.chance(0.3)
     if ragged:
-        case.options["points_per_level"] = points = [draw.size(3, empty=0.2) for _ in range(count)]
+        case.options["points_per_level"] = points = [draw.size(2 if case.backend == "triton" else 3, empty=0.2) for _ in range(count)]
         return points, [sum(points)]
-    points = draw.size(3 if case.small else 5, empty=0.03)
+    points = draw.size({"triton": 2, "cuda": 3}.get(case.backend, 5), empty=0.03)
     return [points] * count, [count, points]
 
 
@@ -121,8 +121,10 @@ def _attention(draw: Draw) -> tuple[tuple[int, ...], list[int], list[int]]:
     queries = draw.size({"triton": 3, "cuda": 5}.get(case.backend, 12))
     if draw.chance(0.05) and not case.small:
         queries = 90
-    heads, channels = draw.size(3), draw.size(34 if case.small else 40)
-    batch, pixels = draw.size(2), sum(h * w for h, w in case.levels)
+    # Each image and head is a program to Triton, which takes its interpreter a tenth of a second and more.
+    most = (2, 1 + draw.chance(0.2)) if case.backend == "triton" else (3, 2)
+    heads, batch = draw.size(most[0]), draw.size(most[1])
+    channels, pixels = draw.size(34 if case.small else 40), sum(h * w for h, w in case.levels)
     draw.tensor("value", (batch, pixels, heads, channels), case.dtype)
     case.options["method"] = "bilinear" if draw.chance(0.7) else "nearest"
     return (batch, queries, heads, channels), points, layout

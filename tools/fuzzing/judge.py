@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.fuzzing.arithmetic import BFLOAT16, OF, Array, Bounded
+from tools.fuzzing.arithmetic import OF, TRUNCATED, Array, Bounded
 from tools.fuzzing.call import truncates
 from tools.fuzzing.draw import Case
 
@@ -53,11 +53,12 @@ def compare(name: str, got: Tensor, known: Bounded, dtype: torch.dtype) -> list[
     if name.startswith("gradient"):
         # Infinity times a sum is infinite, the sum of its products may be NaN: gradients may be worked out in both ways.
         right |= ~(np.isfinite(known.value) | np.isfinite(numbers))
-    wrong = np.argwhere(~right)
-    found: list[Wrong | str] = [
-        Wrong(name, tuple(map(int, at)), *(float(a[tuple(at)]) for a in (numbers, *known)))
-        for at in wrong[:_MOST]
-    ]
+    wrong = np.flatnonzero(~np.asarray(right))
+    flat = [np.asarray(each).reshape(-1) for each in (numbers, *known)]
+    found: list[Wrong | str] = []
+    for at in wrong[:_MOST]:
+        element = tuple(int(i) for i in np.unravel_index(at, numbers.shape)) if numbers.shape else ()
+        found.append(Wrong(name, element, *(float(each[at]) for each in flat)))
     if len(wrong) > _MOST:
         found.append(f"{name}: {len(wrong)} of {numbers.size} numbers are wrong")
     return found
@@ -89,7 +90,7 @@ def judge(case: Case, results: dict[str, Tensor], expected: dict[str, Bounded]) 
             continue
         known = expected[name] if name in shapes else through(case, name, expected[name], like.dtype)
         if truncates(case):
-            known = BFLOAT16.rounded(known)
+            known = TRUNCATED.rounded(known)
         title = name if name in shapes else f"gradient of {name}"
         found += compare(title, results[name], known, like.dtype)
     return found
