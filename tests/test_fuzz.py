@@ -1,15 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzzer: its oracle has the gradients of finite differences, and it finds what is wrong, by the number of the case."""
+"""The fuzzer: its oracle has the gradients of finite differences, the kernels pass, and what is planted is found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import ctypes
+import faulthandler
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from tools.fuzzing import adapter, attention, tokens
+from tests import emulated, wide
+from tests.test_check_mutations import (
+    WITH_KERNELS,
+    Mutation,
+    cpu_mutant,
+    cpu_objects,  # noqa: F401  a fixture
+    emulated_mutant,
+    plant_in_triton,
+)
+from tools.fuzzing import adapter, attention, call, memory, one, tokens, workers
+from tools.fuzzing.__main__ import main
 from tools.fuzzing.arithmetic import FLOAT64, Bounded
+from tools.fuzzing.call import routes
+from tools.fuzzing.draw import OPS, begin
+from tools.fuzzing.one import try_case
 from tools.fuzzing.sampling import Level
 
 LEVELS = [Level(3, 4, 2, slice(0, 2)), Level(1, 2, 0, slice(2, 3)), Level(5, 1, 14, slice(3, 3))]
@@ -32,7 +57,10 @@ def _attention(fused: bool, numbers: int, shared: bool) -> tuple[Formula, dict[s
     shapes: dict[str, tuple[int, ...]] = dict(value=(2, PIXELS, 2, 3))
     if fused:
         shapes["reference_points"] = (1, 3, 1, numbers) if shared else (2, 3, 3, numbers)
-    shapes |= {"offsets" if fused else "locations": of_places, "logits" if fused else "weights": of_places[:-1]}
+    shapes |= {
+        "offsets" if fused else "locations": of_places,
+        "logits" if fused else "weights": of_places[:-1],
+    }
 
     def call(*, grad: np.ndarray, **tensors: np.ndarray) -> dict[str, Bounded]:
         return formula(FLOAT64, LEVELS, "bilinear", *tensors.values(), grad.reshape(2, 3, 2, 3))
@@ -93,3 +121,248 @@ def _output_of(tensors: dict[str, np.ndarray]) -> tuple[int, ...]:
     if "value" in tensors:
         return (2, 3, 6)
     return (2, tensors["weight"].shape[-2], 3) if "weight" in tensors else tensors["x"].shape
+
+
+# How many cases of each backend: 200 in all.
+FIXED = {"cpu": 120, "reference": 45, "cuda": 29, "triton": 6}
+
+
+def numbers_of(*, op: str | None = None, backend: str, dtype: str | None = None) -> Iterator[int]:
+    for number in itertools.count():
+        case, _ = begin(number)
+        if case.backend == backend and op in (None, case.op) and dtype in (None, case.dtype):
+            yield number
+
+
+@pytest.mark.parametrize("backend", FIXED)
+def test_fixed_cases_are_right(backend):
+    if not routes()[backend]:
+        pytest.skip(f"{backend} cannot run here")
+    outcomes = [try_case(number) for number in itertools.islice(numbers_of(backend=backend), FIXED[backend])]
+    assert [outcome.report() for outcome in outcomes if outcome.found] == []
+    anything, numbers = (sum(outcome.numbers[at] for outcome in outcomes) for at in (0, 1))
+    assert anything < 0.05 * numbers
+
+
+Output = Callable[[Tensor], Tensor]
+
+
+def changes(change: Output):
+    """A function whose output is changed, and its gradients with it."""
+
+    def wrap(run):
+        def wrapped(**tensors):
+            output = run(**tensors)
+            return output if isinstance(output, tuple) else change(output)
+
+        return wrapped
+
+    return wrap
+
+
+def takes(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]):
+    return lambda run: lambda **tensors: run(**change(tensors))
+
+
+def _first_changed(tensors: dict[str, Tensor], change: Output) -> dict[str, Tensor]:
+    name = next(iter(tensors))
+    return {**tensors, name: change(tensors[name])}
+
+
+def _write(tensor: Tensor) -> Tensor:
+    with contextlib.suppress(IndexError, RuntimeError):  # empty, or an expanded one, which refuses
+        tensor.detach().select(-1, 0).add_(1)
+    return tensor
+
+
+FAULTS = {
+    "a tail that is missing": changes(lambda out: torch.cat([out[..., :-1], 0 * out[..., -1:]], -1)),
+    "a bound that is off by one": changes(lambda out: out.roll(1, -1)),
+    "strides that are exchanged": takes(lambda t: _first_changed(t, lambda x: x.mT.reshape(x.shape))),
+    "a gradient that is forgotten": takes(lambda t: _first_changed(t, lambda x: x.detach())),
+    "a gradient of one": takes(lambda t: _first_changed(t, lambda x: x + (x - x.detach()) * 1e-3)),
+    "sums of low precision": changes(lambda out: out * (1 + 1e-4)),
+    "an input that is written to": takes(lambda t: _first_changed(t, _write)),
+    "another type": changes(lambda out: out.double()),
+    "another shape": changes(lambda out: out[None]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_planted_is_found(op, fault):
+    cases = itertools.islice(numbers_of(op=op, backend="cpu", dtype="float32"), 25)
+    assert any(try_case(number, FAULTS[fault]).found for number in cases)
+
+
+def test_a_case_says_what_differs_and_where(monkeypatch, capsys):
+    number = next(numbers_of(op="token_project", backend="cpu", dtype="float32"))
+    assert main(["--case", str(number)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "right"
+    planted = FAULTS["a tail that is missing"]
+    monkeypatch.setattr(one, "function", lambda case: planted(call.function(case)))
+    assert main(["--case", str(number)]) == 1
+    said = capsys.readouterr().out
+    assert f"case {number}: token_project on cpu-" in said
+    assert re.search(r"output\[[\d, ]+\]: got -?0\.0, expected -?[\d.e-]+ within [\d.e-]+", said)
+    assert said.splitlines()[-1] == "wrong"
+
+
+def test_the_table_counts_cases_by_op_backend_and_dtype(capsys):
+    assert main(["--cases", "60", "--workers", "0", "--backend", "cpu", "--op", "token_pool"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["op", "backend", "float32", "float64", "float16", "bfloat16", "all", "wrong"]
+    row = next(line.split() for line in lines if line.startswith("token_pool") and " cpu " in line)
+    expected = [begin(number)[0] for number in range(60)]
+    assert int(row[-2]) == sum((case.op, case.backend) == ("token_pool", "cpu") for case in expected)
+    assert int(row[-1]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a forked worker has what this test has patched")
+def test_a_crash_is_told_and_the_run_goes_on(monkeypatch, capsys):
+    first, crashing, last = itertools.islice(numbers_of(backend="cpu"), 3)
+
+    def crash_at(number: int) -> one.Outcome:
+        if number == crashing:
+            faulthandler.disable()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return one.Outcome(begin(number)[0], "cpu")
+
+    monkeypatch.setattr(workers, "_CONTEXT", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(one, "try_case", crash_at)
+    arguments = ["--seed", str(first), "--cases", str(last + 1 - first), "--workers", "1", "--backend", "cpu"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().out
+    assert f"case {crashing}: ended its process with status -{int(signal.SIGSEGV)}" in said
+    assert "3 cases in" in said
+    assert "1 wrong" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a forked process reads")
+@pytest.mark.parametrize("at_end", [False, True])
+def test_tensors_lie_against_pages_that_end_the_process(at_end):
+    every = (memory.Placed(np.random.default_rng(seed)).storage(8, torch.float32) for seed in range(40))
+    tensor = next(t for t in every if at_end == ((t.data_ptr() + 32) % memory.PAGE == 0))
+    for beyond in (False, True):
+        at = (8 if at_end else -1) if beyond else (7 if at_end else 0)
+
+        def read(address: int = tensor.data_ptr() + 4 * at) -> None:
+            faulthandler.disable()
+            print(ctypes.c_float.from_address(address).value)
+
+        process = multiprocessing.get_context("fork").Process(target=read)
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGSEGV if beyond else 0)
+
+
+def _planted(op: str, file: str, right: str, wrong: str) -> Mutation:
+    return Mutation(op, file, right, wrong, ())
+
+
+MUTANTS = {
+    "cpu": {
+        "an off-by-one bound": _planted(
+            "ms_deform_attn",
+            "ms_deform_attn/cpu_points.h",
+            "(column + next < columns)",
+            "(column < columns)",
+        ),
+        "a swapped stride": _planted(
+            "ms_deform_attn",
+            "ms_deform_attn/cpu_points.h",
+            "+ row * columns + column;",
+            "+ row * rows + column;",
+        ),
+        "a missing tail": _planted(
+            "token_pool",
+            "common/elements.h",
+            "memcpy(to + i, narrowed, (count - i) * sizeof(T));",
+            "",
+        ),
+    },
+    "cuda": {
+        "an off-by-one bound": _planted(
+            "ms_deform_attn",
+            "ms_deform_attn/points.cuh",
+            "row < level.rows;",
+            "row < level.rows - 1;",
+        ),
+        "a swapped stride": _planted(
+            "ms_deform_attn",
+            "ms_deform_attn/points.cuh",
+            "y.pixel * level.stride + x.pixel * task.pixel_step",
+            "y.pixel * task.pixel_step + x.pixel * level.stride",
+        ),
+        "a missing tail": _planted(
+            "token_pool",
+            "token_pool/forward.cuh",
+            "c < p.channels; c += kBlockThreads",
+            "c + 1 < p.channels; c += kBlockThreads",
+        ),
+    },
+    "triton": {
+        "an off-by-one bound": _planted(
+            "token_project",
+            "token_project.py",
+            "logits = tl.where((token < T)[None, :]",
+            "logits = tl.where((token <= T)[None, :]",
+        ),
+        "a swapped stride": _planted(
+            "token_project",
+            "token_project.py",
+            "tokens_ptr + image * T * C",
+            "tokens_ptr + image * N * C",
+        ),
+        "a missing tail": _planted(
+            "token_project",
+            "token_project.py",
+            "write_tile(output_ptr, pixel, n < N,",
+            "write_tile(output_ptr, pixel, n < N - 1,",
+        ),
+    },
+}
+# Numbers that a minute goes through on two cores, and more.
+MINUTE = 1500
+
+
+def arguments_of(mutation: Mutation, backend: str) -> list[str]:
+    return ["--cases", str(MINUTE), "--workers", "0", "--op", mutation.op, "--backend", backend]
+
+
+def assert_found_apart(mutation: Mutation, backend: str, *interpreter: object, **environment: str) -> None:
+    """By a wrong case, or by a crash on a guarded page."""
+    command = [sys.executable, *map(str, interpreter), *arguments_of(mutation, backend)]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=wide.ROOT)
+    found = done.returncode == 1 and f"{mutation.op} on {backend}" in done.stdout
+    assert found or done.returncode == -signal.SIGSEGV, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", MUTANTS["cpu"])
+@pytest.mark.skipif(wide.REASON is not None or sys.platform != "linux", reason=wide.REASON or "for Linux")
+def test_mutants_of_the_cpu_kernels_are_found(fault, cpu_objects, tmp_path):  # noqa: F811
+    mutation = MUTANTS["cpu"][fault]
+    library = cpu_mutant(mutation, cpu_objects, tmp_path)
+    assert_found_apart(mutation, "cpu", "-c", WITH_KERNELS, "tools.fuzzing.__main__", library)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", MUTANTS["cuda"])
+@pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
+def test_mutants_of_the_emulated_cuda_kernels_are_found(fault, tmp_path):
+    mutation = MUTANTS["cuda"][fault]
+    library = emulated_mutant(mutation, tmp_path)
+    assert_found_apart(mutation, "cuda", "-m", "tools.fuzzing", VITKERN_EMULATED=str(library))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", MUTANTS["triton"])
+def test_mutants_of_the_triton_kernels_are_found(fault, tmp_path, monkeypatch, capsys):
+    if not routes()["triton"]:
+        pytest.skip("Triton is not interpreted here")
+    mutation = MUTANTS["triton"][fault]
+    plant_in_triton(mutation, tmp_path, monkeypatch)
+    assert main(arguments_of(mutation, "triton")) == 1
+    assert f"{mutation.op} on triton" in capsys.readouterr().out

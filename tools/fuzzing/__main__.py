@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 
 from tools.fuzzing.draw import BACKENDS, DTYPES, OPS
-from tools.fuzzing.workers import Tally, Wanted, fuzz
+from tools.fuzzing.workers import Numbers, Tally, Wanted, fuzz
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,8 +17,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.case is not None:
         return one(options.case)
     wanted = Wanted(options.op, options.backend)
-    workers = options.workers or min(os.cpu_count() or 1, 16)
-    tally = fuzz(options.minutes, options.seed, workers, wanted, lambda text: print(text, flush=True))
+    end = None if options.cases is None else options.seed + options.cases
+    numbers, minutes = Numbers(options.seed, end=end), options.minutes
+    if minutes is None:
+        minutes = 1.0 if end is None else math.inf
+    tally = fuzz(minutes, numbers, options.workers, wanted, lambda text: print(text, flush=True))
     print(table(tally))
     if not sum(tally.counts.values()):
         print("no case has run")
@@ -31,12 +35,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Random calls of the ops, each number of the results against a bound of its own. "
         "Says which cases are wrong; each is made again by its number.",
     )
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long (default: 1)")
+    parser.add_argument("--minutes", type=float, help="how long (default: 1, or as long as --cases take)")
+    parser.add_argument("--cases", type=int, help="try so many numbers and no more")
     parser.add_argument("--case", type=int, help="run the case of this number alone, and tell all about it")
     parser.add_argument("--op", choices=OPS, help="cases of this op only")
     parser.add_argument("--backend", choices=tuple(BACKENDS), help="cases of this backend only")
     parser.add_argument("--seed", type=int, default=0, help="number of the first case (default: 0)")
-    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores,
+        help=f"processes (default: one for each core, {cores}); 0: no other",
+    )
     return parser
 
 
@@ -52,7 +63,9 @@ def one(number: int) -> int:
 
 def table(tally: Tally) -> str:
     """Cases of each op and backend by dtype, and how many were wrong."""
-    lines = [f"{'op':22}{'backend':11}" + "".join(f"{dtype:>10}" for dtype in DTYPES) + f"{'all':>9}{'wrong':>7}"]
+    lines = [
+        f"{'op':22}{'backend':11}" + "".join(f"{dtype:>10}" for dtype in DTYPES) + f"{'all':>9}{'wrong':>7}"
+    ]
     for op in OPS:
         for backend in BACKENDS:
             counts = [tally.counts[op, backend, dtype] for dtype in DTYPES]

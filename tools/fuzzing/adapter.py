@@ -28,7 +28,12 @@ def expected(
 
     tensors: x [N, C], down_weight, down_bias, up_weight, up_bias, residual, scale (one number), as the op sees them.
     """
-    x, down, up, g = exact(tensors["x"]), exact(tensors["down_weight"]), exact(tensors["up_weight"]), exact(grad)
+    x, down, up, g = (
+        exact(tensors["x"]),
+        exact(tensors["down_weight"]),
+        exact(tensors["up_weight"]),
+        exact(grad),
+    )
     scale = exact(tensors["scale"])
     if not scale_is_exact:
         scale = Bounded(scale.value, acc.unit * np.abs(scale.value))  # a number comes in double
@@ -45,7 +50,9 @@ def expected(
     if tensors["residual"] is not None:
         y = acc.add(exact(tensors["residual"]), y)
 
-    scaled = acc.mul(scale, g)  # before the products or after: tiny numbers lose more in one way than in the other
+    scaled = acc.mul(
+        scale, g
+    )  # before the products or after: tiny numbers lose more in one way than in the other
     e = either(acc.mul(scale, acc.dot(g, up.swap())), acc.dot(scaled, up.swap()))  # (6)
     f = _switched(acc, _switched(acc, e, kept), _slope(acc, z, activation))
     f = factor.rounded(f)  # (7)
@@ -129,6 +136,11 @@ def philox(seed: int, counter: Array) -> list[Array]:
     words = [counter & low, counter >> shift, np.zeros_like(counter), np.zeros_like(counter)]
     for _ in range(10):
         left, right = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
-        words = [(right >> shift) ^ words[1] ^ key[0], right & low, (left >> shift) ^ words[3] ^ key[1], left & low]
+        words = [
+            (right >> shift) ^ words[1] ^ key[0],
+            right & low,
+            (left >> shift) ^ words[3] ^ key[1],
+            left & low,
+        ]
         key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
     return words

@@ -105,9 +105,7 @@ class Arithmetic:
         unsure = np.isinf(terms.error).any(axes) | np.isinf(error)
         nan = _is_nan(terms).any(axes)
         value = np.where(nan, np.nan, value)
-        return Bounded(
-            value, np.where(np.isfinite(value), error, 0.0) + np.where(unsure & ~nan, np.inf, 0.0)
-        )
+        return Bounded(value, np.where(np.isfinite(value), error, 0.0) + np.where(unsure & ~nan, np.inf, 0.0))
 
     def _gamma(self, count: int) -> float:
         """The error of a sum of so many products, in units of the sum of their magnitudes."""

@@ -171,7 +171,9 @@ def expected_plain(
     call = Attention(acc, levels, method, value, exact(weights), grad)
     places = [plain_places(locations[..., level.points, :], level, acc, method) for level in levels]
     results, sampled = call.results(places)
-    results["weights"] = concatenate([exact(np.zeros((*weights.shape[:3], 0))), *(s.weights for s in sampled)], -1)
+    results["weights"] = concatenate(
+        [exact(np.zeros((*weights.shape[:3], 0))), *(s.weights for s in sampled)], -1
+    )
     found = [exact(np.zeros((*weights.shape[:3], 0, 2)))]
     for level, each in zip(levels, sampled):
         axes = [acc.mul(exact(float(n)), along) for n, along in zip(level.size, each.places)]  # (7)

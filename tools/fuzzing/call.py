@@ -27,7 +27,11 @@ _SEEDS = 2**63 - 1
 def routes() -> dict[str, list[Route]]:
     """The ways to run each backend here: of cpu every instruction set, of the others one."""
     known: list[Route] = [*RUNNERS, *(route for route in all_routes("cpu") if route.backend == "reference")]
-    usable = [route for route in known if route.device == "cpu" and route.reason is None and route.name != "cpu-wide"]
+    usable = [
+        route
+        for route in known
+        if route.device == "cpu" and route.reason is None and route.name != "cpu-wide"
+    ]
     return {name: [r for r in usable if r.backend == name] for name in vitkern.backends.BACKENDS}
 
 
@@ -132,7 +136,9 @@ def _attention(case: Case) -> dict[str, Bounded]:
     else:
         results = attention.expected_fused(*call, others[0], places, weights, grad)
     if value.size == 0:  # no sum has a term: NaN times nothing is 0 or NaN
-        results = {name: r.may_differ(np.where(np.isfinite(r.value), 0.0, np.inf)) for name, r in results.items()}
+        results = {
+            name: r.may_differ(np.where(np.isfinite(r.value), 0.0, np.inf)) for name, r in results.items()
+        }
     return results
 
 
@@ -167,7 +173,9 @@ def _adapter(case: Case) -> dict[str, Bounded]:
     if apart:  # added by torch to what is rounded already
         kind = OF[str(case.grad_output.dtype).removeprefix("torch.")]
         other = _numbers(beside).reshape(rows)
-        results["output"] = kind.add(OF[dtype].rounded(results["output"]), Bounded(other, np.zeros_like(other)))
+        results["output"] = kind.add(
+            OF[dtype].rounded(results["output"]), Bounded(other, np.zeros_like(other))
+        )
     return results
 
 
@@ -179,7 +187,9 @@ def _pool(case: Case) -> dict[str, Bounded]:
 
 def _project(case: Case) -> dict[str, Bounded]:
     numbers = [_numbers(tensor) for tensor in case.tensors.values()]
-    return tokens.expected_project(accumulator(case.dtype), factors(case), *numbers, _numbers(case.grad_output))
+    return tokens.expected_project(
+        accumulator(case.dtype), factors(case), *numbers, _numbers(case.grad_output)
+    )
 
 
 _EXPECTED = {
@@ -189,4 +199,3 @@ _EXPECTED = {
     "token_pool": _pool,
     "token_project": _project,
 }
-

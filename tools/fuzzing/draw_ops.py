@@ -21,7 +21,9 @@ def adapter_bottleneck(draw: Draw) -> Case:
     if draw.chance(0.1) and not case.small:
         rows = 200
     channels, hidden = draw.size(most), draw.size(most // 2, empty=0.0)
-    leading = [(draw.size(rows),), (), (draw.size(3), draw.size(max(rows // 3, 1)))][int(draw.rng.choice(3, p=[0.6, 0.1, 0.3]))]
+    leading = [(draw.size(rows),), (), (draw.size(3), draw.size(max(rows // 3, 1)))][
+        int(draw.rng.choice(3, p=[0.6, 0.1, 0.3]))
+    ]
     shape = (*leading, channels)
     draw.tensor("x", shape, case.dtype)
     other = draw.other_dtype(0.15)
@@ -91,7 +93,9 @@ def _pyramid(draw: Draw) -> tuple[list[int], list[int]]:
         case.starts[level], first = first, first + case.levels[level][0] * case.levels[level][1]
     ragged = draw.chance(0.3)
     if ragged:
-        case.options["points_per_level"] = points = [draw.size(2 if case.backend == "triton" else 3, empty=0.2) for _ in range(count)]
+        case.options["points_per_level"] = points = [
+            draw.size(2 if case.backend == "triton" else 3, empty=0.2) for _ in range(count)
+        ]
         return points, [sum(points)]
     points = draw.size({"triton": 2, "cuda": 3}.get(case.backend, 5), empty=0.03)
     return [points] * count, [count, points]

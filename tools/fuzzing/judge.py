@@ -35,7 +35,7 @@ def rounded(value: Array, dtype: torch.dtype) -> Array:
 
 
 def limits(known: Bounded, dtype: torch.dtype) -> tuple[Array, Array]:
-    """The least and the greatest number that may come. Rounding keeps order: what lies between two lies between theirs."""
+    """The least and the greatest number that may come: rounding keeps the order of numbers."""
     error = known.error * (1 + 1e-9)
     return rounded(known.value - error, dtype), rounded(known.value + error, dtype)
 
@@ -51,7 +51,7 @@ def compare(name: str, got: Tensor, known: Bounded, dtype: torch.dtype) -> list[
         right = (low <= numbers) & (numbers <= high)
     right |= np.isinf(known.error) | (np.isnan(known.value) & np.isnan(numbers))
     if name.startswith("gradient"):
-        # Infinity times a sum is infinite, the sum of its products may be NaN: gradients may be worked out in both ways.
+        # Infinity times a sum is infinite, the sum of its products may be NaN: a gradient may be either.
         right |= ~(np.isfinite(known.value) | np.isfinite(numbers))
     wrong = np.flatnonzero(~np.asarray(right))
     flat = [np.asarray(each).reshape(-1) for each in (numbers, *known)]

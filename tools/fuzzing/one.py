@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from tools.fuzzing.call import Actual, actual, expected, function, routes
@@ -34,7 +35,9 @@ def route_of(case: Case) -> Route | None:
     return usable[case.isa % len(usable)] if usable else None
 
 
-def try_case(number: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run) -> Outcome:
+def try_case(
+    number: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run
+) -> Outcome:
     """Runs a case. `wrap` may stand between it and the public function."""
     case = draw(number)
     route = route_of(case)
@@ -44,7 +47,7 @@ def try_case(number: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any
     known = expected(case)
     outcome.numbers = unsure(case, known)
     run = wrap(function(case))
-    with route.active():
+    with route.active(), np.errstate(all="ignore"):  # Triton's interpreter works with numpy
         first = _attempt(case, run, outcome, known, "")
         if case.twice and first is not None:
             second = _attempt(case, run, outcome, known, "in a second call, ")

@@ -88,8 +88,11 @@ def others_near(place: Pair) -> list[tuple[Array, Array]]:
     for u in place:
         ways = [u.value]
         for side in (u.value - 2 * u.error, u.value + 2 * u.error):
-            if (other := np.floor(side) != np.floor(u.value)).any():
-                ways.append(np.where(other & ~np.isnan(u.value), side, u.value))
+            # A whole number is the edge of two cells, and at -1 it is outside.
+            other = (np.floor(side) != np.floor(u.value)) | (np.ceil(side) != np.ceil(u.value))
+            other &= ~np.isnan(u.value)
+            if other.any():
+                ways.append(np.where(other, side, u.value))
         sides.append(ways)
     return list(itertools.product(*sides))[1:]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What token_pool and token_project compute, in float64: the equations of docs/derivations/token_pool.md and _project."""
+"""What token_pool and token_project compute, in float64: the equations of their pages in docs/derivations."""
 
 from __future__ import annotations
 
