@@ -230,6 +230,7 @@ def test_a_crash_is_told_and_the_run_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(workers, "_CONTEXT", multiprocessing.get_context("fork"))
     monkeypatch.setattr(one, "try_case", crash_at)
+    monkeypatch.setattr(faulthandler, "enable", lambda: None)  # pytest has taken the file that it writes to
     arguments = ["--seed", str(first), "--cases", str(last + 1 - first), "--workers", "1", "--backend", "cpu"]
     assert main(arguments) == 1
     said = capsys.readouterr().out

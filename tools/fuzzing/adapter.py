@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -16,7 +17,7 @@ Results = dict[str, Bounded]
 def expected(
     acc: Arithmetic,
     factor: Arithmetic,
-    tensors: dict[str, Array | None],
+    tensors: Mapping[str, Array | None],
     grad: Array,
     *,
     activation: str,
@@ -28,27 +29,22 @@ def expected(
 
     tensors: x [N, C], down_weight, down_bias, up_weight, up_bias, residual, scale (one number), as the op sees them.
     """
-    x, down, up, g = (
-        exact(tensors["x"]),
-        exact(tensors["down_weight"]),
-        exact(tensors["up_weight"]),
-        exact(grad),
-    )
-    scale = exact(tensors["scale"])
+    x, down, up, scale = (_given(tensors[name]) for name in ("x", "down_weight", "up_weight", "scale"))
+    g = exact(grad)
     if not scale_is_exact:
         scale = Bounded(scale.value, acc.unit * np.abs(scale.value))  # a number comes in double
     kept = exact(_dropout(seed, x.value.shape[0] * len(down.value), dropout_p).reshape(-1, len(down.value)))
 
     z = acc.dot(x, down)  # (1)
     if tensors["down_bias"] is not None:
-        z = acc.add(z, exact(tensors["down_bias"]))
+        z = acc.add(z, _given(tensors["down_bias"]))
     a = factor.rounded(_switched(acc, _activated(acc, z, activation), kept))  # (2)
     products = acc.dot(a, up)
     if tensors["up_bias"] is not None:
-        products = acc.add(products, exact(tensors["up_bias"]))
+        products = acc.add(products, _given(tensors["up_bias"]))
     y = acc.mul(scale, products)  # (3)
     if tensors["residual"] is not None:
-        y = acc.add(exact(tensors["residual"]), y)
+        y = acc.add(_given(tensors["residual"]), y)
 
     scaled = acc.mul(
         scale, g
@@ -67,6 +63,11 @@ def expected(
         "up_bias": either(acc.mul(scale, acc.sum(g, 0)), acc.sum(scaled, 0)),
         "scale": _of_scale(acc, g, up, a, tensors["up_bias"]),
     }
+
+
+def _given(tensor: Array | None) -> Bounded:
+    assert tensor is not None
+    return exact(tensor)
 
 
 def _of_scale(acc: Arithmetic, g: Bounded, up: Bounded, a: Bounded, bias: Array | None) -> Bounded:

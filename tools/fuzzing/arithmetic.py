@@ -8,7 +8,7 @@ anything, since sums overflow, or infinities meet numbers whose sign rounding de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,8 @@ class Bounded(NamedTuple):
     value: Array
     error: Array  # of value's shape
 
-    def at(self, where: object) -> Bounded:
-        return Bounded(self.value[where], self.error[where])  # type: ignore[index]
+    def at(self, where: Any) -> Bounded:
+        return Bounded(self.value[where], self.error[where])
 
     def reshape(self, *shape: int) -> Bounded:
         return Bounded(self.value.reshape(shape), self.error.reshape(shape))
@@ -175,7 +175,7 @@ def _is_nan(a: Bounded) -> Array:
 
 
 def _has_sign(a: Bounded) -> Array:
-    return ~(np.abs(a.value) <= a.error)
+    return np.logical_not(np.abs(a.value) <= a.error)
 
 
 def _all_finite(a: Bounded) -> bool:

@@ -85,11 +85,11 @@ class Attention:
         """(6), and (7) without the level's size."""
         inside = at.pixel >= 0
         grad_weight = self.acc.sum(self.acc.mul(at.share, dots).zero_unless(inside), -1)
-        touches = inside.any(-1)
+        touches = inside.any(-1) & np.asarray(self.method == "bilinear")
         along = []
         for slope in at.slope:
             change = self.acc.sum(self.acc.mul(slope, dots).zero_unless(inside), -1)
-            along.append(self.acc.mul(weight, change).zero_unless(touches & (self.method == "bilinear")))
+            along.append(self.acc.mul(weight, change).zero_unless(touches))
         return grad_weight, (along[0], along[1])
 
     def _scattered(self, given: Bounded, pixel: Array) -> tuple[Bounded, Array]:
@@ -140,7 +140,8 @@ def _unmatched(at: Touched, other: Touched) -> Array:
 
 
 def _dots(grad: Array, read: Array, pixel: Array) -> Array:
-    return np.where(pixel >= 0, (read * grad[..., None, None, :]).sum(-1), 0.0)
+    products: Array = read * grad[..., None, None, :]
+    return np.where(pixel >= 0, products.sum(-1), 0.0)
 
 
 def _of_cell(method: str, at: Touched, weight: Array, dots: Array) -> list[Array]:
@@ -213,8 +214,7 @@ def expected_fused(
         moved.append(Bounded(*(np.stack(pair, -1) for pair in zip(*axes))))
         anchors.append(_of_reference(acc, level, offsets[..., level.points, :], each.places, full.shape[3]))
     results["offsets"] = concatenate(moved, -2)  # (12)
-    axes = tuple(a for a in (0, 2) if reference.shape[a] == 1)
-    shared = acc.sum(concatenate(anchors, 2), axes)
+    shared = acc.sum(concatenate(anchors, 2), tuple(a for a in (0, 2) if reference.shape[a] == 1))
     return {**results, "reference_points": shared.reshape(*reference.shape)}
 
 

@@ -14,7 +14,7 @@ import vitkern
 from tests.helpers import guarded_memory
 from tests.runners import RUNNERS
 from tools.fuzzing import adapter, attention, tokens
-from tools.fuzzing.arithmetic import OF, TRUNCATED, Arithmetic, Array, Bounded, accumulator
+from tools.fuzzing.arithmetic import OF, TRUNCATED, Arithmetic, Array, Bounded, accumulator, exact
 from tools.fuzzing.draw import TORCH, Case
 from tools.fuzzing.sampling import Level
 from vitkern import functional
@@ -35,11 +35,16 @@ def routes() -> dict[str, list[Route]]:
     return {name: [r for r in usable if r.backend == name] for name in vitkern.backends.BACKENDS}
 
 
-def function(case: Case) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    """The public function, of the case's tensors by their names."""
-    op, options = getattr(functional, case.op), {**case.options, "backend": case.backend}
+Output = Tensor | tuple[Tensor, Tensor]
+Actual = dict[str, Tensor]
 
-    def call(**tensors: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+
+def function(case: Case) -> Callable[..., Output]:
+    """The public function, of the case's tensors by their names."""
+    op: Callable[..., Output] = getattr(functional, case.op)
+    options = {**case.options, "backend": case.backend}
+
+    def call(**tensors: Tensor | None) -> Output:
         if case.op.startswith("ms_deform_attn"):
             value, *rest = tensors.values()
             return op(value, *case.tables, *rest, **options)
@@ -64,17 +69,15 @@ def _settings(case: Case) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-Actual = dict[str, Tensor]
-
-
-def actual(case: Case, run: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> Actual:
+def actual(case: Case, run: Callable[..., Output]) -> Actual:
     """Output and the gradients that are wanted."""
     leaves = {
-        name: None if tensor is None else tensor.detach().requires_grad_(name in case.wanted)
+        name: tensor.detach().requires_grad_(name in case.wanted)
         for name, tensor in case.tensors.items()
+        if tensor is not None
     }
     with _settings(case), guarded_memory() if case.guarded else contextlib.nullcontext():
-        output = run(**leaves)
+        output = run(**{name: leaves.get(name) for name in case.tensors})
         results: Actual = {}
         if isinstance(output, tuple):
             output, results["attention"] = output
@@ -86,13 +89,11 @@ def actual(case: Case, run: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> Ac
     return {name: result.detach() for name, result in results.items()}
 
 
-def _numbers(tensor: Tensor | None, *dtypes: str) -> Array | None:
+def _numbers(tensor: Tensor, *dtypes: str) -> Array:
     """In float64, brought to these types first, as the op does."""
-    if tensor is None:
-        return None
     for dtype in dtypes:
         tensor = tensor.to(TORCH[dtype])
-    return tensor.double().resolve_neg().resolve_conj().numpy()
+    return np.asarray(tensor.double().resolve_neg().resolve_conj().numpy())
 
 
 def factors(case: Case) -> Arithmetic:
@@ -112,14 +113,13 @@ def expected(case: Case) -> dict[str, Bounded]:
 
 
 def _attention(case: Case) -> dict[str, Bounded]:
-    acc, value = accumulator(case.dtype), _numbers(case.tensors["value"])
-    assert value is not None
+    acc, value = accumulator(case.dtype), _numbers(case.first)
     batch, _, heads, channels = value.shape
-    others = [_numbers(tensor, acc.name) for tensor in list(case.tensors.values())[1:]]
-    flat = others[-1]
+    fused = case.op == "ms_deform_attn_fused"
+    where = case.tensor("offsets" if fused else "locations")
+    flat = _numbers(case.tensor("logits" if fused else "weights"), acc.name)
     points = case.options.get("points_per_level")
     if points is None:
-        where = case.tensors["locations" if "locations" in case.tensors else "offsets"]
         points = [where.shape[4]] * where.shape[3]
     ends = np.cumsum([0, *points])
     levels = [
@@ -127,14 +127,15 @@ def _attention(case: Case) -> dict[str, Bounded]:
         for i, (size, start) in enumerate(zip(case.levels, case.starts))
     ]
     queries, count = flat.shape[1], int(ends[-1])
-    places = others[-2].reshape(batch, queries, heads, count, 2)
+    places = _numbers(where, acc.name).reshape(batch, queries, heads, count, 2)
     weights = flat.reshape(batch, queries, heads, count)
     grad = _numbers(case.grad_output).reshape(batch, queries, heads, channels)
     call = acc, levels, case.options["method"], value
-    if case.op == "ms_deform_attn":
-        results = attention.expected_plain(*call, places, weights, grad)
+    if fused:
+        reference = _numbers(case.tensor("reference_points"), acc.name)
+        results = attention.expected_fused(*call, reference, places, weights, grad)
     else:
-        results = attention.expected_fused(*call, others[0], places, weights, grad)
+        results = attention.expected_plain(*call, places, weights, grad)
     if value.size == 0:  # no sum has a term: NaN times nothing is 0 or NaN
         results = {
             name: r.may_differ(np.where(np.isfinite(r.value), 0.0, np.inf)) for name, r in results.items()
@@ -143,53 +144,54 @@ def _attention(case: Case) -> dict[str, Bounded]:
 
 
 def _adapter(case: Case) -> dict[str, Bounded]:
-    acc, t, dtype = accumulator(case.dtype), case.tensors, case.dtype
-    x, beside = t["x"], t["residual"]
+    acc, t, dtype, x = accumulator(case.dtype), case.tensors, case.dtype, case.first
     rows = (int(np.prod(x.shape[:-1], dtype=np.int64)), x.shape[-1])
-    inputs = {name: _numbers(t[name], dtype) for name in ("down_weight", "down_bias", "up_weight", "up_bias")}
-    inputs["x"] = _numbers(x).reshape(rows)
+    inputs: dict[str, Array | None] = {
+        name: None if tensor is None else _numbers(tensor, dtype)
+        for name, tensor in t.items()
+        if name.startswith(("down", "up"))
+    }
+    beside = t["residual"]
     apart = beside is not None and beside.dtype != x.dtype
-    inputs["residual"] = None if beside is None or apart else _numbers(beside).reshape(rows)
-    if case.residual_is_x:
-        inputs["residual"] = inputs["x"]
-    learnable = t["scale"] is not None
+    inputs["x"] = inputs["residual"] = _numbers(x).reshape(rows)
+    if not case.residual_is_x:
+        inputs["residual"] = None if beside is None or apart else _numbers(beside).reshape(rows)
+    scale, seed, p = t["scale"], None, case.options.get("dropout_p", 0.0)
     inputs["scale"] = np.asarray(case.options.get("scale", 1.0))
-    if learnable:
-        inputs["scale"] = _numbers(t["scale"], acc.name).reshape(())
-    seed, p = None, case.options.get("dropout_p", 0.0)
+    if scale is not None:
+        inputs["scale"] = _numbers(scale, acc.name).reshape(())
     if case.options.get("training") and p > 0:
         torch.manual_seed(case.number)
         seed = int(torch.randint(_SEEDS, (1,), dtype=torch.int64))
     g = _numbers(case.grad_output, dtype).reshape(rows)
     results = adapter.expected(
         acc, factors(case), inputs, g, seed=seed, dropout_p=p,
-        activation=case.options["activation"], scale_is_exact=learnable,
+        activation=case.options["activation"], scale_is_exact=scale is not None,
     )  # fmt: skip
     if case.residual_is_x:
-        results["x"] = acc.add(results["x"], Bounded(g, np.zeros_like(g)))
+        results["x"] = acc.add(results["x"], exact(g))
     if beside is not None:
-        given = _numbers(case.grad_output, str(beside.dtype).removeprefix("torch.")).reshape(rows)
-        results["residual"] = Bounded(given, np.zeros_like(given))
-    if apart:  # added by torch to what is rounded already
-        kind = OF[str(case.grad_output.dtype).removeprefix("torch.")]
-        other = _numbers(beside).reshape(rows)
-        results["output"] = kind.add(
-            OF[dtype].rounded(results["output"]), Bounded(other, np.zeros_like(other))
-        )
+        results["residual"] = exact(_numbers(case.grad_output, _name(beside)).reshape(rows))
+    if beside is not None and apart:  # added by torch to what is rounded already
+        sums, other = OF[_name(case.grad_output)], _numbers(beside).reshape(rows)
+        results["output"] = sums.add(OF[dtype].rounded(results["output"]), exact(other))
     return results
 
 
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _pool(case: Case) -> dict[str, Bounded]:
-    x, weight = _numbers(case.tensors["x"]), _numbers(case.tensors["weight"], case.dtype)
-    acc = accumulator(case.dtype)
-    return tokens.expected_pool(acc, factors(case), OF[case.dtype], x, weight, _numbers(case.grad_output))
+    x, weight = _numbers(case.first), _numbers(case.tensor("weight"), case.dtype)
+    acc, stored = accumulator(case.dtype), OF[case.dtype]
+    return tokens.expected_pool(acc, factors(case), stored, x, weight, _numbers(case.grad_output))
 
 
 def _project(case: Case) -> dict[str, Bounded]:
-    numbers = [_numbers(tensor) for tensor in case.tensors.values()]
-    return tokens.expected_project(
-        accumulator(case.dtype), factors(case), *numbers, _numbers(case.grad_output)
-    )
+    x, query, key, values = (_numbers(case.tensor(name)) for name in case.tensors)
+    grad = _numbers(case.grad_output)
+    return tokens.expected_project(accumulator(case.dtype), factors(case), x, query, key, values, grad)
 
 
 _EXPECTED = {

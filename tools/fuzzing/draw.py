@@ -35,7 +35,7 @@ class Case:
     starts: list[int] = field(default_factory=list)
     tables: tuple[Any, Any] = (None, None)  # the levels and their first pixels as they are given
     options: dict[str, Any] = field(default_factory=dict)
-    grad_output: Tensor | None = None
+    grad_output: Tensor = field(default_factory=lambda: torch.empty(0))
     wanted: tuple[str, ...] = ()  # whose gradients
     isa: int = 0  # which of the instruction sets
     threads: int = 1
@@ -43,6 +43,17 @@ class Case:
     guarded: bool = True  # results between margins
     twice: bool = False  # a second call takes a shorter way
     residual_is_x: bool = False
+
+    def tensor(self, name: str) -> Tensor:
+        """One that there is."""
+        tensor = self.tensors[name]
+        assert tensor is not None
+        return tensor
+
+    @property
+    def first(self) -> Tensor:
+        """Whose type is that of the result."""
+        return self.tensor(next(iter(self.tensors)))
 
     @property
     def small(self) -> bool:

@@ -97,8 +97,8 @@ def _pyramid(draw: Draw) -> tuple[list[int], list[int]]:
             draw.size(2 if case.backend == "triton" else 3, empty=0.2) for _ in range(count)
         ]
         return points, [sum(points)]
-    points = draw.size({"triton": 2, "cuda": 3}.get(case.backend, 5), empty=0.03)
-    return [points] * count, [count, points]
+    each = draw.size({"triton": 2, "cuda": 3}.get(case.backend, 5), empty=0.03)
+    return [each] * count, [count, each]
 
 
 def _tables(draw: Draw) -> None:

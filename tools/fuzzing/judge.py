@@ -66,25 +66,19 @@ def compare(name: str, got: Tensor, known: Bounded, dtype: torch.dtype) -> list[
 
 def through(case: Case, name: str, known: Bounded, dtype: torch.dtype) -> Bounded:
     """An input of another type than x may get its gradient by way of x's type, as it came."""
-    own = case.tensors["x" if "x" in case.tensors else "value"]
-    assert own is not None
     parameter = case.op in ("adapter_bottleneck", "token_pool") and name not in ("x", "scale", "residual")
-    return OF[case.dtype].rounded(known) if parameter and dtype != own.dtype else known
+    return OF[case.dtype].rounded(known) if parameter and dtype != case.first.dtype else known
 
 
 def judge(case: Case, results: dict[str, Tensor], expected: dict[str, Bounded]) -> list[Wrong | str]:
     """What is wrong, in words; nothing if nothing is."""
-    assert case.grad_output is not None
-    first = case.tensors["x" if "x" in case.tensors else "value"]
-    assert first is not None
     found: list[Wrong | str] = []
-    shapes = {"output": case.grad_output, "attention": first}
+    shapes = {"output": case.grad_output, "attention": case.first}
     for name in ("output", *case.wanted, *(["attention"] if "attention" in results else [])):
         if name not in results:
             found.append(f"the gradient of {name} is missing")
             continue
-        like = shapes.get(name, case.tensors.get(name))
-        assert like is not None
+        like = shapes[name] if name in shapes else case.tensor(name)
         if name != "attention" and results[name].shape != like.shape:
             found.append(f"{name} has shape {list(results[name].shape)}, expected {list(like.shape)}")
             continue

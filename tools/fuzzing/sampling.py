@@ -84,7 +84,7 @@ def _is_exact(start: Array, moved: Array, size: int, shift: float, acc: Arithmet
 
 def others_near(place: Pair) -> list[tuple[Array, Array]]:
     """Places that rounding may make of these beside their own, only where the cell is another."""
-    sides = []
+    sides: list[list[Array]] = []
     for u in place:
         ways = [u.value]
         for side in (u.value - 2 * u.error, u.value + 2 * u.error):
@@ -94,7 +94,8 @@ def others_near(place: Pair) -> list[tuple[Array, Array]]:
             if other.any():
                 ways.append(np.where(other, side, u.value))
         sides.append(ways)
-    return list(itertools.product(*sides))[1:]
+    along, down = sides
+    return list(itertools.product(along, down))[1:]
 
 
 def touched(place: Pair, level: Level, acc: Arithmetic, method: str) -> Touched:
