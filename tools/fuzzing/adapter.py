@@ -77,8 +77,9 @@ def _of_scale(acc: Arithmetic, g: Bounded, up: Bounded, a: Bounded, bias: Array 
     if bias is not None:
         terms = concatenate([terms, acc.mul(g, exact(bias)).reshape(-1)], 0)
     total = acc.sum(terms, 0)
-    # Without rows there is no term, but the bias that is not finite times a sum that is 0 is NaN.
-    nothing = bias is not None and len(g.value) == 0 and not np.isfinite(bias).all()
+    # Without rows or channels there is no term; but a sum of none times what is not finite is NaN.
+    factors = (a.value, np.zeros(0) if bias is None else bias)
+    nothing = g.value.size == 0 and not all(np.isfinite(factor).all() for factor in factors)
     return total.may_differ(np.asarray(np.inf if nothing else 0.0))
 
 
