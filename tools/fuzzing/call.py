@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import vitkern
 from tests.helpers import guarded_memory
 from tests.runners import RUNNERS
 from tools.fuzzing import adapter, attention, tokens
 from tools.fuzzing.arithmetic import OF, TRUNCATED, Arithmetic, Array, Bounded, accumulator, exact
-from tools.fuzzing.draw import TORCH, Case
+from tools.fuzzing.draw import BACKENDS, TORCH, Case
 from tools.fuzzing.sampling import Level
 from vitkern import functional
 from vitkern.check.examine import deterministic
@@ -24,15 +24,22 @@ from vitkern.check.routes import Route, all_routes
 _SEEDS = 2**63 - 1
 
 
+def _known() -> list[Route]:
+    """The ways to run each backend on the CPU: of cpu every instruction set, of the others one."""
+    every = [*RUNNERS, *(route for route in all_routes("cpu") if route.backend == "reference")]
+    return [route for route in every if route.device == "cpu" and route.name != "cpu-wide"]
+
+
 def routes() -> dict[str, list[Route]]:
-    """The ways to run each backend here: of cpu every instruction set, of the others one."""
-    known: list[Route] = [*RUNNERS, *(route for route in all_routes("cpu") if route.backend == "reference")]
-    usable = [
-        route
-        for route in known
-        if route.device == "cpu" and route.reason is None and route.name != "cpu-wide"
-    ]
-    return {name: [r for r in usable if r.backend == name] for name in vitkern.backends.BACKENDS}
+    """Those that can run here."""
+    usable = [route for route in _known() if route.reason is None]
+    return {name: [route for route in usable if route.backend == name] for name in BACKENDS}
+
+
+def left_out(backend: str) -> str:
+    """Why none of its ways can run here."""
+    reasons = [f"{route.name}: {route.reason}" for route in _known() if route.backend == backend]
+    return f"{backend} is left out ({'; '.join(reasons)})"
 
 
 Output = Tensor | tuple[Tensor, Tensor]
@@ -58,12 +65,19 @@ def function(case: Case) -> Callable[..., Output]:
     return call
 
 
+_MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "grad": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+
+
 @contextlib.contextmanager
 def _settings(case: Case) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
-        with deterministic(case.deterministic):
+        with deterministic(case.deterministic), _MODES[case.mode]():
             yield
     finally:
         torch.set_num_threads(before)

@@ -43,6 +43,7 @@ class Case:
     guarded: bool = True  # results between margins
     twice: bool = False  # a second call takes a shorter way
     residual_is_x: bool = False
+    mode: str = "grad"  # or "no_grad" or "inference": what is around the call
 
     def tensor(self, name: str) -> Tensor:
         """One that there is."""
@@ -129,7 +130,8 @@ class Draw:
         case = self.case
         case.grad_output = self.placed(self.numbers(output, dtype))
         names = [name for name, tensor in case.tensors.items() if tensor is not None]
-        case.wanted = tuple(names if self.chance(0.5) else (n for n in names if self.chance(0.5)))
+        if case.mode == "grad":
+            case.wanted = tuple(names if self.chance(0.5) else (n for n in names if self.chance(0.5)))
         return case
 
 
@@ -148,5 +150,6 @@ def draw(number: int) -> Case:
     case, rng = begin(number)
     case.isa, case.threads = int(rng.integers(64)), int(rng.choice([1, 1, 1, 2, 3]))
     case.deterministic, case.guarded = bool(rng.random() < 0.3), bool(rng.random() < 0.7)
-    case.twice = bool(rng.random() < 0.4) and not case.small
+    case.twice = bool(rng.random() < 0.4) and case.backend != "triton"
+    case.mode = str(rng.choice(["grad", "no_grad", "inference"], p=[0.94, 0.03, 0.03]))
     return DRAWN[case.op](Draw(case, rng))

@@ -12,18 +12,27 @@ _ACTIVATIONS = ("relu", "gelu", "silu")
 
 
 def _dense(draw: Draw) -> tuple[int, int]:
-    """The greatest number of rows or pixels, and of channels."""
-    return {"triton": (5, 20), "cuda": (9, 40)}.get(draw.case.backend, (24, 70))
+    """The greatest number of rows or pixels, and of channels: few of both, now and then many of one."""
+    backend = draw.case.backend
+    many = float(draw.rng.random())
+    if many < 0.04:  # more than kernels take at once
+        return {"triton": (2, 140), "cuda": (4, 280)}.get(backend, (6, 600))
+    if many < 0.12:
+        return {"triton": (5, 20), "cuda": (70, 20)}.get(backend, (400, 40))
+    return {"triton": (5, 20), "cuda": (9, 40)}.get(backend, (24, 70))
+
+
+def _tokens(most: int) -> int:
+    """The greatest number of tokens beside so many channels."""
+    return 130 if most > 100 else min(most, 20)
 
 
 def adapter_bottleneck(draw: Draw) -> Case:
     case, (rows, most) = draw.case, _dense(draw)
-    if draw.chance(0.1) and not case.small:
-        rows = 200
     channels, hidden = draw.size(most), draw.size(most // 2, empty=0.0)
-    leading = [(draw.size(rows),), (), (draw.size(3), draw.size(max(rows // 3, 1)))][
-        int(draw.rng.choice(3, p=[0.6, 0.1, 0.3]))
-    ]
+    leading: tuple[int, ...] = (draw.size(rows),)
+    if draw.chance(0.4):
+        leading = () if draw.chance(0.25) else (draw.size(3), draw.size(max(rows // 3, 1)))
     shape = (*leading, channels)
     draw.tensor("x", shape, case.dtype)
     other = draw.other_dtype(0.15)
@@ -56,10 +65,8 @@ def adapter_bottleneck(draw: Draw) -> Case:
 
 def token_pool(draw: Draw) -> Case:
     case, (pixels, most) = draw.case, _dense(draw)
-    if draw.chance(0.1) and not case.small:
-        pixels = 400
     batch, count, channels = draw.size(3), draw.size(pixels), draw.size(most)
-    tokens = draw.size(min(most, 20))
+    tokens = draw.size(_tokens(most))
     draw.tensor("x", (batch, count, channels), case.dtype)
     shape = (tokens, channels) if draw.chance(0.5) else (batch, tokens, channels)
     draw.tensor("weight", shape, draw.other_dtype(0.15))
@@ -70,10 +77,8 @@ def token_pool(draw: Draw) -> Case:
 
 def token_project(draw: Draw) -> Case:
     case, (pixels, most) = draw.case, _dense(draw)
-    if draw.chance(0.1) and not case.small:
-        pixels = 400
     batch, count, channels = draw.size(3), draw.size(pixels), draw.size(most)
-    tokens, keys = draw.size(min(most, 20)), draw.size(most)
+    tokens, keys = draw.size(_tokens(most)), draw.size(most)
     draw.tensor("x", (batch, count, channels), case.dtype)
     draw.tensor("query", (batch, count, keys), case.dtype)
     draw.tensor("key", (batch, tokens, keys), case.dtype)
@@ -107,13 +112,12 @@ def _tables(draw: Draw) -> None:
     shapes: object = list(case.levels)
     if draw.chance(0.6) or not case.levels:
         kind = torch.int64 if draw.chance(0.8) else torch.int32
-        shapes = torch.tensor(case.levels, dtype=kind).reshape(-1, 2)
-        if draw.chance(0.3):
-            shapes = shapes.mT.contiguous().mT
+        table = torch.tensor(case.levels, dtype=kind).reshape(-1, 2)
+        shapes = case.places.place(table, "permuted" if draw.chance(0.3) else "plain")
     follow = case.starts == [sum(h * w for h, w in case.levels[:i]) for i in range(len(case.levels))]
     starts: object = None if follow and draw.chance(0.5) else list(case.starts)
     if starts is not None and draw.chance(0.7):
-        starts = torch.tensor(case.starts, dtype=torch.int64)
+        starts = case.places.place(torch.tensor(case.starts, dtype=torch.int64), "plain")
     case.tables = shapes, starts
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tools.fuzzing.call import Actual, actual, expected, function, routes
+from tools.fuzzing.call import Actual, actual, expected, function, left_out, routes
 from tools.fuzzing.draw import Case, draw
 from tools.fuzzing.judge import Wrong, judge, unsure
-from vitkern.check.routes import Route
 
 
 @dataclass
@@ -29,20 +28,15 @@ class Outcome:
         return "\n  ".join([first, *map(str, self.found)])
 
 
-def route_of(case: Case) -> Route | None:
-    """None where the backend cannot run here."""
-    usable = routes()[case.backend]
-    return usable[case.isa % len(usable)] if usable else None
-
-
 def try_case(
     number: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run
 ) -> Outcome:
     """Runs a case. `wrap` may stand between it and the public function."""
     case = draw(number)
-    route = route_of(case)
-    if route is None:
-        return Outcome(case, "nothing", [f"{case.backend} cannot run here"])
+    usable = routes()[case.backend]
+    if not usable:
+        return Outcome(case, case.backend, [left_out(case.backend)])
+    route = usable[case.isa % len(usable)]
     outcome = Outcome(case, route.name)
     known = expected(case)
     outcome.numbers = unsure(case, known)
@@ -76,12 +70,11 @@ def _attempt(
 
 def describe(case: Case) -> str:
     """All of a case in words, for whoever looks into it."""
-    lines = [f"options {case.options}, levels {case.levels} from {case.starts}"] if case.levels else []
-    lines = lines or [f"options {case.options}"]
-    lines.append(
-        f"gradients of {', '.join(case.wanted) or 'nothing'}; {case.threads} threads, deterministic "
-        f"{case.deterministic}, margins {case.guarded}, twice {case.twice}, residual is x {case.residual_is_x}"
-    )
+    levels = f", levels {case.levels} from {case.starts}" if case.levels else ""
+    lines = [f"options {case.options}{levels}"]
+    lines.append(f"gradients of {', '.join(case.wanted) or 'nothing'}; around the call: {case.mode}")
+    facts = ("threads", "deterministic", "guarded", "twice", "residual_is_x")
+    lines.append(", ".join(f"{fact} {getattr(case, fact)}" for fact in facts))
     for name, tensor in {**case.tensors, "grad_output": case.grad_output}.items():
         if tensor is not None:
             views = " negated" if tensor.is_neg() else ""

@@ -31,16 +31,14 @@ def kinds() -> Iterator[Kind]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which of the numbers are run; None: of all."""
+    """Which of the numbers are run; without an op, those of all."""
 
-    op: str | None = None
-    backend: str | None = None
+    op: str | None
+    backends: tuple[str, ...]
 
     def takes(self, number: int) -> bool:
-        if self.op is None and self.backend is None:
-            return True
         case, _ = begin(number)
-        return self.op in (None, case.op) and self.backend in (None, case.backend)
+        return self.op in (None, case.op) and case.backend in self.backends
 
 
 @dataclass(frozen=True)
