@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.fuzzing import adapter, attention, call, memory, one, tokens, workers
+from tools.fuzzing import adapter, attention, call, judge, memory, one, tokens, workers
 from tools.fuzzing.__main__ import main
-from tools.fuzzing.arithmetic import FLOAT64, Bounded
+from tools.fuzzing.arithmetic import FLOAT32, FLOAT64, Bounded
 from tools.fuzzing.call import routes
 from tools.fuzzing.draw import OPS, begin
 from tools.fuzzing.one import try_case
@@ -111,6 +111,46 @@ def _output_of(tensors: dict[str, np.ndarray]) -> tuple[int, ...]:
     if "value" in tensors:
         return (2, 3, 6)
     return (2, tensors["weight"].shape[-2], 3) if "weight" in tensors else tensors["x"].shape
+
+
+@pytest.mark.parametrize("offset, sides", [(0.0, 2), (0.25, 1)])
+def test_a_point_on_an_edge_may_have_either_slope(offset, sides):
+    """Of three pixels in a row, from a reference point of which rounding decides on which side of the middle it is."""
+    value, slopes = np.array([1.0, 3.0, 11.0]), (2.0, 8.0)
+    levels = [Level(1, 3, 0, slice(0, 1))]
+    places = np.array([0.5, 0.5]), np.array([offset, 0.0])
+    shapes = (1, 3, 1, 1), (1, 1, 1, 2), (1, 1, 1, 1, 2)
+    inputs = [each.reshape(shape) for each, shape in zip((value, *places), shapes)]
+    one = np.ones((1, 1, 1, 1))
+    known = attention.expected_fused(FLOAT32, levels, "bilinear", *inputs, one, one)["offsets"]
+    low, high = (known.value + side * known.error for side in (-1, 1))
+    assert sum(low.flat[0] <= slope <= high.flat[0] for slope in slopes) == sides
+    assert not low.flat[0] <= 20.0 <= high.flat[0]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "dtype, value, error, right, wrong",
+    [
+        (torch.float32, 1.0, 0.0, [1.0], [1 + 2.0**-23, NAN, INF]),
+        (torch.float32, 1.0, 2.0**-22, [1 + 2.0**-23, 1 - 2.0**-24], [1 + 2.0**-21, 0.0]),
+        (torch.bfloat16, 1 + 2.0**-9, 0.0, [1.0], [1 + 2.0**-7]),  # rounded to the nearest
+        (torch.bfloat16, 1 + 2.0**-8, 2.0**-20, [1.0, 1 + 2.0**-7], [1 + 2.0**-6]),
+        (torch.float16, 7e4, 0.0, [INF], [65504.0, NAN, -INF]),
+        (torch.float16, 65519.0, 2.0, [65504.0, INF], [65472.0, NAN]),
+        (torch.float32, NAN, 0.0, [NAN], [0.0, INF]),
+        (torch.float32, -INF, 0.0, [-INF], [NAN, INF, -3e38]),
+        (torch.float32, 1.0, INF, [NAN, INF, 0.0], []),
+    ],
+)
+def test_a_number_is_right_within_its_bound_and_the_rounding_of_its_type(dtype, value, error, right, wrong):
+    known = Bounded(np.array([value]), np.array([error]))
+    for got in right:
+        assert judge.compare("output", torch.tensor([got], dtype=dtype), known, dtype) == [], got
+    for got in wrong:
+        assert judge.compare("output", torch.tensor([got], dtype=dtype), known, dtype) != [], got
 
 
 # How many cases of each backend: 200 in all.

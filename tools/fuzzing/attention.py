@@ -86,10 +86,13 @@ class Attention:
         inside = at.pixel >= 0
         grad_weight = self.acc.sum(self.acc.mul(at.share, dots).zero_unless(inside), -1)
         touches = inside.any(-1) & np.asarray(self.method == "bilinear")
+        # A product that may overflow before it meets a share below 1 may be anything after it.
+        over = np.isinf(self.acc.mul(weight.at(np.s_[..., None]), dots).error).any(-1)
         along = []
         for slope in at.slope:
             change = self.acc.sum(self.acc.mul(slope, dots).zero_unless(inside), -1)
-            along.append(self.acc.mul(weight, change).zero_unless(touches))
+            product = self.acc.mul(weight, change).may_differ(np.where(over, np.inf, 0.0))
+            along.append(product.zero_unless(touches))
         return grad_weight, (along[0], along[1])
 
     def _scattered(self, given: Bounded, pixel: Array) -> tuple[Bounded, Array]:

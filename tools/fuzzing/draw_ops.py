@@ -16,7 +16,7 @@ def _dense(draw: Draw) -> tuple[int, int]:
     backend = draw.case.backend
     many = float(draw.rng.random())
     if many < 0.04:  # more than kernels take at once
-        return {"triton": (2, 140), "cuda": (4, 280)}.get(backend, (6, 600))
+        return {"triton": (2, 90), "cuda": (4, 280)}.get(backend, (6, 600))
     if many < 0.12:
         return {"triton": (5, 20), "cuda": (70, 20)}.get(backend, (400, 40))
     return {"triton": (5, 20), "cuda": (9, 40)}.get(backend, (24, 70))
@@ -127,8 +127,8 @@ def _attention(draw: Draw) -> tuple[tuple[int, ...], list[int], list[int]]:
     points, layout = _pyramid(draw)
     _tables(draw)
     queries = draw.size({"triton": 3, "cuda": 5}.get(case.backend, 12))
-    if draw.chance(0.05) and not case.small:
-        queries = 90
+    if draw.chance(0.04) and not case.small:
+        queries = 70
     # Each image and head is a program to Triton, which takes its interpreter a tenth of a second and more.
     most = (2, 1 + draw.chance(0.2)) if case.backend == "triton" else (3, 2)
     heads, batch = draw.size(most[0]), draw.size(most[1])
