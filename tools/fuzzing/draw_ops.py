@@ -22,6 +22,11 @@ def _dense(draw: Draw) -> tuple[int, int]:
     return {"triton": (5, 20), "cuda": (9, 40)}.get(backend, (24, 70))
 
 
+def _images(draw: Draw) -> int:
+    """The greatest number of images: each is a program to Triton, which takes its interpreter a tenth of a second."""
+    return 2 if draw.case.backend == "triton" else 3
+
+
 def _tokens(most: int) -> int:
     """The greatest number of tokens beside so many channels."""
     return 130 if most > 100 else min(most, 20)
@@ -65,7 +70,7 @@ def adapter_bottleneck(draw: Draw) -> Case:
 
 def token_pool(draw: Draw) -> Case:
     case, (pixels, most) = draw.case, _dense(draw)
-    batch, count, channels = draw.size(3), draw.size(pixels), draw.size(most)
+    batch, count, channels = draw.size(_images(draw)), draw.size(pixels), draw.size(most)
     tokens = draw.size(_tokens(most))
     draw.tensor("x", (batch, count, channels), case.dtype)
     shape = (tokens, channels) if draw.chance(0.5) else (batch, tokens, channels)
@@ -77,7 +82,7 @@ def token_pool(draw: Draw) -> Case:
 
 def token_project(draw: Draw) -> Case:
     case, (pixels, most) = draw.case, _dense(draw)
-    batch, count, channels = draw.size(3), draw.size(pixels), draw.size(most)
+    batch, count, channels = draw.size(_images(draw)), draw.size(pixels), draw.size(most)
     tokens, keys = draw.size(_tokens(most)), draw.size(most)
     draw.tensor("x", (batch, count, channels), case.dtype)
     draw.tensor("query", (batch, count, keys), case.dtype)
@@ -129,7 +134,6 @@ def _attention(draw: Draw) -> tuple[tuple[int, ...], list[int], list[int]]:
     queries = draw.size({"triton": 3, "cuda": 5}.get(case.backend, 12))
     if draw.chance(0.04) and not case.small:
         queries = 70
-    # Each image and head is a program to Triton, which takes its interpreter a tenth of a second and more.
     most = (2, 1 + draw.chance(0.2)) if case.backend == "triton" else (3, 2)
     heads, batch = draw.size(most[0]), draw.size(most[1])
     channels, pixels = draw.size(34 if case.small else 40), sum(h * w for h, w in case.levels)
