@@ -70,7 +70,7 @@ emulate: setup  ## The CUDA kernels, run on the CPU
 
 MINUTES := 1
 fuzz: setup  ## Random calls of all ops on all backends, for MINUTES=1, against an oracle in numpy
-	tools/fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
+	VENV=$(VENV) tools/fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
 # A sanitizer ends the process: what it has to say must not wait for the end of a test.
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
