@@ -236,9 +236,10 @@ def cpu_objects(tmp_path_factory) -> Path:
 
 
 def cpu_mutant(mutation: Mutation, cpu_objects: Path, tmp_path: Path) -> Path:
+    stem = mutation.op.removesuffix("_fused")
     mutated(ROOT / "csrc", tmp_path / "csrc", mutation)
-    fresh = compile_object(tmp_path, tmp_path / "csrc", mutation.op, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
-    others = [file for file in cpu_objects.glob("*.o") if file.name != f"{mutation.op}.o"]
+    fresh = compile_object(tmp_path, tmp_path / "csrc", stem, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
+    others = [file for file in cpu_objects.glob("*.o") if file.name != f"{stem}.o"]
     library = tmp_path / "_mutant.so"
     wide.run("c++", "-shared", "-pthread", fresh, *others, "-o", library)
     return library

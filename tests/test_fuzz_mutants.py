@@ -25,6 +25,7 @@ from tools.fuzzing.call import routes
 pytestmark = pytest.mark.slow
 
 
+# What is planted reads in wrong places. A kernel that writes there may leave a process that neither goes on nor ends.
 def _planted(op: str, file: str, right: str, wrong: str) -> Mutation:
     return Mutation(op, file, right, wrong, ())
 
@@ -38,10 +39,10 @@ MUTANTS = {
             "(column < columns)",
         ),
         "a swapped stride": _planted(
-            "ms_deform_attn",
-            "ms_deform_attn/cpu_points.h",
-            "+ row * columns + column;",
-            "+ row * rows + column;",
+            "ms_deform_attn_fused",
+            "ms_deform_attn/cpu_fused.h",
+            "(first + query) * reference.query_stride + level.index * reference.level_stride",
+            "(first + query) * reference.level_stride + level.index * reference.query_stride",
         ),
         "a missing tail": _planted(
             "token_pool",
@@ -58,10 +59,10 @@ MUTANTS = {
             "row < level.rows - 1;",
         ),
         "a swapped stride": _planted(
-            "ms_deform_attn",
+            "ms_deform_attn_fused",
             "ms_deform_attn/points.cuh",
-            "y.pixel * level.stride + x.pixel * task.pixel_step",
-            "y.pixel * task.pixel_step + x.pixel * level.stride",
+            "image * task.reference.batch_stride +\n                     query * task.reference.query_stride",
+            "image * task.reference.query_stride +\n                     query * task.reference.batch_stride",
         ),
         "a missing tail": _planted(
             "token_pool",
@@ -105,7 +106,7 @@ def assert_found_apart(mutation: Mutation, backend: str, *interpreter: object, *
     variables = {**os.environ, **environment}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=wide.ROOT)
     found = done.returncode == 1 and f"{mutation.op} on {backend}" in done.stdout
-    assert found or done.returncode == -signal.SIGSEGV, done.stdout + done.stderr
+    assert found or done.returncode in (-signal.SIGSEGV, -signal.SIGBUS), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("fault", MUTANTS["cpu"])
