@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two workers must not build the emulated kernels at once.
 PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 -p no:benchmark
-PYTHON_FILES := python triton_kernels tests benchmarks examples
+PYTHON_FILES := python triton_kernels tests tools benchmarks examples
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -68,6 +68,10 @@ check: lint typecheck setup  ## The quick half of ci: lint, types and the tests 
 emulate: setup  ## The CUDA kernels, run on the CPU
 	$(PYTEST) -k emulated $(PARALLEL) $(PYTEST_ARGS)
 
+MINUTES := 1
+fuzz: setup  ## Random calls of all ops on all backends, for MINUTES=1, against an oracle in numpy
+	VENV=$(VENV) tools/fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
+
 # A sanitizer ends the process: what it has to say must not wait for the end of a test.
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
@@ -92,6 +96,7 @@ ci:  ## What has to pass before a merge, the tests last
 	$(MAKE) typecheck
 	$(MAKE) sanitize
 	$(MAKE) docs
+	$(MAKE) fuzz
 	$(MAKE) test
 
 docs: .venv-docs/.docs  ## The site in build/site, in an environment of its own; whatever mkdocs warns of fails
@@ -120,7 +125,7 @@ help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench tables gpu check emulate sanitize lint typecheck ci docs setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench tables gpu check emulate fuzz sanitize lint typecheck ci docs setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is

@@ -150,11 +150,12 @@ def mutated(source: Path, copy: Path, mutation: Mutation) -> None:
     file.write_text(text.replace(mutation.right, mutation.wrong))
 
 
-# Libraries that have a name in common share what C++ has once in a process, so each mutant gets a process.
+# Libraries that have a name in common share what C++ has once in a process, so each mutant gets a process. Arguments: a
+# module with a main, the library, and main's own.
 WITH_KERNELS = """
 import importlib.util, sys
-from vitkern.cli import main
 from vitkern.ops import native
+main = importlib.import_module(sys.argv.pop(1)).main
 spec = importlib.util.spec_from_file_location("_mutant", sys.argv.pop(1))
 library = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(library)
@@ -194,9 +195,7 @@ def compile_object(folder: Path, csrc: Path, op: str, file: str, *defines: str) 
     return target
 
 
-@CUDA
-@pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
-def test_emulated_cuda(mutation, tmp_path):
+def emulated_mutant(mutation: Mutation, tmp_path: Path) -> Path:
     """The object of one op is compiled anew and linked with those of the others."""
     objects = Path(emulated.module().__file__).parent / "CMakeFiles" / "_emulated.dir"
     if not objects.is_dir():
@@ -208,6 +207,13 @@ def test_emulated_cuda(mutation, tmp_path):
     others = [file for file in objects.rglob("*.o") if f"csrc_{stem}_cuda" not in file.name]
     library = tmp_path / "_emulated.so"
     wide.run("c++", "-shared", "-fopenmp", fresh, *others, "-o", library)
+    return library
+
+
+@CUDA
+@pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
+def test_emulated_cuda(mutation, tmp_path):
+    library = emulated_mutant(mutation, tmp_path)
     assert_found_apart(mutation, "cuda-emulated", "-m", "vitkern", VITKERN_EMULATED=str(library))
 
 
@@ -229,20 +235,24 @@ def cpu_objects(tmp_path_factory) -> Path:
     return folder
 
 
+def cpu_mutant(mutation: Mutation, cpu_objects: Path, tmp_path: Path) -> Path:
+    stem = mutation.op.removesuffix("_fused")
+    mutated(ROOT / "csrc", tmp_path / "csrc", mutation)
+    fresh = compile_object(tmp_path, tmp_path / "csrc", stem, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
+    others = [file for file in cpu_objects.glob("*.o") if file.name != f"{stem}.o"]
+    library = tmp_path / "_mutant.so"
+    wide.run("c++", "-shared", "-pthread", fresh, *others, "-o", library)
+    return library
+
+
 @CPU
 @pytest.mark.skipif(wide.REASON is not None or sys.platform != "linux", reason=wide.REASON or "for Linux")
 def test_cpu(mutation, cpu_objects, tmp_path):
-    mutated(ROOT / "csrc", tmp_path / "csrc", mutation)
-    fresh = compile_object(tmp_path, tmp_path / "csrc", mutation.op, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
-    others = [file for file in cpu_objects.glob("*.o") if file.name != f"{mutation.op}.o"]
-    library = tmp_path / "_mutant.so"
-    wide.run("c++", "-shared", "-pthread", fresh, *others, "-o", library)
-    assert_found_apart(mutation, "cpu-baseline", "-c", WITH_KERNELS, library)
+    library = cpu_mutant(mutation, cpu_objects, tmp_path)
+    assert_found_apart(mutation, "cpu-baseline", "-c", WITH_KERNELS, "vitkern.cli", library)
 
 
-@TRITON
-def test_interpreted_triton(mutation, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("triton")
+def plant_in_triton(mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = f"mutant_{mutation.op}"
     mutated(Path(triton_kernels.__file__).parent, tmp_path / package, mutation)
     for file in (tmp_path / package).glob("*.py"):
@@ -252,5 +262,11 @@ def test_interpreted_triton(mutation, tmp_path, monkeypatch, capsys):
         importlib.import_module(f"vitkern.triton_kernels.{file.stem}")
         monkeypatch.setattr(triton_kernels, file.stem, importlib.import_module(f"{package}.{file.stem}"))
     op.forget_plans()
+
+
+@TRITON
+def test_interpreted_triton(mutation, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    plant_in_triton(mutation, tmp_path, monkeypatch)
     status = main(arguments_of(mutation, "triton-interpreted"))
     assert_named(mutation, "triton-interpreted", status, capsys.readouterr().out)

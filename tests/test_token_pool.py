@@ -215,6 +215,13 @@ def test_attention_is_that_of_the_tokens(runner):
     torch.testing.assert_close(attention.mT @ x, tokens)
 
 
+def test_attention_too_is_of_the_weight_in_the_dtype_of_x():
+    x, weight = torch.tensor([[[0.0], [4.0]]]).bfloat16(), torch.full((1, 1), 1.0039)  # 1 in bfloat16
+    _, attention = vitkern.token_pool(x, weight, return_attention=True)
+    _, expected = vitkern.token_pool(x, weight.bfloat16(), return_attention=True)
+    assert torch.equal(attention, expected)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_attention_of_logits_beyond_float16(autocast):
     x, weight = torch.full((1, 3, 64), 60.0), torch.full((2, 64), 60.0)

@@ -237,7 +237,7 @@ def token_pool(
         return tokens
     wide = native.accumulator(x.dtype)  # logits beyond what 16 bits hold have weights all the same
     with without_autocast(x.device.type):
-        return tokens, reference.token_pool_attention(x.to(wide), weight.to(wide)).to(x.dtype)
+        return tokens, reference.token_pool_attention(x.to(wide), weight.to(x.dtype).to(wide)).to(x.dtype)
 
 
 def token_project(

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ms_deform_attn and ms_deform_attn_fused compute, in float64: docs/derivations/ms_deform_attn.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, concatenate, exact
+from tools.fuzzing.sampling import Level, Pair, Touched, fused_places, others_near, plain_places, touched
+
+Results = dict[str, Bounded]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the points of one level give: terms of the output and the gradients of each point."""
+
+    terms: Bounded  # [B, Q, M, P * C, D], of (1)
+    weights: Bounded  # [B, Q, M, P], (6)
+    places: Pair  # the same, (7) without W and H
+    scattered: list[tuple[Bounded, Array]]  # (5): terms [N, D] and their rows of value [B * S * M, D]
+
+
+class Wider(NamedTuple):
+    """How much more results may be off, where points may lie in other cells."""
+
+    terms: Array
+    weights: Array
+    along: tuple[Array, Array]
+    given: Array  # to the pixels of the own cell
+    other: Array  # to those of the other cell alone
+
+
+class Attention:
+    """One call: value [B, S, M, D], weights [B, Q, M, K], grad [B, Q, M, D]."""
+
+    def __init__(
+        self, acc: Arithmetic, levels: list[Level], method: str, value: Array, weights: Bounded, grad: Array
+    ) -> None:
+        self.acc, self.levels, self.method = acc, levels, method
+        self.value, self.weights, self.grad = value, weights, exact(grad)
+
+    def results(self, places: list[Pair]) -> tuple[Results, list[Sampled]]:
+        """Output and gradient of value, and what each level gives."""
+        batch, pixels, heads, channels = self.value.shape
+        sampled = [self._sample(level, place) for level, place in zip(self.levels, places)]
+        none = exact(np.zeros((*self.grad.value.shape[:3], 0, channels)))
+        output = self.acc.sum(concatenate([none, *(each.terms for each in sampled)], 3), 3)
+        scattered = [pair for each in sampled for pair in each.scattered]
+        terms = concatenate([exact(np.zeros((0, channels))), *(terms for terms, _ in scattered)], 0)
+        rows = np.concatenate([np.zeros(0, dtype=np.int64), *(rows for _, rows in scattered)])
+        grad_value = self.acc.scatter(terms, rows, batch * pixels * heads)
+        return {"output": output, "value": grad_value.reshape(batch, pixels, heads, channels)}, sampled
+
+    def _sample(self, level: Level, place: Pair) -> Sampled:
+        at = touched(place, level, self.acc, self.method)
+        weight = self.weights.at(np.s_[..., level.points])
+        read = _read(self.value, at.pixel)  # [B, Q, M, P, C, D]
+        inside = at.pixel >= 0
+        share = self.acc.mul(weight.at(np.s_[..., None]), at.share).zero_unless(inside)  # [B, Q, M, P, C]
+        terms = self.acc.mul(share.at(np.s_[..., None]), exact(read)).zero_unless(inside[..., None])
+        given = self.acc.mul(share.at(np.s_[..., None]), self.grad.at(np.s_[..., None, None, :]))
+        # The four dot products of (6) and (7).
+        dots = self.acc.sum(self.acc.mul(exact(read), self.grad.at(np.s_[..., None, None, :])), -1)
+        dots = dots.zero_unless(inside)
+        grad_weight, along = self._of_point(at, weight, dots)
+        scattered = []
+        for u, v in others_near(place):
+            other = touched((exact(u), exact(v)), level, self.acc, self.method)
+            wider = self._widened(at, other, weight.value[..., None])
+            terms, given = terms.may_differ(wider.terms), given.may_differ(wider.given)
+            grad_weight = grad_weight.may_differ(wider.weights)
+            along = along[0].may_differ(wider.along[0]), along[1].may_differ(wider.along[1])
+            unread = Bounded(np.zeros_like(wider.other), np.where(np.isnan(wider.other), np.inf, wider.other))
+            scattered.append(self._scattered(unread, other.pixel))
+        scattered.append(self._scattered(given, at.pixel))
+        size = terms.value.shape
+        terms = terms.reshape(*size[:3], size[3] * size[4], size[5])
+        return Sampled(terms, grad_weight, along, scattered)
+
+    def _of_point(self, at: Touched, weight: Bounded, dots: Bounded) -> tuple[Bounded, Pair]:
+        """(6), and (7) without the level's size."""
+        inside = at.pixel >= 0
+        grad_weight = self.acc.sum(self.acc.mul(at.share, dots).zero_unless(inside), -1)
+        touches = inside.any(-1) & np.asarray(self.method == "bilinear")
+        # A product that may overflow before it meets a share below 1 may be anything after it.
+        over = np.isinf(self.acc.mul(weight.at(np.s_[..., None]), dots).error).any(-1)
+        along = []
+        for slope in at.slope:
+            change = self.acc.sum(self.acc.mul(slope, dots).zero_unless(inside), -1)
+            product = self.acc.mul(weight, change).may_differ(np.where(over, np.inf, 0.0))
+            along.append(product.zero_unless(touches))
+        return grad_weight, (along[0], along[1])
+
+    def _scattered(self, given: Bounded, pixel: Array) -> tuple[Bounded, Array]:
+        """Terms for grad_value and the rows that they are added to, -1 for those outside."""
+        batch, pixels, heads, channels = self.value.shape
+        image = np.arange(batch).reshape(-1, 1, 1, 1, 1)
+        head = np.arange(heads).reshape(1, 1, -1, 1, 1)
+        rows = np.where(pixel >= 0, (image * pixels + pixel) * heads + head, -1)
+        return given.reshape(rows.size, channels), rows.reshape(-1)
+
+    def _widened(self, at: Touched, other: Touched, w: Array) -> Wider:
+        """What changes where points lie in other cells."""
+        lost = np.abs(at.share.value - _matched(at, other)) * (at.pixel >= 0)
+        moved = _unmatched(other, at)
+        read, read_there = _read(self.value, at.pixel), _read(self.value, other.pixel)
+        change = _product(lost[..., None], np.abs(w[..., None] * read)).sum(-2, keepdims=True)
+        change = change + _product(moved[..., None], np.abs(w[..., None] * read_there)).sum(-2, keepdims=True)
+        dots = _dots(self.grad.value, read, at.pixel), _dots(self.grad.value, read_there, other.pixel)
+        here, there = (_of_cell(self.method, cell, w[..., 0], dot) for cell, dot in zip((at, other), dots))
+        weights, *along = (np.abs(one - two) for one, two in zip(here, there))
+        of_lost, of_moved = (
+            _product(part[..., None], np.abs(w)[..., None] * np.abs(self.grad.value)[..., None, None, :])
+            for part in (lost, moved)
+        )
+        return Wider(change, weights, (along[0], along[1]), of_lost, of_moved)
+
+
+def _read(value: Array, pixel: Array) -> Array:
+    """[B, S, M, D] at pixels [B, Q, M, P, C], 0 where there is none: [B, Q, M, P, C, D]."""
+    batch, pixels, heads, channels = value.shape
+    if pixels == 0:
+        return np.zeros((*pixel.shape, channels))
+    image = np.arange(batch).reshape(-1, 1, 1, 1, 1)
+    head = np.arange(heads).reshape(1, 1, -1, 1, 1)
+    return np.where((pixel >= 0)[..., None], value[image, np.maximum(pixel, 0), head], 0.0)
+
+
+def _matched(at: Touched, other: Touched) -> Array:
+    """The shares in `other` of the pixels of `at`."""
+    same = (at.pixel[..., :, None] == other.pixel[..., None, :]) & (at.pixel >= 0)[..., None]
+    return np.where(same, other.share.value[..., None, :], 0.0).sum(-1)
+
+
+def _unmatched(at: Touched, other: Touched) -> Array:
+    """The shares of pixels that `other` does not touch."""
+    same = (at.pixel[..., :, None] == other.pixel[..., None, :]).any(-1)
+    return np.where((at.pixel >= 0) & ~same, np.abs(at.share.value), 0.0)
+
+
+def _dots(grad: Array, read: Array, pixel: Array) -> Array:
+    products: Array = read * grad[..., None, None, :]
+    return np.where(pixel >= 0, products.sum(-1), 0.0)
+
+
+def _of_cell(method: str, at: Touched, weight: Array, dots: Array) -> list[Array]:
+    """(6) and (7) of one cell, without bounds."""
+    inside = at.pixel >= 0
+    found = [np.where(inside, at.share.value * dots, 0.0).sum(-1)]
+    for slope in at.slope:
+        change = weight * np.where(inside, slope.value * dots, 0.0).sum(-1)
+        found.append(np.where(inside.any(-1) & (method == "bilinear"), change, 0.0))
+    return found
+
+
+def _product(a: Array, b: Array) -> Array:
+    """Where one is 0 the product is, whatever the other."""
+    return np.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def expected_plain(
+    acc: Arithmetic,
+    levels: list[Level],
+    method: str,
+    value: Array,
+    locations: Array,
+    weights: Array,
+    grad: Array,
+) -> Results:
+    """locations [B, Q, M, K, 2], weights [B, Q, M, K]."""
+    call = Attention(acc, levels, method, value, exact(weights), grad)
+    places = [plain_places(locations[..., level.points, :], level, acc, method) for level in levels]
+    results, sampled = call.results(places)
+    results["weights"] = concatenate(
+        [exact(np.zeros((*weights.shape[:3], 0))), *(s.weights for s in sampled)], -1
+    )
+    found = [exact(np.zeros((*weights.shape[:3], 0, 2)))]
+    for level, each in zip(levels, sampled):
+        axes = [acc.mul(exact(float(n)), along) for n, along in zip(level.size, each.places)]  # (7)
+        found.append(Bounded(*(np.stack(pair, -1) for pair in zip(*axes))))
+    return {**results, "locations": concatenate(found, -2)}
+
+
+def expected_fused(
+    acc: Arithmetic,
+    levels: list[Level],
+    method: str,
+    value: Array,
+    reference: Array,
+    offsets: Array,
+    logits: Array,
+    grad: Array,
+) -> Results:
+    """reference [B or 1, Q, L or 1, 2 or 4], offsets [B, Q, M, K, 2], logits [B, Q, M, K]."""
+    weights = acc.softmax(exact(logits), -1)  # (8)
+    call = Attention(acc, levels, method, value, weights, grad)
+    full = np.broadcast_to(reference, (len(value), reference.shape[1], len(levels), reference.shape[3]))
+    placed = []
+    for index, level in enumerate(levels):
+        of_level = full[:, :, None, index, None]  # [B, Q, 1, 1, .]
+        placed.append(fused_places(of_level, offsets[..., level.points, :], level, acc, method))
+    results, sampled = call.results([places for places, _ in placed])
+
+    found = [exact(np.zeros((*logits.shape[:3], 0))), *(each.weights for each in sampled)]
+    along = concatenate(found, -1)
+    mean = acc.sum(acc.mul(weights, along), -1)
+    results["logits"] = acc.mul(weights, acc.minus(along, mean.at(np.s_[..., None])))  # (11)
+
+    moved = [exact(np.zeros((*logits.shape[:3], 0, 2)))]
+    anchors = [exact(np.zeros((*full.shape[:2], 0, full.shape[3])))]
+    for level, each, (_, steps) in zip(levels, sampled, placed):
+        axes = [_times(acc, step, along) for step, along in zip(steps, each.places)]
+        moved.append(Bounded(*(np.stack(pair, -1) for pair in zip(*axes))))
+        anchors.append(_of_reference(acc, level, offsets[..., level.points, :], each.places, full.shape[3]))
+    results["offsets"] = concatenate(moved, -2)  # (12)
+    shared = acc.sum(concatenate(anchors, 2), tuple(a for a in (0, 2) if reference.shape[a] == 1))
+    return {**results, "reference_points": shared.reshape(*reference.shape)}
+
+
+def _times(acc: Arithmetic, factor: Array, along: Bounded) -> Bounded:
+    """A gradient that is 0 stays 0, whatever the factor; a product of it may be rounded a few times."""
+    product = acc.rounded(acc.mul(exact(factor), along))
+    return product.zero_unless((along.value != 0) | (along.error != 0))
+
+
+def _of_reference(acc: Arithmetic, level: Level, offsets: Array, places: Pair, numbers: int) -> Bounded:
+    """The gradient of the level's reference points, [B, Q, 1, 2 or 4]: sums over heads and points."""
+    count = level.points.stop - level.points.start
+    found = []
+    for size, along in zip(level.size, places):
+        found.append(acc.sum(_times(acc, np.full(along.value.shape, float(size)), along), (2, 3)))
+    if numbers == 4:
+        for axis, (size, along) in enumerate(zip(level.size, places)):
+            share = offsets[..., axis] * size / (2 * max(count, 1))
+            found.append(acc.sum(_times(acc, share, along), (2, 3)))
+    return Bounded(*(np.stack(parts, -1)[:, :, None] for parts in zip(*found)))
