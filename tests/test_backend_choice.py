@@ -149,6 +149,15 @@ def test_a_call_is_described_alike_with_and_without_dlpack(monkeypatch):
     assert inputs.value.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tables_of_the_levels_are_of_any_whole_type(backend, dtype):
+    value, shapes, starts, *others = make()
+    want = attend(value, shapes, starts, *others, backend=backend)
+    got = attend(value, shapes.to(dtype), starts.to(dtype), *others, backend=backend)
+    assert torch.equal(got, want)
+
+
 def test_plans_may_be_forgotten_at_any_time(monkeypatch):
     inputs, plan = make(), ops.ms_deform_attn._planned
 

@@ -139,6 +139,11 @@ pybind11::object make(const Host& host, const pybind11::iterable& outputs, bool 
   return make_call(fused ? kFused : kPlain, host, options(points_per_level, method, checks_levels), outputs);
 }
 
+inline bool is_table(const TensorView& view, int32_t dims) {
+  return view.type_code == kInteger && view.type_bits == 64 && view.dims == dims &&
+         view.device_type == kCpu && view.is_contiguous();
+}
+
 inline void bind(pybind11::class_<Host>& host) {
   using pybind11::arg;
   const auto define = [&](const char* name, auto* function) {
@@ -152,9 +157,9 @@ inline void bind(pybind11::class_<Host>& host) {
   host.def("check_levels", [](const Host& host, const std::string& op, const pybind11::object& shapes,
                               const pybind11::object& starts, int64_t pixels) {
     TensorView sizes, firsts;
-    if (!host.borrow(shapes, sizes) || !host.borrow(starts, firsts) || !sizes.is_contiguous() ||
-        !firsts.is_contiguous() || sizes.device_type != kCpu || firsts.device_type != kCpu)
-      throw std::invalid_argument(op + ": levels must be contiguous, in the host's memory");
+    if (!host.borrow(shapes, sizes) || !host.borrow(starts, firsts) || !is_table(sizes, 2) ||
+        !is_table(firsts, 1) || sizes.size(1) != 2 || firsts.size(0) != sizes.size(0))
+      throw std::invalid_argument(op + ": levels must be contiguous int64 tables in the host's memory");
     check_levels(op.c_str(), sizes.as<const int64_t>(), firsts.as<const int64_t>(), sizes.size(0), pixels);
   });
 }

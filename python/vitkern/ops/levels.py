@@ -112,7 +112,8 @@ def whole_numbers(op: str, points_per_level: Sequence[int] | None) -> tuple[int,
 def check_levels(op: str, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
     """That the levels cover value's pixels. Levels on a card are read, and waited for, only if VITKERN_VALIDATE=1."""
     if value.is_cpu or os.environ.get("VITKERN_VALIDATE") == "1":
-        shapes, starts = (table.cpu().contiguous() for table in (spatial_shapes, level_start_index))
+        tables = spatial_shapes, level_start_index
+        shapes, starts = (table.cpu().long().resolve_neg().contiguous() for table in tables)
         _host().check_levels(op, shapes, starts, value.shape[1])
 
 
