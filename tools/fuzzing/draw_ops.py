@@ -28,8 +28,8 @@ def _images(draw: Draw) -> int:
 
 
 def _tokens(most: int) -> int:
-    """The greatest number of tokens beside so many channels."""
-    return 130 if most > 100 else min(most, 20)
+    """The greatest number of tokens beside so many channels: as many as the shared memory of any card holds."""
+    return 128 if most > 100 else min(most, 20)
 
 
 def adapter_bottleneck(draw: Draw) -> Case:
