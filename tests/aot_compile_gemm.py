@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 import triton
@@ -120,25 +120,24 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def pool(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels: int = 3136) -> None:
-    call = SimpleNamespace(
-        x=empty(batch, pixels, channels, dtype=dtype), weight=empty(batch, tokens, channels, dtype=dtype)
-    )
-    pooled, statistics = triton_token_pool.token_pool_forward_triton(call)
-    triton_token_pool.token_pool_backward_triton(call, pooled, pooled, statistics, (True, True))
+    x, weight = empty(batch, pixels, channels, dtype=dtype), empty(batch, tokens, channels, dtype=dtype)
+    pooled, statistics = triton_token_pool.forward(x, weight)
+    triton_token_pool.backward((True, True), pooled, x, weight, pooled, statistics)
 
 
 def project(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels: int = 3136) -> None:
     """Queries and keys of half as many numbers as there are channels."""
     sizes = (batch, pixels, channels), (batch, pixels, channels // 2), (batch, tokens, channels // 2)
-    x, query, key, token_rows = (empty(*size, dtype=dtype) for size in (*sizes, (batch, tokens, channels)))
-    call = SimpleNamespace(x=x, query=query, key=key, tokens=token_rows)
-    triton_token_project.token_project_forward_triton(call)
-    triton_token_project.token_project_backward_triton(call, x, (True, True, True))
+    x, *others = (empty(*size, dtype=dtype) for size in (*sizes, (batch, tokens, channels)))
+    triton_token_project.forward(x, *others)
+    triton_token_project.backward((True, True, True), x, None, *others)
 
 
 def adapter(dtype: torch.dtype, channels: int, hidden: int, rows: int = 50176) -> None:
     """What AdaptFormer trains with: everything wanted, dropout, the residual is x."""
-    call = SimpleNamespace(
+    options = triton_adapter_bottleneck.Options(1.0, 0.1, "gelu", residual_is_x=True)
+    plan = triton_adapter_bottleneck.plan(options, keep=False)
+    tensors = triton_adapter_bottleneck.Inputs(
         x=empty(rows, channels, dtype=dtype),
         down_weight=empty(hidden, channels, dtype=dtype),
         down_bias=empty(hidden, dtype=dtype),
@@ -147,13 +146,9 @@ def adapter(dtype: torch.dtype, channels: int, hidden: int, rows: int = 50176) -
         residual=None,
         scale=empty(1, dtype=torch.float32),
         seed=empty(1, dtype=torch.int64),
-        factor=1.0,
-        dropout_p=0.1,
-        activation="gelu",
-        residual_is_x=True,
     )
-    output, _ = triton_adapter_bottleneck.adapter_bottleneck_forward_triton(call, keep=False)
-    triton_adapter_bottleneck.adapter_bottleneck_backward_triton(call, output, None, (True,) * 6)
+    output, kept = plan.forward(*tensors)
+    plan.backward((True,) * 6, output, *tensors, kept)
 
 
 def odd(dtype: torch.dtype) -> None:

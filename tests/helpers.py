@@ -183,11 +183,11 @@ def launch_backward(
     backend: str, grad_output: Tensor, needed: tuple[bool, ...], *call, deterministic: bool = False
 ) -> list[Tensor | None]:
     """Gradients of value, locations and weights, and, in the fused form, of the places sampled."""
-    call = KernelCall(*call)
+    call, count = KernelCall(*call), len(needed)
     if call.reference_points is not None:
-        needed = (needed[0], needed[3] if len(needed) == 4 else False, *needed[1:3])
+        needed = (needed[0], count == 4 and needed[3], *needed[1:3])
     with reproducible(deterministic):
         found = call.plan(backend).backward(needed, grad_output, *call.tensors)
     value, *places, locations, weights = found
     likes = zip((value, locations, weights), (call.value, call.locations, call.weights))
-    return [*(None if each is None else each.to(like.dtype) for each, like in likes), *places]
+    return [*(None if each is None else each.to(like.dtype) for each, like in likes), *places][:count]

@@ -106,22 +106,22 @@ LIMITS = [
     (
         pool,
         [(1, 4, 8), (257, 8)],
-        r"token_pool: weight must have at most 256 tokens for backend 'triton', got 257",
+        r"backend 'triton' cannot run here: weight must have at most 256 tokens, got 257",
     ),
     (
         lambda *t: vitkern.token_project(*t, backend="triton"),
         [(1, 4, 8), (1, 4, 2), (1, 513, 2), (1, 513, 8)],
-        r"token_project: tokens must be at most 512 for backend 'triton', got 513",
+        r"backend 'triton' cannot run here: tokens must be at most 512, got 513",
     ),
     (
         lambda x, down, up: vitkern.adapter_bottleneck(x, down, None, up, None, backend="triton"),
         [(4, 8), (513, 8), (8, 513)],
-        r"adapter_bottleneck: down_weight must have at most 512 hidden units for backend 'triton', got 513",
+        r"backend 'triton' cannot run here: down_weight must have at most 512 hidden units, got 513",
     ),
 ]
 
 
 @pytest.mark.parametrize("function, sizes, message", LIMITS, ids=["pool", "project", "adapter"])
 def test_what_does_not_fit_the_registers_is_refused_by_name(function, sizes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         function(*(torch.randn(*size) for size in sizes))
