@@ -23,7 +23,7 @@
 
 namespace vitkern {
 
-// The runtime also keeps an error for whoever asks next on this thread: what is told here is taken away.
+// The runtime keeps the error for the next call on this thread. It is reported here, so it is cleared.
 inline void check_cuda(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   cudaGetLastError();

@@ -95,7 +95,7 @@ class Call {
     options_.device = host_.device;
   }
 
-  // Of the tensors, None where there is none: the output, or a tuple of outputs.
+  // Takes the tensors, None for those left out; returns the output, or a tuple of outputs.
   pybind11::object operator()(Arguments arguments, Py_ssize_t count) const {
     PyObject* const wanted = pass_.backward && count > 0 ? arguments[0] : nullptr;
     if (count != pass_.inputs + pass_.backward ||

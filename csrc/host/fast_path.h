@@ -160,8 +160,8 @@ class FastBackward {
         kernel_(std::move(kernel)),
         contiguous_("contiguous") {}
 
-  // Of the wanted gradients, grad_output and the tensors: the gradients; None where the call has to go another way, as
-  // with gradients of gradients, which only the op refuses in words.
+  // Takes the flags of the wanted gradients, grad_output and the tensors; returns the gradients, or None where the call
+  // takes the dispatcher's path, as gradients of gradients do: the op refuses them in words.
   pybind11::object operator()(Arguments inputs, Py_ssize_t count) const {
     if (count < 2 || is_true(checked(PyObject_CallNoArgs(asks_gradients_.ptr()))) || watched_())
       return pybind11::none();

@@ -24,8 +24,8 @@ class Signer {
         parameter_(std::move(parameter)),
         is_neg_(pybind11::getattr(tensor_, "is_neg")) {}
 
-  // Of tensors and Nones. None if one is not what memory holds: of another type, lazily negated or zero, sparse, or
-  // larger than its storage.
+  // Takes tensors and Nones. Returns None if a tensor is not what memory holds: of another type, lazily negated or
+  // zero, sparse, or larger than its storage.
   pybind11::object operator()(const pybind11::tuple& tensors) const {
     std::string key;
     for (const pybind11::handle tensor : tensors)

@@ -25,7 +25,7 @@ class Recorded(NamedTuple):
 
     options: tuple[Any, ...]
     saved: tuple[Seen | None, ...]  # shapes, dtypes and devices of the tensors that backward wants again
-    # Of the wanted gradients, grad_output and these tensors: the gradients; None where the plan does not serve.
+    # Takes the flags of the wanted gradients, grad_output and these tensors; None where the plan does not serve.
     fast: Callable[..., Sequence[Tensor | None] | None] = _never
     rounds: bool = True  # whether kernels may give gradients of other dtypes than the tensors'
 
@@ -53,7 +53,7 @@ class Derivative:
         self._recorded = tuple(sorted((*differentiable, *passed_on)))  # positions that may want a gradient
         self._saved = slice(0 if keeps_result else 1, 1 + kept)  # of the outputs, those that backward gets
         saved = ["result", *(f"kept_{index}" for index in range(kept))][self._saved]
-        # Of the tensors of backward: the inputs, and those that forward kept.
+        # Names of the tensors that backward gets: the inputs, and those that forward kept.
         self._names = (*(argument.split()[1] for argument in tensors), *saved)
 
     def _keep(self, ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

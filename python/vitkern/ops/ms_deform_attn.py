@@ -109,7 +109,7 @@ def kernels(
     outputs: Sequence[Spec],
     checks_levels: bool = True,
 ) -> Plan:
-    """Of contiguous tensors. The gradient of reference points is that of the places that they lead to."""
+    """The plan for contiguous tensors. Its gradient of reference points is that of the places that they lead to."""
     if backend == "triton":
         from vitkern.ops import triton_ms_deform_attn as triton
 

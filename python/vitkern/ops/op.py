@@ -33,8 +33,8 @@ class Plan(NamedTuple):
     """How calls of one signature run, on contiguous tensors of the dtypes that the op asks for."""
 
     forward: Callable[..., Any]  # of the tensors: the output, or a tuple of outputs
-    # Of which gradients are wanted, a contiguous grad_output, the tensors, and the outputs that were kept: a gradient
-    # or None for each differentiable tensor.
+    # Takes the flags of the wanted gradients, a contiguous grad_output, the tensors and the kept outputs; returns a
+    # gradient or None for each differentiable tensor.
     backward: Callable[..., Sequence[Tensor | None]]
 
 
@@ -162,25 +162,20 @@ class Op(Derivative):
                 return output
         return self._through_the_dispatcher(inputs)
 
-    def can_run(self, backend: str, *tensors: Tensor | None) -> str | None:
-        """None where a backend serves these tensors, else the reason why it does not."""
-        first = tensors[0]
-        assert first is not None
-        return backends.can_run(backend, first.device, first.dtype) or self._limits(backend, *tensors)
-
     def _refusals(self, inputs: tuple[Any, ...]) -> backends.Refusals:
         reasons = [(name, self._limits(name, *inputs[: self._tensors])) for name in backends.BACKENDS]
         return tuple([(name, reason) for name, reason in reasons if reason is not None])
 
     def _through_the_dispatcher(self, inputs: tuple[Any, ...]) -> Tensor:
+        compiling = fast_path.is_compiling()
         refusals: backends.Refusals = ()
-        if (
-            not fast_path.is_compiling()
-        ):  # a limit that is asked while tracing would bound sizes that are to be dynamic
+        # A limit that is asked while tracing would bound sizes that are to be dynamic.
+        if not compiling:
             self._check(*inputs)  # limits are asked of tensors that fit one another
             refusals = self._refusals(inputs)
         if backends.falls_to_reference(inputs[0].device, inputs[0].dtype, inputs[-1], refusals):
-            self._check(*inputs)
+            if compiling:
+                self._check(*inputs)
             return self._reference(*inputs[:-1])
         fast_path.refuse_transforms(self.name)
         output = getattr(torch.ops.vitkern, self.name)(*inputs)

@@ -88,7 +88,7 @@ _TYPES = {
 
 
 def describe(tensor: Tensor) -> tuple[Any, ...] | None:
-    """What DLPack's C exchange API tells of a tensor (csrc/host/tensor.h), asked attribute by attribute."""
+    """The fields of DLPack's C exchange API (csrc/host/tensor.h), read from the tensor one by one."""
     device, code = _DEVICES.get(tensor.device.type), _TYPES.get(tensor.dtype)
     lazily_zero = getattr(tensor, "_is_zerotensor", bool)()
     if device is None or code is None or tensor.layout != torch.strided or lazily_zero:

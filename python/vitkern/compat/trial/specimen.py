@@ -227,7 +227,7 @@ class Specimen:
         return {name: list(child._calls) for name, child in self.children.items()}
 
     def outputs(self) -> dict[str, Tensor]:
-        """What children have returned. All that a layer does to their weights, it does by way of these."""
+        """The outputs of children, by name. The gradients of their weights come through these alone."""
         return {
             f"{name}'s output" + f" {number}" * (number > 1): each
             for name, child in self.children.items()
