@@ -121,23 +121,23 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def pool(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels: int = 3136) -> None:
     x, weight = empty(batch, pixels, channels, dtype=dtype), empty(batch, tokens, channels, dtype=dtype)
-    pooled, statistics = triton_token_pool.forward(x, weight)
-    triton_token_pool.backward((True, True), pooled, x, weight, pooled, statistics)
+    plan = triton_token_pool.plan(triton_token_pool.Inputs(x, weight))
+    pooled, statistics = plan.forward(x, weight)
+    plan.backward((True, True), pooled, x, weight, pooled, statistics)
 
 
 def project(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels: int = 3136) -> None:
     """Queries and keys of half as many numbers as there are channels."""
     sizes = (batch, pixels, channels), (batch, pixels, channels // 2), (batch, tokens, channels // 2)
     x, *others = (empty(*size, dtype=dtype) for size in (*sizes, (batch, tokens, channels)))
-    triton_token_project.forward(x, *others)
-    triton_token_project.backward((True, True, True), x, None, *others)
+    plan = triton_token_project.plan(triton_token_project.Inputs(x, *others))
+    plan.forward(x, *others)
+    plan.backward((True, True, True), x, None, *others)
 
 
 def adapter(dtype: torch.dtype, channels: int, hidden: int, rows: int = 50176) -> None:
     """What AdaptFormer trains with: everything wanted, dropout, the residual is x."""
-    options = triton_adapter_bottleneck.Options(1.0, 0.1, "gelu", residual_is_x=True)
-    plan = triton_adapter_bottleneck.plan(options, keep=False)
-    tensors = triton_adapter_bottleneck.Inputs(
+    inputs = triton_adapter_bottleneck.Inputs(
         x=empty(rows, channels, dtype=dtype),
         down_weight=empty(hidden, channels, dtype=dtype),
         down_bias=empty(hidden, dtype=dtype),
@@ -146,7 +146,11 @@ def adapter(dtype: torch.dtype, channels: int, hidden: int, rows: int = 50176) -
         residual=None,
         scale=empty(1, dtype=torch.float32),
         seed=empty(1, dtype=torch.int64),
+        dropout_p=0.1,
+        activation="gelu",
+        residual_is_x=True,
     )
+    plan, tensors = triton_adapter_bottleneck.plan(inputs), inputs[:8]
     output, kept = plan.forward(*tensors)
     plan.backward((True,) * 6, output, *tensors, kept)
 

@@ -19,8 +19,9 @@ from vitkern.cases import results as gradients
 from vitkern.check import compare
 from vitkern.check.examine import deterministic as reproducible
 from vitkern.ops import ms_deform_attn
-from vitkern.ops.op import Plan
+from vitkern.ops.ms_deform_attn_checks import Fused, Plain
 from vitkern.ops.plain import in_its_own_dtype
+from vitkern.ops.plan import Plan
 
 
 def image(height: int = 64, width: int = 64, batch: int = 2) -> Tensor:
@@ -170,8 +171,9 @@ class KernelCall(NamedTuple):
     def plan(self, backend: str) -> Plan:
         batch, _, heads, channels = self.value.shape
         output = (batch, self.weights.shape[1], heads * channels), self.value.dtype
-        options = self.points_per_level, self.method, [output]
-        return ms_deform_attn.kernels(backend, self.tensors, *options, checks_levels=False)
+        record = Plain if self.reference_points is None else Fused
+        inputs = record(*self.tensors, self.points_per_level, self.method)
+        return ms_deform_attn.kernels(backend, inputs, [output], checks_levels=False)
 
 
 def launch_forward(backend: str, *call) -> Tensor:

@@ -204,9 +204,10 @@ BEYOND = {
 def test_a_limit_of_shape_is_told_before_a_launch(name):
     backend, tensors, sentence = BEYOND[name]
     module = importlib.import_module(f"vitkern.ops.{name}")
-    reason = getattr(module, name)._limits(backend, *tensors)
+    inputs = getattr(module, "Inputs", None) or module.Plain
+    reason = getattr(module, name).limits(backend, inputs(*tensors))
     assert reason is not None and sentence in reason
-    assert getattr(module, name)._limits("reference", *tensors) is None
+    assert getattr(module, name).limits("reference", inputs(*tensors)) is None
 
 
 def test_another_backend_runs_beyond_a_limit_or_the_sentence_is_raised(monkeypatch):

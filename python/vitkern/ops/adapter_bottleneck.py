@@ -9,7 +9,8 @@ keep z, eq. (1), for backward, which works it out again where it is not given.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +18,40 @@ from torch import Tensor
 from vitkern import reference
 from vitkern.ops import native
 from vitkern.ops.checks import Contract
-from vitkern.ops.derivative import Spec
-from vitkern.ops.op import BACKEND, Op, Plan
+from vitkern.ops.op import Op
 from vitkern.ops.plain import accumulated
+from vitkern.ops.plan import Plan, Spec
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 
 _CONTRACT = Contract("adapter_bottleneck", "x")
 MOST_HIDDEN = 512  # of the Triton kernels
 _SEEDS = 2**63 - 1  # above all that dropout draws
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # [..., C]: N rows
+    down_weight: Tensor  # [H, C]
+    down_bias: Tensor | None  # [H]
+    up_weight: Tensor  # [C, H]
+    up_bias: Tensor | None  # [C]
+    residual: Tensor | None  # like x
+    scale: Tensor | None  # one number
+    seed: Tensor | None  # [1] int64
+    factor: float = 1.0
+    dropout_p: float = 0.0
+    activation: str = "relu"
+    residual_is_x: bool = False
+    keep: bool = False
+    backend: str | None = None
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.x.shape[:-1])  # Size.numel() would fix a size that is to be dynamic
+
+    @property
+    def hidden(self) -> int:
+        return self.down_weight.shape[0]
 
 
 def call(
@@ -84,139 +110,99 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"adapter_bottleneck: {name} must be a number, got {value!r}") from None
 
 
-def _check(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    seed: Tensor | None,
-    factor: float,
-    dropout_p: float,
-    activation: str,
-    residual_is_x: bool,
-    keep: bool,
-    backend: str | None,
-) -> list[Spec]:
-    contract = _CONTRACT
+def _check(inputs: Inputs) -> list[Spec]:
+    contract, x, weight = _CONTRACT, inputs.x, inputs.down_weight
     contract.check_kernel_dtype("x", x)
     if x.dim() == 0:
         contract.fail("x", "[..., C]", [])
     channels = x.shape[-1]
-    if down_weight.dim() != 2 or down_weight.shape[1] != channels or down_weight.shape[0] == 0:
-        contract.fail("down_weight", f"[H, C] with C={channels}, H of at least 1", list(down_weight.shape))
-    hidden = down_weight.shape[0]
-    contract.check_shape("up_weight", up_weight, (channels, hidden), f"[C, H] = [{channels}, {hidden}]")
-    if down_bias is not None:
-        contract.check_shape("down_bias", down_bias, (hidden,), f"[H] = [{hidden}]")
-    if up_bias is not None:
-        contract.check_shape("up_bias", up_bias, (channels,), f"[C] = [{channels}]")
-    if residual is not None:
-        contract.check_shape("residual", residual, x.shape, f"{list(x.shape)}, like x")
-    if scale is not None and scale.numel() != 1:
-        contract.fail("scale", "a number or a tensor of one element", list(scale.shape))
-    parameters = {
-        "down_weight": down_weight,
-        "down_bias": down_bias,
-        "up_weight": up_weight,
-        "up_bias": up_bias,
+    if weight.dim() != 2 or weight.shape[1] != channels or weight.shape[0] == 0:
+        contract.fail("down_weight", f"[H, C] with C={channels}, H of at least 1", list(weight.shape))
+    hidden = inputs.hidden
+    shapes: dict[str, tuple[Sequence[int], str]] = {
+        "down_weight": (weight.shape, ""),
+        "up_weight": ((channels, hidden), f"[C, H] = [{channels}, {hidden}]"),
+        "down_bias": ((hidden,), f"[H] = [{hidden}]"),
+        "up_bias": ((channels,), f"[C] = [{channels}]"),
+        "residual": (x.shape, f"{list(x.shape)}, like x"),
     }
-    for name, tensor in {**parameters, "residual": residual, "scale": scale}.items():
-        if tensor is not None:
-            contract.check_floating(name, tensor, x)
-    if seed is not None:
-        contract.check_whole("seed", seed, x)
-        contract.check_shape("seed", seed, (1,), "[1]")
-    if activation not in ACTIVATIONS:
-        contract.fail("activation", "'relu', 'gelu' or 'silu'", repr(activation))
-    if not 0 <= dropout_p <= 1:
-        contract.fail("dropout_p", "a probability between 0 and 1", dropout_p)
-    rows = math.prod(x.shape[:-1])  # Size.numel() would fix a size that is to be dynamic
-    return [(x.shape, x.dtype), ((rows, hidden) if keep else (0, hidden), native.accumulator(x.dtype))]
+    given = {name: tensor for name in shapes if (tensor := getattr(inputs, name)) is not None}
+    for name, tensor in given.items():
+        contract.check_shape(name, tensor, *shapes[name])
+    if inputs.scale is not None:
+        if inputs.scale.numel() != 1:
+            contract.fail("scale", "a number or a tensor of one element", list(inputs.scale.shape))
+        given["scale"] = inputs.scale
+    for name, tensor in given.items():
+        contract.check_floating(name, tensor, x)
+    if inputs.seed is not None:
+        contract.check_whole("seed", inputs.seed, x)
+        contract.check_shape("seed", inputs.seed, (1,), "[1]")
+    if inputs.activation not in ACTIVATIONS:
+        contract.fail("activation", "'relu', 'gelu' or 'silu'", repr(inputs.activation))
+    if not 0 <= inputs.dropout_p <= 1:
+        contract.fail("dropout_p", "a probability between 0 and 1", inputs.dropout_p)
+    kept = (inputs.rows if inputs.keep else 0, hidden)
+    return [(x.shape, x.dtype), (kept, native.accumulator(x.dtype))]
 
 
-def _limits(backend: str, x: Tensor, down_weight: Tensor, *others: Tensor | None) -> str | None:
-    if backend == "triton" and down_weight.shape[0] > MOST_HIDDEN:
-        return f"down_weight must have at most {MOST_HIDDEN} hidden units, got {down_weight.shape[0]}"
+def _limits(backend: str, inputs: Inputs) -> str | None:
+    if backend == "triton" and inputs.hidden > MOST_HIDDEN:
+        return f"down_weight must have at most {MOST_HIDDEN} hidden units, got {inputs.hidden}"
     return None
 
 
-def _plan(backend: str, *inputs: Any) -> Plan:
-    factor, dropout_p, activation, residual_is_x, keep, _ = inputs[8:]
+def _plan(backend: str, inputs: Inputs, outputs: Sequence[Spec]) -> Plan:
     if backend == "triton":
         from vitkern.ops import triton_adapter_bottleneck as triton
 
-        return triton.plan(triton.Options(factor, dropout_p, activation, residual_is_x), keep)
-    x = inputs[0]
-    host, total = native.host(backend, x.device), native.accumulator(x.dtype)
-    options = {
-        "activation": activation,
-        "factor": factor,
-        "residual_is_x": residual_is_x,
-        "threshold": reference.dropout_threshold(dropout_p),
-        "rescale": reference.dropout_rescale(dropout_p),
+        return triton.plan(inputs)
+    dtype = inputs.x.dtype
+    host, total = native.host(backend, inputs.x.device), native.accumulator(dtype)
+    options: dict[str, Any] = {
+        "activation": inputs.activation,
+        "factor": inputs.factor,
+        "residual_is_x": inputs.residual_is_x,
+        "threshold": reference.dropout_threshold(inputs.dropout_p),
+        "rescale": reference.dropout_rescale(inputs.dropout_p),
     }
     # Gradients of parameters are sums over all rows.
-    likes = [inputs[at] for at in _DIFFERENTIABLE]
+    likes = {name: getattr(inputs, name) for name in _DIFFERENTIABLE}
     gradients = [
-        ((0,) if like is None else like.shape, total if at else x.dtype) for at, like in enumerate(likes)
+        ((0,) if like is None else like.shape, dtype if name == "x" else total)
+        for name, like in likes.items()
     ]
     return Plan(
-        host.adapter_bottleneck_forward(native.specs(x.dtype, *_check(*inputs)), **options),
-        host.adapter_bottleneck_backward(native.specs(x.dtype, *gradients), **options),
+        host.adapter_bottleneck_forward(native.specs(dtype, *outputs), **options),
+        host.adapter_bottleneck_backward(native.specs(dtype, *gradients), **options),
     )
 
 
-def _dtypes(x: Tensor, *others: Tensor | None) -> dict[int, torch.dtype]:
-    return {_SCALE: native.accumulator(x.dtype)}
+def _dtypes(inputs: Inputs) -> dict[str, torch.dtype]:
+    return {"scale": native.accumulator(inputs.x.dtype)}
 
 
-def _reference(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    seed: Tensor | None,
-    factor: float,
-    dropout_p: float,
-    activation: str,
-    residual_is_x: bool,
-    keep: bool,
-) -> Tensor:
-    def formula(
-        x: Tensor,
-        down_weight: Tensor,
-        down_bias: Tensor | None,
-        up_weight: Tensor,
-        up_bias: Tensor | None,
-        residual: Tensor | None,
-    ) -> Tensor:
-        beside = x if residual_is_x else residual
-        times = factor if scale is None else factor * scale.to(x.dtype).view(())
-        return reference.adapter_bottleneck(
-            x, down_weight, down_bias, up_weight, up_bias, beside, times, seed, dropout_p, activation
-        )
+def _reference(inputs: Inputs) -> Tensor:
+    seed, dropout_p, activation = inputs.seed, inputs.dropout_p, inputs.activation
 
-    parameters = (down_weight, down_bias, up_weight, up_bias, residual)
+    def formula(x: Tensor, w_d: Tensor, b_d: Any, w_u: Tensor, b_u: Any, residual: Any) -> Tensor:
+        beside = x if inputs.residual_is_x else residual
+        scale: float | Tensor = inputs.factor
+        if inputs.scale is not None:
+            scale = inputs.factor * inputs.scale.to(x.dtype).view(())
+        return reference.adapter_bottleneck(x, w_d, b_d, w_u, b_u, beside, scale, seed, dropout_p, activation)
+
+    x, *parameters = inputs[:6]
     return accumulated(formula, x, *(None if each is None else each.to(x.dtype) for each in parameters))
 
 
-_DIFFERENTIABLE = (0, 1, 2, 3, 4, 6)
-_RESIDUAL, _SCALE = 5, 6
+_DIFFERENTIABLE = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "scale")
 
 adapter_bottleneck = Op(
     "adapter_bottleneck",
-    "Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? residual, "
-    "Tensor? scale, Tensor? seed, float factor=1.0, float dropout_p=0.0, str activation='relu', "
-    f"bool residual_is_x=False, bool keep=False, {BACKEND}",
-    defaults=(1.0, 0.0, "relu", False, False, None),
+    Inputs,
     differentiable=_DIFFERENTIABLE,
-    passed_on=(_RESIDUAL,),
+    passed_on="residual",
     check=_check,
     plan=_plan,
     limits=_limits,

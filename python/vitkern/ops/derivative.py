@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,49 +12,62 @@ from torch import Tensor
 from vitkern import _C
 from vitkern.ops import fast_path
 from vitkern.ops.checks import Seen, check_memory, check_output, refuse_changes, seen
+from vitkern.ops.plan import Gradients, Needed, Record, Spec, Tensors, schema_of
 
-Spec = tuple[Sequence[int], torch.dtype]  # of an output
 
-
-def _never(*_: Any) -> None:
+def _never(*_: object) -> None:
     """No fast path."""
 
 
 class Recorded(NamedTuple):
     """The facts about a forward pass that its backward needs."""
 
-    options: tuple[Any, ...]
+    options: tuple[object, ...]
     saved: tuple[Seen | None, ...]  # shapes, dtypes and devices of the tensors that backward wants again
     # Takes the flags of the wanted gradients, grad_output and these tensors; None where the plan does not serve.
-    fast: Callable[..., Sequence[Tensor | None] | None] = _never
+    fast: Callable[..., Gradients | None] = _never
     rounds: bool = True  # whether kernels may give gradients of other dtypes than the tensors'
 
 
-class Derivative:
+class Derivative(Generic[Record]):
     """The half of an op that is about its gradient: see vitkern.ops.op.Op."""
 
-    _arguments: list[str]  # as the schema has them
-    _check: Callable[..., Sequence[Spec]]
-    _complete: Callable[..., tuple[Any, ...]]
-    _launchable: Callable[..., fast_path.Planned]
+    _launchable: Callable[[Record], fast_path.Planned]
 
     def __init__(
         self,
         name: str,
-        tensors: list[str],
-        differentiable: tuple[int, ...],
-        passed_on: tuple[int, ...],
+        inputs: Callable[..., Record],
+        differentiable: Sequence[str],
+        check: Callable[[Record], Sequence[Spec]],
+        passed_on: str | None,
         kept: int,
         keeps_result: bool,
     ) -> None:
-        self.name, self.differentiable = name, differentiable
-        self._passed_on, self._kept, self._keeps_result = passed_on, kept, keeps_result
-        self._tensors = len(tensors)
-        self._recorded = tuple(sorted((*differentiable, *passed_on)))  # positions that may want a gradient
+        self.name, self._inputs, self._check = name, inputs, check
+        tensors, options, self._defaults = schema_of(inputs)
+        self._tensors, self._arguments = len(tensors), [*tensors, *options]  # as the schema has them
         self._saved = slice(0 if keeps_result else 1, 1 + kept)  # of the outputs, those that backward gets
         saved = ["result", *(f"kept_{index}" for index in range(kept))][self._saved]
         # Names of the tensors that backward gets: the inputs, and those that forward kept.
         self._names = (*(argument.split()[1] for argument in tensors), *saved)
+        self._differentiable = tuple(self._names.index(each) for each in differentiable)
+        self._passed_on = None if passed_on is None else self._names.index(passed_on)
+        beside = () if self._passed_on is None else (self._passed_on,)
+        self._recorded = tuple(sorted((*self._differentiable, *beside)))  # positions that may want a gradient
+        self._kept, self._keeps_result = kept, keeps_result
+
+    def _arguments_of_backward(self) -> list[str]:
+        tensors, options = self._arguments[: self._tensors], self._arguments[self._tensors :]
+        if self._passed_on is not None:
+            tensors[self._passed_on] = tensors[self._passed_on].replace("Tensor ", "Tensor? ")
+        saved = [f"Tensor {name}" for name in self._names[self._tensors :]]
+        return ["Tensor grad_output", f"bool[{len(self._differentiable)}] needed", *tensors, *saved, *options]
+
+    def _complete(self, inputs: tuple[Any, ...]) -> Record:
+        """All arguments, where the dispatcher leaves defaults out and has lists of numbers for tuples."""
+        options = (tuple(each) if isinstance(each, list) else each for each in inputs[self._tensors :])
+        return self._inputs(*inputs[: self._tensors], *options)
 
     def _keep(self, ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs for autograd to save: not the result, which could then not be changed in place."""
@@ -63,9 +76,9 @@ class Derivative:
             ctx.result = alias, alias._version
         return outputs[1:]
 
-    def _recall(self, ctx: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _recall(self, ctx: Any, options: tuple[object, ...]) -> tuple[Any, ...]:
         """The tensors that backward wants again."""
-        saved = ctx.saved_tensors  # under activation checkpointing, to be asked for once
+        saved: tuple[Any, ...] = ctx.saved_tensors  # under activation checkpointing, to be asked for once
         if not self._keeps_result:
             return saved
         (result, version), inputs = ctx.result, saved[: self._tensors]
@@ -75,78 +88,73 @@ class Derivative:
         return (*inputs, result, *saved[self._tensors :])
 
     def _record(
-        self, backward: Callable[..., Any], inputs: tuple[Any, ...], specs: Sequence[Spec]
+        self, backward: Callable[..., Gradients], inputs: Record, outputs: Sequence[Spec]
     ) -> Recorded:
-        outputs = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in specs]
-        saved = (*fast_path.without(inputs[: self._tensors], self._passed_on), *outputs[self._saved])
+        fakes = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs]
+        tensors = fast_path.without(inputs[: self._tensors], self._passed_on)
+        saved = (*tensors, *fakes[self._saved])
         # A gradient may be contiguous or not, saved tensors are what they were.
-        gradients = outputs[0], outputs[0].new_empty(()).expand(outputs[0].shape)
+        gradients = fakes[0], fakes[0].new_empty(()).expand(fakes[0].shape)
         signatures = (fast_path.sign((gradient, *saved)) for gradient in gradients)
         usual = [signature for signature in signatures if signature is not None]
-        fast: Callable[..., Any] = _never
+        fast: Callable[..., Gradients | None] = _never
         if fast_path.watched is not None:
             ask = fast_path.sign, fast_path.watched, torch.is_grad_enabled
             fast = _C.fast_backward(*ask, usual, backward)
-        dtypes = {inputs[at].dtype for at in self.differentiable if inputs[at] is not None}
+        dtypes = {inputs[at].dtype for at in self._differentiable if inputs[at] is not None}
         rounds = dtypes not in ({torch.float32}, {torch.float64})
         return Recorded(inputs[self._tensors :], seen(saved), fast, rounds)
 
     def _received(
         self, grad_output: Tensor, needed: Sequence[bool], inputs: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[bool, ...]]:
+    ) -> tuple[Record, Tensors, Needed]:
         """The arguments of the forward pass; the tensors of the backward pass, those and what was kept; what is needed.
 
         Of a tensor that was not saved, grad_output has all that may be asked for.
         """
-        count = len(self._names)
-        inputs = self._complete(inputs, count)
-        tensors = inputs[:count]
-        forward = (
-            *(
-                grad_output if tensor is None and argument.startswith("Tensor ") else tensor
-                for argument, tensor in zip(self._arguments[: self._tensors], tensors)
-            ),
-            *inputs[count:],
-        )
-        specs = self._check(*forward)
-        names = ("grad_output", *self._names[self._tensors :])
-        outputs = zip((grad_output, *tensors[self._tensors :]), (specs[0], *specs[self._saved]))
+        count, tensors = self._tensors, inputs[: len(self._names)]
+        saved = list(tensors[:count])
+        for at, argument in enumerate(self._arguments[:count]):
+            if saved[at] is None and argument.startswith("Tensor "):
+                saved[at] = grad_output
+        forward = self._complete((*saved, *inputs[len(self._names) :]))
+        specs = self._check(forward)
+        names = ("grad_output", *self._names[count:])
+        outputs = zip((grad_output, *tensors[count:]), (specs[0], *specs[self._saved]))
         for name, (output, (shape, dtype)) in zip(names, outputs):
             check_output(self.name, name, output, (torch.Size(shape), dtype, forward[0].device))
-        if len(needed) != len(self.differentiable):
+        if len(needed) != len(self._differentiable):
             raise ValueError(
-                f"{self.name}: needed must be {len(self.differentiable)} truth values, got {needed}"
+                f"{self.name}: needed must be {len(self._differentiable)} truth values, got {needed}"
             )
-        possible = (forward[position] is not None for position in self.differentiable)
+        possible = (forward[position] is not None for position in self._differentiable)
         return forward, tensors, tuple(need and can for need, can in zip(needed, possible))
 
-    def _run_backward(self, grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> Any:
-        inputs, tensors, needed = self._received(grad_output, needed, inputs)
-        backward = self._launchable(inputs).backward
+    def _run_backward(self, grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> tuple[Tensor, ...]:
+        forward, tensors, wanted = self._received(grad_output, needed, inputs)
+        backward = self._launchable(forward).backward
         if fast_path.sign((grad_output, *tensors)) is None:
             check_memory(self.name, ("grad_output", *self._names), (grad_output, *tensors))
         # The plan knows the strides of inputs; outputs of a forward pass have no others.
-        outputs = (output.contiguous() for output in tensors[self._tensors :])
+        outputs = (None if output is None else output.contiguous() for output in tensors[self._tensors :])
         ready = (*tensors[: self._tensors], *outputs)
-        gradients = self._rounded(backward(needed, grad_output.contiguous(), *ready), ready)
-        return tuple(inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
+        gradients = self._rounded(backward(wanted, grad_output.contiguous(), *ready), ready)
+        return tuple(forward[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
-    def _rounded(
-        self, gradients: Sequence[Tensor | None], tensors: tuple[Any, ...]
-    ) -> Sequence[Tensor | None]:
+    def _rounded(self, gradients: Gradients, tensors: tuple[Any, ...]) -> Gradients:
         """The gradients in the dtypes of the tensors that they are of."""
         return [
             gradient
             if gradient is None or gradient.dtype == tensors[at].dtype
             else gradient.to(tensors[at].dtype)
-            for gradient, at in zip(gradients, self.differentiable)
+            for gradient, at in zip(gradients, self._differentiable)
         ]
 
-    def _fake_backward(self, grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> Any:
-        inputs, _, needed = self._received(grad_output, needed, inputs)
+    def _fake_backward(self, grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> tuple[Tensor, ...]:
+        forward, _, wanted = self._received(grad_output, needed, inputs)
         return tuple(
-            inputs[position].new_empty(inputs[position].shape) if need else inputs[0].new_empty(0)
-            for position, need in zip(self.differentiable, needed)
+            forward[position].new_empty(forward[position].shape) if need else forward[0].new_empty(0)
+            for position, need in zip(self._differentiable, wanted)
         )
 
     def _set_up(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -156,19 +164,20 @@ class Derivative:
         ctx.save_for_backward(*tensors, *self._keep(ctx, outputs))
         ctx.recorded = Recorded(inputs[self._tensors :], seen((*tensors, *outputs[self._saved])))
 
-    def _derive(self, ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+    def _derive(self, ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Gradients of all arguments, for the dispatcher."""
         gradients = self._differentiate(ctx, grad_output, range(self._tensors), ctx.recorded)
         return *gradients, *(None for _ in ctx.recorded.options)
 
     def _differentiate(
         self, ctx: Any, grad_output: Tensor, positions: Sequence[int], recorded: Recorded
-    ) -> Sequence[Tensor | None]:
+    ) -> Gradients:
         """Gradients of the tensors at these positions, of which ctx has a record."""
-        flags = ctx.needs_input_grad
-        same = positions is self._recorded and not self._passed_on  # a flag for each gradient, in order
+        flags: Needed = ctx.needs_input_grad
+        # A flag for each gradient, in order.
+        same = positions is self._recorded and self._passed_on is None
         wanted = {} if same else dict(zip(positions, flags))
-        needed = flags[: len(positions)] if same else tuple([wanted[at] for at in self.differentiable])
+        needed = flags[: len(positions)] if same else tuple([wanted[at] for at in self._differentiable])
         saved = self._recall(ctx, recorded.options)
         fast = _never if fast_path.is_compiling() else recorded.fast
         gradients = fast(needed, grad_output, *saved)
@@ -180,9 +189,9 @@ class Derivative:
             gradients = self._rounded(gradients, saved)
         if same:
             return [each if flag else None for each, flag in zip(gradients, needed)]
-        found = dict(zip(self.differentiable, gradients))
-        for at in self._passed_on:
-            found[at] = grad_output
+        found = dict(zip(self._differentiable, gradients))
+        if self._passed_on is not None:
+            found[self._passed_on] = grad_output
         return [found.get(at) if wanted[at] else None for at in positions]
 
     def _refuse(self, ctx: Any, *grads: Any) -> None:

@@ -17,8 +17,7 @@ from torch.nn import Parameter
 
 from vitkern import _C
 from vitkern.ops import private
-
-Tensors = tuple[Tensor | None, ...]
+from vitkern.ops.plan import Gradients, Outputs, Tensors
 
 is_compiling = torch.compiler.is_compiling
 _watchers, _forward_ad = private.watchers(), private.forward_ad()
@@ -60,37 +59,39 @@ def refuse_transforms(op: str) -> None:
 class Planned(NamedTuple):
     """How calls of one signature run. csrc/host/fast_path.h reads the first three."""
 
-    run: Callable[..., Any]  # of the tensors
-    record: Callable[..., Any]  # of those that may want a gradient, and of all in a tuple: gives the result
-    record_all: Callable[..., Any]  # the same, gives all outputs
-    backward: Callable[..., Any]
+    run: Callable[..., Outputs]  # of the tensors
+    record: Callable[
+        ..., Outputs
+    ]  # of those that may want a gradient, and of all in a tuple: gives the result
+    record_all: Callable[..., Outputs]  # the same, gives all outputs
+    backward: Callable[..., Gradients]
 
 
-def without(tensors: Tensors, positions: tuple[int, ...]) -> Tensors:
-    """The tensors with None at these positions."""
-    return tuple(None if at in positions else tensor for at, tensor in enumerate(tensors))
+def without(tensors: Tensors, position: int | None) -> Tensors:
+    """The tensors with None at this position."""
+    return tuple(None if at == position else tensor for at, tensor in enumerate(tensors))
 
 
 def recorder(
     name: str,
-    run: Callable[..., Any],
-    differentiate: Callable[..., Any],
-    unsaved: tuple[int, ...],
+    run: Callable[..., Outputs],
+    differentiate: Callable[..., Gradients],
+    unsaved: int | None,
     keep: Callable[..., tuple[Tensor, ...]] | None,
     everything: bool,
-) -> Callable[..., Any]:
+) -> Callable[..., Outputs]:
     """Forward and gradient of one plan without the dispatcher between them: see Planned.
 
     differentiate: of ctx and grad_output; returns gradients of the tensors that may want one.
-    unsaved: positions of tensors that the backward pass does not want.
+    unsaved: position of a tensor that the backward pass does not want.
     keep: of ctx and the outputs, those that autograd saves; None: there is one output, which is not saved.
     """
 
     # Each tensor among its arguments costs, and so does each attribute of ctx: all tensors come in a tuple.
-    def forward(ctx: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, *inputs: Any) -> Outputs:
         tensors = inputs[-1]
         outputs = run(*tensors)
-        if unsaved:
+        if unsaved is not None:
             tensors = without(tensors, unsaved)
         if keep is None:
             ctx.save_for_backward(*tensors)
@@ -101,7 +102,7 @@ def recorder(
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return *differentiate(ctx, grad_output), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

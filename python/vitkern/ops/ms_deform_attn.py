@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.ops.vitkern.ms_deform_attn and ms_deform_attn_fused: their plans, launches and gradients.
 
-The public, documented functions are in ``vitkern.functional``. Points of unequal levels arrive flattened: [..., K, 2]
-with ``points_per_level``; uniform ones as [..., L, P, 2] without.
+The public, documented functions are in ``vitkern.functional``.
 """
 
 from __future__ import annotations
@@ -15,34 +14,34 @@ from torch import Tensor
 
 from vitkern import _C, reference
 from vitkern.ops import fast_path, native
-from vitkern.ops.derivative import Spec
 from vitkern.ops.levels import check_levels
-from vitkern.ops.ms_deform_attn_checks import check_fused, check_plain
-from vitkern.ops.op import BACKEND, Op, Plan
+from vitkern.ops.ms_deform_attn_checks import Attention, Fused, Plain, check, points_of
+from vitkern.ops.op import Op
 from vitkern.ops.plain import accumulated
-
-_OPTIONS = f"int[]? points_per_level=None, str method='bilinear', {BACKEND}"
-_DEFAULTS = (None, "bilinear", None)
-_TABLES = {1: torch.int64, 2: torch.int64}  # of the levels: positions and dtype
+from vitkern.ops.plan import Gradients, Needed, Outputs, Plan, Spec
 
 
-def _points_per_level(locations: Tensor, points_per_level: Sequence[int] | None) -> tuple[int, ...]:
-    if points_per_level is not None:
-        return tuple(points_per_level)
-    return (locations.shape[4],) * locations.shape[3]
-
-
-def _coordinate_dtype(value: Tensor, locations: Tensor, weights: Tensor) -> torch.dtype:
+def _coordinate_dtype(inputs: Attention) -> torch.dtype:
     """The dtype that kernels read locations and weights in: value's, or float32 or float64."""
-    if locations.dtype == weights.dtype == value.dtype:
-        return value.dtype
-    return native.accumulator(value.dtype)
+    if inputs.locations.dtype == inputs.weights.dtype == inputs.value.dtype:
+        return inputs.value.dtype
+    return native.accumulator(inputs.value.dtype)
 
 
-def _limits(backend: str, value: Tensor, shapes: Tensor, starts: Tensor, *others: Tensor) -> str | None:
+def _dtypes(inputs: Attention) -> dict[str, torch.dtype]:
+    tables = dict.fromkeys(("spatial_shapes", "level_start_index"), torch.int64)
+    names = "sampling_locations", "attention_weights", "sampling_offsets", "attention_logits"
+    return {
+        **tables,
+        **dict.fromkeys(names, _coordinate_dtype(inputs)),
+        "reference_points": native.accumulator(inputs.value.dtype),
+    }
+
+
+def _limits(backend: str, inputs: Attention) -> str | None:
     """The kernels count in 32 bits."""
-    locations = others[-2]
-    pixels, heads, levels = value.shape[1], value.shape[2], shapes.shape[0]
+    value, locations = inputs.value, inputs.locations
+    pixels, heads, levels = value.shape[1], value.shape[2], inputs.spatial_shapes.shape[0]
     rows = max(locations.shape[1], pixels) * heads
     if backend in ("cpu", "cuda") and pixels >= 2**31:
         return f"value must have fewer than 2^31 pixels, got {pixels}"
@@ -57,70 +56,35 @@ def _limits(backend: str, value: Tensor, shapes: Tensor, starts: Tensor, *others
     return f"points must be at most 2^20 a query and head, got {points}" if points > 2**20 else None
 
 
-def _dtypes_plain(
-    value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
-) -> dict[int, torch.dtype]:
-    coordinates = _coordinate_dtype(value, locations, weights)
-    return _TABLES | {3: coordinates, 4: coordinates}
+def _plan(backend: str, inputs: Attention, outputs: Sequence[Spec]) -> Plan:
+    plan = kernels(backend, inputs, outputs)
+    if not (inputs.value.is_cpu and backend == "cpu"):
+        plan = _validated(inputs, plan)
+    if isinstance(inputs, Plain):
+        return plan
+    shape, points = inputs.reference_points.shape, points_of(inputs)
 
-
-def _dtypes_fused(
-    value: Tensor,
-    shapes: Tensor,
-    starts: Tensor,
-    reference_points: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-) -> dict[int, torch.dtype]:
-    coordinates = _coordinate_dtype(value, offsets, logits)
-    return _TABLES | {3: native.accumulator(value.dtype), 4: coordinates, 5: coordinates}
-
-
-def _plan_plain(backend: str, *inputs: Any) -> Plan:
-    *tensors, points_per_level, method, _ = inputs
-    value, _, _, locations, weights = tensors
-    points = _points_per_level(locations, points_per_level)
-    plan = kernels(backend, tensors, points, method, check_plain(*inputs))
-    return plan if value.is_cpu and backend == "cpu" else _validated("ms_deform_attn", plan)
-
-
-def _plan_fused(backend: str, *inputs: Any) -> Plan:
-    *tensors, points_per_level, method, _ = inputs
-    value, _, _, reference_points, offsets, _ = tensors
-    points = _points_per_level(offsets, points_per_level)
-    plan = kernels(backend, tensors, points, method, check_fused(*inputs))
-    if not (value.is_cpu and backend == "cpu"):
-        plan = _validated("ms_deform_attn_fused", plan)
-
-    def backward(needed: tuple[bool, ...], grad_output: Tensor, *tensors: Any) -> list[Tensor | None]:
+    def backward(needed: Needed, grad_output: Tensor, *tensors: Any) -> Gradients:
         gradients = list(plan.backward(needed, grad_output, *tensors))
         if gradients[1] is not None:
-            gradients[1] = _gradient_of_reference(gradients[1], tensors[4], reference_points.shape, points)
+            gradients[1] = _gradient_of_reference(gradients[1], tensors[4], shape, points)
         return gradients
 
     return Plan(plan.forward, backward)
 
 
-def kernels(
-    backend: str,
-    tensors: Sequence[Tensor],
-    points: tuple[int, ...],
-    method: str,
-    outputs: Sequence[Spec],
-    checks_levels: bool = True,
-) -> Plan:
+def kernels(backend: str, inputs: Attention, outputs: Sequence[Spec], *, checks_levels: bool = True) -> Plan:
     """The plan for contiguous tensors. Its gradient of reference points is that of the places that they lead to."""
     if backend == "triton":
         from vitkern.ops import triton_ms_deform_attn as triton
 
-        return triton.plan(points, method)
-    value, fused = tensors[0], len(tensors) == 6
-    options: dict[str, Any] = {"fused": fused, "points_per_level": points, "method": method}
-    options["checks_levels"] = checks_levels
+        return triton.plan(inputs)
+    value, locations, weights = inputs.value, inputs.locations, inputs.weights
+    fused, on_gpu = isinstance(inputs, Fused), backend == "cuda"
     host, total = native.host(backend, value.device), native.accumulator(value.dtype)
-    locations, weights = tensors[-2:]
-    coordinates = _coordinate_dtype(value, locations, weights)
-    on_gpu = backend == "cuda"
+    coordinates = _coordinate_dtype(inputs)
+    options: dict[str, Any] = {"fused": fused, "points_per_level": points_of(inputs)}
+    options |= {"method": inputs.method, "checks_levels": checks_levels}
     gradients = native.specs(
         value.dtype,
         (value.shape, total, True) if on_gpu else (value.shape, value.dtype),  # atomics add to zeros
@@ -129,21 +93,17 @@ def kernels(
         (weights.shape, total if on_gpu and fused else coordinates),  # where (6) of all points waits for (11)
     )
     forward = host.ms_deform_attn_forward(native.specs(value.dtype, *outputs), **options)
-    backward: Callable[..., Sequence[Tensor | None]] = host.ms_deform_attn_backward(gradients, **options)
+    backward: Callable[..., Gradients] = host.ms_deform_attn_backward(gradients, **options)
     if on_gpu:
-        backward = _reproducible(host, backward, tensors, gradients, options)
+        backward = _reproducible(host, backward, inputs, options)
     return Plan(forward, backward)
 
 
 def _reproducible(
-    host: _C.Host,
-    backward: Callable[..., Sequence[Tensor | None]],
-    tensors: Sequence[Tensor],
-    gradients: Sequence[Any],
-    options: dict[str, Any],
-) -> Callable[..., Sequence[Tensor | None]]:
+    host: _C.Host, backward: Callable[..., Gradients], inputs: Attention, options: dict[str, Any]
+) -> Callable[..., Gradients]:
     """The backward pass that torch.use_deterministic_algorithms asks for: points sorted by pixel, then summed."""
-    value, weights, fused = tensors[0], tensors[-1], options["fused"]
+    value, weights, fused = inputs.value, inputs.weights, isinstance(inputs, Fused)
     batch, pixels, heads, _ = value.shape
     total = native.accumulator(value.dtype)
     # Greatest logit and 1 / sum of each image, query and head.
@@ -151,11 +111,11 @@ def _reproducible(
     cells = host.ms_deform_attn_cells([((weights.numel(),), torch.int64), *softmax], **options)
     gather = host.ms_deform_attn_gather_grad_value([(value.shape, total)], **options)
 
-    def run(needed: tuple[bool, ...], grad_output: Tensor, *tensors: Any) -> Sequence[Tensor | None]:
+    def run(needed: Needed, grad_output: Tensor, *tensors: Any) -> Gradients:
         if not (needed[0] and torch.are_deterministic_algorithms_enabled()):
             return backward(needed, grad_output, *tensors)
         others = (False, *needed[1:])
-        found = backward(others, grad_output, *tensors) if any(others) else [None] * len(gradients)
+        found = backward(others, grad_output, *tensors) if any(others) else [None] * len(needed)
         filed, *softmax = cells(*tensors) if fused else (cells(*tensors),)
         order, first = sort_by_cell(filed, batch * pixels * heads)
         return [gather(grad_output, order, first, *softmax, *tensors), *found[1:]]
@@ -170,15 +130,19 @@ def sort_by_cell(cells: Tensor, cell_bound: int) -> tuple[Tensor, Tensor]:
     return order, first
 
 
-def _validated(op: str, plan: Plan) -> Plan:
+def _op_of(inputs: Attention) -> str:
+    return "ms_deform_attn_fused" if isinstance(inputs, Fused) else "ms_deform_attn"
+
+
+def _validated(inputs: Attention, plan: Plan) -> Plan:
     """With a look at the levels before, where no kernel takes one."""
+    op = _op_of(inputs)
 
-    def forward(*tensors: Any) -> Tensor:
+    def forward(*tensors: Any) -> Outputs:
         check_levels(op, *tensors[:3])
-        output: Tensor = plan.forward(*tensors)
-        return output
+        return plan.forward(*tensors)
 
-    def backward(needed: tuple[bool, ...], grad_output: Tensor, *tensors: Any) -> Sequence[Tensor | None]:
+    def backward(needed: Needed, grad_output: Tensor, *tensors: Any) -> Gradients:
         check_levels(op, *tensors[:3])
         return plan.backward(needed, grad_output, *tensors)
 
@@ -208,70 +172,42 @@ def _gradient_of_reference(
     return gradient.sum_to_size(shape)
 
 
-def _reference_plain(
-    value: Tensor,
-    shapes: Tensor,
-    starts: Tensor,
-    locations: Tensor,
-    weights: Tensor,
-    points_per_level: Sequence[int] | None,
-    method: str,
-) -> Tensor:
+def _reference(inputs: Attention) -> Tensor:
     """The same function as plain torch code, for backend="reference": differentiable any number of times."""
+    value, shapes, starts, *tensors = (each for each in inputs if isinstance(each, Tensor))
     if fast_path.nothing_traces():  # else there may be no elements to read
-        check_levels("ms_deform_attn", value, shapes, starts)
-    points = _points_per_level(locations, points_per_level)
+        check_levels(_op_of(inputs), value, shapes, starts)
+    points, method = points_of(inputs), inputs.method
+    formula: Callable[..., Tensor] = reference.ms_deform_attn
+    if isinstance(inputs, Fused):
+        formula = reference.ms_deform_attn_fused
 
-    def formula(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        flat = locations.flatten(3, -2), weights.flatten(3)
-        return reference.ms_deform_attn(value, shapes, starts, *flat, points, method)
+    def flat(value: Tensor, *tensors: Tensor) -> Tensor:
+        *reference_points, locations, weights = tensors
+        flattened = locations.flatten(3, -2), weights.flatten(3)
+        return formula(value, shapes, starts, *reference_points, *flattened, points, method)
 
-    return accumulated(formula, value, locations, weights)
-
-
-def _reference_fused(
-    value: Tensor,
-    shapes: Tensor,
-    starts: Tensor,
-    reference_points: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    points_per_level: Sequence[int] | None,
-    method: str,
-) -> Tensor:
-    if fast_path.nothing_traces():
-        check_levels("ms_deform_attn_fused", value, shapes, starts)
-    points = _points_per_level(offsets, points_per_level)
-
-    def formula(value: Tensor, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        flat = reference_points, offsets.flatten(3, -2), logits.flatten(3)
-        return reference.ms_deform_attn_fused(value, shapes, starts, *flat, points, method)
-
-    return accumulated(formula, value, reference_points, offsets, logits)
+    return accumulated(flat, value, *tensors)
 
 
 ms_deform_attn = Op(
     "ms_deform_attn",
-    "Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, "
-    f"Tensor attention_weights, {_OPTIONS}",
-    defaults=_DEFAULTS,
-    differentiable=(0, 3, 4),
-    check=check_plain,
-    plan=_plan_plain,
+    Plain,
+    differentiable=("value", "sampling_locations", "attention_weights"),
+    check=check,
+    plan=_plan,
     limits=_limits,
-    dtypes=_dtypes_plain,
-    reference=_reference_plain,
+    dtypes=_dtypes,
+    reference=_reference,
 )
 
 ms_deform_attn_fused = Op(
     "ms_deform_attn_fused",
-    "Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor reference_points, "
-    f"Tensor sampling_offsets, Tensor attention_logits, {_OPTIONS}",
-    defaults=_DEFAULTS,
-    differentiable=(0, 3, 4, 5),
-    check=check_fused,
-    plan=_plan_fused,
+    Fused,
+    differentiable=("value", "reference_points", "sampling_offsets", "attention_logits"),
+    check=check,
+    plan=_plan,
     limits=_limits,
-    dtypes=_dtypes_fused,
-    reference=_reference_fused,
+    dtypes=_dtypes,
+    reference=_reference,
 )

@@ -7,21 +7,30 @@ which backward needs, as it needs the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from vitkern import reference
 from vitkern.ops import native
 from vitkern.ops.checks import Contract
-from vitkern.ops.derivative import Spec
-from vitkern.ops.op import BACKEND, Op, Plan
+from vitkern.ops.op import Op
 from vitkern.ops.plain import accumulated
+from vitkern.ops.plan import Plan, Spec
 
 _CONTRACT = Contract("token_pool", "x")
 MOST_TOKENS = 256  # of the Triton kernels
 
 
-def _check(x: Tensor, weight: Tensor, backend: str | None) -> list[Spec]:
-    contract = _CONTRACT
+class Inputs(NamedTuple):
+    x: Tensor  # [B, N, C]
+    weight: Tensor  # [T, C] or [B, T, C]
+    backend: str | None = None
+
+
+def _check(inputs: Inputs) -> list[Spec]:
+    contract, (x, weight, _) = _CONTRACT, inputs
     contract.check_kernel_dtype("x", x)
     if x.dim() != 3:
         contract.fail("x", "[B, N, C]", list(x.shape))
@@ -36,32 +45,32 @@ def _check(x: Tensor, weight: Tensor, backend: str | None) -> list[Spec]:
     return [((batch, tokens, channels), x.dtype), ((batch, 2, tokens), native.accumulator(x.dtype))]
 
 
-def _limits(backend: str, x: Tensor, weight: Tensor) -> str | None:
-    if backend == "triton" and weight.shape[-2] > MOST_TOKENS:
-        return f"weight must have at most {MOST_TOKENS} tokens, got {weight.shape[-2]}"
+def _limits(backend: str, inputs: Inputs) -> str | None:
+    tokens = inputs.weight.shape[-2]
+    if backend == "triton" and tokens > MOST_TOKENS:
+        return f"weight must have at most {MOST_TOKENS} tokens, got {tokens}"
     return None
 
 
-def _plan(backend: str, x: Tensor, weight: Tensor, requested: str | None) -> Plan:
+def _plan(backend: str, inputs: Inputs, outputs: Sequence[Spec]) -> Plan:
     if backend == "triton":
         from vitkern.ops import triton_token_pool as triton
 
-        return Plan(triton.forward, triton.backward)
+        return triton.plan(inputs)
+    x, weight, _ = inputs
     host, total = native.host(backend, x.device), native.accumulator(x.dtype)
-    outputs = native.specs(x.dtype, *_check(x, weight, requested))
     gradients = native.specs(x.dtype, (x.shape, x.dtype), (weight.shape, total))
-    return Plan(host.token_pool_forward(outputs), host.token_pool_backward(gradients))
+    return Plan(host.token_pool_forward(native.specs(x.dtype, *outputs)), host.token_pool_backward(gradients))
 
 
-def _reference(x: Tensor, weight: Tensor) -> Tensor:
-    return accumulated(reference.token_pool, x, weight.to(x.dtype))
+def _reference(inputs: Inputs) -> Tensor:
+    return accumulated(reference.token_pool, inputs.x, inputs.weight.to(inputs.x.dtype))
 
 
 token_pool = Op(
     "token_pool",
-    f"Tensor x, Tensor weight, {BACKEND}",
-    defaults=(None,),
-    differentiable=(0, 1),
+    Inputs,
+    differentiable=("x", "weight"),
     check=_check,
     plan=_plan,
     limits=_limits,

@@ -6,21 +6,32 @@ The public, documented function is in ``vitkern.functional``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from vitkern import reference
 from vitkern.ops import native
 from vitkern.ops.checks import Contract
-from vitkern.ops.derivative import Spec
-from vitkern.ops.op import BACKEND, Op, Plan
+from vitkern.ops.op import Op
 from vitkern.ops.plain import accumulated
+from vitkern.ops.plan import Plan, Spec
 
 _CONTRACT = Contract("token_project", "x")
 MOST_TOKENS = 512  # of the Triton kernels
 
 
-def _check(x: Tensor, query: Tensor, key: Tensor, tokens: Tensor, backend: str | None) -> list[Spec]:
-    contract = _CONTRACT
+class Inputs(NamedTuple):
+    x: Tensor  # [B, N, C]
+    query: Tensor  # [B, N, K]
+    key: Tensor  # [B, T, K]
+    tokens: Tensor  # [B, T, C]
+    backend: str | None = None
+
+
+def _check(inputs: Inputs) -> list[Spec]:
+    contract, (x, query, key, tokens, _) = _CONTRACT, inputs
     contract.check_kernel_dtype("x", x)
     if x.dim() != 3:
         contract.fail("x", "[B, N, C]", list(x.shape))
@@ -41,33 +52,35 @@ def _check(x: Tensor, query: Tensor, key: Tensor, tokens: Tensor, backend: str |
     return [(x.shape, x.dtype)]
 
 
-def _limits(backend: str, x: Tensor, query: Tensor, key: Tensor, tokens: Tensor) -> str | None:
-    if backend == "triton" and tokens.shape[1] > MOST_TOKENS:
-        return f"tokens must be at most {MOST_TOKENS}, got {tokens.shape[1]}"
+def _limits(backend: str, inputs: Inputs) -> str | None:
+    tokens = inputs.tokens.shape[1]
+    if backend == "triton" and tokens > MOST_TOKENS:
+        return f"tokens must be at most {MOST_TOKENS}, got {tokens}"
     return None
 
 
-def _plan(backend: str, x: Tensor, query: Tensor, key: Tensor, tokens: Tensor, requested: str | None) -> Plan:
+def _plan(backend: str, inputs: Inputs, outputs: Sequence[Spec]) -> Plan:
     if backend == "triton":
         from vitkern.ops import triton_token_project as triton
 
-        return Plan(triton.forward, triton.backward)
+        return triton.plan(inputs)
+    x, query, key, tokens, _ = inputs
     host, total = native.host(backend, x.device), native.accumulator(x.dtype)
-    output = native.specs(x.dtype, (x.shape, x.dtype))
     gradients = native.specs(x.dtype, (query.shape, x.dtype), (key.shape, total), (tokens.shape, total))
-    return Plan(host.token_project_forward(output), host.token_project_backward(gradients))
+    return Plan(
+        host.token_project_forward(native.specs(x.dtype, *outputs)), host.token_project_backward(gradients)
+    )
 
 
-def _reference(*tensors: Tensor) -> Tensor:
-    return accumulated(reference.token_project, *tensors)
+def _reference(inputs: Inputs) -> Tensor:
+    return accumulated(reference.token_project, *inputs[:-1])
 
 
 token_project = Op(
     "token_project",
-    f"Tensor x, Tensor query, Tensor key, Tensor tokens, {BACKEND}",
-    defaults=(None,),
-    differentiable=(1, 2, 3),
-    passed_on=(0,),
+    Inputs,
+    differentiable=("query", "key", "tokens"),
+    passed_on="x",
     check=_check,
     plan=_plan,
     limits=_limits,

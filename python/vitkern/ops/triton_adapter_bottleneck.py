@@ -3,47 +3,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitkern import reference
-from vitkern.ops.op import Plan
+from vitkern.ops.adapter_bottleneck import Inputs
+from vitkern.ops.plan import Gradients, Needed, Plan, plan_of
 from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import product_constants, sum_of_products
 
 
-class Options(NamedTuple):
-    factor: float
-    dropout_p: float
-    activation: str
-    residual_is_x: bool
-
-
-class Inputs(NamedTuple):
-    x: Tensor  # [..., C]: N rows
-    down_weight: Tensor  # [H, C]
-    down_bias: Tensor | None  # [H]
-    up_weight: Tensor  # [C, H]
-    up_bias: Tensor | None  # [C]
-    residual: Tensor | None  # like x
-    scale: Tensor | None  # one number, float
-    seed: Tensor | None  # [1] int64
-
-    @property
-    def rows(self) -> int:
-        return self.x.shape[:-1].numel()
-
-    @property
-    def hidden(self) -> int:
-        return self.down_weight.shape[0]
-
-
-def plan(options: Options, keep: bool) -> Plan:
-    return Plan(functools.partial(_forward, options, keep), functools.partial(_backward, options, keep))
+def plan(inputs: Inputs) -> Plan:
+    return plan_of(inputs, 8, _forward, _backward)
 
 
 def _blocks(inputs: Inputs, backward: bool = False) -> dict[str, int]:
@@ -52,56 +25,52 @@ def _blocks(inputs: Inputs, backward: bool = False) -> dict[str, int]:
     return kernels.launch_table(inputs.rows, inputs.hidden, inputs.x.element_size(), backward)
 
 
-def _numbers(inputs: Inputs, options: Options) -> tuple[float, int, float, int]:
+def _numbers(inputs: Inputs) -> tuple[float, int, float, int]:
     """Factor of the scale, the two numbers that dropout compares and multiplies with, and rows."""
-    p = options.dropout_p
-    return options.factor, reference.dropout_threshold(p), reference.dropout_rescale(p), inputs.rows
+    p = inputs.dropout_p
+    return inputs.factor, reference.dropout_threshold(p), reference.dropout_rescale(p), inputs.rows
 
 
-def _constants(inputs: Inputs, options: Options) -> dict[str, Any]:
+def _constants(inputs: Inputs) -> dict[str, Any]:
     return {
         "C": inputs.x.shape[-1],
         "H": inputs.hidden,
-        "ACTIVATION": options.activation,
+        "ACTIVATION": inputs.activation,
         **product_constants(inputs.x),
     }
 
 
-def _forward(options: Options, keep: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
+def _forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The output, and z for backward: without rows unless it is kept."""
     from vitkern.triton_kernels import adapter_bottleneck as kernels
 
-    inputs = Inputs(*tensors)
     x, rows = inputs.x, inputs.rows
     output = torch.empty_like(x)
-    kept = x.new_empty((rows if keep else 0, inputs.hidden), dtype=torch.float32)
+    kept = x.new_empty((rows if inputs.keep else 0, inputs.hidden), dtype=torch.float32)
     if output.numel() == 0:
         return output, kept
     blocks = _blocks(inputs)
     with on(x):
         kernels.adapter_bottleneck_forward[(cdiv(rows, blocks["BLOCK_N"]),)](
             output,
-            kept if keep else None,
+            kept if inputs.keep else None,
             x,
             inputs.down_weight,
             inputs.down_bias,
             inputs.up_weight,
             inputs.up_bias,
-            x if options.residual_is_x else inputs.residual,
+            x if inputs.residual_is_x else inputs.residual,
             inputs.scale,
             inputs.seed,
-            *_numbers(inputs, options),
-            **_constants(inputs, options),
+            *_numbers(inputs),
+            **_constants(inputs),
             **blocks,
         )
     return output, kept
 
 
-def _backward(
-    options: Options, keep: bool, needed: Sequence[bool], grad_output: Tensor, *tensors_and_kept: Any
-) -> list[Tensor | None]:
+def _backward(needed: Needed, grad_output: Tensor, inputs: Inputs, kept: Tensor) -> Gradients:
     """Gradients of x, both weights and biases, and the scale; those of parameters are float."""
-    inputs, kept = Inputs(*tensors_and_kept[:-1]), tensors_and_kept[-1] if keep else None
     x = inputs.x
     if x.numel() == 0:
         likes = (*inputs[:5], inputs.scale)
@@ -112,7 +81,9 @@ def _backward(
     grad_x = grad_down_bias = grad_scale = a = f = None
     _, _, _, need_up, need_up_bias, _ = needed
     if any(needed[:4]) or needed[5]:
-        grad_x, grad_down_bias, grad_scale, a, f = _rows(inputs, options, grad_output, kept, needed)
+        grad_x, grad_down_bias, grad_scale, a, f = _rows(
+            inputs, grad_output, kept if inputs.keep else None, needed
+        )
     grad_down = grad_up = grad_up_bias = None
     channels = x.shape[-1]
     if f is not None:
@@ -122,14 +93,14 @@ def _backward(
             grad_output.view(-1, channels),
             a,
             scale=inputs.scale,
-            factor=options.factor,
+            factor=inputs.factor,
             sums=need_up_bias,
         )
     return [grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_scale]
 
 
 def _rows(
-    inputs: Inputs, options: Options, grad_output: Tensor, kept: Tensor | None, needed: Sequence[bool]
+    inputs: Inputs, grad_output: Tensor, kept: Tensor | None, needed: Needed
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, b_d and the scale, and the factors of those of the weights: a for W_u, f for W_d."""
     from vitkern.triton_kernels import adapter_bottleneck_backward as kernels
@@ -159,9 +130,9 @@ def _rows(
             inputs.up_bias if need_scale else None,
             inputs.scale,
             inputs.seed,
-            *_numbers(inputs, options),
-            **_constants(inputs, options),
-            RESIDUAL_IS_X=options.residual_is_x,
+            *_numbers(inputs),
+            **_constants(inputs),
+            RESIDUAL_IS_X=inputs.residual_is_x,
             **blocks,
         )
     grad_bias = None if bias_parts is None else bias_parts.sum(0)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitkern.ops.ms_deform_attn import sort_by_cell
+from vitkern.ops.ms_deform_attn_checks import Attention, Fused, points_of
 from vitkern.ops.native import accumulator
-from vitkern.ops.op import Plan
+from vitkern.ops.plan import Gradients, Needed, Plan, plan_of
 from vitkern.ops.triton_common import cdiv, on
 
 # Queries, or pixels, of one program while interpreting: there the price is per operation, whatever the block size.
@@ -26,39 +27,14 @@ _INTERPRETED_BLOCK = 64
 _INT32_OFFSETS = 2**30
 
 
-class Call(NamedTuple):
-    """The tensors and options of a call, under the names that both forms have for them."""
-
-    value: Tensor  # [B, S, M, D]
-    spatial_shapes: Tensor  # [L, 2]
-    level_start_index: Tensor  # [L]
-    reference_points: Tensor | None  # [B | 1, Q, L | 1, 2 | 4], accumulator's dtype: the fused form
-    locations: Tensor  # [B, Q, M, K, 2] or [B, Q, M, L, P, 2]; in the fused form, offsets
-    weights: Tensor  # [B, Q, M, K] or [B, Q, M, L, P]; in the fused form, logits
-    points_per_level: tuple[int, ...]
-    method: str
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], points_per_level: tuple[int, ...], method: str) -> Call:
-        value, shapes, starts, *points, locations, weights = tensors
-        reference = points[0] if points else None
-        return cls(value, shapes, starts, reference, locations, weights, points_per_level, method)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """B, S, M, D, Q, L, K."""
-        points = self.points_per_level
-        return (*self.value.shape, self.weights.shape[1], len(points), sum(points))
+def plan(inputs: Attention) -> Plan:
+    return plan_of(inputs, 6 if isinstance(inputs, Fused) else 5, _forward, _backward)
 
 
-def plan(points_per_level: tuple[int, ...], method: str) -> Plan:
-    def forward(*tensors: Any) -> Tensor:
-        return _forward(Call.of(tensors, points_per_level, method))
-
-    def backward(needed: tuple[bool, ...], grad_output: Tensor, *tensors: Any) -> list[Tensor | None]:
-        return _backward(Call.of(tensors, points_per_level, method), grad_output, needed)
-
-    return Plan(forward, backward)
+def _sizes(call: Attention) -> tuple[int, int, int, int, int]:
+    """B, S, M, D, Q."""
+    batch, pixels, heads, channels = call.value.shape
+    return batch, pixels, heads, channels, call.weights.shape[1]
 
 
 @functools.cache
@@ -75,27 +51,27 @@ def _groups(points_per_level: tuple[int, ...], device: torch.device) -> tuple[in
     return len(levels), points, torch.tensor(table, dtype=torch.int32, device=device)
 
 
-def _inputs(call: Call) -> tuple[Any, ...]:
+def _inputs(call: Attention) -> tuple[Any, ...]:
     """What every kernel reads: levels, locations and weights, and the reference points with their strides."""
-    reference, strides = call.reference_points, (0, 0, 0)
-    if reference is not None:
-        images, levels = call.value.shape[0], call.spatial_shapes.shape[0]
-        image, query, level, _ = reference.expand(images, -1, levels, -1).stride()
+    reference, strides = None, (0, 0, 0)
+    if isinstance(call, Fused):
+        reference, levels = call.reference_points, call.spatial_shapes.shape[0]
+        image, query, level, _ = reference.expand(call.value.shape[0], -1, levels, -1).stride()
         strides = (image, query, level)
-    level_of_group = _groups(call.points_per_level, call.value.device)[2]
+    level_of_group = _groups(points_of(call), call.value.device)[2]
     tables = (call.spatial_shapes, call.level_start_index, level_of_group)
     return *tables, call.locations, call.weights, reference, *strides
 
 
-def _constants(call: Call) -> dict[str, Any]:
+def _constants(call: Attention) -> dict[str, Any]:
     """What every kernel is specialised on."""
     import triton.language as tl
 
-    groups, group_points, _ = _groups(call.points_per_level, call.value.device)
+    groups, group_points, _ = _groups(points_of(call), call.value.device)
     return {
         "GROUPS": groups,
         "GROUP_POINTS": group_points,
-        "NUMBERS": 0 if call.reference_points is None else call.reference_points.shape[3],
+        "NUMBERS": call.reference_points.shape[3] if isinstance(call, Fused) else 0,
         "BILINEAR": call.method == "bilinear",
         "ACC": tl.float64 if call.value.dtype == torch.float64 else tl.float32,
     }
@@ -108,7 +84,7 @@ def _offset(value: Tensor) -> Any:
     return tl.int32 if value[0].numel() < _INT32_OFFSETS else tl.int64
 
 
-def _blocks(call: Call, backward: bool = False) -> dict[str, int]:
+def _blocks(call: Attention, backward: bool = False) -> dict[str, int]:
     from vitkern.triton_kernels import ms_deform_attn as kernels
 
     value = call.value
@@ -122,8 +98,8 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _forward(call: Call) -> Tensor:
-    batch, pixels, heads, channels, queries, *_ = call.sizes
+def _forward(call: Attention) -> Tensor:
+    batch, pixels, heads, channels, queries = _sizes(call)
     output = call.value.new_empty(batch, queries, heads * channels)
     if output.numel() == 0:
         return output
@@ -150,17 +126,17 @@ def _forward(call: Call) -> Tensor:
     return output
 
 
-def _new_gradients(call: Call, needed: Sequence[bool]) -> list[Tensor | None]:
+def _new_gradients(call: Attention, needed: Sequence[bool]) -> list[Tensor | None]:
     """Uninitialised gradients: of value, in the fused form of the places sampled, of locations and of weights."""
     likes, total = [call.value, call.locations, call.weights], accumulator(call.value.dtype)
     wanted = [like if need else None for like, need in zip(likes, (needed[0], *needed[-2:]))]
     gradients = [None if like is None else torch.empty_like(like) for like in wanted]
-    if call.reference_points is not None:
+    if isinstance(call, Fused):
         gradients.insert(1, torch.empty_like(call.locations, dtype=total) if needed[1] else None)
     return gradients
 
 
-def _backward(call: Call, grad_output: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+def _backward(needed: Needed, grad_output: Tensor, call: Attention) -> Gradients:
     """The gradients of value, of the places sampled in the fused form, of locations and of weights."""
     if call.value.numel() == 0 or call.weights.numel() == 0:
         return [None if each is None else each.zero_() for each in _new_gradients(call, needed)]
@@ -177,11 +153,11 @@ def _backward(call: Call, grad_output: Tensor, needed: tuple[bool, ...]) -> list
     return gradients
 
 
-def _scatter(call: Call, grad_output: Tensor, gradients: list[Tensor | None]) -> None:
+def _scatter(call: Attention, grad_output: Tensor, gradients: list[Tensor | None]) -> None:
     """Adds to the gradient of value, writes the others; those that are None are not wanted."""
     from vitkern.triton_kernels import ms_deform_attn_backward as kernels
 
-    batch, pixels, heads, channels, queries, _, points = call.sizes
+    batch, pixels, heads, channels, queries = _sizes(call)
     blocks, constants = _blocks(call, backward=True), _constants(call)
     grad_value, *grad_places, grad_locations, grad_weights = gradients
     with on(call.value):
@@ -201,22 +177,22 @@ def _scatter(call: Call, grad_output: Tensor, gradients: list[Tensor | None]) ->
             **blocks,
             OFFSET=_offset(call.value),
             BLOCK_P=_next_power_of_2(constants["GROUP_POINTS"]),
-            BLOCK_K=_next_power_of_2(points),
+            BLOCK_K=_next_power_of_2(sum(points_of(call))),
         )
 
 
-def _gather_grad_value(call: Call, grad_output: Tensor) -> Tensor:
+def _gather_grad_value(call: Attention, grad_output: Tensor) -> Tensor:
     """The bitwise reproducible gradient of value: points sorted by pixel, then summed pixel by pixel."""
     from vitkern.triton_kernels import ms_deform_attn_deterministic as kernels
 
-    batch, pixels, heads, channels, queries, *_ = call.sizes
+    batch, pixels, heads, channels, queries = _sizes(call)
     blocks, constants, inputs = _blocks(call), _constants(call), _inputs(call)
     num_warps, block_s, block_d = blocks["num_warps"], blocks["BLOCK_Q"], blocks["BLOCK_D"]
     block_q = 32 * num_warps
     cells = torch.empty(call.weights.numel(), dtype=torch.int64, device=call.value.device)
     grad_value = torch.empty_like(call.value, dtype=accumulator(call.value.dtype))
     softmax = None
-    if call.reference_points is not None:
+    if isinstance(call, Fused):
         softmax = grad_value.new_empty(batch, queries, heads, 2)
     with on(call.value):
         kernels.ms_deform_attn_cells[(batch * heads * cdiv(queries, block_q),)](

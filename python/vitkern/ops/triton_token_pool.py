@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitkern.ops.plan import Gradients, Needed, Plan, plan_of
+from vitkern.ops.token_pool import Inputs
 from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import parts_of, product_constants
+
+
+def plan(inputs: Inputs) -> Plan:
+    return plan_of(inputs, 2, _forward, _backward)
 
 
 def _blocks(x: Tensor, weight: Tensor, backward: bool = False) -> dict[str, Any]:
@@ -31,10 +36,11 @@ def _parts(x: Tensor, blocks: dict[str, Any]) -> tuple[int, int]:
     return parts_of(pixels, blocks["BLOCK_N"], batch * tiles), tiles
 
 
-def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Tokens [B, T, C], and of each one [B, 2, T] the greatest logit and the sum of exponentials."""
     from vitkern.triton_kernels import token_pool as kernels
 
+    x, weight, _ = inputs
     (batch, pixels, channels), tokens = x.shape, weight.shape[-2]
     output = x.new_empty((batch, tokens, channels))
     statistics = x.new_empty((batch, 2, tokens), dtype=torch.float32)
@@ -76,17 +82,13 @@ def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return output, statistics
 
 
-def backward(
-    needed: Sequence[bool],
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    statistics: Tensor,
-) -> list[Tensor | None]:
+def _backward(
+    needed: Needed, grad_output: Tensor, inputs: Inputs, tokens: Tensor, statistics: Tensor
+) -> Gradients:
     """Gradients of x and, float, of the weight."""
     from vitkern.triton_kernels import token_pool as kernels
 
+    x, weight, _ = inputs
     batch, pixels, channels = x.shape
     need_x, need_weight = needed
     if x.numel() == 0 or tokens.numel() == 0:

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitkern.ops.plan import Gradients, Needed, Plan, plan_of
+from vitkern.ops.token_project import Inputs
 from vitkern.ops.triton_common import cdiv, on
 from vitkern.ops.triton_products import product_constants, sum_of_products
+
+
+def plan(inputs: Inputs) -> Plan:
+    return plan_of(inputs, 4, _forward, _backward)
 
 
 def _arguments(query: Tensor, key: Tensor, tokens: Tensor) -> tuple[int, dict[str, Any]]:
@@ -23,9 +28,10 @@ def _arguments(query: Tensor, key: Tensor, tokens: Tensor) -> tuple[int, dict[st
     return batch * cdiv(pixels, blocks["BLOCK_N"]), sizes | product_constants(query) | blocks
 
 
-def forward(x: Tensor, query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
+def _forward(inputs: Inputs) -> Tensor:
     from vitkern.triton_kernels import token_project as kernels
 
+    x, query, key, tokens, _ = inputs
     if x.numel() == 0 or key.shape[1] == 0:
         return x.clone()
     programs, constants = _arguments(query, key, tokens)
@@ -35,12 +41,11 @@ def forward(x: Tensor, query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
     return output
 
 
-def backward(
-    needed: Sequence[bool], grad_output: Tensor, x: None, query: Tensor, key: Tensor, tokens: Tensor
-) -> list[Tensor | None]:
+def _backward(needed: Needed, grad_output: Tensor, inputs: Inputs) -> Gradients:
     """Gradients of query and, float, of key and tokens; that of x is grad_output."""
     from vitkern.triton_kernels import token_project as kernels
 
+    _, query, key, tokens, _ = inputs
     need_query, need_key, need_tokens = needed
     if query.shape[:2].numel() == 0 or key.shape[1] == 0:
         zeros = [torch.zeros_like(query)]
