@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/architecture.md tells the way of a call: the functions that a real call runs, in order."""
+"""docs/architecture.md tells the way of a call: the functions that a real call runs, in order.
+
+The names in C++ are traced in the sanitized build (`make sanitize`), which has them: AddressSanitizer prints the stack
+where a kernel reads a tensor whose memory was declared poisonous.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,5 +73,51 @@ def test_the_page_names_what_is_there(way):
     for name, path, *_ in steps:
         text = (ROOT / path).read_text(encoding="utf-8")
         assert all(re.search(rf"\b{part}\b", text) for part in re.findall(r"\w+", name)), (name, path)
-    between = len(way) - 2
+    returned = [line for line in told(way, "Python") if line[0].endswith("._recall")]
+    between = len(way) - len(returned) - 2
     assert between <= 6
+
+
+POISONED = """
+import ctypes, sys, torch, vitkern
+torch.set_num_threads(1)  # the stack of one thread has it all
+shapes, starts = torch.tensor([[4, 4], [2, 2]]), torch.tensor([0, 16])
+value, locations = torch.randn(1, 20, 2, 8), torch.rand(1, 3, 2, 2, 4, 2)
+value.requires_grad_(), locations.requires_grad_()
+weights = torch.rand(1, 3, 2, 2, 4)
+backward = sys.argv[1] == "backward"
+
+def attend():
+    with torch.set_grad_enabled(backward):
+        return vitkern.ms_deform_attn(value, shapes, starts, locations, weights, backend="cpu")
+
+attend()
+run = attend
+if backward:
+    output = attend().sum()
+    run = lambda: output.backward()
+size = ctypes.c_size_t(locations.nbytes)
+ctypes.CDLL(None).__asan_poison_memory_region(ctypes.c_void_p(locations.data_ptr()), size)
+run()
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "__asan_poison_memory_region"),
+    reason="`make sanitize` builds what it needs",
+)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_names_in_cpp_are_those_of_a_real_call(backward):
+    done = subprocess.run(
+        [sys.executable, "-c", POISONED, "backward" if backward else "forward"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    stack = re.findall(r"^ *#\d+ \S+ in (.*)$", done.stderr.split("\n\n")[0], flags=re.M)
+    names = [re.sub(r"<.*>", "", re.split(r"\((?!\))", line)[0]).split("::", 1)[-1] for line in stack]
+    steps = [line[0] for line in told(WAYS[backward], "C++")]
+    entry = next(i for i, name in enumerate(names) if name.endswith(steps[-1]))
+    ours = [name for name, line in zip(names[entry:], stack[entry:]) if re.search(r"\bvitkern::", line)]
+    found = [name.split("::", 1)[-1] if name.startswith("isa_") else name for name in reversed(ours)]
+    assert [name for name in found if "_Function_handler" not in name] == steps, done.stderr

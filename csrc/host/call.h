@@ -96,30 +96,35 @@ class Call {
   }
 
   // Takes the tensors, None for those left out; returns the output, or a tuple of outputs.
-  pybind11::object operator()(Arguments arguments, Py_ssize_t count) const {
+  // borrowed: views of the tensors, if the caller has them.
+  pybind11::object operator()(Arguments arguments, Py_ssize_t count, const TensorView* borrowed) const {
     PyObject* const wanted = pass_.backward && count > 0 ? arguments[0] : nullptr;
     if (count != pass_.inputs + pass_.backward ||
         (wanted != nullptr && (!PyTuple_CheckExact(wanted) || PyTuple_GET_SIZE(wanted) != pass_.outputs)))
       throw std::invalid_argument(std::string(pass_.op) + ": a wrong number of arguments");
     PyObject* const* const tensors = arguments + pass_.backward;
 
-    TensorView views[kMost];
-    for (Py_ssize_t i = 0; i < pass_.inputs; ++i) borrow(tensors[i], views[i]);
-    pybind11::tuple outputs(pass_.outputs);
-    for (Py_ssize_t i = 0; i < pass_.outputs; ++i) {
-      const bool left_out = wanted != nullptr && !is_true(PyTuple_GET_ITEM(wanted, i));
-      pybind11::object output = left_out ? pybind11::none() : allocate(outputs_[i], tensors[0]);
-      borrow(output, views[pass_.inputs + i]);
-      PyTuple_SET_ITEM(outputs.ptr(), i, output.release().ptr());
+    TensorView inputs[TensorView::kMost], results[TensorView::kMost];
+    if (borrowed == nullptr) {
+      for (Py_ssize_t i = 0; i < pass_.inputs; ++i) borrow(tensors[i], inputs[i]);
+      borrowed = inputs;
     }
-    launch(views, tensors[0]);
+    const pybind11::tuple outputs = allocate(wanted, tensors[0], results);
+    Params params = options_;
+    pass_.read(params, borrowed, results);
+    const pybind11::object workspace = aim(params, tensors[0]);
+    {
+      const pybind11::gil_scoped_release released;
+      if (host_.cuda) pass_.cuda(params);
+#ifndef VITKERN_EMULATED
+      if (!host_.cuda) pass_.cpu(params);
+#endif
+    }
     if (pass_.backward || pass_.outputs != 1) return outputs;
     return outputs[0];
   }
 
  private:
-  static constexpr Py_ssize_t kMost = 18;
-
   void borrow(pybind11::handle tensor, TensorView& view) const {
     if (tensor.is_none()) {
       static_cast<DLPackTensor&>(view) = {};
@@ -128,6 +133,18 @@ class Call {
     if (!host_.borrow(tensor, view))
       throw std::invalid_argument(std::string(pass_.op) + ": a tensor without memory of its own");
     if (!view.is_contiguous()) throw std::invalid_argument(std::string(pass_.op) + ": a strided tensor");
+  }
+
+  // The outputs, None for those that are not wanted.
+  pybind11::tuple allocate(PyObject* wanted, PyObject* like, TensorView* views) const {
+    pybind11::tuple outputs(pass_.outputs);
+    for (Py_ssize_t i = 0; i < pass_.outputs; ++i) {
+      const bool left_out = wanted != nullptr && !is_true(PyTuple_GET_ITEM(wanted, i));
+      pybind11::object output = left_out ? pybind11::none() : allocate(outputs_[i], like);
+      borrow(output, views[i]);
+      PyTuple_SET_ITEM(outputs.ptr(), i, output.release().ptr());
+    }
+    return outputs;
   }
 
   pybind11::object allocate(const Output& output, PyObject* like) const {
@@ -139,26 +156,20 @@ class Call {
                                              count - named, named ? keywords_.ptr() : nullptr));
   }
 
-  void launch(const TensorView* views, PyObject* like) const {
-    Params params = options_;
-    pass_.read(params, views, views + pass_.inputs);
+  // Tells the parameters where to run; returns the workspace for as long as the call lasts.
+  pybind11::object aim(Params& params, PyObject* like) const {
     const auto where = checked(PyObject_CallNoArgs(host_.where.ptr()));
-    if (host_.cuda)
-      params.stream = PyLong_AsVoidPtr(where.ptr());
-    else
+    if (!host_.cuda) {
       params.threads = static_cast<int32_t>(PyLong_AsLong(where.ptr()));
-    pybind11::object memory;
-    if (host_.cuda && pass_.workspace != nullptr) {
-      memory = host_.workspace(pybind11::handle(like), pass_.workspace(params));
-      TensorView view;
-      borrow(memory, view);
-      params.workspace = view.address();
+      return {};
     }
-    const pybind11::gil_scoped_release released;
-    if (host_.cuda) return pass_.cuda(params);
-#ifndef VITKERN_EMULATED
-    pass_.cpu(params);
-#endif
+    params.stream = PyLong_AsVoidPtr(where.ptr());
+    if (pass_.workspace == nullptr) return {};
+    pybind11::object memory = host_.workspace(pybind11::handle(like), pass_.workspace(params));
+    TensorView view;
+    borrow(memory, view);
+    params.workspace = view.address();
+    return memory;
   }
 
   Pass<Params> pass_;

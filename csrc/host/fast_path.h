@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -56,28 +57,30 @@ class FastPath {
         recorded_(std::move(recorded)),
         plans_(std::move(plans)),
         requires_grad_(signer_.tensor(), "requires_grad"),
-        whole_(whole) {}
+        whole_(whole) {
+    if (tensors > TensorView::kMost) throw std::invalid_argument("an op of too many tensors");
+  }
 
   // The op's result; None where the call has to go another way.
-  pybind11::object operator()(Arguments inputs, Py_ssize_t count) const {
+  pybind11::object operator()(Arguments inputs, Py_ssize_t count, const TensorView*) const {
     if (count < tensors_ || count > tensors_ + static_cast<Py_ssize_t>(defaults_.size()) || watched_())
       return pybind11::none();
-    const pybind11::object plan = find(inputs, count);
+    TensorView views[TensorView::kMost];
+    const pybind11::object plan = find(inputs, count, views);
     if (!plan || plan.is_none()) return pybind11::none();
     if (wants_gradient(inputs)) return record(inputs, plan);
-    pybind11::object outputs =
-        checked(PyObject_Vectorcall(PyTuple_GET_ITEM(plan.ptr(), 0), inputs, tensors_, nullptr));
+    pybind11::object outputs = call(PyTuple_GET_ITEM(plan.ptr(), 0), inputs, tensors_, views);
     if (whole_ || !PyTuple_CheckExact(outputs.ptr())) return outputs;
     return pybind11::reinterpret_borrow<pybind11::object>(PyTuple_GET_ITEM(outputs.ptr(), 0));
   }
 
  private:
   // A tensor's methods may let another thread run: nothing that outlives a call is written while it is signed.
-  pybind11::object find(Arguments inputs, Py_ssize_t count) const {
+  pybind11::object find(Arguments inputs, Py_ssize_t count, TensorView* views) const {
     std::string signature;
     signature.reserve(512);  // more than most calls need, and one allocation
     for (Py_ssize_t position = 0; position < tensors_; ++position)
-      if (!signer_.append(signature, inputs[position])) return {};
+      if (!signer_.append(signature, inputs[position], views[position])) return {};
     if (!is_last(signature, inputs, count)) last_ = key_of(signature, inputs, count);
     const pybind11::object key = last_;
     PyObject* const found = PyDict_GetItemWithError(plans_.ptr(), key.ptr());
@@ -162,18 +165,22 @@ class FastBackward {
 
   // Takes the flags of the wanted gradients, grad_output and the tensors; returns the gradients, or None where the call
   // takes the dispatcher's path, as gradients of gradients do: the op refuses them in words.
-  pybind11::object operator()(Arguments inputs, Py_ssize_t count) const {
-    if (count < 2 || is_true(checked(PyObject_CallNoArgs(asks_gradients_.ptr()))) || watched_())
+  pybind11::object operator()(Arguments inputs, Py_ssize_t count, const TensorView*) const {
+    if (count < 2 || count - 1 > TensorView::kMost ||
+        is_true(checked(PyObject_CallNoArgs(asks_gradients_.ptr()))) || watched_())
       return pybind11::none();
     std::string signature;
+    signature.reserve(512);
+    TensorView views[TensorView::kMost];
     for (Py_ssize_t position = 1; position < count; ++position)
-      if (!signer_.append(signature, inputs[position])) return pybind11::none();
+      if (!signer_.append(signature, inputs[position], views[position - 1])) return pybind11::none();
     if (std::find(signatures_.begin(), signatures_.end(), signature) == signatures_.end())
       return pybind11::none();
     const auto gradient = checked(PyObject_CallMethodNoArgs(inputs[1], contiguous_.ptr()));
     std::vector<PyObject*> arguments(inputs, inputs + count);
     arguments[1] = gradient.ptr();
-    return checked(PyObject_Vectorcall(kernel_.ptr(), arguments.data(), arguments.size(), nullptr));
+    const bool borrowed = gradient.ptr() == inputs[1];
+    return call(kernel_.ptr(), arguments.data(), count, borrowed ? views : nullptr);
   }
 
  private:

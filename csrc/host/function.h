@@ -12,12 +12,17 @@
 
 namespace vitkern {
 
+struct TensorView;
+
 using Arguments = PyObject* const*;
-using Positional = std::function<pybind11::object(Arguments, Py_ssize_t)>;
+// Of the arguments, their number, and views of the tensors among them, if the caller has borrowed those already.
+using Positional = std::function<pybind11::object(Arguments, Py_ssize_t, const TensorView*)>;
 
 inline PyObject* call_positional(PyObject* self, Arguments arguments, Py_ssize_t count) {
   try {
-    return (*static_cast<Positional*>(PyCapsule_GetPointer(self, nullptr)))(arguments, count).release().ptr();
+    return (*static_cast<Positional*>(PyCapsule_GetPointer(self, nullptr)))(arguments, count, nullptr)
+        .release()
+        .ptr();
   } catch (pybind11::error_already_set& error) {
     error.restore();
   } catch (const std::invalid_argument& error) {
@@ -36,10 +41,20 @@ inline pybind11::object make_function(Positional function) {
   return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&definition, self.ptr()));
 }
 
-// What a Python call returned, or the exception that it raised.
+// The result of a Python call, or the exception that it raised.
 inline pybind11::object checked(PyObject* result) {
   if (result == nullptr) throw pybind11::error_already_set();
   return pybind11::reinterpret_steal<pybind11::object>(result);
+}
+
+// Calls a function. One that make_function() made gets the views.
+inline pybind11::object call(PyObject* function, Arguments arguments, Py_ssize_t count,
+                             const TensorView* views) {
+  if (!PyCFunction_Check(function) ||
+      PyCFunction_GET_FUNCTION(function) != reinterpret_cast<PyCFunction>(&call_positional))
+    return checked(PyObject_Vectorcall(function, arguments, count, nullptr));
+  PyObject* const self = PyCFunction_GET_SELF(function);
+  return (*static_cast<Positional*>(PyCapsule_GetPointer(self, nullptr)))(arguments, count, views);
 }
 
 // An attribute that a type written in C computes, read without looking its name up.

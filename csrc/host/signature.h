@@ -28,20 +28,23 @@ class Signer {
   // zero, sparse, or larger than its storage.
   pybind11::object operator()(const pybind11::tuple& tensors) const {
     std::string key;
+    TensorView view;
     for (const pybind11::handle tensor : tensors)
-      if (!append(key, tensor)) return pybind11::none();
+      if (!append(key, tensor, view)) return pybind11::none();
     return pybind11::bytes(key);
   }
 
   const pybind11::type& tensor() const { return tensor_; }
 
-  bool append(std::string& key, pybind11::handle tensor) const {
+  // The view is of the tensor afterwards; that of None has no memory and no axes.
+  bool append(std::string& key, pybind11::handle tensor, TensorView& view) const {
     struct {  // without padding, which would be in the key
       int16_t dims = -1, device_type = 0, device_index = 0;
       uint8_t contiguous = 0, type_code = 0, type_bits = 0, unused = 0;
     } head;
-    TensorView view;
-    if (!tensor.is_none()) {
+    if (tensor.is_none()) {
+      static_cast<DLPackTensor&>(view) = {};
+    } else {
       const auto type = pybind11::type::handle_of(tensor);
       if (!type.is(tensor_) && !type.is(parameter_)) return false;
       if (!borrow_(tensor, view)) return false;

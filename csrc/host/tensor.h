@@ -43,6 +43,7 @@ struct DLPackExchangeApi {
 // A borrowed tensor; without memory and axes where the argument is None.
 struct TensorView : DLPackTensor {
   static constexpr int32_t kMostDims = 8;  // of an op's arguments
+  static constexpr Py_ssize_t kMost = 12;  // tensors of a call, and outputs of a call
 
   void* address() const { return static_cast<char*>(data) + byte_offset; }
 

@@ -23,7 +23,9 @@ template <typename T>
 constexpr int kMinBlocks = sizeof(Accumulator<T>) == 4 ? 4 : 2;
 
 // MsDeformAttnParams as the kernels want them, made by cuda.cu: sizes that were checked to fit 32 bits, and
-// quotients that each thread would have to work out again.
+// quotients that each thread would have to work out again. A Task that held the parameters themselves would be shorter,
+// and costs the fused gather_grad_value of floats 51 registers for 48 on sm_80, 53 for 48 on sm_90: 50 % of the threads
+// for 62 %.
 struct Task {
   uint32_t pixels, heads, channels, levels, points;  // S, M, D, L, K
   uint32_t teams;                                    // of an image: rows * heads; rows are queries or pixels

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # The compiled module (csrc/bindings.cpp).
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 version: str
 compiler: str
@@ -53,6 +54,19 @@ Forward = Callable[..., Any]
 # Of a tuple that says which gradients are wanted, of grad_output and the tensors: the gradients, None where unwanted.
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
+class AdapterOptions(TypedDict):
+    activation: str
+    factor: float
+    residual_is_x: bool
+    threshold: int
+    rescale: float
+
+class AttentionOptions(TypedDict):
+    fused: bool
+    points_per_level: Sequence[int]
+    method: str
+    checks_levels: bool
+
 class Host:
     def __init__(
         self,
@@ -64,60 +78,22 @@ class Host:
         workspace: Callable[[Tensor, int], Tensor],
     ) -> None: ...
     def adapter_bottleneck_forward(
-        self,
-        outputs: Iterable[Spec],
-        *,
-        activation: str,
-        factor: float,
-        residual_is_x: bool,
-        threshold: int,
-        rescale: float,
+        self, outputs: Iterable[Spec], **options: Unpack[AdapterOptions]
     ) -> Forward: ...
     def adapter_bottleneck_backward(
-        self,
-        outputs: Iterable[Spec],
-        *,
-        activation: str,
-        factor: float,
-        residual_is_x: bool,
-        threshold: int,
-        rescale: float,
+        self, outputs: Iterable[Spec], **options: Unpack[AdapterOptions]
     ) -> Backward: ...
     def ms_deform_attn_forward(
-        self,
-        outputs: Iterable[Spec],
-        *,
-        fused: bool,
-        points_per_level: Sequence[int],
-        method: str,
-        checks_levels: bool = True,
+        self, outputs: Iterable[Spec], **options: Unpack[AttentionOptions]
     ) -> Forward: ...
     def ms_deform_attn_backward(
-        self,
-        outputs: Iterable[Spec],
-        *,
-        fused: bool,
-        points_per_level: Sequence[int],
-        method: str,
-        checks_levels: bool = True,
+        self, outputs: Iterable[Spec], **options: Unpack[AttentionOptions]
     ) -> Backward: ...
     def ms_deform_attn_cells(
-        self,
-        outputs: Iterable[Spec],
-        *,
-        fused: bool,
-        points_per_level: Sequence[int],
-        method: str,
-        checks_levels: bool = True,
+        self, outputs: Iterable[Spec], **options: Unpack[AttentionOptions]
     ) -> Forward: ...
     def ms_deform_attn_gather_grad_value(
-        self,
-        outputs: Iterable[Spec],
-        *,
-        fused: bool,
-        points_per_level: Sequence[int],
-        method: str,
-        checks_levels: bool = True,
+        self, outputs: Iterable[Spec], **options: Unpack[AttentionOptions]
     ) -> Forward: ...
     def token_pool_forward(self, outputs: Iterable[Spec]) -> Forward: ...
     def token_pool_backward(self, outputs: Iterable[Spec]) -> Backward: ...

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitkern import reference
+from vitkern import _C, reference
 from vitkern.ops import native
 from vitkern.ops.checks import Contract
 from vitkern.ops.op import Op
@@ -103,9 +103,9 @@ def _check_residual(residual: object, x: Tensor) -> None:
     _CONTRACT.check_shape("residual", residual, x.shape, f"{list(x.shape)}, like x")
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     try:
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"adapter_bottleneck: {name} must be a number, got {value!r}") from None
 
@@ -159,7 +159,7 @@ def _plan(backend: str, inputs: Inputs, outputs: Sequence[Spec]) -> Plan:
         return triton.plan(inputs)
     dtype = inputs.x.dtype
     host, total = native.host(backend, inputs.x.device), native.accumulator(dtype)
-    options: dict[str, Any] = {
+    options: _C.AdapterOptions = {
         "activation": inputs.activation,
         "factor": inputs.factor,
         "residual_is_x": inputs.residual_is_x,
@@ -185,7 +185,14 @@ def _dtypes(inputs: Inputs) -> dict[str, torch.dtype]:
 def _reference(inputs: Inputs) -> Tensor:
     seed, dropout_p, activation = inputs.seed, inputs.dropout_p, inputs.activation
 
-    def formula(x: Tensor, w_d: Tensor, b_d: Any, w_u: Tensor, b_u: Any, residual: Any) -> Tensor:
+    def formula(
+        x: Tensor,
+        w_d: Tensor,
+        b_d: Tensor | None,
+        w_u: Tensor,
+        b_u: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
         beside = x if inputs.residual_is_x else residual
         scale: float | Tensor = inputs.factor
         if inputs.scale is not None:

@@ -7,7 +7,6 @@ The public, documented functions are in ``vitkern.functional``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ def _plan(backend: str, inputs: Attention, outputs: Sequence[Spec]) -> Plan:
         return plan
     shape, points = inputs.reference_points.shape, points_of(inputs)
 
-    def backward(needed: Needed, grad_output: Tensor, *tensors: Any) -> Gradients:
+    def backward(needed: Needed, grad_output: Tensor, *tensors: Tensor) -> Gradients:
         gradients = list(plan.backward(needed, grad_output, *tensors))
         if gradients[1] is not None:
             gradients[1] = _gradient_of_reference(gradients[1], tensors[4], shape, points)
@@ -83,8 +82,12 @@ def kernels(backend: str, inputs: Attention, outputs: Sequence[Spec], *, checks_
     fused, on_gpu = isinstance(inputs, Fused), backend == "cuda"
     host, total = native.host(backend, value.device), native.accumulator(value.dtype)
     coordinates = _coordinate_dtype(inputs)
-    options: dict[str, Any] = {"fused": fused, "points_per_level": points_of(inputs)}
-    options |= {"method": inputs.method, "checks_levels": checks_levels}
+    options: _C.AttentionOptions = {
+        "fused": fused,
+        "points_per_level": points_of(inputs),
+        "method": inputs.method,
+        "checks_levels": checks_levels,
+    }
     gradients = native.specs(
         value.dtype,
         (value.shape, total, True) if on_gpu else (value.shape, value.dtype),  # atomics add to zeros
@@ -100,7 +103,7 @@ def kernels(backend: str, inputs: Attention, outputs: Sequence[Spec], *, checks_
 
 
 def _reproducible(
-    host: _C.Host, backward: Callable[..., Gradients], inputs: Attention, options: dict[str, Any]
+    host: _C.Host, backward: Callable[..., Gradients], inputs: Attention, options: _C.AttentionOptions
 ) -> Callable[..., Gradients]:
     """The backward pass that torch.use_deterministic_algorithms asks for: points sorted by pixel, then summed."""
     value, weights, fused = inputs.value, inputs.weights, isinstance(inputs, Fused)
@@ -111,7 +114,7 @@ def _reproducible(
     cells = host.ms_deform_attn_cells([((weights.numel(),), torch.int64), *softmax], **options)
     gather = host.ms_deform_attn_gather_grad_value([(value.shape, total)], **options)
 
-    def run(needed: Needed, grad_output: Tensor, *tensors: Any) -> Gradients:
+    def run(needed: Needed, grad_output: Tensor, *tensors: Tensor) -> Gradients:
         if not (needed[0] and torch.are_deterministic_algorithms_enabled()):
             return backward(needed, grad_output, *tensors)
         others = (False, *needed[1:])
@@ -138,11 +141,11 @@ def _validated(inputs: Attention, plan: Plan) -> Plan:
     """With a look at the levels before, where no kernel takes one."""
     op = _op_of(inputs)
 
-    def forward(*tensors: Any) -> Outputs:
+    def forward(*tensors: Tensor) -> Outputs:
         check_levels(op, *tensors[:3])
         return plan.forward(*tensors)
 
-    def backward(needed: Needed, grad_output: Tensor, *tensors: Any) -> Gradients:
+    def backward(needed: Needed, grad_output: Tensor, *tensors: Tensor) -> Gradients:
         check_levels(op, *tensors[:3])
         return plan.backward(needed, grad_output, *tensors)
 

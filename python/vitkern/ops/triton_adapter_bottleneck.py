@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ def _numbers(inputs: Inputs) -> tuple[float, int, float, int]:
     return inputs.factor, reference.dropout_threshold(p), reference.dropout_rescale(p), inputs.rows
 
 
-def _constants(inputs: Inputs) -> dict[str, Any]:
+def _constants(inputs: Inputs) -> dict[str, object]:
     return {
         "C": inputs.x.shape[-1],
         "H": inputs.hidden,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def _groups(points_per_level: tuple[int, ...], device: torch.device) -> tuple[in
     return len(levels), points, torch.tensor(table, dtype=torch.int32, device=device)
 
 
-def _inputs(call: Attention) -> tuple[Any, ...]:
+def _inputs(call: Attention) -> tuple[object, ...]:
     """What every kernel reads: levels, locations and weights, and the reference points with their strides."""
     reference, strides = None, (0, 0, 0)
     if isinstance(call, Fused):
@@ -63,7 +62,7 @@ def _inputs(call: Attention) -> tuple[Any, ...]:
     return *tables, call.locations, call.weights, reference, *strides
 
 
-def _constants(call: Attention) -> dict[str, Any]:
+def _constants(call: Attention) -> dict[str, object]:
     """What every kernel is specialised on."""
     import triton.language as tl
 
@@ -77,7 +76,7 @@ def _constants(call: Attention) -> dict[str, Any]:
     }
 
 
-def _offset(value: Tensor) -> Any:
+def _offset(value: Tensor) -> object:
     """The type of an offset within one image."""
     import triton.language as tl
 
@@ -158,7 +157,7 @@ def _scatter(call: Attention, grad_output: Tensor, gradients: list[Tensor | None
     from vitkern.triton_kernels import ms_deform_attn_backward as kernels
 
     batch, pixels, heads, channels, queries = _sizes(call)
-    blocks, constants = _blocks(call, backward=True), _constants(call)
+    blocks, (_, group_points, _) = _blocks(call, backward=True), _groups(points_of(call), call.value.device)
     grad_value, *grad_places, grad_locations, grad_weights = gradients
     with on(call.value):
         kernels.ms_deform_attn_backward[(batch * heads * cdiv(queries, blocks["BLOCK_Q"]),)](
@@ -173,10 +172,10 @@ def _scatter(call: Attention, grad_output: Tensor, gradients: list[Tensor | None
             heads,
             queries,
             channels,
-            **constants,
+            **_constants(call),
             **blocks,
             OFFSET=_offset(call.value),
-            BLOCK_P=_next_power_of_2(constants["GROUP_POINTS"]),
+            BLOCK_P=_next_power_of_2(group_points),
             BLOCK_K=_next_power_of_2(sum(points_of(call))),
         )
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ _PROGRAMS = 512
 _LEAST_ROWS = 256
 
 
-def product_constants(tensor: Tensor) -> dict[str, Any]:
+def product_constants(tensor: Tensor) -> dict[str, object]:
     """Types of the factors of products, see triton_kernels/tiles.py."""
     import triton.language as tl
 

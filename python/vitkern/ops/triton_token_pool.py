@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ def plan(inputs: Inputs) -> Plan:
     return plan_of(inputs, 2, _forward, _backward)
 
 
-def _blocks(x: Tensor, weight: Tensor, backward: bool = False) -> dict[str, Any]:
+def _blocks(x: Tensor, weight: Tensor, backward: bool = False) -> dict[str, int]:
     from vitkern.triton_kernels import token_pool as kernels
 
     return kernels.launch_table(x.shape[2], weight.shape[-2], x.element_size(), backward)
@@ -29,7 +27,7 @@ def _weight_stride(weight: Tensor) -> int:
     return weight[0].numel() if weight.dim() == 3 and len(weight) else 0
 
 
-def _parts(x: Tensor, blocks: dict[str, Any]) -> tuple[int, int]:
+def _parts(x: Tensor, blocks: dict[str, int]) -> tuple[int, int]:
     """Parts that the pixels of an image are split into, and tiles of channels."""
     batch, pixels, channels = x.shape
     tiles = cdiv(channels, blocks["BLOCK_C"])

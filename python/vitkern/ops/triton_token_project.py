@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ def plan(inputs: Inputs) -> Plan:
     return plan_of(inputs, 4, _forward, _backward)
 
 
-def _arguments(query: Tensor, key: Tensor, tokens: Tensor) -> tuple[int, dict[str, Any]]:
+def _arguments(query: Tensor, key: Tensor, tokens: Tensor) -> tuple[int, dict[str, object]]:
     """How many programs, and what they are specialised on."""
     from vitkern.triton_kernels import token_project as kernels
 
