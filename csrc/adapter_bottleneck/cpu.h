@@ -7,6 +7,8 @@
 
 namespace vitkern {
 
+inline bool avx512_has(const AdapterBottleneckParams& p) { return p.dtype != DType::kFloat64; }
+
 VITKERN_CPU_KERNEL(adapter_bottleneck_forward, AdapterBottleneckParams);
 VITKERN_CPU_KERNEL(adapter_bottleneck_backward, AdapterBottleneckParams);
 

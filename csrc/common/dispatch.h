@@ -9,6 +9,12 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
+#if defined(__AVX512F__)
+constexpr bool kIsAvx512 = true;  // which has no doubles: see CpuKernel in cpu_isa.h
+#else
+constexpr bool kIsAvx512 = false;
+#endif
+
 // Calls run(T{}) with the element type.
 template <typename Run>
 void dispatch_dtype(DType dtype, const Run& run) {
@@ -16,7 +22,8 @@ void dispatch_dtype(DType dtype, const Run& run) {
     case DType::kFloat32:
       return run(float{});
     case DType::kFloat64:
-      return run(double{});
+      if constexpr (!kIsAvx512) return run(double{});
+      break;
     case DType::kFloat16:
       return run(Half{});
     case DType::kBFloat16:

@@ -52,13 +52,24 @@ struct Sums {
   Vec<Acc, kLanes<Acc>> at[kRows][kVectors];
 };
 
+template <int... kIndices>
+struct Indices {};
+template <int kCount, int... kIndices>
+struct IndicesBelow : IndicesBelow<kCount - 1, kCount - 1, kIndices...> {};
+template <int... kIndices>
+struct IndicesBelow<0, kIndices...> {
+  using Type = Indices<kIndices...>;
+};
+
+template <typename Body, int... kIndices>
+VITKERN_INLINE void call_each(const Body& body, Indices<kIndices...>) {
+  (body(Int<kIndices>{}), ...);
+}
+
 // Calls body(Int<0>{}), body(Int<1>{}), ...: indices are constants from the first, so that arrays become registers.
 template <int kCount, typename Body>
 VITKERN_INLINE void unrolled(const Body& body) {
-  if constexpr (kCount > 0) {
-    unrolled<kCount - 1>(body);
-    body(Int<kCount - 1>{});
-  }
+  call_each(body, typename IndicesBelow<kCount>::Type{});
 }
 
 // Of kRows rows of A and kVectors vectors of columns of B, whose row k starts at b + k * b_step.
@@ -106,8 +117,6 @@ template <typename Body>
 VITKERN_INLINE void for_tiles(int64_t rows, const Body& body) {
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) body(Int<kTileRows>{}, row);
-  if constexpr (kTileRows > 8)
-    for (; row + 8 <= rows; row += 8) body(Int<8>{}, row);
   for (; row + 4 <= rows; row += 4) body(Int<4>{}, row);
   for (; row + 2 <= rows; row += 2) body(Int<2>{}, row);
   if (row < rows) body(Int<1>{}, row);

@@ -33,17 +33,6 @@ void read_levels(const MsDeformAttnParams& p, Level* levels) {
   }
 }
 
-// Calls run(T{}, C{}) with the types of value and of coordinates.
-template <typename Run>
-void dispatch_dtypes(const MsDeformAttnParams& p, const Run& run) {
-  dispatch_dtype(p.value_dtype, [&](auto value) {
-    using T = decltype(value);
-    if constexpr (sizeof(T) == 2)
-      if (p.coord_dtype != p.value_dtype) return run(value, Accumulator<T>{});
-    run(value, value);
-  });
-}
-
 // Rows are 32-bit numbers beside 32-bit floats.
 void check_sizes(const MsDeformAttnParams& p) {
   if (p.pixels > INT32_MAX) throw std::invalid_argument("ms_deform_attn: value has 2^31 pixels or more");
@@ -66,13 +55,10 @@ void ms_deform_attn_forward(const MsDeformAttnParams& p) {
   const Scratch scratch((p.levels + 1) * sizeof(Level));
   Level* const levels = reinterpret_cast<Level*>(scratch.data());
   read_levels(p, levels);
-  dispatch_dtypes(p, [&](auto value, auto coordinate) {
+  dispatch_dtype(p.value_dtype, [&](auto value) {
     using T = decltype(value);
-    using C = decltype(coordinate);
-    if (p.sampling == Sampling::kBilinear)
-      forward<kCorners, T, C>(p, levels);
-    else
-      forward<1, T, C>(p, levels);
+    if (kIsAvx512 || p.sampling == Sampling::kBilinear) return forward<kCorners, T>(p, levels);
+    if constexpr (!kIsAvx512) forward<1, T>(p, levels);
   });
 }
 
@@ -84,13 +70,10 @@ void ms_deform_attn_backward(const MsDeformAttnParams& p) {
   Level* const levels = reinterpret_cast<Level*>(scratch.data());
   read_levels(p, levels);
   Group* const groups = reinterpret_cast<Group*>(levels + p.levels + 1);
-  dispatch_dtypes(p, [&](auto value, auto coordinate) {
+  dispatch_dtype(p.value_dtype, [&](auto value) {
     using T = decltype(value);
-    using C = decltype(coordinate);
-    if (p.sampling == Sampling::kBilinear)
-      backward<kCorners, T, C>(p, levels, groups);
-    else
-      backward<1, T, C>(p, levels, groups);
+    if (kIsAvx512 || p.sampling == Sampling::kBilinear) return backward<kCorners, T>(p, levels, groups);
+    if constexpr (!kIsAvx512) backward<1, T>(p, levels, groups);
   });
 }
 

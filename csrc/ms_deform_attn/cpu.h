@@ -7,6 +7,10 @@
 
 namespace vitkern {
 
+inline bool avx512_has(const MsDeformAttnParams& p) {
+  return p.value_dtype != DType::kFloat64 && p.sampling == Sampling::kBilinear;
+}
+
 VITKERN_CPU_KERNEL(ms_deform_attn_forward, MsDeformAttnParams);
 VITKERN_CPU_KERNEL(ms_deform_attn_backward, MsDeformAttnParams);
 

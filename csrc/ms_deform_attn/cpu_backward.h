@@ -203,9 +203,8 @@ struct BackwardMemory {
   }
 
   // The pass before tasks that see parts of a softmax.
-  template <typename C>
   void measure(const MsDeformAttnParams& p, int count) {
-    measure_logits<C>(p, workers, count, softmax);
+    measure_logits<T>(p, workers, count, softmax);
     for (int i = 0; i < count; ++i) {
       workers[i].fusion.known = softmax;
       workers[i].fusion.grad_weights = grad_weights;
@@ -214,7 +213,7 @@ struct BackwardMemory {
 };
 
 // One task: the queries of a chunk, the points of a group.
-template <int kUsed, typename T, typename C>
+template <int kUsed, typename T>
 void backward_task(const MsDeformAttnParams& p, const BackwardPlan& plan, const BackwardMemory<T>& memory,
                    int64_t task, BackwardWorker<T>& mine) {
   using Acc = Accumulator<T>;
@@ -236,7 +235,7 @@ void backward_task(const MsDeformAttnParams& p, const BackwardPlan& plan, const 
     pack_head<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, mine.value);
     const PackedRows<const Acc> values = {mine.value + plan.channels, plan.channels};
     const PackedRows<Acc> gradients = {sums, plan.channels};
-    backward_queries<kUsed, T, C>(p, mine, values, gradients, group, image, head, begin, end);
+    backward_queries<kUsed, T>(p, mine, values, gradients, group, image, head, begin, end);
   } else {
     const T* value = static_cast<const T*>(p.value) + first_row * p.channels;
     const Rows<const T> values = {value, p.heads * p.channels, reinterpret_cast<const T*>(memory.outside)};
@@ -245,22 +244,22 @@ void backward_task(const MsDeformAttnParams& p, const BackwardPlan& plan, const 
       gradients.base = static_cast<Acc*>(p.grad_value) + first_row * p.channels;
       gradients.stride = p.heads * p.channels;
     }
-    backward_queries<kUsed, T, C>(p, mine, values, gradients, group, image, head, begin, end);
+    backward_queries<kUsed, T>(p, mine, values, gradients, group, image, head, begin, end);
   }
   if (p.grad_value && !plan.in_place && !plan.shared_slabs)
     write_rows<T>(p, image, head, group.first_pixel, group.pixels, plan.channels, sums);
 }
 
-template <typename T, typename C>
+template <typename T>
 void prefer_huge_gradients(const MsDeformAttnParams& p) {
-  const size_t rows = p.batch * p.queries * p.heads * p.points;
+  const size_t rows = p.batch * p.queries * p.heads * p.points, coordinate = coordinate_bytes<T>(p);
   if (p.grad_value) prefer_huge_pages(p.grad_value, p.batch * p.pixels * p.heads * p.channels * sizeof(T));
-  if (p.grad_locations) prefer_huge_pages(p.grad_locations, 2 * rows * sizeof(C));
-  if (p.grad_weights) prefer_huge_pages(p.grad_weights, rows * sizeof(C));
+  if (p.grad_locations) prefer_huge_pages(p.grad_locations, 2 * rows * coordinate);
+  if (p.grad_weights) prefer_huge_pages(p.grad_weights, rows * coordinate);
   if (p.grad_places) prefer_huge_pages(p.grad_places, 2 * rows * sizeof(Accumulator<T>));
 }
 
-template <int kUsed, typename T, typename C>
+template <int kUsed, typename T>
 void backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
   const BackwardPlan plan = plan_backward<T>(p, levels, groups);
   const int64_t tasks = p.batch * p.heads * plan.group_count * plan.chunks;
@@ -274,13 +273,13 @@ void backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
   memory.lay_out(cursor, p, plan, workers);
   memory.clear(plan, workers);
 
-  prefer_huge_gradients<T, C>(p);
+  prefer_huge_gradients<T>(p);
   if (plan.in_place && p.grad_value) clear_value<T>(p);
-  if (plan.parts_softmax) memory.template measure<C>(p, workers);
+  if (plan.parts_softmax) memory.measure(p, workers);
   parallel_for(tasks, p.threads, [&](int64_t task, int who) {
-    backward_task<kUsed, T, C>(p, plan, memory, task, memory.workers[who]);
+    backward_task<kUsed, T>(p, plan, memory, task, memory.workers[who]);
   });
-  if (plan.parts_softmax && p.grad_weights) finish_logits<C>(p, memory.workers, workers, memory.softmax);
+  if (plan.parts_softmax && p.grad_weights) finish_logits<T>(p, memory.workers, workers, memory.softmax);
 
   if (p.grad_value)
     for (int64_t image = 0; image < p.batch; ++image) clear_gaps<T>(p, plan, image);

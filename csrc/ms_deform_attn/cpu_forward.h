@@ -84,16 +84,17 @@ struct ForwardWorker {
 };
 
 // Queries [begin, end) of one head. kUsed = corners of a point: 4, or 1 for the nearest pixel.
-template <int kUsed, typename T, typename C, typename AnyRows>
+template <int kUsed, typename T, typename AnyRows>
 void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, const AnyRows& rows,
                      int64_t image, int64_t head, int64_t begin, int64_t end) {
   using Acc = Accumulator<T>;
   Tile<Acc>& tile = worker.tile;
   const int64_t channels = whole_vectors<Acc>(p.channels), row_bytes = p.channels * sizeof(*rows.base);
+  const int64_t coordinate = coordinate_bytes<T>(p);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
-    read_points<C>(tile, p, row * p.points, p.heads * p.points, queries);
+    read_points<T>(tile, p, row * p.points, p.heads * p.points, queries);
     if (p.reference.points) fuse_points(worker.fusion, tile, p, image, head, first, queries);
     if constexpr (kUsed == kCorners)
       locate_bilinear(tile);
@@ -103,7 +104,7 @@ void forward_queries(const MsDeformAttnParams& p, ForwardWorker<T>& worker, cons
     T* out = static_cast<T*>(p.output) + row * p.channels;
     const bool far = scattered(tile, queries);
     for (int64_t query = 0; query < queries; ++query) {
-      prefetch_points<C>(p, (row + (query + tile.queries) * p.heads) * p.points, p.points);
+      prefetch_points(p, (row + (query + tile.queries) * p.heads) * p.points, p.points, coordinate);
       if (p.reference.points) prefetch_references<Acc>(p.reference, image, first + tile.queries + query);
       prefetch_row_write(out + (query + kAhead) * p.heads * p.channels, p.channels);
       if (far && query + kAhead < queries) prefetch_rows<kUsed>(tile, query + kAhead, rows, row_bytes);
@@ -134,7 +135,7 @@ void pack(const MsDeformAttnParams& p, int64_t image, int64_t begin, int64_t end
     }
 }
 
-template <int kUsed, typename T, typename C>
+template <int kUsed, typename T>
 void forward(const MsDeformAttnParams& p, const Level* levels) {
   using Acc = Accumulator<T>;
   const int64_t channels = whole_vectors<Acc>(p.channels);
@@ -181,11 +182,11 @@ void forward(const MsDeformAttnParams& p, const Level* levels) {
       const int64_t end = begin + (rest < kTaskQueries ? rest : kTaskQueries);
       if (packs) {
         const PackedRows<const Acc> rows = {packed + (head * (p.pixels + 1) + 1) * channels, channels};
-        forward_queries<kUsed, T, C>(p, worker[who], rows, image, head, begin, end);
+        forward_queries<kUsed, T>(p, worker[who], rows, image, head, begin, end);
       } else {
         const T* value = static_cast<const T*>(p.value) + (image * p.pixels * p.heads + head) * p.channels;
         const Rows<const T> rows = {value, p.heads * p.channels, reinterpret_cast<const T*>(outside)};
-        forward_queries<kUsed, T, C>(p, worker[who], rows, image, head, begin, end);
+        forward_queries<kUsed, T>(p, worker[who], rows, image, head, begin, end);
       }
     });
   }

@@ -43,30 +43,39 @@ void for_rows(const MsDeformAttnParams& p, int workers, const Body& body) {
   });
 }
 
+template <typename T, typename Acc>
+void read_logits(const MsDeformAttnParams& p, int64_t first, int64_t count, Acc* to) {
+  with_coordinate<T>(p, [&](auto coordinate) {
+    widen_array(static_cast<const decltype(coordinate)*>(p.weights) + first, count, to);
+  });
+}
+
 // The pass before: what makes weights of the logits, for every query and head.
-template <typename C, typename Worker, typename Acc>
+template <typename T, typename Worker, typename Acc>
 void measure_logits(const MsDeformAttnParams& p, Worker* workers, int count, Softmax<Acc>* known) {
   for_rows(p, count, [&](int who, int64_t first, int64_t rows) {
     Acc* const logits = workers[who].tile.weight;
-    widen_array(static_cast<const C*>(p.weights) + first * p.points, rows * p.points, logits);
+    read_logits<T>(p, first * p.points, rows * p.points, logits);
     for (int64_t row = 0; row < rows; ++row)
       known[softmax_index(p, first + row)] = softmax_of(logits + row * p.points, p.points);
   });
 }
 
 // The pass after: from gradients of weights to those of logits; both may be the same array.
-template <typename C, typename Worker, typename Acc>
+template <typename T, typename Worker, typename Acc>
 void finish_logits(const MsDeformAttnParams& p, Worker* workers, int count, const Softmax<Acc>* known) {
   for_rows(p, count, [&](int who, int64_t first, int64_t rows) {
     const Fusion<Acc>& fusion = workers[who].fusion;
     Acc *const weights = workers[who].tile.weight, *const grads = workers[who].tile.x;
     const int64_t points = rows * p.points;
-    widen_array(static_cast<const C*>(p.weights) + first * p.points, points, weights);
+    read_logits<T>(p, first * p.points, points, weights);
     widen_array(fusion.grad_weights + first * p.points, points, grads);
     for (int64_t row = 0; row < rows; ++row) fusion.softmax[row] = known[softmax_index(p, first + row)];
     weigh_rows(fusion, fusion.softmax, rows, p.points, weights);
     unweigh_rows(fusion, weights, rows, p.points, grads);
-    narrow_array(grads, points, static_cast<C*>(p.grad_weights) + first * p.points);
+    with_coordinate<T>(p, [&](auto coordinate) {
+      narrow_array(grads, points, static_cast<decltype(coordinate)*>(p.grad_weights) + first * p.points);
+    });
   });
 }
 

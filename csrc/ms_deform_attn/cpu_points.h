@@ -95,16 +95,33 @@ void set_levels(Tile<Acc>& tile, const Level* levels, int64_t level_count, int64
       }
 }
 
+// Calls body(C{}) with the type of locations, weights and their gradients, where value is of type T: T or its
+// accumulator. Only what reads and writes them is compiled for both.
+template <typename T, typename Body>
+VITKERN_INLINE void with_coordinate(const MsDeformAttnParams& p, const Body& body) {
+  if constexpr (sizeof(T) == 2)
+    if (p.coord_dtype == p.value_dtype) return body(T{});
+  body(Accumulator<T>{});
+}
+
+template <typename T>
+VITKERN_INLINE int64_t coordinate_bytes(const MsDeformAttnParams& p) {
+  return p.coord_dtype == p.value_dtype ? sizeof(T) : sizeof(Accumulator<T>);
+}
+
 // Reads `queries` queries; `row` is the index of the first one's points in [B, Q, M, K], `stride` from query
 // to query.
-template <typename C, typename Acc>
+template <typename T, typename Acc>
 void read_points(Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int64_t stride, int64_t queries) {
-  const C* locations = static_cast<const C*>(p.locations) + 2 * row;
-  const C* weights = static_cast<const C*>(p.weights) + row;
-  for (int64_t query = 0; query < queries; ++query) {
-    widen_array(locations + 2 * query * stride, 2 * tile.points, tile.xy + 2 * query * tile.points);
-    widen_array(weights + query * stride, tile.points, tile.weight + query * tile.points);
-  }
+  with_coordinate<T>(p, [&](auto coordinate) {
+    using C = decltype(coordinate);
+    const C* locations = static_cast<const C*>(p.locations) + 2 * row;
+    const C* weights = static_cast<const C*>(p.weights) + row;
+    for (int64_t query = 0; query < queries; ++query) {
+      widen_array(locations + 2 * query * stride, 2 * tile.points, tile.xy + 2 * query * tile.points);
+      widen_array(weights + query * stride, tile.points, tile.weight + query * tile.points);
+    }
+  });
   const Acc* __restrict xy = tile.xy;
   Acc* __restrict x = tile.x;
   Acc* __restrict y = tile.y;
@@ -236,15 +253,13 @@ bool scattered(const Tile<Acc>& tile, int64_t queries) {
   return queries == 1 || 4 * far > (queries - 1) * tile.points;
 }
 
-// Brings the points that a later read_points() reads into the cache: a query's lie far from the next one's.
-template <typename C>
-VITKERN_INLINE void prefetch_points(const MsDeformAttnParams& p, int64_t row, int64_t points) {
-  const char* locations = reinterpret_cast<const char*>(static_cast<const C*>(p.locations) + 2 * row);
-  const char* weights = reinterpret_cast<const char*>(static_cast<const C*>(p.weights) + row);
-  for (int64_t byte = 0; byte < 2 * points * static_cast<int64_t>(sizeof(C)); byte += 64)
-    prefetch(locations + byte);
-  for (int64_t byte = 0; byte < points * static_cast<int64_t>(sizeof(C)); byte += 64)
-    prefetch(weights + byte);
+// Brings the points that a later read_points() reads into the cache: a query's lie far from the next one's. `size` is
+// that of a coordinate, in bytes.
+VITKERN_INLINE void prefetch_points(const MsDeformAttnParams& p, int64_t row, int64_t points, int64_t size) {
+  const char* locations = static_cast<const char*>(p.locations) + 2 * row * size;
+  const char* weights = static_cast<const char*>(p.weights) + row * size;
+  for (int64_t byte = 0; byte < 2 * points * size; byte += 64) prefetch(locations + byte);
+  for (int64_t byte = 0; byte < points * size; byte += 64) prefetch(weights + byte);
 }
 
 }  // namespace

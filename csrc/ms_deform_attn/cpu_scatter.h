@@ -148,8 +148,8 @@ void finish_points(Tile<Acc>& tile, const Acc* dots, Acc* grad_weight) {
 
 // Gradients of the tile to their places; those of weights to where finish_logits() takes them, if it does.
 template <typename C, typename T>
-void write_points(const BackwardWorker<T>& worker, const MsDeformAttnParams& p, int64_t row, int64_t stride,
-                  int64_t queries) {
+void write_points_as(const BackwardWorker<T>& worker, const MsDeformAttnParams& p, int64_t row,
+                     int64_t stride, int64_t queries) {
   using Acc = Accumulator<T>;
   const Tile<Acc>& tile = worker.tile;
   const Fusion<Acc>& fusion = worker.fusion;
@@ -166,27 +166,35 @@ void write_points(const BackwardWorker<T>& worker, const MsDeformAttnParams& p, 
   }
 }
 
-// The same places, brought into the cache.
-template <typename C>
-VITKERN_INLINE void prefetch_gradients(const MsDeformAttnParams& p, int64_t row, int64_t points) {
-  if (p.grad_locations) prefetch_row_write(static_cast<C*>(p.grad_locations) + 2 * row, 2 * points);
-  if (p.grad_weights) prefetch_row_write(static_cast<C*>(p.grad_weights) + row, points);
+template <typename T>
+void write_points(const BackwardWorker<T>& worker, const MsDeformAttnParams& p, int64_t row, int64_t stride,
+                  int64_t queries) {
+  with_coordinate<T>(
+      p, [&](auto coordinate) { write_points_as<decltype(coordinate)>(worker, p, row, stride, queries); });
+}
+
+// The same places, brought into the cache; `size` is that of a coordinate, in bytes.
+VITKERN_INLINE void prefetch_gradients(const MsDeformAttnParams& p, int64_t row, int64_t points,
+                                       int64_t size) {
+  if (p.grad_locations)
+    prefetch_row_write(static_cast<char*>(p.grad_locations) + 2 * row * size, 2 * points * size);
+  if (p.grad_weights) prefetch_row_write(static_cast<char*>(p.grad_weights) + row * size, points * size);
 }
 
 // Queries [begin, end) of one head, points of one group.
-template <int kUsed, typename T, typename C, typename Values, typename Gradients>
+template <int kUsed, typename T, typename Values, typename Gradients>
 void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, const Values& values,
                       const Gradients& gradients, const Group& group, int64_t image, int64_t head,
                       int64_t begin, int64_t end) {
   Tile<Accumulator<T>>& tile = worker.tile;
   const bool scatters = p.grad_value, dots = wants_points(p);
   const int64_t row_bytes = p.channels * sizeof(*values.base);
-  const int64_t grad_bytes = p.channels * sizeof(Accumulator<T>);
+  const int64_t grad_bytes = p.channels * sizeof(Accumulator<T>), coordinate = coordinate_bytes<T>(p);
   for (int64_t first = begin; first < end; first += tile.queries) {
     const int64_t queries = end - first < tile.queries ? end - first : tile.queries;
     const int64_t row = (image * p.queries + first) * p.heads + head;
     const int64_t first_point = row * p.points + (group.count ? group.levels->first_point : 0);
-    read_points<C>(tile, p, first_point, p.heads * p.points, queries);
+    read_points<T>(tile, p, first_point, p.heads * p.points, queries);
     if (p.reference.points) fuse_points(worker.fusion, tile, p, image, head, first, queries);
     if constexpr (kUsed == kCorners)
       locate_bilinear(tile);
@@ -199,9 +207,9 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
 
     const bool far = scattered(tile, queries);
     for (int64_t query = 0; query < queries; ++query) {
-      prefetch_points<C>(p, first_point + (query + tile.queries) * p.heads * p.points, tile.points);
+      prefetch_points(p, first_point + (query + tile.queries) * p.heads * p.points, tile.points, coordinate);
       prefetch_row(grad_output + (query + tile.queries) * p.heads * p.channels, p.channels);
-      if (dots) prefetch_gradients<C>(p, first_point + query * p.heads * p.points, tile.points);
+      if (dots) prefetch_gradients(p, first_point + query * p.heads * p.points, tile.points, coordinate);
       if (p.reference.points)
         prefetch_references<Accumulator<T>>(p.reference, image, first + tile.queries + query);
       if (far && query + kAhead < queries) {
@@ -218,7 +226,7 @@ void backward_queries(const MsDeformAttnParams& p, BackwardWorker<T>& worker, co
     if (!dots) continue;
     finish_points<kUsed>(tile, worker.dots, worker.grad_weight);
     if (p.reference.points) unfuse_points(worker.fusion, tile, p, queries, worker.grad_weight);
-    write_points<C>(worker, p, first_point, p.heads * p.points, queries);
+    write_points(worker, p, first_point, p.heads * p.points, queries);
   }
 }
 

@@ -7,6 +7,8 @@
 
 namespace vitkern {
 
+inline bool avx512_has(const TokenPoolParams& p) { return p.dtype != DType::kFloat64; }
+
 VITKERN_CPU_KERNEL(token_pool_forward, TokenPoolParams);
 VITKERN_CPU_KERNEL(token_pool_backward, TokenPoolParams);
 

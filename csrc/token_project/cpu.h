@@ -7,6 +7,8 @@
 
 namespace vitkern {
 
+inline bool avx512_has(const TokenProjectParams& p) { return p.dtype != DType::kFloat64; }
+
 VITKERN_CPU_KERNEL(token_project_forward, TokenProjectParams);
 VITKERN_CPU_KERNEL(token_project_backward, TokenProjectParams);
 

@@ -3,7 +3,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from importlib import import_module
 from typing import TYPE_CHECKING
+
+from vitkern.compat import imports
+
+if TYPE_CHECKING:
+    from vitkern import models, nn
+    from vitkern._C import version as __version__
+    from vitkern.compat.install import install, uninstall
+    from vitkern.compat.patching import patch, patched, unpatch
+    from vitkern.functional import (
+        adapter_bottleneck,
+        ms_deform_attn,
+        ms_deform_attn_fused,
+        token_pool,
+        token_project,
+    )
+    from vitkern.models import create_model, list_models
+    from vitkern.ops import backends as backends
 
 __all__ = [
     "__version__",
@@ -23,29 +42,53 @@ __all__ = [
     "unpatch",
 ]
 
-try:
-    from vitkern import models, nn
-    from vitkern._C import version as __version__
-    from vitkern.compat.install import install, uninstall
-    from vitkern.compat.patching import patch, patched, unpatch
-    from vitkern.functional import (
-        adapter_bottleneck,
-        ms_deform_attn,
-        ms_deform_attn_fused,
-        token_pool,
-        token_project,
-    )
-    from vitkern.models import create_model, list_models
-    from vitkern.ops import backends as backends
-except ImportError as error:
-    # `vitkern doctor` has to run where the compiled module or torch does not load; every other use says why it cannot.
-    _cause = error
+# Where public names live. They are imported when they are used: the command line answers before torch would have loaded.
+_HOMES = {
+    "adapter_bottleneck": "vitkern.functional",
+    "create_model": "vitkern.models",
+    "install": "vitkern.compat.install",
+    "list_models": "vitkern.models",
+    "ms_deform_attn": "vitkern.functional",
+    "ms_deform_attn_fused": "vitkern.functional",
+    "patch": "vitkern.compat.patching",
+    "patched": "vitkern.compat.patching",
+    "token_pool": "vitkern.functional",
+    "token_project": "vitkern.functional",
+    "uninstall": "vitkern.compat.install",
+    "unpatch": "vitkern.compat.patching",
+}
+_MODULES = {"backends": "vitkern.ops.backends", "models": "vitkern.models", "nn": "vitkern.nn"}
 
-    if not TYPE_CHECKING:  # a checker is to see the names above and no others
 
-        def __getattr__(name: str) -> object:
-            if name not in __all__:
-                raise AttributeError(f"module 'vitkern' has no attribute {name!r}")
-            raise ImportError(
-                f"vitkern does not load ({_cause}); `python -m vitkern doctor` says more"
-            ) from _cause
+def _load(name: str) -> object:
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    if name == "__version__":
+        return import_module("vitkern._C").version
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def _register(torch: object) -> None:
+    """Defines torch.ops.vitkern, which exported programs look for, as soon as torch and vitkern are both imported."""
+    imports.withdraw("torch")
+    with contextlib.suppress(ImportError):  # `vitkern doctor` runs without; every other use says why it cannot
+        functions = vars(import_module("vitkern.functional"))  # or what is there if it is this import's cause
+        globals().update({name: functions[name] for name in _HOMES if name in functions})
+
+
+if not TYPE_CHECKING:  # a checker is to see the names above and no others
+
+    def __getattr__(name: str) -> object:
+        if name not in (*__all__, *_MODULES):
+            raise AttributeError(f"module 'vitkern' has no attribute {name!r}")
+        try:
+            globals()[name] = _load(name)
+        except ImportError as error:
+            raise ImportError(f"vitkern does not load ({error}); `python -m vitkern doctor` says more") from error
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+imports.follow("torch", _register)

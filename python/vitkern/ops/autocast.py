@@ -33,7 +33,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-@torch.compiler.assume_constant_result  # torch 2.4 cannot trace the question
+@private.assume_constant_result  # torch 2.4 cannot trace the question
 def _knows_autocast(device_type: str) -> bool:
     """Asking a device type without autocast ("meta", others in older releases) for its state would raise."""
     return torch.amp.is_autocast_available(device_type)

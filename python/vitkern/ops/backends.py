@@ -15,7 +15,7 @@ import warnings
 
 import torch
 
-from vitkern.ops import native
+from vitkern.ops import native, private
 
 logger = logging.getLogger("vitkern")
 
@@ -166,7 +166,7 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str | None, refu
     return backend
 
 
-@torch.compiler.assume_constant_result
+@private.assume_constant_result
 def falls_to_reference(
     device: torch.device, dtype: torch.dtype, requested: str | None, refusals: Refusals = ()
 ) -> bool:

@@ -76,6 +76,12 @@ def is_gradient(interpreter: Any) -> bool:
     return kind is not None and interpreter.key() == kind.Grad
 
 
+def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result sets this mark, too, after an import of the whole compiler: seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Device types, and type codes and bits, as DLPack counts them.
 _DEVICES = {"cpu": 1, "cuda": 2}
 _TYPES = {
