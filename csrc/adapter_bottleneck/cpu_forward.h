@@ -75,14 +75,13 @@ template <typename T>
 void forward(const Params& p) {
   using Acc = Accumulator<T>;
   const int64_t block = block_rows(p.rows, p.threads), blocks = divide_up(p.rows, block);
-  Cursor sizes{nullptr}, worker_sizes{nullptr};
   ForwardScratch<T> shared;
-  ForwardWorker<T> worker_arrays;
-  shared.lay_out(sizes, p);
-  worker_arrays.lay_out(worker_sizes, p);
-  const Scratch scratch(sizes.used + worker_count(blocks, p.threads) * worker_sizes.used);
-  Cursor cursor{scratch.data()};
-  shared.lay_out(cursor, p);
+  ForwardWorker<T>* workers;
+  const Arena arena([&](Cursor& cursor) {
+    shared.lay_out(cursor, p);
+    workers = take_each<ForwardWorker<T>>(cursor, worker_count(blocks, p.threads),
+                                          [&](ForwardWorker<T>& each) { each.lay_out(cursor, p); });
+  });
 
   const int64_t hidden_panels = panels<Acc>(p.hidden);
   parallel_for(hidden_panels + panels<Acc>(p.channels), p.threads, [&](int64_t task, int) {
@@ -98,9 +97,7 @@ void forward(const Params& p) {
   const T* const residual = p.residual_is_x ? x : static_cast<const T*>(p.residual);
   T* const output = static_cast<T*>(p.output);
   parallel_for(blocks, p.threads, [&](int64_t task, int index) {
-    ForwardWorker<T> worker;
-    Cursor own{scratch.data() + sizes.used + index * worker_sizes.used};
-    worker.lay_out(own, p);
+    ForwardWorker<T>& worker = workers[index];
     const int64_t first = task * block, rows = smaller(block, p.rows - first);
     multiply_to_hidden(p, x + first * p.channels, rows, shared.down, worker.wide, worker.hidden);
     dispatch_activation(p.activation, [&](auto activation) {

@@ -9,9 +9,6 @@
 
 namespace vitkern {
 
-inline DType accumulator(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
-inline int64_t bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 template <typename T>
 struct Type {
   using type = T;

@@ -65,35 +65,6 @@ PixelSplit split_pixels(int64_t batch, int64_t pixels, int64_t columns, int64_t 
   return split;
 }
 
-// Scratch memory that `lay_out` cuts up. It is called twice: first from a null base, to learn the size.
-class Arena {
- public:
-  template <typename LayOut>
-  explicit Arena(const LayOut& lay_out) : scratch_(measured(lay_out)) {
-    Cursor cursor{scratch_.data()};
-    lay_out(cursor);
-  }
-
- private:
-  template <typename LayOut>
-  static size_t measured(const LayOut& lay_out) {
-    Cursor cursor{nullptr};
-    lay_out(cursor);
-    return cursor.used;
-  }
-
-  Scratch scratch_;
-};
-
-// `count` structures, of which `lay_out` takes the arrays of each.
-template <typename Structure, typename LayOut>
-Structure* take_each(Cursor& cursor, int64_t count, const LayOut& lay_out) {
-  Structure* const structures = cursor.take<Structure>(count);
-  Structure unplaced;
-  for (int64_t i = 0; i < count; ++i) lay_out(cursor.base ? structures[i] : unplaced);
-  return structures;
-}
-
 // Rows of a stored matrix as the products take them, in whole vectors: where they lie if that is what they are, else
 // in a buffer, zero beyond the last column.
 template <typename T>
@@ -190,7 +161,7 @@ struct PackedColumns {
 
 // A matrix [T, C] by which weights [P, T] are multiplied to [P, C], a panel of channels at a time.
 template <typename Acc>
-struct PackedRows {
+struct PackedByRows {
   int64_t tokens, channels, stride;  // stride: C in whole vectors
   Acc* data;                         // [panels of C][T][kPanel]
   const void* packed;

@@ -48,6 +48,35 @@ struct Cursor {
   }
 };
 
+// Scratch memory that `lay_out` cuts up. It is called twice: first from a null base, to learn the size.
+class Arena {
+ public:
+  template <typename LayOut>
+  explicit Arena(const LayOut& lay_out) : scratch_(measured(lay_out)) {
+    Cursor cursor{scratch_.data()};
+    lay_out(cursor);
+  }
+
+ private:
+  template <typename LayOut>
+  static size_t measured(const LayOut& lay_out) {
+    Cursor cursor{nullptr};
+    lay_out(cursor);
+    return cursor.used;
+  }
+
+  Scratch scratch_;
+};
+
+// `count` structures, of which `lay_out` takes the arrays of each.
+template <typename Structure, typename LayOut>
+Structure* take_each(Cursor& cursor, int64_t count, const LayOut& lay_out) {
+  Structure* const structures = cursor.take<Structure>(count);
+  Structure unplaced;
+  for (int64_t i = 0; i < count; ++i) lay_out(cursor.base ? structures[i] : unplaced);
+  return structures;
+}
+
 }  // namespace
 }  // namespace vitkern::VITKERN_ISA
 #endif

@@ -41,10 +41,9 @@ void check_sizes(const MsDeformAttnParams& p) {
 // Of rows without channels nothing depends on locations and weights.
 void clear_point_gradients(const MsDeformAttnParams& p) {
   const size_t points = p.batch * p.queries * p.heads * p.points;
-  const size_t bytes = p.coord_dtype == DType::kFloat64 ? 8 : p.coord_dtype == DType::kFloat32 ? 4 : 2;
-  if (p.grad_locations) memset(p.grad_locations, 0, 2 * points * bytes);
-  if (p.grad_weights) memset(p.grad_weights, 0, points * bytes);
-  if (p.grad_places) memset(p.grad_places, 0, 2 * points * (p.value_dtype == DType::kFloat64 ? 8 : 4));
+  if (p.grad_locations) memset(p.grad_locations, 0, 2 * points * bytes(p.coord_dtype));
+  if (p.grad_weights) memset(p.grad_weights, 0, points * bytes(p.coord_dtype));
+  if (p.grad_places) memset(p.grad_places, 0, 2 * points * bytes(accumulator(p.value_dtype)));
 }
 
 }  // namespace

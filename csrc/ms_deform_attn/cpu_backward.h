@@ -182,7 +182,7 @@ struct BackwardMemory {
 
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p, const BackwardPlan& plan, int count) {
     const int64_t rows = plan.parts_softmax ? p.batch * p.queries * p.heads : 0;
-    const bool parks = p.grad_weights && p.coord_dtype != DType::kFloat32 && p.coord_dtype != DType::kFloat64;
+    const bool parks = p.grad_weights && p.coord_dtype != accumulator(p.coord_dtype);
     workers = cursor.take<BackwardWorker<T>>(count);
     outside = cursor.take<Acc>(plan.channels);
     slabs = cursor.take<Acc>(plan.shared_slabs ? plan.chunks * plan.slab_size : 0);
@@ -266,11 +266,7 @@ void backward(const MsDeformAttnParams& p, const Level* levels, Group* groups) {
   const int workers = worker_count(tasks, p.threads);
 
   BackwardMemory<T> memory;
-  Cursor measure{nullptr};
-  memory.lay_out(measure, p, plan, workers);
-  const Scratch scratch(measure.used);
-  Cursor cursor{scratch.data()};
-  memory.lay_out(cursor, p, plan, workers);
+  const Arena arena([&](Cursor& cursor) { memory.lay_out(cursor, p, plan, workers); });
   memory.clear(plan, workers);
 
   prefer_huge_gradients<T>(p);

@@ -147,20 +147,12 @@ void forward(const MsDeformAttnParams& p, const Level* levels) {
 
   ForwardWorker<T>* worker;
   Acc *packed, *outside;
-  const auto lay_out = [&](Cursor& cursor) {
-    worker = cursor.take<ForwardWorker<T>>(workers);
+  const Arena arena([&](Cursor& cursor) {
+    worker = take_each<ForwardWorker<T>>(cursor, workers,
+                                         [&](ForwardWorker<T>& each) { each.lay_out(cursor, p); });
     outside = cursor.take<Acc>(channels);
-    for (int i = 0; i < workers; ++i) {
-      ForwardWorker<T> measured;
-      (cursor.base ? worker[i] : measured).lay_out(cursor, p);
-    }
     packed = cursor.take<Acc>(packs ? p.heads * (p.pixels + 1) * channels : 0);
-  };
-  Cursor measure{nullptr};
-  lay_out(measure);
-  const Scratch scratch(measure.used);
-  Cursor cursor{scratch.data()};
-  lay_out(cursor);
+  });
   memset(outside, 0, channels * sizeof(Acc));
   for (int64_t head = 0; packs && head < p.heads; ++head)
     memset(packed + head * (p.pixels + 1) * channels, 0, channels * sizeof(Acc));

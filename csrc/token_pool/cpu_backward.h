@@ -20,7 +20,7 @@ struct PoolBackwardWorker {
   using Acc = Accumulator<T>;
   int64_t image;  // that the next seven are of
   PackedColumns<Acc> weight, gradient;
-  PackedRows<Acc> stacked;          // gradients of T tokens, then their weights
+  PackedByRows<Acc> stacked;        // gradients of T tokens, then their weights
   const Acc* pooled;                // [T, C in whole vectors]
   Acc *greatest, *inverse, *delta;  // [stride]: m, 1 / l, eq. (5)
   Acc* f_sums;                      // [stride]: of f, over a part of the pixels

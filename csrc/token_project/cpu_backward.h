@@ -16,7 +16,7 @@ struct ProjectBackwardWorker {
   using Acc = Accumulator<T>;
   TokenSoftmax<T> softmax;
   PackedColumns<Acc> tokens;
-  PackedRows<Acc> key;
+  PackedByRows<Acc> key;
   RowBlock<T> gradient, grad_query;
   Acc* shares;  // [pixels of a block, T in whole vectors]: products h of eq. (3), then f of eq. (4)
 

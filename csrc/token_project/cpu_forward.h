@@ -70,7 +70,7 @@ struct TokenSoftmax {
 template <typename T>
 struct ProjectWorker {
   TokenSoftmax<T> softmax;
-  PackedRows<Accumulator<T>> tokens;
+  PackedByRows<Accumulator<T>> tokens;
   RowBlock<T> x, output;
 
   void lay_out(Cursor& cursor, const TokenProjectParams& p, const PixelSplit& split) {
