@@ -20,7 +20,7 @@ from vitkern.compat.trial import functions, power, vocabulary
 from vitkern.compat.trial.coverage import Coverage, Leaf
 from vitkern.compat.trial.inputs import aim, core_inputs, layer_inputs
 from vitkern.compat.trial.runs import Outcome, difference, run
-from vitkern.compat.trial.settings import BASIC, FURTHER, Setting, enlarged
+from vitkern.compat.trial.settings import BASIC, FURTHER, Setting, fitted
 from vitkern.compat.trial.specimen import PLAIN, Draws, Specimen, UnfitError, is_own, is_plain
 from vitkern.compat.trial.world import World
 
@@ -207,7 +207,7 @@ class Trial:
     def judgement(self) -> Judgement:
         above = max([functions.largest_constant(self.functions), *self._limits()])
         for setting in BASIC:
-            self._basic(enlarged(setting, above))
+            self._basic(fitted(setting, self.sizes.heads * sum(self.sizes.points), above))
         if not self.runs:
             raise UnfitError(f"its forward raises in a trial: {_said(next(iter(self.failed.values())))}")
         self._complain()
