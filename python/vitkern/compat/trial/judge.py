@@ -28,7 +28,7 @@ Kind = tuple[bool, bool]  # of reference points: boxes, and one for all levels
 
 _T = TypeVar("_T")
 # Names by which code may do as a setting says, without a way of its own.
-_DECIDED_BY = {"dtype": {"dtype"}, "card": {"is_cuda", "cuda"}}
+_DECIDED_BY = {"dtype": {"dtype"}, "card": {"is_cuda", "cuda"}, "on_card": {"is_cuda", "cuda"}}
 _WARN = {"warn", "warning", "print", "debug", "info", "error"}
 _CALCULATE = {"isinstance", "len", "int", "float", "bool", "str", "list", "tuple", "sum", "callable", "type"}
 _trials = 0
@@ -146,7 +146,6 @@ class Trial:
         if not self.is_core:
             aim(self.specimen.children["sampling_offsets"], self.sizes, self.specimen.draws)
             self.specimen.heads = self.sizes.heads
-        self.seen = Coverage(functions.frame_belongs)
         self.coverage, self.raised = Coverage(functions.frame_belongs), Coverage(functions.frame_belongs)
         self.worlds: dict[tuple[bool, bool, bool], World] = {}
         self.runs: list[Run] = []
@@ -275,15 +274,13 @@ class Trial:
     def original_run(
         self, setting: Setting, inputs: dict[str, Any], dtype: torch.dtype | None = None
     ) -> Outcome:
-        """One run of the original; `seen` has the ways through its code that it took."""
+        """One run of the original."""
         key = (setting.card, setting.traced, setting.compiled_core)
         world = self.worlds.setdefault(
             key, World(card=setting.card, traced=setting.traced, compiled_core=setting.compiled_core)
         )
         self.specimen.enter({name: world.function(each) for name, each in functions.methods_of(self.kind)})
-        self.seen = Coverage(functions.frame_belongs)
-        with self.seen:
-            return run(world.function(self.original), self.specimen, inputs, setting, dtype or setting.dtype)
+        return run(world.function(self.original), self.specimen, inputs, setting, dtype or setting.dtype)
 
     def _exact(self, setting: Setting, inputs: dict[str, Any]) -> Outcome | None:
         if setting.exact:
@@ -312,14 +309,15 @@ class Trial:
 
     def _attempt(self, setting: Setting) -> Exception | None:
         """A run of the original to be kept, or what it raises."""
-        inputs = self._inputs(setting)
+        inputs, seen = self._inputs(setting), Coverage(functions.frame_belongs)
         try:
-            outcome = self.original_run(setting, inputs)
-            seen, exact = self.seen, self._exact(setting, inputs)
+            exact = self._exact(setting, inputs)
+            with seen:
+                outcome = self.original_run(setting, inputs)
         except UnfitError:
             raise
         except Exception as error:
-            self.raised.update(self.seen)
+            self.raised.update(seen)
             return error
         finally:
             self._complain()
@@ -368,13 +366,15 @@ class Trial:
         )  # else the query may be all pixels, which takes longer
         named = self._names()
         for change in FURTHER:
-            if not self._gaps() and not named & _DECIDED_BY.get(next(iter(change)), set()):
+            decided = all(named & _DECIDED_BY.get(what, set()) for what in change)
+            if not decided and not self._gaps():
                 continue
             setting = base._replace(**change)
-            inputs = self._inputs(setting)
+            inputs, seen = self._inputs(setting), Coverage(functions.frame_belongs)
             try:
-                outcome = self.original_run(setting, inputs)
-                seen, exact = self.seen, self._exact(setting, inputs)
+                exact = self._exact(setting, inputs)
+                with seen:
+                    outcome = self.original_run(setting, inputs)
             except UnfitError:
                 raise
             except Exception:  # it cannot run like that: nothing is proved by this

@@ -7,7 +7,6 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from vitkern.compat.trial import wrong
 from vitkern.compat.trial.specimen import UnfitError
@@ -75,12 +74,12 @@ def _mask_moves(trial: Trial) -> bool:
 
 
 def _quickest_first(trial: Trial) -> list[Run]:
-    """The runs in float32, those with the least numbers first."""
-    exact = (each for each in trial.runs if each.setting.exact)
-    return sorted(
-        exact,
-        key=lambda each: sum(value.numel() for value in each.inputs.values() if isinstance(value, Tensor)),
-    )
+    """The runs in float32, those whose children had the least numbers to map first."""
+    return sorted((each for each in trial.runs if each.setting.exact), key=_amount)
+
+
+def _amount(run: Run) -> int:
+    return sum(each.numel() for calls in run.theirs.calls.values() for each in calls)
 
 
 def require_wrong_forms_to_fail(trial: Trial, candidate: Candidate) -> None:

@@ -87,8 +87,8 @@ def _table() -> tuple[Setting, ...]:
         {"batch": 1, "levels": "large", "boxes": True, "one_point": True, "masked": False},
         # Numbers that a clamp or a test for overflow would change.
         {"batch": 2, "magnitude": 1e7, "boxes": True},
-        {"poisoned": True, "gradients": False, "masked": False},
-        {"poisoned": True, "gradients": False, "masked": False, "boxes": True, "one_point": True},
+        {"batch": 1, "poisoned": True, "gradients": False, "masked": False},
+        {"batch": 1, "poisoned": True, "gradients": False, "masked": False, "boxes": True, "one_point": True},
     ]
     return tuple(Setting(**each) for each in made)  # type: ignore[arg-type]
 
