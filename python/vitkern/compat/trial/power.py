@@ -13,7 +13,8 @@ from vitkern.compat.trial.specimen import UnfitError
 
 if TYPE_CHECKING:
     from vitkern.compat.forms import Candidate
-    from vitkern.compat.trial.judge import Run, Trial
+    from vitkern.compat.trial.judge import Trial
+    from vitkern.compat.trial.runs import Run
 
 
 def require_sensitive(trial: Trial) -> None:

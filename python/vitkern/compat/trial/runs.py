@@ -28,6 +28,20 @@ class Outcome(NamedTuple):
     calls: dict[str, list[Tensor]]  # what each child was called with
 
 
+class Run(NamedTuple):
+    """A run of the original, which the kernel has to equal."""
+
+    setting: Setting
+    inputs: dict[str, Any]
+    theirs: Outcome
+    exact: Outcome | None  # in float64, where the setting rounds to 16 bits
+
+    def without_gradients(self) -> Run:
+        """Its outputs alone."""
+        setting = self.setting._replace(gradients=False)
+        return self._replace(setting=setting, theirs=self.theirs._replace(gradients={}, calls={}))
+
+
 def run(
     forward: Callable[..., Any],
     specimen: Specimen,
