@@ -7,7 +7,6 @@ Before each call of a replaced layer the two are compared with what they were. W
 from __future__ import annotations
 
 import copy
-import dis
 import functools
 import inspect
 import itertools
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitkern.compat.trial.flow import instructions
 from vitkern.compat.trial.functions import belongs, content, is_core, is_harmless, names_in, undone
 from vitkern.compat.trial.judge import Judgement, judge
 from vitkern.compat.trial.purity import names_of
@@ -293,8 +293,7 @@ def _looked_at(function: Function) -> set[str] | None:
         code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
     ]
     used = name in code.co_cellvars or any(
-        each.opname.startswith("LOAD_") and _names_it(each.argval, name)
-        for each in dis.get_instructions(code)
+        each.opname.startswith("LOAD_") and _names_it(each.argval, name) for each in instructions(code)
     )
     return None if used else names
 

@@ -80,6 +80,12 @@ class Flow(NamedTuple):
 
 
 @lru_cache(maxsize=512)
+def instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
+    """The instructions of a code object, or of an equal one."""
+    return tuple(dis.get_instructions(code))
+
+
+@lru_cache(maxsize=512)
 def flow_of(code: CodeType) -> Flow:
     steps, at, yielded = _steps(code)
     guards = _guards(code, steps, at)
@@ -122,7 +128,7 @@ def _steps(code: CodeType) -> tuple[list[Step], dict[int, int], dict[int, int]]:
 
 
 def _instructions(code: CodeType) -> Iterator[tuple[int, str, int | None, Any, int]]:
-    for step in dis.get_instructions(code):
+    for step in instructions(code):
         arg = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
         yield step.offset, step.opname, arg, step.argval, dis.stack_effect(step.opcode, arg, jump=False)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import itertools
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitkern.compat.trial.flow import instructions
 from vitkern.compat.trial.purity import impurity, names_of
 
 FORWARD, BACKWARD = "ms_deform_attn_forward", "ms_deform_attn_backward"  # of the op's compiled module
@@ -184,14 +184,12 @@ def makes_strings(code: CodeType) -> bool:
 
 def makes_tables(code: CodeType) -> bool:
     """Whether code makes a dictionary, of which a trial would have to look up all."""
-    return any(each.opname in _MAKE_TABLES and each.arg for each in dis.get_instructions(code))
+    return any(each.opname in _MAKE_TABLES and each.arg for each in instructions(code))
 
 
 def is_argument(code: CodeType, name: str) -> bool:
     """Whether a local is an argument that the code gives no other value."""
-    stored = {
-        each.argval for each in dis.get_instructions(code) if each.opname.startswith(("STORE_", "DELETE_"))
-    }
+    stored = {each.argval for each in instructions(code) if each.opname.startswith(("STORE_", "DELETE_"))}
     return name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] and name not in stored
 
 
@@ -205,7 +203,7 @@ _PADDING = frozenset(
 def free_comparison(code: CodeType) -> int | None:
     """The line of a comparison whose result is a number to compute with, rather than a way to take or a check."""
     for each in codes_in(code):
-        steps = [step for step in dis.get_instructions(each) if step.opname not in _PADDING]
+        steps = [step for step in instructions(each) if step.opname not in _PADDING]
         checks = sum(step.argval in _CHECKS for step in steps if step.opname.startswith("LOAD_"))
         line = each.co_firstlineno
         for step, following in itertools.pairwise(steps):

@@ -39,7 +39,7 @@ def level_sizes(setting: Setting, levels: int) -> list[tuple[int, int]]:
     sizes = [listed[index % len(listed)] for index in range(levels)]
     height, width = sizes[0]
     if height * width < setting.least:
-        sizes[0] = (height, setting.least)
+        sizes[0] = (2, setting.least)
     return sizes
 
 

@@ -3,34 +3,31 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
-import threading
-import warnings
 import zlib
-from collections.abc import Callable
+from functools import partial
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vitkern.compat import forms
-from vitkern.compat.trial import functions, power, vocabulary
-from vitkern.compat.trial.coverage import Coverage, Leaf
+from vitkern.compat.trial import functions, power
+from vitkern.compat.trial.apart import in_a_thread, said
+from vitkern.compat.trial.coverage import Coverage
 from vitkern.compat.trial.inputs import aim, core_inputs, layer_inputs
-from vitkern.compat.trial.runs import Outcome, difference, run
-from vitkern.compat.trial.settings import BASIC, FURTHER, Setting, enlarged
-from vitkern.compat.trial.specimen import PLAIN, Draws, Specimen, UnfitError, is_own, is_plain
+from vitkern.compat.trial.reading import require_plain_class, require_readable
+from vitkern.compat.trial.runs import Outcome, Run, difference, run
+from vitkern.compat.trial.settings import BASIC, FURTHER, Setting, fitted
+from vitkern.compat.trial.settled import is_settled
+from vitkern.compat.trial.specimen import Draws, Specimen, UnfitError, is_own, is_plain
 from vitkern.compat.trial.world import World
 
 Kind = tuple[bool, bool]  # of reference points: boxes, and one for all levels
 
-_T = TypeVar("_T")
 # Names by which code may do as a setting says, without a way of its own.
-_DECIDED_BY = {"dtype": {"dtype"}, "card": {"is_cuda", "cuda"}}
-_WARN = {"warn", "warning", "print", "debug", "info", "error"}
-_CALCULATE = {"isinstance", "len", "int", "float", "bool", "str", "list", "tuple", "sum", "callable", "type"}
+_DECIDED_BY = {"dtype": {"dtype"}, "card": {"is_cuda", "cuda"}, "on_card": {"is_cuda", "cuda"}}
 _trials = 0
 
 
@@ -59,61 +56,13 @@ def judge(layer: nn.Module, kind: type[nn.Module] | None = None, seed: int = 0) 
     _trials += 1
     kind = kind or type(layer)
     try:
-        return _in_a_thread(lambda: Trial(layer, kind, seed).judgement())
+        return in_a_thread(lambda: Trial(layer, kind, seed).judgement())
     except UnfitError as unfit:
         reason = str(unfit)
     except Exception as error:
-        reason = f"its trial ended in {_said(error)}"
+        reason = f"its trial ended in {said(error)}"
     code = tuple(functions.reachable(layer, kind))
     return Judgement(reason, codes=tuple((each.__code__, each.__globals__) for each in code), functions=code)
-
-
-def _in_a_thread(work: Callable[[], _T]) -> _T:
-    """The result of work in a thread of its own, which no mode, tracer or autocast of the caller reaches."""
-    results: list[_T] = []
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        default, threads, collects = torch.get_default_dtype(), torch.get_num_threads(), gc.isenabled()
-        try:
-            gc.disable()  # Python calls the user's gc.callbacks in the middle of any code, as if it had called them
-            torch.set_num_threads(1)  # small operations would wait for one another
-            if default != torch.float32:
-                torch.set_default_dtype(torch.float32)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                results.append(work())
-        except BaseException as error:  # for the caller to see
-            errors.append(error)
-        finally:
-            if collects:
-                gc.enable()
-            torch.set_num_threads(threads)
-            if default != torch.float32:
-                torch.set_default_dtype(default)
-
-    thread = threading.Thread(target=target, name="vitkern trial", daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        if isinstance(errors[0], Exception):
-            raise errors[0]
-        raise UnfitError(f"its forward raises in a trial: {_said(errors[0])}")  # SystemExit, say
-    return results[0]
-
-
-class Run(NamedTuple):
-    """A run of the original, which the kernel has to equal."""
-
-    setting: Setting
-    inputs: dict[str, Any]
-    theirs: Outcome
-    exact: Outcome | None  # in float64, where the setting rounds to 16 bits
-
-    def without_gradients(self) -> Run:
-        """Its outputs alone."""
-        setting = self.setting._replace(gradients=False)
-        return self._replace(setting=setting, theirs=self.theirs._replace(gradients={}, calls={}))
 
 
 class Trial:
@@ -130,7 +79,7 @@ class Trial:
             for each in vars(base).values()
             if isinstance(each, FunctionType)
         }
-        self._read_code()
+        require_readable(self)
         channels = {
             name: child._sizes[0]
             for name, child in self.specimen.children.items()
@@ -146,7 +95,6 @@ class Trial:
         if not self.is_core:
             aim(self.specimen.children["sampling_offsets"], self.sizes, self.specimen.draws)
             self.specimen.heads = self.sizes.heads
-        self.seen = Coverage(functions.frame_belongs)
         self.coverage, self.raised = Coverage(functions.frame_belongs), Coverage(functions.frame_belongs)
         self.worlds: dict[tuple[bool, bool, bool], World] = {}
         self.runs: list[Run] = []
@@ -154,64 +102,14 @@ class Trial:
         self.takes_mask = True
         self.failed: dict[Kind, Exception] = {}
 
-    def _read_code(self) -> None:
-        """Refuse code that is more than a function of its inputs, as far as reading it tells."""
-        if not functions.is_theirs(inspect.unwrap(self.original)):
-            raise UnfitError(
-                "its forward is of no module that can be told, so that its code cannot be followed"
-            )
-        if device := functions.foreign_autocast(self.original):
-            raise UnfitError(f"its forward is decorated by autocast for {device}, which a CPU does not show")
-        for name in ("__getattr__", "__getattribute__", "__setattr__"):
-            owner = next(base for base in self.kind.__mro__ if name in vars(base) or base is object)
-            if functions.belongs(owner.__module__):
-                raise UnfitError(f"its class defines {name}")
-        others = {
-            *self.specimen.names(),
-            *(part for each in self.functions for part in functions.parts_of(each)),
-        }
-        for function in self.functions:
-            if variable := functions.free_variable(function):
-                raise UnfitError(
-                    f"its function {function.__name__} reads {variable!r}, a variable of another function"
-                )
-            if function.__name__ in _WARN:
-                raise UnfitError(f"its function {function.__name__} has the name of one that warns")
-            if reason := functions.impurity_of(function):
-                raise UnfitError(f"its function {function.__name__} {reason}")
-            code, scope = function.__code__, function.__globals__.keys()
-            if unknown := vocabulary.unknown(code, others | scope, is_method=code in self.methods):
-                raise UnfitError(
-                    f"its function {function.__name__} uses {unknown!r}, whose effect no trial sees"
-                )
-            if number := functions.out_of_reach(function):
-                raise UnfitError(
-                    f"its function {function.__name__} names {number}, larger than any size of a trial"
-                )
-            if line := functions.free_comparison(function.__code__):
-                raise UnfitError(f"its function {function.__name__} computes with a comparison: line {line}")
-
-    def _require_plain_class(self) -> None:
-        """Refuse code that reads anything of its class but functions and values that cannot change."""
-        for name in self.specimen.reads - vars(self.layer).keys():
-            owner = next((base for base in self.kind.__mro__ if name in vars(base)), object)
-            value = vars(owner).get(name)
-            fixed = isinstance(value, FunctionType) or (
-                is_plain(value) and not isinstance(value, (list, dict, set))
-            )
-            if functions.belongs(owner.__module__) and not fixed:
-                raise UnfitError(
-                    f"its forward reads {name!r} of its class, a {type(value).__name__} that may change"
-                )
-
     def judgement(self) -> Judgement:
         above = max([functions.largest_constant(self.functions), *self._limits()])
         for setting in BASIC:
-            self._basic(enlarged(setting, above))
+            self._basic(fitted(setting, self.sizes.heads * sum(self.sizes.points), above))
         if not self.runs:
-            raise UnfitError(f"its forward raises in a trial: {_said(next(iter(self.failed.values())))}")
+            raise UnfitError(f"its forward raises in a trial: {said(next(iter(self.failed.values())))}")
         self._complain()
-        self._require_plain_class()
+        require_plain_class(self)
         candidate = self._best()
         self._further(candidate)
         for code in self.coverage.codes:
@@ -275,15 +173,13 @@ class Trial:
     def original_run(
         self, setting: Setting, inputs: dict[str, Any], dtype: torch.dtype | None = None
     ) -> Outcome:
-        """One run of the original; `seen` has the ways through its code that it took."""
+        """One run of the original."""
         key = (setting.card, setting.traced, setting.compiled_core)
         world = self.worlds.setdefault(
             key, World(card=setting.card, traced=setting.traced, compiled_core=setting.compiled_core)
         )
         self.specimen.enter({name: world.function(each) for name, each in functions.methods_of(self.kind)})
-        self.seen = Coverage(functions.frame_belongs)
-        with self.seen:
-            return run(world.function(self.original), self.specimen, inputs, setting, dtype or setting.dtype)
+        return run(world.function(self.original), self.specimen, inputs, setting, dtype or setting.dtype)
 
     def _exact(self, setting: Setting, inputs: dict[str, Any]) -> Outcome | None:
         if setting.exact:
@@ -307,19 +203,20 @@ class Trial:
             self.kinds.add(kind)
             return
         if kind in self.kinds:
-            raise UnfitError(f"its forward raises with {setting}: {_said(error)}")
+            raise UnfitError(f"its forward raises with {setting}: {said(error)}")
         self.failed[kind] = error
 
     def _attempt(self, setting: Setting) -> Exception | None:
         """A run of the original to be kept, or what it raises."""
-        inputs = self._inputs(setting)
+        inputs, seen = self._inputs(setting), Coverage(functions.frame_belongs)
         try:
-            outcome = self.original_run(setting, inputs)
-            seen, exact = self.seen, self._exact(setting, inputs)
+            exact = self._exact(setting, inputs)
+            with seen:
+                outcome = self.original_run(setting, inputs)
         except UnfitError:
             raise
         except Exception as error:
-            self.raised.update(self.seen)
+            self.raised.update(seen)
             return error
         finally:
             self._complain()
@@ -346,7 +243,7 @@ class Trial:
         try:
             ours = self._ours(candidate, run.setting, run.inputs)
         except Exception as error:
-            return f"the kernel raises with {run.setting}: {_said(error)}"
+            return f"the kernel raises with {run.setting}: {said(error)}"
         reason = difference(run.theirs, ours, run.exact, run.setting.rounding)
         return None if reason is None else f"its forward {reason}, with {run.setting}"
 
@@ -368,13 +265,15 @@ class Trial:
         )  # else the query may be all pixels, which takes longer
         named = self._names()
         for change in FURTHER:
-            if not self._gaps() and not named & _DECIDED_BY.get(next(iter(change)), set()):
+            decided = all(named & _DECIDED_BY.get(what, set()) for what in change)
+            if not decided and not self._gaps():
                 continue
             setting = base._replace(**change)
-            inputs = self._inputs(setting)
+            inputs, seen = self._inputs(setting), Coverage(functions.frame_belongs)
             try:
-                outcome = self.original_run(setting, inputs)
-                seen, exact = self.seen, self._exact(setting, inputs)
+                exact = self._exact(setting, inputs)
+                with seen:
+                    outcome = self.original_run(setting, inputs)
             except UnfitError:
                 raise
             except Exception:  # it cannot run like that: nothing is proved by this
@@ -387,51 +286,8 @@ class Trial:
             raise UnfitError(f"{gap.why}: line {gap.line}, {gap.text!r}")
 
     def _gaps(self) -> list[Any]:
-        return self.coverage.gaps(self._is_settled, self.raised)
-
-    def _is_settled(self, code: CodeType, leaf: Leaf) -> bool:
-        """Whether a condition reads what is compared at each call, so that it turns out as in the trial."""
-        if leaf.kind == "attribute":
-            known = {name for name, _ in self.specimen.attributes()}
-            return code in self.methods and leaf.name in known | {"training", *self.specimen.missing()}
-        if leaf.kind == "optional":
-            return self._is_always_given(code, leaf)
-        if leaf.kind == "local":  # only configurations have strings, unless the code makes some
-            return (
-                bool(leaf.types)
-                and leaf.types <= {str}
-                and functions.is_argument(code, leaf.name)
-                and not any(map(functions.makes_strings, self.coverage.codes))
-            )
-        if leaf.kind == "global":
-            return _is_constant(self.coverage.codes[code], leaf.name)
-        return False
-
-    def _is_always_given(self, code: CodeType, leaf: Leaf) -> bool:
-        """Whether an argument is as in the trial in all calls that the kernel takes: given, or not.
-
-        The forward's own are given and left out by the settings. Then what helpers get depends on ways of the forward,
-        all of which have been taken.
-        """
-        if not functions.is_argument(code, leaf.name):
-            return False
-        if code is functions.code_of(self.original):
-            return leaf.types == {type(None)} and leaf.name not in self.roles
-        return type(None) not in leaf.types or leaf.types == {type(None)}
-
-
-def _said(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+        return self.coverage.gaps(partial(is_settled, self), self.raised)
 
 
 def _arguments(function: Any) -> str:
     return ", ".join(list(inspect.signature(function).parameters)[1:])
-
-
-def _is_constant(scope: dict[str, Any], name: str) -> bool:
-    """Whether a name of a module is a plain value, a class, or a function of Python's own."""
-    root, *rest = name.split(".")
-    if root not in scope:
-        return not rest and root in _CALCULATE
-    return not rest and isinstance(scope[root], PLAIN)

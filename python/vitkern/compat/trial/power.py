@@ -13,7 +13,8 @@ from vitkern.compat.trial.specimen import UnfitError
 
 if TYPE_CHECKING:
     from vitkern.compat.forms import Candidate
-    from vitkern.compat.trial.judge import Run, Trial
+    from vitkern.compat.trial.judge import Trial
+    from vitkern.compat.trial.runs import Run
 
 
 def require_sensitive(trial: Trial) -> None:
@@ -65,12 +66,21 @@ def _differs(run: Run, other: Any) -> bool:
 
 
 def _mask_moves(trial: Trial) -> bool:
-    masked = [each for each in trial.runs if each.setting.masked and each.setting.exact]
+    masked = [each for each in _quickest_first(trial) if each.setting.masked]
     for each in masked:
         without = {name: value for name, value in each.inputs.items() if trial.roles[name] != "mask"}
         if _differs(each, trial.original_run(each.setting, without)):
             return True
     return not masked  # it takes none
+
+
+def _quickest_first(trial: Trial) -> list[Run]:
+    """The runs in float32, those whose children had the least numbers to map first."""
+    return sorted((each for each in trial.runs if each.setting.exact), key=_amount)
+
+
+def _amount(run: Run) -> int:
+    return sum(each.numel() for calls in run.theirs.calls.values() for each in calls)
 
 
 def require_wrong_forms_to_fail(trial: Trial, candidate: Candidate) -> None:
@@ -79,7 +89,7 @@ def require_wrong_forms_to_fail(trial: Trial, candidate: Candidate) -> None:
         if name in _alike(trial):
             continue
         form = candidate.form._replace(forward=wrong.twisted(name, candidate.form.forward))
-        runs = (each.without_gradients() for each in trial.runs if each.setting.exact)
+        runs = (each.without_gradients() for each in _quickest_first(trial))
         if all(trial.compare(candidate._replace(form=form), each) is None for each in runs):
             raise UnfitError(f"its trial cannot tell a kernel that is wrong ({name}) from the right one")
 

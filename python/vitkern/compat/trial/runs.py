@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,20 @@ class Outcome(NamedTuple):
     outputs: list[Any]
     gradients: dict[str, Tensor | None]  # of inputs, own parameters and what children returned
     calls: dict[str, list[Tensor]]  # what each child was called with
+
+
+class Run(NamedTuple):
+    """A run of the original, which the kernel has to equal."""
+
+    setting: Setting
+    inputs: dict[str, Any]
+    theirs: Outcome
+    exact: Outcome | None  # in float64, where the setting rounds to 16 bits
+
+    def without_gradients(self) -> Run:
+        """Its outputs alone."""
+        setting = self.setting._replace(gradients=False)
+        return self._replace(setting=setting, theirs=self.theirs._replace(gradients={}, calls={}))
 
 
 def run(
@@ -77,7 +92,13 @@ def _require_unchanged(
 
 
 def _same(now: Any, before: Tensor) -> bool:
-    return torch.equal(_plain(now).nan_to_num(), before.nan_to_num())
+    now = _plain(now)
+    if before.is_floating_point():  # as bits, of which NaN has the same
+        now, before = (each.view(_BITS[each.element_size()]) for each in (now, before))
+    return torch.equal(now, before)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextlib.contextmanager
@@ -142,13 +163,8 @@ def _apart(theirs: Any, ours: Any, exact: Any, tolerance: float, rounding: float
         return None if same else f"is {names[0]}, the kernel's is {names[1]}"
     if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         return f"is {list(theirs.shape)} {_name(theirs.dtype)}, the kernel's {list(ours.shape)} {_name(ours.dtype)}"
-    if exact is None and not torch.equal(theirs.isnan(), ours.isnan()):
-        return "is not a number in other places"
     if exact is None:
-        theirs, ours = theirs.nan_to_num(), ours.nan_to_num()
-        largest = max(float(theirs.abs().max()), 1e-30) if theirs.numel() else 1.0
-        apart = float((theirs - ours).abs().max()) / largest if theirs.numel() else 0.0
-        return None if apart <= tolerance else f"differs by {apart:.2g} of its largest value"
+        return _differs(theirs, ours, tolerance)
     errors = [float((each.double() - exact).square().mean().sqrt()) for each in (theirs, ours)]
     # Some units of the 16 bits besides: where one happens to round well, twice nothing is nothing.
     unit = rounding * float(exact.square().mean().sqrt())
@@ -157,6 +173,25 @@ def _apart(theirs: Any, ours: Any, exact: Any, tolerance: float, rounding: float
     if errors[0] > 4 * errors[1] + 4 * unit:
         return f"is {errors[0] / max(errors[1], 1e-30):.2g} times as far from float64 as the kernel's"
     return None
+
+
+def _differs(theirs: Tensor, ours: Tensor, tolerance: float) -> str | None:
+    largest, apart = _largest(theirs), _largest(theirs - ours)
+    if not math.isfinite(largest + apart):
+        if not torch.equal(theirs.isnan(), ours.isnan()):
+            return "is not a number in other places"
+        theirs, ours = theirs.nan_to_num(), ours.nan_to_num()
+        largest, apart = _largest(theirs), _largest(theirs - ours)
+    share = apart / max(largest, 1e-30)
+    return None if share <= tolerance else f"differs by {share:.2g} of its largest value"
+
+
+def _largest(tensor: Tensor) -> float:
+    """Its largest number without the sign, NaN if one is NaN, 0 if it has none."""
+    if not tensor.numel():
+        return 0.0
+    low, high = tensor.aminmax()
+    return max(-float(low), float(high))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -169,8 +204,6 @@ def _calls_apart(theirs: Outcome, ours: Outcome, exact: bool) -> str | None:
         if len(wanted) != len(made):
             return f"calls {name} {len(wanted)} times, the kernel {len(made)} times"
         for a, b in zip(wanted, made):
-            if a.shape != b.shape or (
-                exact and a.numel() and float((a - b).abs().max()) > 1e-4 * float(a.abs().max())
-            ):
+            if a.shape != b.shape or (exact and _largest(a - b) > 1e-4 * _largest(a)):
                 return f"calls {name} with another input"
     return None

@@ -73,22 +73,22 @@ def _table() -> tuple[Setting, ...]:
     rows = (
         (3, "pixel", 1, 0, 1, 0, 0, 0, 1),
         (1, "uneven", 0, 0, 1, 0, 1, 0, 0),
-        (1, "pixel", 0, 1, 0, 1, 1, 0, 1),
-        (1, "wide", 1, 1, 1, 1, 0, 0, 0),
-        (3, "wide", 0, 0, 0, 0, 0, 1, 0),
+        (3, "pixel", 0, 1, 0, 1, 1, 0, 1),
+        (3, "wide", 1, 1, 1, 1, 0, 0, 0),
+        (1, "wide", 0, 0, 0, 0, 0, 1, 0),
         (3, "uneven", 1, 1, 0, 1, 0, 1, 1),
-        (3, "wide", 1, 0, 1, 1, 1, 1, 1),
+        (1, "wide", 1, 0, 1, 1, 1, 1, 1),
         (1, "pixel", 1, 1, 0, 0, 1, 1, 0),
     )
     made = [dict(zip(columns, (row[0], row[1], *map(bool, row[2:])))) for row in rows]
     # More queries and pixels than any number that the code names.
     made += [
         {"batch": 2, "levels": "large", "boxes": False},
-        {"batch": 2, "levels": "large", "boxes": True, "one_point": True, "masked": False},
+        {"batch": 1, "levels": "large", "boxes": True, "one_point": True, "masked": False},
         # Numbers that a clamp or a test for overflow would change.
-        {"magnitude": 1e7, "boxes": True},
-        {"poisoned": True, "gradients": False, "masked": False},
-        {"poisoned": True, "gradients": False, "masked": False, "boxes": True, "one_point": True},
+        {"batch": 2, "magnitude": 1e7, "boxes": True},
+        {"batch": 1, "poisoned": True, "gradients": False, "masked": False},
+        {"batch": 1, "poisoned": True, "gradients": False, "masked": False, "boxes": True, "one_point": True},
     ]
     return tuple(Setting(**each) for each in made)  # type: ignore[arg-type]
 
@@ -96,19 +96,19 @@ def _table() -> tuple[Setting, ...]:
 BASIC = _table()
 
 
-def enlarged(setting: Setting, above: int) -> Setting:
-    """With more queries and pixels than a number, if it is the setting for that."""
-    if setting.levels != "large":
-        return setting
-    return setting._replace(queries=max(32, above + 1), least=above + 1)
+def fitted(setting: Setting, points: int, above: int) -> Setting:
+    """With queries enough for a layer of so many points a query; in the large setting more of all than a number."""
+    if setting.levels == "large":
+        return setting._replace(queries=max(32, above + 1), least=above + 1)
+    return setting._replace(queries=min(10, max(4, -(-640 // points))))
 
 
 # Tried in turn as long as some way through the code has not been taken.
 FURTHER = (
-    {"gradients": False},
     {"card": True},
     {"card": True, "on_card": True},
     {"card": True, "on_card": True, "dtype": torch.float16},
+    {"gradients": False},
     {"dtype": torch.float16},
     {"dtype": torch.bfloat16},
     {"dtype": torch.float64},

@@ -203,7 +203,7 @@ class Specimen:
     def _steep(self, bias: Tensor) -> Tensor:
         """Large logits. The larger half of each head's are equal: a weight of one has no gradient but rounding."""
         logits = (bias * 2 * self.steep).view(self.heads, -1)
-        return logits.minimum(logits.quantile(0.5, dim=1, keepdim=True, interpolation="lower")).flatten()
+        return logits.minimum(logits.median(1, keepdim=True).values).flatten()
 
     def names(self) -> set[str]:
         """The layer's own attributes, parameters, buffers, children and methods."""

@@ -7,12 +7,11 @@ result: hooks, random numbers, changes in place, the state of autograd, the attr
 
 from __future__ import annotations
 
-import dis
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
-from vitkern.compat.trial.flow import words
+from vitkern.compat.trial.flow import instructions, words
 from vitkern.compat.trial.functions import BACKWARD, FORWARD, codes_in
 
 _SHAPES = words(
@@ -60,7 +59,7 @@ def _read(code: CodeType, *, is_method: bool) -> Iterator[str]:
     """The attributes that code reads, but for those of the layer: a specimen notes them."""
     itself = code.co_varnames[0] if is_method and code.co_argcount else None
     before: Any = None
-    for step in dis.get_instructions(code):
+    for step in instructions(code):
         if step.opname in _READ and not (
             before is not None and before.argval == itself and itself is not None
         ):
