@@ -165,8 +165,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 #endif
 }
 
-// The same pointer, of which the compiler knows no longer how it came about: else it keeps the parts, which
-// take as many registers, and adds them up anew at each use.
+// Hides the pointer's origin: the compiler would otherwise keep base and offset in registers and add them again at each
+// use.
 template <typename T>
 __device__ __forceinline__ T* settled(T* pointer) {
 #ifdef __CUDA_ARCH__

@@ -269,7 +269,7 @@ VITKERN_INLINE Vec<Integer<T>, N> first_lanes(int64_t count) {
   return load<Index, N>(kNumbers) < broadcast<Index, N>(static_cast<Index>(count < N ? count : N));
 }
 
-// The same pointer, of which the compiler no longer knows where it comes from.
+// Hides the pointer's origin from the compiler.
 template <typename T>
 VITKERN_INLINE T* opaque(T* pointer) {
 #if VITKERN_VECTOR_EXTENSION

@@ -51,7 +51,7 @@ struct alignas(kCount * sizeof(T)) Vector {
   T at[kCount];
 };
 
-// Reads kCount consecutive elements that nobody writes during the kernel: one load of 16 bytes,
+// Reads kCount consecutive elements that nothing writes during the kernel: one load of 16 bytes,
 // or one element.
 template <int kCount, typename T>
 __device__ __forceinline__ void load(const T* address, Accumulator<T> (&out)[kCount]) {

@@ -88,7 +88,7 @@ def call(
 
 
 def _wants_kept(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass on the CPU may follow: there, to make z again costs more than to keep it."""
+    """Whether to keep z: a backward pass on the CPU may follow, where recomputing z costs more than keeping it."""
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             # A trace is for both: torch.jit.trace checks one that was made with grad mode on without it.

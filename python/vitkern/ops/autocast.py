@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dtype autocast asks of a call. The public functions see to it: below them no op knows of autocast."""
+"""The dtype that autocast asks of a call. The public functions cast; the ops below them ignore autocast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ any_autocast = private.any_autocast()
 
 
 def autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
-    """What autocast asks value to be, or None: it is off, or has no say over float64, integers, what is no tensor."""
+    """The dtype for value under autocast; None if it is off, or value is float64, integers or no tensor."""
     if not any_autocast():
         return None
     if not all(isinstance(t, Tensor) and t.is_floating_point() for t in (value, *others)):
@@ -27,7 +27,7 @@ def autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """For what has been cast already, or is not to be."""
+    """A context for tensors that have been cast already, or must not be."""
     if any_autocast() and _knows_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation runs: names, one predicate, the choice, and the explanation.
+"""The backends: their names, the predicate whether one can run, the choice, and its explanation.
 
 ``can_run`` is asked for everything: the automatic choice takes the first backend without an objection, a backend that
 the user named but that has one raises it, and ``vitkern doctor`` prints it.
@@ -170,7 +170,7 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str | None, refu
 def falls_to_reference(
     device: torch.device, dtype: torch.dtype, requested: str | None, refusals: Refusals = ()
 ) -> bool:
-    """Whether the choice is the reference, which is no op but differentiable torch code."""
+    """Whether the choice is the reference: differentiable torch code, which is no op."""
     if device.type == "meta" or dtype not in DTYPES:
         return False  # an op's own check has the better message
     return choose(device, dtype, requested, refusals) == "reference"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op asks of its arguments, and how it says what is wrong: op, argument, expectation, what came."""
+"""The checks of arguments. Each message names op and argument, the value that is needed and the value that came."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitkern.ops import backends
 
-# What an argument has to be, by its kind in a schema.
+# The types of an argument, by its kind in a schema.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "Tensor": ((Tensor,), "a tensor"),
     "Tensor?": ((Tensor, type(None)), "a tensor or None"),
@@ -21,7 +21,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def check_types(op: str, arguments: Sequence[str], given: Sequence[object]) -> None:
-    """That tensors and names are what they should be; `arguments` as a schema writes them."""
+    """Checks the types of tensors and names; `arguments` as a schema writes them."""
     for argument, one in zip(arguments, given):
         kind, name = argument.split("=")[0].split()
         types, expected = _TYPES.get(kind, ((object,), ""))
@@ -42,7 +42,7 @@ def seen(tensors: Sequence[Tensor | None]) -> tuple[Seen | None, ...]:
 def refuse_changes(
     op: str, names: Sequence[str], before: Sequence[Seen | None], tensors: Sequence[Tensor | None]
 ) -> None:
-    """That the tensors are those that forward saw.
+    """Checks that the tensors are those that forward saw.
 
     Autograd sees what is changed in place. It does not see ``tensor.data = other``, which is how ``module.half()``
     works, nor hooks that unpack another tensor than they packed.
@@ -60,14 +60,14 @@ def _in_words(it: Seen | None) -> str:
 
 
 def check_output(op: str, name: str, tensor: Tensor, expected: Seen) -> None:
-    """That a tensor of the backward pass fits the tensors of the forward pass."""
+    """Checks that a tensor of the backward pass fits the tensors of the forward pass."""
     (it,) = seen((tensor,))
     if it != expected:
         raise ValueError(f"{op}: {name} must be {_in_words(expected)}, got {_in_words(it)}")
 
 
 def check_memory(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """That each tensor lies within its storage, which may have been resized."""
+    """Checks that each tensor lies within its storage, which may have been resized."""
     for name, tensor in zip(names, tensors):
         if tensor is None or tensor.layout != torch.strided or tensor.numel() == 0:
             continue
@@ -85,17 +85,17 @@ class Contract:
     """The checks of one op. They read no elements, and so serve real and fake tensors alike."""
 
     def __init__(self, op: str, leader: str) -> None:
-        self.op, self.leader = op, leader  # the argument beside which all others have to be
+        self.op, self.leader = op, leader  # the argument whose device all others must share
 
     def fail(self, argument: str, expected: str, got: object) -> NoReturn:
         raise ValueError(f"{self.op}: {argument} must be {expected}, got {got}")
 
     def refuse(self, argument: str, expected: str, got: object) -> NoReturn:
-        """What fail() is for a wrong type."""
+        """As fail(), for a wrong type."""
         raise TypeError(f"{self.op}: {argument} must be {expected}, got {got}")
 
     def check_dense(self, name: str, tensor: Tensor, like: Tensor) -> None:
-        """That it is a tensor in plain memory, on the device of `like`."""
+        """Checks that it is a tensor in plain memory, on the device of `like`."""
         if not isinstance(tensor, Tensor):
             self.refuse(name, "a tensor", type(tensor).__name__)
         if tensor.layout != torch.strided:
@@ -104,13 +104,13 @@ class Contract:
             self.fail(name, f"on {self.leader}'s device {like.device}", tensor.device)
 
     def check_floating(self, name: str, tensor: Tensor, like: Tensor) -> None:
-        """That it is dense, beside `like`, and of any floating type."""
+        """Checks that it is dense, on the device of `like`, and of any floating type."""
         self.check_dense(name, tensor, like)
         if not tensor.dtype.is_floating_point:
             self.refuse(name, "floating point", tensor.dtype)
 
     def check_kernel_dtype(self, name: str, tensor: Tensor) -> None:
-        """That it is dense, in a type that kernels compute in."""
+        """Checks that it is dense, of a dtype that the kernels compute in."""
         self.check_dense(name, tensor, tensor)
         if tensor.dtype not in backends.DTYPES:
             self.refuse(name, "float32, float64, float16 or bfloat16", tensor.dtype)
@@ -121,6 +121,6 @@ class Contract:
             self.refuse(name, "int64", tensor.dtype)
 
     def check_shape(self, name: str, tensor: Tensor, shape: Sequence[int], form: str) -> None:
-        """That its shape is `shape`; `form` says so in letters."""
+        """Checks that its shape is `shape`, which `form` writes in letters."""
         if tensor.shape != tuple(shape):
             self.fail(name, form, list(tensor.shape))

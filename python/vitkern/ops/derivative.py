@@ -135,7 +135,7 @@ class Derivative(Generic[Record]):
         backward = self._launchable(forward).backward
         if fast_path.sign((grad_output, *tensors)) is None:
             check_memory(self.name, ("grad_output", *self._names), (grad_output, *tensors))
-        # The plan knows the strides of inputs; outputs of a forward pass have no others.
+        # The plan is for inputs of these strides; outputs of a forward pass are contiguous.
         outputs = (None if output is None else output.contiguous() for output in tensors[self._tensors :])
         ready = (*tensors[: self._tensors], *outputs)
         gradients = self._rounded(backward(wanted, grad_output.contiguous(), *ready), ready)

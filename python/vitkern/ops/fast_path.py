@@ -31,7 +31,7 @@ sign = _C.Signer(private.borrow(), private.room(), Tensor, Parameter)
 
 
 def nothing_traces() -> bool:
-    """Whether tensors made now are plain ones, in no world of a compiler, a tracer or a transform."""
+    """Whether tensors made now are plain: no compiler, tracer or transform is at work."""
     modes, _, _, tracing, transform = _watchers
     if is_compiling() or modes is None or tracing is None or transform is None:
         return False
@@ -39,7 +39,7 @@ def nothing_traces() -> bool:
 
 
 def nothing_watches() -> bool:
-    """Whether an op on plain tensors would go through the dispatcher unseen."""
+    """Whether nothing would see an op on plain tensors go through the dispatcher."""
     return watched is not None and not (is_compiling() or watched())
 
 

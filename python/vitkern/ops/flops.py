@@ -22,7 +22,7 @@ def _samples(value: Any, locations: Any) -> int:
     return 2 * CORNERS * value[-1] * math.prod(locations[:-1])
 
 
-# Of the shapes of an op's tensors, in order.
+# Functions of the shapes of an op's tensors, in order.
 _FORMULAS: dict[str, Callable[..., int]] = {
     "ms_deform_attn": lambda value, shapes, starts, locations, *_: _samples(value, locations),
     "ms_deform_attn_fused": lambda value, shapes, starts, points, offsets, *_: _samples(value, offsets),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callers give for the levels of a pyramid, as the tensors and numbers that the ops take."""
+"""The levels of a pyramid, from the forms that callers give to the tensors and numbers that the ops take."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def whole_numbers(op: str, points_per_level: Sequence[int] | None) -> tuple[int,
 
 
 def check_levels(op: str, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
-    """That the levels cover value's pixels. Levels on a card are read, and waited for, only if VITKERN_VALIDATE=1."""
+    """Checks that the levels cover value's pixels; on a card, which it waits for, only if VITKERN_VALIDATE=1."""
     if value.is_cpu or os.environ.get("VITKERN_VALIDATE") == "1":
         tables = spatial_shapes, level_start_index
         shapes, starts = (table.cpu().long().resolve_neg().contiguous() for table in tables)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of ms_deform_attn and ms_deform_attn_fused, and what the two ops ask of them.
+"""The arguments of ms_deform_attn and ms_deform_attn_fused, and their checks.
 
 Points of unequal levels arrive flattened, [..., K, 2] with ``points_per_level``; uniform ones as [..., L, P, 2].
 """
@@ -105,7 +105,7 @@ def _check_value(contract: Contract, inputs: Attention) -> None:
 
 
 def _check_locations(contract: Contract, name: str, inputs: Attention) -> tuple[int, ...]:
-    """What follows [B, Q, M] in the shape of the locations: (L, P), or (K,) with points_per_level."""
+    """The axes after [B, Q, M] in the shape of the locations: (L, P), or (K,) with points_per_level."""
     (batch, _, heads, _), shape = inputs.value.shape, inputs.locations.shape
     levels, counts = inputs.spatial_shapes.shape[0], inputs.points_per_level
     contract.check_floating(name, inputs.locations, inputs.value)

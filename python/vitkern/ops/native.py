@@ -16,7 +16,7 @@ cuda_module: ModuleType = _C
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels add up in: double for double, float for everything else."""
+    """The dtype of the kernels' sums: double for double, float for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

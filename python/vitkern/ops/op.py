@@ -88,7 +88,7 @@ class Op(Derivative[Record], Generic[Record]):
         torch.library.register_fake(f"vitkern::{name}", fake, lib=_library)
 
     def _register_autograd(self) -> None:
-        """As torch.library.register_autograd does; where torch allows it, with the fast path before."""
+        """As torch.library.register_autograd; where torch allows it, with the fast path before it."""
         make = private.find("_library.autograd.make_autograd_impl")
         info = private.find("_library.autograd.Info")
         if make is None or info is None:
@@ -238,7 +238,7 @@ _ops: list[Op[Any]] = []
 
 
 def forget_plans() -> None:
-    """For when backends can run that could not before, or the other way round."""
+    """Forgets all plans: call it when a backend can run that could not before, or no longer can."""
     backends.choose.cache_clear()
     for op in _ops:
         op._plans.clear()

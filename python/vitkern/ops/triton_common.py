@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What launches of the Triton kernels share, whatever the op."""
+"""Shared by the launches of all Triton kernels."""
 
 from __future__ import annotations
 

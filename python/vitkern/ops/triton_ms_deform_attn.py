@@ -51,7 +51,7 @@ def _groups(points_per_level: tuple[int, ...], device: torch.device) -> tuple[in
 
 
 def _inputs(call: Attention) -> tuple[object, ...]:
-    """What every kernel reads: levels, locations and weights, and the reference points with their strides."""
+    """The inputs of every kernel: levels, locations and weights, and the reference points with their strides."""
     reference, strides = None, (0, 0, 0)
     if isinstance(call, Fused):
         reference, levels = call.reference_points, call.spatial_shapes.shape[0]
@@ -63,7 +63,7 @@ def _inputs(call: Attention) -> tuple[object, ...]:
 
 
 def _constants(call: Attention) -> dict[str, object]:
-    """What every kernel is specialised on."""
+    """The constants that every kernel is specialised on."""
     import triton.language as tl
 
     groups, group_points, _ = _groups(points_of(call), call.value.device)
@@ -89,7 +89,7 @@ def _blocks(call: Attention, backward: bool = False) -> dict[str, int]:
     value = call.value
     blocks = kernels.launch_table(value.shape[3], value.element_size(), backward)
     if torch.version.hip:
-        blocks.pop("maxnreg", None)  # NVIDIA's compiler alone knows it
+        blocks.pop("maxnreg", None)  # an option of NVIDIA's compiler alone
     return blocks if value.is_cuda else blocks | {"BLOCK_Q": _INTERPRETED_BLOCK}
 
 

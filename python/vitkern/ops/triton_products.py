@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launchers of the Triton kernels made of matrix products share: types of factors, splits, sums over rows."""
+"""Shared by the launchers of Triton kernels made of matrix products: types of factors, splits, sums over rows."""
 
 from __future__ import annotations
 
