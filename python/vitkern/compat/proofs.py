@@ -34,17 +34,17 @@ _lock = threading.RLock()
 _proofs: dict[tuple[type, Function], list[Proof]] = {}
 
 
-_ABSENT = object()
+ABSENT = object()
 
 
-class _Scope:
+class Scope:
     """Names in a namespace that a proof rests on: values that they must have, and names that must be missing."""
 
     def __init__(self, owner: Any, values: dict[str, Any]) -> None:
         self.owner = owner
         self.space: Mapping[str, Any] = vars(owner) if isinstance(owner, type) else owner
-        self.values = {name: value for name, value in values.items() if value is not _ABSENT}
-        self.absent = tuple(name for name, value in values.items() if value is _ABSENT)
+        self.values = {name: value for name, value in values.items() if value is not ABSENT}
+        self.absent = tuple(name for name, value in values.items() if value is ABSENT)
         self.pick = operator.itemgetter(*self.values) if self.values else _nothing
         self.expected = self.pick(self.values)
 
@@ -239,7 +239,7 @@ def _all_plain(layer: nn.Module) -> dict[str, Any]:
     return {name: each for name, each in vars(layer).items() if name not in skipped and is_plain(each)}
 
 
-def _scopes(layer: nn.Module, judgement: Judgement) -> Iterator[_Scope]:
+def _scopes(layer: nn.Module, judgement: Judgement) -> Iterator[Scope]:
     """The names outside of the layer that the code has read."""
     spaces: dict[int, tuple[Any, dict[str, Any]]] = {}
 
@@ -255,7 +255,7 @@ def _scopes(layer: nn.Module, judgement: Judgement) -> Iterator[_Scope]:
             if isinstance(value, type) and belongs(value.__module__) and not issubclass(value, nn.Module):
                 for part in ("forward", "backward", "apply", "setup_context"):
                     if part in vars(value) or issubclass(value, torch.autograd.Function):
-                        note(value, part, vars(value).get(part, _ABSENT))
+                        note(value, part, vars(value).get(part, ABSENT))
             elif isinstance(value, ModuleType) and belongs(value.__name__):
                 for part in set(code.co_names) & set(vars(value)):
                     note(vars(value), part, vars(value)[part])
@@ -267,11 +267,11 @@ def _scopes(layer: nn.Module, judgement: Judgement) -> Iterator[_Scope]:
             for base in kind.__mro__:  # the first that has it, and those before, which must not get it
                 if not belongs(base.__module__):
                     break
-                note(base, name, vars(base).get(name, _ABSENT))
+                note(base, name, vars(base).get(name, ABSENT))
                 if name in vars(base):
                     break
     for owner, values in spaces.values():
-        yield _Scope(owner, values)
+        yield Scope(owner, values)
 
 
 def _looked_at(function: Function) -> set[str] | None:
