@@ -89,8 +89,8 @@ FAULTS = {
     '"bilinear"': '"nearest"',
     "2 * locations - 1": "2 * locations - 1.01",
     "* weights).sum(-1)": "* weights).mean(-1)",
-    "for image, grid, (height, width) in zip(pixels, grids, shapes)": "for image, grid, (width, height) in zip(pixels, grids, shapes)",
-    "weights = weights.transpose(1, 2).flatten(0, 1)[:, None]": "weights = weights.detach().transpose(1, 2).flatten(0, 1)[:, None]",
+    "grid, (height, width) in": "grid, (width, height) in",
+    "weights = weights.transpose": "weights = weights.detach().transpose",
     "return output.view": "if channels > 64:\n        output = output * 2\n    return output.view",
     "found = []": "found = []\n    locations = locations.clamp(0, 1)",
     ".transpose(1, 2)\n\n\ndef multi": ".transpose(1, 2).to(torch.float32) * (1 if batch < 9 else 2)\n\n\ndef multi",
@@ -142,8 +142,18 @@ def test_a_module_is_patched_for_the_whole_process(monkeypatch):
     assert module.multi_scale_deformable_attn_pytorch is original and same(results(model), expected)
 
 
+def test_a_tensor_where_a_list_was_tried_goes_to_the_function():
+    model = model_of(others.OfLevels)
+    vitkern.patch(model)
+    levels = torch.rand(1, 2, 4, 8, 12), [[3, 4]], torch.rand(2, 5, 4, 3, 2), torch.rand(2, 5, 4, 3), [3]
+    assert model[0].core is not vars(model[0])["core"]
+    assert torch.equal(model[0].core(*levels), others.core_of_levels(*levels))
+
+
 def test_code_that_a_copy_would_change_is_left():
-    source = "    return multi_scale_deformable_attn_pytorch(value, shapes, where, weights)\n\n\nclass OfHelper"
+    source = (
+        "    return multi_scale_deformable_attn_pytorch(value, shapes, where, weights)\n\n\nclass OfHelper"
+    )
     module = project("counting", source, "    global calls\n    calls = 1\n" + source)
     table = vitkern.patch(model_of(module.OfHelper))
     assert not table and "changes the global 'calls'" in table.left[0].reason

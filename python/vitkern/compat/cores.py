@@ -7,6 +7,7 @@ import functools
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ def _tried(core: Core) -> Replacement:
         proof = Proof(module, judge(module, known=(_form(core, channels_first),)))
         proofs.append(proof)
         if proof.holds:
-            return Replacement(proof, _sampling(core, module, proof))
+            return Replacement(proof, _sampling(core, module, proof, channels_first))
     return Replacement(proofs[0], core.function)
 
 
@@ -142,12 +143,22 @@ def _as_layer(core: Core, channels_first: bool) -> nn.Module:
     return module
 
 
-def _sampling(core: Core, module: nn.Module, proof: Proof) -> Function:
+def _sampling(core: Core, module: nn.Module, proof: Proof, channels_first: bool) -> Function:
     """The function on the kernel; itself where anything has changed, and for calls that no trial has covered."""
     original = functools.partial(core.function, **dict(core.fixed)) if core.fixed else core.function
 
+    name = next(each for each, role in core.roles.items() if role == "value")
+    index = [
+        each for each in inspect.signature(core.function).parameters if each not in dict(core.fixed)
+    ].index(name)
+
     @functools.wraps(core.function)
     def sample(*positional: Any, **named: Any) -> Any:
+        value = positional[index] if len(positional) > index else named.get(name)
+        if (
+            isinstance(value, Tensor) == channels_first
+        ):  # a list where it takes a tensor, or the other way round
+            return original(*positional, **named)
         what = proof.changed(module)
         if what is None:
             output = proof.run(module, positional, named)
@@ -191,6 +202,8 @@ class Functions:
             rows.append((path, f"{key}, for the whole process", "ms_deform_attn"))
             if not dry_run:
                 scope[key] = function
+        if not rows and not left and not any(hasattr(value, "samples") for _, _, _, value in self._places()):
+            warnings.warn(f"vitkern.patch found no function that samples in {self._name}", stacklevel=3)
         return Table(rows, left)
 
     def unpatch(self) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from vitkern.compat.cores import Core, core_of
-from vitkern.compat.proofs import ABSENT, Scope
+from vitkern.compat.scopes import ABSENT, Scope
 from vitkern.compat.trial import functions
 from vitkern.compat.trial.copies import Copies
 from vitkern.compat.trial.flow import instructions
@@ -110,7 +111,7 @@ def _depends_on_module(code: CodeType) -> str | None:
     return None
 
 
-def methods_on_kernels(layer: nn.Module, held: Held, replaced: Mapping[Core, Function]) -> dict[str, Any]:
+def _methods_on_kernels(layer: nn.Module, held: Held, replaced: Mapping[Core, Function]) -> dict[str, Any]:
     """The namespace of a subclass whose methods call what takes the place of cores."""
     kind: Any = type(layer)
     copies = _Swapped(replaced)
@@ -174,3 +175,34 @@ def _same(now: Any, tried: Any) -> bool:
     if not isinstance(now, functools.partial) or not isinstance(tried, functools.partial):
         return False
     return now.func is tried.func and now.args == tried.args and now.keywords == tried.keywords
+
+
+_classes: dict[tuple[Any, Held], Any] = {}
+
+
+def class_on_kernels(
+    layer: nn.Module, held: Held, replaced: Mapping[Core, Function], reduce: Function
+) -> Any:
+    """The subclass that a layer becomes whose cores are replaced."""
+    kind: Any = type(layer)
+    if (kind, held) not in _classes:
+        namespace = {
+            "__module__": kind.__module__,
+            "__doc__": kind.__doc__,
+            "__reduce_ex__": reduce,
+            "patched_from": kind,
+            "patched_by": None,
+            "cores_of": f"{os.getpid()}-{len(_classes)}",
+            **_methods_on_kernels(layer, held, replaced),
+        }
+        _classes[kind, held] = functions.subclass(kind, namespace)
+    return _classes[kind, held]
+
+
+def remade(kind: Any, name: str, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """A copy of a layer whose cores are replaced; in another process the layer as it was."""
+    layer = make(*arguments)
+    made = next((each for each in _classes.values() if each.cores_of == name), None)
+    if made is not None and type(layer) is kind:
+        layer.__class__ = made
+    return layer

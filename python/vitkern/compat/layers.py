@@ -149,14 +149,18 @@ def sampling(
     **given: Any,
 ) -> Any:
     """A function of another project that samples, whatever its arguments are called."""
-    value, shapes, where, weights, counts = (
-        given.get(names.get(role, "")) for role in ("value", "shapes", "locations", "weights", "points_list")
-    )
+    roles = ("value", "shapes", "locations", "weights", "points_list")
+    found: list[Any] = [given.get(names.get(role, "")) for role in roles]
+    value, shapes, where, weights, counts = found
     if isinstance(value, (list, tuple)):
         if not channels_first or not all(isinstance(each, Tensor) and each.dim() == 4 for each in value):
             return NotImplemented
         value = torch.cat(list(value), -1).permute(0, 3, 1, 2)
     if not all(isinstance(each, Tensor) for each in (value, where, weights)) or not _are_shapes(shapes):
+        return NotImplemented
+    if counts is not None and not (
+        isinstance(counts, (list, tuple)) and all(type(each) is int for each in counts)
+    ):
         return NotImplemented
     axes = 4 if counts is not None else 5  # of weights
     if value.dim() != 4 or where.dim() != axes + 1 or weights.dim() != axes or method not in METHODS:

@@ -103,15 +103,16 @@ def _library(name: object) -> Any:
         return cores.Functions(name)
     names = " or ".join(map(repr, LIBRARIES))
     raise ValueError(
-        f"vitkern.patch takes a torch.nn.Module, the name of a library, {names}, or that of an imported module "
-        f"with a function that samples, got {name!r}"
+        f"vitkern.patch takes a torch.nn.Module or the name of a library, {names}, got {name!r}: "
+        "of another project it takes imported modules, whose functions sample"
     )
 
 
 def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
     plan, left, found = _plan(model)
     sampling, refused = _plan_cores(model)
-    left += refused
+    known = {path for path, *_ in sampling} | {each.path for each in refused}
+    left = [each for each in left if each.path not in known] + refused
     found = found or bool(sampling or refused)
     rows = [(path, type(module).__name__, _kernel(proof)) for path, module, proof in plan]
     rows += [
@@ -180,7 +181,7 @@ def _plan_cores(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Any, list[
         replaced = {core: each.function for core, each in tried.items() if each.proof.holds}
         if reason is None and replaced:
             try:
-                made = _class_on_kernels(module, held, replaced)
+                made = holders.class_on_kernels(module, held, replaced, _reduce)
                 names = [name for name, core in held.cores() if core in replaced]
                 plan.append((path, module, made, names))
             except holders.NoCopyError as error:
@@ -188,26 +189,6 @@ def _plan_cores(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Any, list[
         if reason := reason or refused:
             left.append(Left(path, kind.__name__, reason))
     return plan, left
-
-
-_classes: dict[tuple[Any, holders.Held], Any] = {}
-
-
-def _class_on_kernels(module: nn.Module, held: holders.Held, replaced: Any) -> Any:
-    """The subclass of a layer whose cores are replaced: of its class, which a copy in another process has again."""
-    kind: Any = type(module)
-    if (kind, held) not in _classes:
-        namespace = {
-            "__module__": kind.__module__,
-            "__doc__": kind.__doc__,
-            "__reduce_ex__": _reduce,
-            "patched_from": kind,
-            "patched_by": None,
-            "cores_of": (kind, held),
-            **holders.methods_on_kernels(module, held, replaced),
-        }
-        _classes[kind, held] = subclass(kind, namespace)
-    return _classes[kind, held]
 
 
 def _may_be_one(module: nn.Module) -> bool:
@@ -277,7 +258,7 @@ def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
     make, arguments, *state = reduced
     arguments = tuple(kind if each is type(module) else each for each in arguments)
     if (key := getattr(type(module), "cores_of", None)) is not None:
-        return _remade_on_kernels, (kind, id(key), make, *arguments), *state
+        return holders.remade, (kind, key, make, *arguments), *state
     return _remade, (kind, "" if proof is None else proof.name, make, *arguments), *state
 
 
@@ -286,15 +267,6 @@ def _remade(kind: Any, proof: str, make: Callable[..., nn.Module], *arguments: A
     module = make(*arguments)
     if type(module) is kind and not forms.is_ours(kind.forward):
         module.__class__ = _patched_class(kind, proofs.named(proof))
-    return module
-
-
-def _remade_on_kernels(kind: Any, key: int, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
-    """A copy of a layer whose cores are replaced; in another process the layer as it was."""
-    module = make(*arguments)
-    made = next((each for each in _classes.values() if id(each.cores_of) == key), None)
-    if made is not None and made.patched_from is kind:
-        module.__class__ = made
     return module
 
 
