@@ -109,10 +109,12 @@ class Candidate(NamedTuple):
     sizes: Sizes
 
 
-def candidates(layer: nn.Module, function: Function, channels: Channels) -> list[Candidate]:
+def candidates(
+    layer: nn.Module, function: Function, channels: Channels, known: tuple[Form, ...] = FORMS
+) -> list[Candidate]:
     """The forms that a layer with this forward may have, by the names of its arguments and attributes."""
     found = []
-    for form in FORMS:
+    for form in known:
         roles = form.roles_in(function)
         if roles is None or form.is_core != is_bare(layer):
             continue
@@ -121,6 +123,11 @@ def candidates(layer: nn.Module, function: Function, channels: Channels) -> list
         except (AttributeError, KeyError, TypeError):
             continue
     return found
+
+
+def is_known(function: Function) -> bool:
+    """Whether some form of a layer has the arguments of this forward."""
+    return any(form.roles_in(function) is not None for form in FORMS)
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ Each gives NotImplemented where only the original forward knows what to do: it t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,48 @@ def core(
     with _no_autocast(value.device.type):
         value = _widened(value, sampling_locations)
         return ms_deform_attn(value, shapes, None, sampling_locations, attention_weights)
+
+
+def sampling(
+    names: Mapping[str, str],  # of the arguments, by role
+    channels_first: bool,  # whether value is a list of levels, [B, M, D, S_l] each, and not [B, S, M, D]
+    method: str,
+    layer: Layer,
+    **given: Any,
+) -> Any:
+    """A function of another project that samples, whatever its arguments are called."""
+    roles = ("value", "shapes", "locations", "weights", "points_list")
+    found: list[Any] = [given.get(names.get(role, "")) for role in roles]
+    value, shapes, where, weights, counts = found
+    if isinstance(value, (list, tuple)):
+        if not channels_first or not all(isinstance(each, Tensor) and each.dim() == 4 for each in value):
+            return NotImplemented
+        value = torch.cat(list(value), -1).permute(0, 3, 1, 2)
+    if not all(isinstance(each, Tensor) for each in (value, where, weights)) or not _are_shapes(shapes):
+        return NotImplemented
+    if counts is not None and not (
+        isinstance(counts, (list, tuple)) and all(type(each) is int for each in counts)
+    ):
+        return NotImplemented
+    axes = 4 if counts is not None else 5  # of weights
+    if value.dim() != 4 or where.dim() != axes + 1 or weights.dim() != axes or method not in METHODS:
+        return NotImplemented
+    autocast = torch.is_autocast_enabled(value.device.type)
+    wide = torch.promote_types(value.dtype, where.dtype)
+    if where.dtype != wide or (wide != torch.float32 if autocast else {value.dtype, weights.dtype} != {wide}):
+        return NotImplemented  # grid_sample refuses these, or rounds in ways that no trial has seen
+    if method == "discrete":  # no gradient at all
+        where = where.detach()
+    options = {} if counts is None else {"points_per_level": counts, "method": METHODS[method]}
+    with _no_autocast(value.device.type):
+        return ms_deform_attn(value.to(wide), shapes, None, where, weights.to(wide), **options)
+
+
+def _are_shapes(given: Any) -> bool:
+    if isinstance(given, Tensor):
+        return given.dim() == 2 and not given.is_floating_point()
+    pairs = isinstance(given, (list, tuple)) and all(isinstance(each, (list, tuple)) for each in given)
+    return pairs and all(len(each) == 2 and all(isinstance(n, int) for n in each) for each in given)
 
 
 def core_v2(

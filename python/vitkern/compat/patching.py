@@ -8,6 +8,7 @@ object, with its parameters, buffers, hooks and place in the model. Everything i
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vitkern.compat import forms, proofs, transformers
+from vitkern.compat import cores, forms, holders, proofs, transformers
 from vitkern.compat.proofs import Proof
 from vitkern.compat.table import Left, Table
-from vitkern.compat.trial.functions import subclass
+from vitkern.compat.trial.functions import belongs, subclass
 from vitkern.nn import MSDeformAttn
 
 # What has parts of its own to patch: a module with `patch` and `unpatch`.
@@ -39,8 +40,9 @@ def patch(target: Target, *, strict: bool = False, dry_run: bool = False) -> Tab
     Args:
         target: a model of any project, wrapped or not. Its layers are found by the names of their children and
             arguments: those of Deformable-DETR, ViT-Adapter, DINO, Mask2Former, GroundingDINO, detrex, mmcv and
-            transformers, and their copies. Or ``"transformers"``: all its models, those built before and those built
-            later.
+            transformers, and their copies. In layers of another form the function that samples is replaced, for this
+            model alone. Or ``"transformers"``: all its models, those built before and those built later. Or an
+            imported module, ``"package.module"``: its functions that sample, for the whole process.
         strict: raise if a layer has to be left, and change nothing.
         dry_run: change nothing; the table is the same.
 
@@ -95,17 +97,29 @@ def patched(target: Target) -> Iterator[Table]:
 
 
 def _library(name: object) -> Any:
-    if not isinstance(name, str) or name not in LIBRARIES:
-        names = " or ".join(map(repr, LIBRARIES))
-        raise ValueError(
-            f"vitkern.patch takes a torch.nn.Module or the name of a library, {names}, got {name!r}"
-        )
-    return LIBRARIES[name]
+    if isinstance(name, str) and name in LIBRARIES:
+        return LIBRARIES[name]
+    if isinstance(name, str) and name in sys.modules and belongs(name):
+        return cores.Functions(name)
+    names = " or ".join(map(repr, LIBRARIES))
+    raise ValueError(
+        f"vitkern.patch takes a torch.nn.Module or the name of a library, {names}, got {name!r}: "
+        "of another project it takes imported modules, whose functions sample"
+    )
 
 
 def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
     plan, left, found = _plan(model)
+    sampling, refused = _plan_cores(model)
+    known = {path for path, *_ in sampling} | {each.path for each in refused}
+    left = [each for each in left if each.path not in known] + refused
+    found = found or bool(sampling or refused)
     rows = [(path, type(module).__name__, _kernel(proof)) for path, module, proof in plan]
+    rows += [
+        (f"{path}.{name}".lstrip("."), name, "ms_deform_attn")
+        for path, _, _, names in sampling
+        for name in names
+    ]
     table = Table(rows, left, (name for _, _, proof in plan for name in proof.taken))
     _refuse_left(table, strict)
     if not found:
@@ -116,6 +130,9 @@ def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
     try:
         for path, module, proof in () if dry_run else plan:
             _change_class(module, _patched_class(type(module), proof))
+            done.append((path, module))
+        for path, module, kind, _ in () if dry_run else sampling:
+            _change_class(module, kind)
             done.append((path, module))
     except BaseException:
         _unpatch(done)
@@ -148,6 +165,30 @@ def _plan(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Proof]], list[Le
         plan.append((path, module, proof))
         cores.update(id(child) for child in module.children())
     return plan, left, found
+
+
+def _plan_cores(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Any, list[str]]], list[Left]]:
+    """The layers of no known form whose code calls a core, with the class and the names; and those to leave."""
+    plan, left = [], []
+    for path, module in model.named_modules():
+        kind: Any = type(module)
+        if not belongs(kind.__module__) or hasattr(kind, "patched_from") or forms.is_known(kind.forward):
+            continue
+        held = holders.held_by(module)
+        tried = {core: cores.replacement_of(core) for _, core in held.cores()}
+        reason = _obstacle(module) if tried else None
+        refused = next((each.proof.reason for each in tried.values() if not each.proof.holds), None)
+        replaced = {core: each.function for core, each in tried.items() if each.proof.holds}
+        if reason is None and replaced:
+            try:
+                made = holders.class_on_kernels(module, held, replaced, _reduce)
+                names = [name for name, core in held.cores() if core in replaced]
+                plan.append((path, module, made, names))
+            except holders.NoCopyError as error:
+                reason = str(error)
+        if reason := reason or refused:
+            left.append(Left(path, kind.__name__, reason))
+    return plan, left
 
 
 def _may_be_one(module: nn.Module) -> bool:
@@ -216,6 +257,8 @@ def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
     reduced: Any = super(type(module), module).__reduce_ex__(protocol)
     make, arguments, *state = reduced
     arguments = tuple(kind if each is type(module) else each for each in arguments)
+    if (key := getattr(type(module), "cores_of", None)) is not None:
+        return holders.remade, (kind, key, make, *arguments), *state
     return _remade, (kind, "" if proof is None else proof.name, make, *arguments), *state
 
 
@@ -250,8 +293,8 @@ def _unpatch(modules: list[tuple[str, nn.Module]]) -> Table:
             left.append(Left(path, type(module).__name__, reason))
             continue
         proof = type(module).patched_by  # type: ignore[attr-defined]
-        rows.append(
-            (path, f"{kind.__name__} on {'vitkern' if proof is None else _kernel(proof)}", kind.__name__)
-        )
+        kernel = "ms_deform_attn" if hasattr(type(module), "cores_of") else "vitkern"
+        kernel = kernel if proof is None else _kernel(proof)
+        rows.append((path, f"{kind.__name__} on {kernel}", kind.__name__))
         _change_class(module, kind)
     return Table(rows, left)

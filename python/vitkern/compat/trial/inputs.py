@@ -135,13 +135,20 @@ def core_inputs(setting: Setting, sizes: Sizes, roles: Mapping[str, str], draws:
     """Arguments of a core: value, levels, locations and weights."""
     levels = level_sizes(setting, sizes.levels)
     shapes = torch.tensor(levels, dtype=torch.int64, device="cpu")
-    points, batch, heads = sizes.points[0], setting.batch, sizes.heads
-    shape = (batch, setting.queries, heads, sizes.levels, points)
+    batch, heads = setting.batch, sizes.heads
     extent = shapes.flip(-1)[:, None].float()
+    if "points_list" in roles.values():  # levels and points on one axis
+        shape: tuple[int, ...] = (batch, setting.queries, heads, sum(sizes.points))
+        extent = extent[:, 0].repeat_interleave(torch.tensor(sizes.points, device="cpu"), 0)
+    else:
+        shape = (batch, setting.queries, heads, sizes.levels, sizes.points[0])
     between = (draws.uniform(*shape, 2, low=0.0, high=1.0) * (extent + 5)).floor() - 2
     locations = (between + draws.uniform(*shape, 2, low=-0.4, high=0.4)) / extent
+    value = draws.uniform(batch, int(shapes.prod(1).sum()), heads, sizes.value) * setting.magnitude
+    value = _marked(value, setting, draws)
     given = {
-        "value": _marked(draws.uniform(batch, int(shapes.prod(1).sum()), heads, sizes.value), setting, draws),
+        "value": value,
+        "points_list": list(sizes.points),
         "shapes": shapes,
         "shapes_list": list(levels),
         "starts": torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]]),

@@ -50,13 +50,18 @@ class Judgement(NamedTuple):
     functions: tuple[FunctionType, ...] = ()  # of the user's project that may run
 
 
-def judge(layer: nn.Module, kind: type[nn.Module] | None = None, seed: int = 0) -> Judgement:
-    """Try a layer on the CPU, as one of another class if that is given."""
+def judge(
+    layer: nn.Module,
+    kind: type[nn.Module] | None = None,
+    seed: int = 0,
+    known: tuple[forms.Form, ...] = forms.FORMS,
+) -> Judgement:
+    """Try a layer on the CPU, as one of another class if that is given, against the forms that it may have."""
     global _trials
     _trials += 1
     kind = kind or type(layer)
     try:
-        return in_a_thread(lambda: Trial(layer, kind, seed).judgement())
+        return in_a_thread(lambda: Trial(layer, kind, seed, known).judgement())
     except UnfitError as unfit:
         reason = str(unfit)
     except Exception as error:
@@ -68,7 +73,9 @@ def judge(layer: nn.Module, kind: type[nn.Module] | None = None, seed: int = 0) 
 class Trial:
     """A layer on trial."""
 
-    def __init__(self, layer: nn.Module, kind: type[nn.Module], seed: int) -> None:
+    def __init__(
+        self, layer: nn.Module, kind: type[nn.Module], seed: int, known: tuple[forms.Form, ...]
+    ) -> None:
         self.layer, self.kind, self.seed = layer, kind, seed
         self.original = functions.undone(kind.forward)
         self.functions = list(functions.reachable(layer, kind))
@@ -77,7 +84,7 @@ class Trial:
             functions.code_of(each)
             for base in kind.__mro__
             for each in vars(base).values()
-            if isinstance(each, FunctionType)
+            if isinstance(each, FunctionType) and not hasattr(each, "samples")  # a core, which has no self
         }
         require_readable(self)
         channels = {
@@ -85,7 +92,7 @@ class Trial:
             for name, child in self.specimen.children.items()
             if child._sizes is not None
         }
-        self.candidates = forms.candidates(layer, self.original, channels)
+        self.candidates = forms.candidates(layer, self.original, channels, known)
         if not self.candidates:
             raise UnfitError(
                 f"its forward takes {_arguments(self.original)}: no form with these and its attributes is known"

@@ -10,39 +10,34 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitkern import reference
+from vitkern.compat.trial.copies import Copies
 from vitkern.compat.trial.functions import (
     BACKWARD,
     EXTENSIONS,
     FORWARD,
     belongs,
-    content,
     is_extension,
     is_theirs,
-    undone,
 )
-from vitkern.compat.trial.purity import names_of
 
 
 class NoKernelError(RuntimeError):
     """A compiled module, called in a world that has none."""
 
 
-class World:
+class World(Copies):
     """The surroundings that the code of a trial finds."""
 
     def __init__(self, *, card: bool = False, traced: bool = False, compiled_core: bool = True) -> None:
+        super().__init__()
         self._card, self._traced, self._compiled_core = card, traced, compiled_core
-        self._globals: dict[int, dict[str, Any]] = {}
-        self.originals: dict[int, dict[str, Any]] = {}  # globals of a module, by the id of their copy
-        self._copies: dict[int, Any] = {}
-        self._kept: list[Any] = []  # objects whose ids are keys above
         self.taken: set[str] = set()  # compiled functions that were taken as published
         self._torch = _Overlay(torch, self._staged())
 
@@ -55,55 +50,8 @@ class World:
                 staged[name] = lambda *_: True
         return staged
 
-    def function(self, function: Any) -> Any:
-        """The same code in this world."""
-        function = undone(function)
-        if not isinstance(function, FunctionType) or not (is_theirs(function) or self._wraps(function)):
-            return function
-        if id(function) not in self._copies:
-            copied = FunctionType(
-                function.__code__,
-                self._globals_of(function) if is_theirs(function) else function.__globals__,
-                function.__name__,
-                self._tuple(function.__defaults__),
-                tuple(self._cell(cell) for cell in function.__closure__ or ()) or None,
-            )
-            copied.__kwdefaults__ = function.__kwdefaults__
-            copied.__dict__.update(function.__dict__)
-            self._remember(function, copied)
-        return self._copies[id(function)]
-
-    def _remember(self, key: Any, value: Any) -> None:
-        self._kept.append(key)
-        self._copies[id(key)] = value
-
-    def _tuple(self, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-        return None if values is None else tuple(map(self._value, values))
-
-    def _wraps(self, function: FunctionType) -> bool:
-        contents = (content(cell) for cell in function.__closure__ or ())
-        return any(
-            isinstance(each, FunctionType) and (is_theirs(each) or self._wraps(each)) for each in contents
-        )
-
-    def _cell(self, cell: CellType) -> CellType:
-        inner = content(cell)
-        return CellType(self.function(inner)) if isinstance(inner, FunctionType) else cell
-
-    def _globals_of(self, function: FunctionType) -> dict[str, Any]:
-        """The globals of the function's module, once for all its functions, with what the code names replaced."""
-        theirs = function.__globals__
-        if id(theirs) not in self._globals:
-            self._kept.append(theirs)
-            copied = self._globals[id(theirs)] = dict(theirs)
-            self.originals[id(copied)] = theirs
-        ours = self._globals[id(theirs)]
-        for name in names_of(function.__code__):
-            if name in theirs and ours[name] is theirs[name]:
-                ours[name] = self._value(theirs[name], name)
-            elif name not in ours and name in EXTENSIONS:
-                ours[name] = self._extension(None, name)
-        return ours
+    def _missing(self, name: str) -> dict[str, Any]:
+        return {name: self._extension(None, name)} if name in EXTENSIONS else {}
 
     def _value(self, value: Any, name: str = "") -> Any:
         if value is torch:
