@@ -42,7 +42,7 @@ __all__ = [
     "unpatch",
 ]
 
-# Where public names live. They are imported when they are used: the command line answers before torch would have loaded.
+# Where public names live. They are imported when used: the command line answers before torch would have loaded.
 _HOMES = {
     "adapter_bottleneck": "vitkern.functional",
     "create_model": "vitkern.models",
@@ -71,7 +71,9 @@ def _load(name: str) -> object:
 def _register(torch: object) -> None:
     """Defines torch.ops.vitkern, which exported programs look for, as soon as torch and vitkern are both imported."""
     imports.withdraw("torch")
-    with contextlib.suppress(ImportError):  # `vitkern doctor` runs without; every other use says why it cannot
+    with contextlib.suppress(
+        ImportError
+    ):  # `vitkern doctor` runs without; every other use says why it cannot
         functions = vars(import_module("vitkern.functional"))  # or what is there if it is this import's cause
         globals().update({name: functions[name] for name in _HOMES if name in functions})
 
@@ -84,7 +86,9 @@ if not TYPE_CHECKING:  # a checker is to see the names above and no others
         try:
             globals()[name] = _load(name)
         except ImportError as error:
-            raise ImportError(f"vitkern does not load ({error}); `python -m vitkern doctor` says more") from error
+            raise ImportError(
+                f"vitkern does not load ({error}); `python -m vitkern doctor` says more"
+            ) from error
         return globals()[name]
 
     def __dir__() -> list[str]:
