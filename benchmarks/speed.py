@@ -2,7 +2,8 @@
 """python -m benchmarks.speed: measures what the README's picture shows, and draws it from the file; `make speed`.
 
 The file is one of `vitkern bench run`: every row was checked before it was timed. The picture names processor, threads,
-torch and commit as the file has them. `--draw` draws the committed file again.
+torch and commit as the file has them. Without the file the README shows no picture and says so. `--draw` draws the
+committed file again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from vitkern.bench.svg import Canvas
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "cpu.json", ROOT / "docs" / "speed.svg"
+PAGE, BEGIN, END = ROOT / "README.md", "<!-- picture: make speed -->", "<!-- end of picture -->"
+PICTURED = """![How many times as fast as plain torch each op is on a CPU](docs/speed.svg)
+
+Drawn from `benchmarks/results/cpu.json`; its last line names processor, threads, torch, commit. `make speed` measures
+and draws it on your machine. [Whole models, peers and memory](docs/performance.md)."""
+NOTHING = """No picture has been drawn of this commit: `make speed` measures the ops on your CPU and draws it.
+[The tables](docs/performance.md) have figures of ops, whole models and peers."""
 SHOWN = (
     ("ms_deform_attn", "detr-encoder", "Deformable-DETR encoder, 800x1333"),
     ("ms_deform_attn", "detr-decoder", "Deformable-DETR decoder, 300 queries"),
@@ -31,6 +39,22 @@ SHOWN = (
 )
 PASSES = {"forward": ("c0", "forward"), "both": ("c2", "forward and backward")}
 WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 760, 250, 60, 13, 12, 62
+
+
+def committed() -> Record | None:
+    return store.read(RESULTS) if RESULTS.exists() else None
+
+
+def block(record: Record | None) -> str:
+    """What stands in the README between its marks."""
+    return f"{BEGIN}\n{NOTHING if record is None else PICTURED}\n{END}"
+
+
+def write(record: Record) -> None:
+    PICTURE.write_text(draw(record), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{block(record)}{after}", encoding="utf-8")
 
 
 def command() -> list[str]:
@@ -95,7 +119,7 @@ def main() -> int:
         done = subprocess.run([sys.executable, "-m", "vitkern", *command(), *threads], check=False)
         if done.returncode:
             return done.returncode
-    PICTURE.write_text(draw(store.read(RESULTS)), encoding="utf-8")
+    write(store.read(RESULTS))
     return 0
 
 

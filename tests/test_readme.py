@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from benchmarks import speed
+from tests import bench_records
 from tests.documents import PAGES, ROOT
 from vitkern.bench import store
+from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES
+from vitkern.cli import make_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -23,7 +28,7 @@ _spec.loader.exec_module(address)
 def test_it_is_short_and_the_status_is_in_the_first_screen():
     assert len(README.splitlines()) < 120
     first = "\n".join(README.splitlines()[:14])
-    assert "measured" in first and "not yet run on a card" in first and "docs/speed.svg" in first
+    assert "measured" in first and "not yet run on a card" in first and speed.BEGIN in first
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -41,35 +46,61 @@ def test_what_commands_take_is_said_where_they_are():
         assert re.search(r"\d+ (minutes|on two cores)", text) and re.search(r"\d+ GB", text)
 
 
-def test_the_picture_is_made_of_the_committed_file():
-    record = store.read(speed.RESULTS)
-    drawn = speed.PICTURE.read_text(encoding="utf-8")
-    assert drawn == speed.draw(record)
-    environment = record["environment"]
-    for named in (
-        environment["cpu"]["model"],
-        environment["torch"]["version"],
-        environment["commit"]["id"][:10],
-    ):
+def measured() -> store.Record:
+    """A run of all that is shown, as it would be written down; plain torch takes ten times as long."""
+    rows = [
+        bench_records.row(case, op=op, what=name, backend=backend, slower=slower)
+        for op, case, _ in speed.SHOWN
+        for name in speed.PASSES
+        for backend, slower in (("cpu", 1.0), ("torch", 10.0))
+    ]
+    return bench_records.record(*rows, processor="A Processor")
+
+
+def test_picture_and_words_are_made_of_the_committed_file():
+    record = speed.committed()
+    assert speed.block(record) in README
+    assert speed.PICTURE.exists() == (record is not None)
+    if record is not None:
+        assert speed.PICTURE.read_text(encoding="utf-8") == speed.draw(record)
+        assert [words for words, _ in speed.ratios(record)] == [words for _, _, words in speed.SHOWN]
+
+
+def test_the_picture_names_where_it_was_taken_and_serves_light_and_dark_pages():
+    drawn = speed.draw(measured())
+    for named in ("A Processor", " threads", f"torch {torch.__version__}", "0123456789", "10.0x", "dark"):
         assert named in drawn
-    assert f"{environment['cpu']['threads']} threads" in drawn
-    assert "prefers-color-scheme:dark" in drawn
-
-
-def test_all_that_the_picture_may_show_is_measured():
-    """An op or a case of another name would be left out in silence."""
-    lines = dict(speed.ratios(store.read(speed.RESULTS)))
-    assert list(lines) == [words for _, _, words in speed.SHOWN]
-    assert all(list(found) == list(speed.PASSES) for found in lines.values())
+    assert drawn.count("10.0x") == len(speed.SHOWN) * len(speed.PASSES)
+    ElementTree.fromstring(drawn)
 
 
 def test_what_failed_its_check_is_not_drawn():
-    record = store.read(speed.RESULTS)
-    op, case, words = speed.SHOWN[0]
+    record, (op, case, words) = measured(), speed.SHOWN[0]
     for row in record["rows"]:
         if (row["op"], row["case"], row["backend"]) == (op, case, "cpu"):
             row["verified"] = False
     assert words not in dict(speed.ratios(record)) and words not in speed.draw(record)
+
+
+def test_the_command_measures_what_is_shown():
+    arguments = make_parser().parse_args(speed.command())
+    cases = {
+        "ms_deform_attn": ATTENTION_CASES,
+        "adapter_bottleneck": ADAPTER_CASES,
+        "token_pool": TOKEN_CASES,
+    }
+    for op, case, _ in speed.SHOWN:
+        assert case in cases[op] and op in arguments.ops and case in arguments.cases
+    assert set(speed.PASSES) == set(arguments.passes)
+
+
+def test_the_words_are_written_between_the_marks(monkeypatch, tmp_path):
+    for name in ("PAGE", "PICTURE"):
+        monkeypatch.setattr(speed, name, tmp_path / name)
+    speed.PAGE.write_text(f"before\n{speed.block(None)}\nafter\n")
+    speed.write(measured())
+    assert speed.PAGE.read_text() == f"before\n{speed.block(measured())}\nafter\n"
+    assert speed.PICTURE.read_text() == speed.draw(measured())
 
 
 @pytest.mark.parametrize("name", address.FILES)
