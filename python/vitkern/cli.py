@@ -44,7 +44,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
         import importlib.metadata
 
         print(f"vitkern {importlib.metadata.version('vitkern')}")

@@ -8,6 +8,7 @@ the calls while the host runs ahead, and the median is the figure. The device an
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,7 +115,7 @@ def _calls(
             output = function(*inputs)
         return [output, *torch.autograd.grad(output, inputs, towards)] if backward else [output]
 
-    return {name: lambda function=function: call(function) for name, function in contenders.items()}
+    return {name: functools.partial(call, function) for name, function in contenders.items()}
 
 
 def _rows(
@@ -126,7 +127,9 @@ def _rows(
     seconds: float | None,
 ) -> tuple[list[str], bool]:
     """A line for each contender, and whether all kernels were right. grid_sample as it is is the yardstick."""
-    expected, apart, said = calls[EAGER](), {}, {}
+    expected = calls[EAGER]()
+    apart: dict[str, float] = {}
+    said: dict[str, str] = {}  # of those that have no time, why
     for name, call in calls.items():
         try:
             apart[name] = demo.difference(
