@@ -18,11 +18,11 @@ PYTHON_FILES := python triton_kernels tests tools benchmarks examples
 
 ##@ Run
 
-demo: setup  ## What this machine has, then a transformer layer checked and timed against plain torch
+demo: setup  ## A layer checked and timed against plain torch, here and on a card: 10 minutes and 3 GB the first time, then 2
 	$(BIN)/vitkern doctor
 	$(BIN)/vitkern demo --output build/demo
 
-test: setup  ## Everything this machine can run; what it cannot is listed with the reason
+test: setup  ## All tests that can run here, 40 minutes on two cores, 12 GB of memory; others are listed with the reason
 	$(PYTEST) -m "not alone" $(PARALLEL) $(PYTEST_ARGS)
 	$(PYTEST) -m alone $(PYTEST_ARGS)
 
@@ -44,6 +44,9 @@ tables: setup  ## The tables of the README: vitkern, plain torch and every peer 
 	  $(BIN)/python -m benchmarks.bench_$$what $(BENCH_ARGS) || exit 1; done
 	$(BIN)/python -m benchmarks.bench_patch
 	$(BIN)/python -m benchmarks.bench_host_cost
+
+speed: setup  ## The picture of the README: measures it and draws docs/speed.svg, about 5 minutes on a quiet machine
+	$(BIN)/python -m benchmarks.speed $(SPEED_ARGS)
 
 # The time limit of a call: what is left goes on with the next. BORROW=1: PYTHON's own packages, torch first of all, serve
 # where there is no network.
@@ -125,7 +128,7 @@ help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench tables gpu check emulate fuzz sanitize lint typecheck ci docs setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench tables speed gpu check emulate fuzz sanitize lint typecheck ci docs setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is

@@ -213,8 +213,7 @@ def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
     arguments = ["--op", "token_pool", "--backend", "cpu-baseline", "--kind", "gradcheck"]
     assert check(*arguments, "--junit", tmp_path / "file" / "junit.xml") == 2
     said = capsys.readouterr()
-    assert said.out.endswith("1 checks in 0 s, 0 FAILED\n")
-    assert said.err.splitlines()[-1].startswith("vitkern check: cannot write ")
+    assert said.out == "" and said.err.startswith("vitkern check: cannot write ")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -50,7 +50,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     several = {"nargs": "+", "default": [], "metavar": "NAME"}
     parser.add_argument(
-        "part", choices=WITHOUT_EFFECT, help="table: the README's, from the files that there are"
+        "part",
+        choices=WITHOUT_EFFECT,
+        help="table: that of docs/performance.md, from the files that there are",
     )
     parser.add_argument("--dry", action="store_true", help="list what would run; needs no card")
     parser.add_argument(
@@ -65,7 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--without", **several, help="bench: leave these contenders out, such as 'torch compiled'"
     )
-    parser.add_argument("--check", action="store_true", help="table: fail where the README has another")
+    parser.add_argument("--check", action="store_true", help="table: fail where the page has another")
     return parser.parse_args(arguments)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PART=table: the README's table of cards, made of the newest file of each, and of nothing else."""
+"""PART=table: the table of cards in docs/performance.md, made of the newest file of each, and of nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.gpu.contenders import COMPILED, OURS, OURS_COMPILED
 from vitkern.bench import store
 from vitkern.bench.environment import commit_in_words
 
-PAGE = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- gpu table: python -m benchmarks.gpu table -->", "<!-- end of gpu table -->"
 NOTHING = (
     "No card has been measured yet: `make gpu PART=bench` on one writes the table that stands here then."
@@ -38,7 +38,7 @@ ALIGNED = "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"
 
 
 def main(results: Path, *, check: bool = False) -> int:
-    """Writes the table into the README; with `check` says whether it is there already."""
+    """Writes the table into the page; with `check` says whether it is there already."""
     wanted = made_of(results)
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     now, after = rest.split(END)
@@ -52,7 +52,7 @@ def main(results: Path, *, check: bool = False) -> int:
 
 
 def committed() -> str:
-    """What stands in the README."""
+    """What stands in the page."""
     return PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
 
 
@@ -87,7 +87,7 @@ def _facts(record: store.Record, path: Path) -> Iterator[str]:
     products = ", ".join(
         f"{rate / 1e3:.3g} TFLOP/s in {store.short(name)}" for name, rate in ceilings["product"].items()
     )
-    page = Path("benchmarks/results") / path.with_suffix(".md")
+    page = Path("../benchmarks/results") / path.with_suffix(".md")
     yield (
         f"A copy runs at {copy:.4g} GB/s, a product at {products}. Figures in the columns torch, compiled and best "
         f"peer are how many times as long they take. [All rows]({page.as_posix()})."

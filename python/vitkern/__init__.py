@@ -42,7 +42,7 @@ __all__ = [
     "unpatch",
 ]
 
-# Where public names live. They are imported when they are used: the command line answers before torch would have loaded.
+# Where public names live. They are imported when used: the command line answers before torch would have loaded.
 _HOMES = {
     "adapter_bottleneck": "vitkern.functional",
     "create_model": "vitkern.models",

@@ -43,10 +43,25 @@ def _run(arguments: argparse.Namespace) -> int:
     return main([*module, arguments.program, *arguments.arguments], override=arguments.override)
 
 
+class _Version(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        import importlib.metadata
+
+        print(f"vitkern {importlib.metadata.version('vitkern')}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vitkern", description="Kernels for the ViT-Adapter family of vision models"
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     doctor = commands.add_parser(

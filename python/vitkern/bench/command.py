@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitkern.commands.arguments import add_filters, add_repeated, positive, refuse
+from vitkern.commands.arguments import add_filters, add_repeated, names_exist, positive, refuse
 from vitkern.commands.errors import INTERRUPTED, CommandError
+from vitkern.commands.outputs import prove_file
 
 if TYPE_CHECKING:
     from vitkern.bench.plan import Request
@@ -86,6 +87,8 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 def _run(arguments: argparse.Namespace) -> int:
     positive("--seconds", arguments.seconds)
+    names_exist(arguments)
+    prove_file(arguments.json)
     from vitkern.bench.run import run
     from vitkern.bench.store import File
 
@@ -108,6 +111,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     smallest = SMALLEST[arguments.live] if arguments.smallest is None else arguments.smallest
     if not 0 <= smallest < math.inf:
         raise CommandError(f"--smallest must be at least 0, got {smallest:g}")
+    names_exist(arguments)
     if arguments.live:
         refuse(arguments, ["anyway"], "is for files; builds run on this machine")
         from vitkern.bench.live import compare_builds

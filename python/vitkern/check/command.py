@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitkern.commands.arguments import add_filters, add_repeated, positive, refuse
+from vitkern.commands.arguments import add_filters, add_repeated, names_exist, positive, refuse
+from vitkern.commands.outputs import prove_file
 
 
 def add_to(commands: Any) -> None:
@@ -35,10 +36,12 @@ def add_to(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    positive("--times", arguments.times)
+    names_exist(arguments)
+    prove_file(arguments.junit)
     from vitkern.check.plan import Request
     from vitkern.commands.choices import requested
 
-    positive("--times", arguments.times)
     request = requested(Request, arguments)
     if arguments.module is not None:
         refuse(arguments, ("ops", "backends", "kinds", "list"), "does not go with --module")

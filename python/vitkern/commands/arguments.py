@@ -20,6 +20,23 @@ REPEATED = {
 }
 
 
+# What some of them take, known here without torch: a typo is told at once. A test holds it to what there is.
+NAMES = {
+    "ops": ("ms_deform_attn", "ms_deform_attn_fused", "adapter_bottleneck", "token_pool", "token_project"),
+    "dtypes": ("fp32", "bf16", "fp16", "fp64"),
+    "passes": ("forward", "backward", "both"),
+    "kinds": ("oracle", "gradcheck", "repeat"),
+}
+
+
+def names_exist(arguments: argparse.Namespace) -> None:
+    for field, known in NAMES.items():
+        what = REPEATED[field].removeprefix("--")
+        for name in getattr(arguments, field, ()):
+            if name not in known:
+                raise CommandError(f"no {what} is called {name}; there are {', '.join(known)}")
+
+
 def option_of(field: str) -> str:
     return REPEATED.get(field, f"--{field}")
 

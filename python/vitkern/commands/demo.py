@@ -2,7 +2,8 @@
 """`vitkern demo`: an encoder layer of Deformable-DETR, checked against plain torch and timed against it.
 
 The plain side is what one writes without a kernel: one ``grid_sample`` a level, then the weighted sum. A time is
-printed only if output and gradients of the two sides have agreed in this run. A picture shows where queries sample.
+printed only if output and gradients of the two sides have agreed in this run. Where torch sees a card, the same
+attention runs there (demo_card.py). A picture shows where queries sample.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import vitkern
 from vitkern.cases import pixel_centres
 from vitkern.commands.arguments import positive
 from vitkern.commands.doctor import cpu_model
+from vitkern.commands.outputs import prove_folder
 from vitkern.reference import ms_deform_attn_by_grid_sample
 
 CHANNELS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
@@ -101,11 +103,16 @@ class Comparison:
         return [lambda: run(self.ours, self.parameters[0]), lambda: run(self.plain, self.parameters[1])]
 
 
+def pyramid(image: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Height and width of each level of features, and its first pixel."""
+    shapes = torch.tensor([[math.ceil(side / stride) for side in image] for stride in STRIDES])
+    return shapes, shapes.prod(1).cumsum(0) - shapes.prod(1)
+
+
 def comparisons(image: tuple[int, int]) -> list[Comparison]:
     """The attention alone and in its layer, over the feature pyramid of an image of this size."""
     torch.manual_seed(0)
-    shapes = torch.tensor([[math.ceil(side / stride) for side in image] for stride in STRIDES])
-    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+    shapes, starts = pyramid(image)
     # Every pixel of every level is a query, and looks round the same place on each level: [1, S, L, 2].
     reference = pixel_centres(shapes.tolist()).float()[None, :, None].expand(-1, -1, LEVELS, -1)
     queries = reference.shape[1]
@@ -189,18 +196,22 @@ def table(images: Sequence[tuple[int, int]]) -> bool:
 
 def main(*, output: Path, threads: int | None = None, quick: bool = False) -> int:
     positive("--threads", threads)
+    prove_folder(output)
     if threads is not None:
         torch.set_num_threads(threads)
+    images = IMAGES[:1] if quick else IMAGES
     print(
-        "\nEncoder layer of Deformable-DETR, random weights, float32, batch 1, against plain torch (grid_sample),"
+        "\nAn encoder layer of Deformable-DETR, random weights, batch 1, against plain torch (grid_sample)."
     )
-    print(f"on {cpu_model()}, {torch.get_num_threads()} threads, {vitkern._C.cpu_isa()} kernels\n")
-    passed = table(IMAGES[:1] if quick else IMAGES)
     print(
-        "\nThe best of several rounds taken in turn. 'Equal to within' is the relative difference in the 2-norm, the"
+        f"\nOn {cpu_model()}, {torch.get_num_threads()} threads, {vitkern._C.cpu_isa()} kernels, float32:\n"
     )
-    print("largest over the output and, with backward, the gradients of all inputs and parameters.\n")
-
+    passed = table(images)
+    print(
+        "\nThe best of several rounds taken in turn. 'Equal to within' is the relative difference in the 2-norm,"
+    )
+    print("the largest over the output and, with backward, the gradients of all inputs and parameters.\n")
+    passed &= _on_the_card(images)
     if importlib.util.find_spec("matplotlib") is None:
         print("No picture: matplotlib is not installed (pip install matplotlib)")
     else:
@@ -208,3 +219,24 @@ def main(*, output: Path, threads: int | None = None, quick: bool = False) -> in
 
         print(f"Where queries sample: {draw(output)}")
     return 0 if passed else 1
+
+
+def _on_the_card(images: Sequence[tuple[int, int]]) -> bool:
+    """Print the card's table, or a line that there is no card; whether all kernels were right."""
+    from vitkern.commands import demo_card
+
+    found = demo_card.card()
+    if found is None:
+        print(
+            "No card: torch sees none here, so nothing of CUDA and Triton is shown (`vitkern doctor`: why).\n"
+        )
+        return True
+    device, clock = found
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    print(f"The attention alone on {name}:\n")
+    passed = demo_card.table(images, device, clock)
+    print(
+        "\nMedians of calls between events, queued ahead; ratios are to grid_sample as it is. Memory is the most"
+    )
+    print("that a call adds.\n")
+    return passed
