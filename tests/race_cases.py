@@ -167,6 +167,11 @@ _LONG = 64 * 256  # rows from which on a block takes 64
 def _cases():
     for name, channels, dtype, options in _attention_cases():
         yield Case("ms_deform_attn", name, lambda c=channels, d=dtype, o=options: attention(c, d, **o))
+    for dtype in FLOATS:
+        of = _of(dtype)
+        yield Case("adapter_bottleneck", f"long-{of}", lambda d=dtype: adapter(d, _LONG, 8, 3), 3)
+        yield Case("token_project", f"long-{of}", lambda d=dtype: project(d, _LONG // 2, 8, 3, 4), 3)
+    yield Case("token_pool", "more-splits-than-steps", lambda: pool(WIDE, 80, 24, 5))
     for dtype in DTYPES:
         rows, of = _rows(dtype), _of(dtype)
         yield Case("adapter_bottleneck", of, lambda d=dtype, r=rows: adapter(d, r, 136, 72))
@@ -174,10 +179,6 @@ def _cases():
         pixels, wide, many = _POOL_SIZES[dtype.itemsize]
         for name, *sizes in (("small", 256, 40, 16), ("wide", pixels, wide, 3), ("many", pixels, many, 70)):
             yield Case("token_pool", f"{name}-{of}", lambda d=dtype, s=sizes: pool(d, *s))
-    for dtype in FLOATS:
-        of = _of(dtype)
-        yield Case("adapter_bottleneck", f"long-{of}", lambda d=dtype: adapter(d, _LONG, 8, 3), 3)
-        yield Case("token_project", f"long-{of}", lambda d=dtype: project(d, _LONG // 2, 8, 3, 4), 3)
     no_scale = ("scale", "residual")
     for name, dtype, sizes, without, options in (
         ("bare", WIDE, (70, 71, 37), ("down_bias", "up_bias", *no_scale), {"activation": "gelu"}),
@@ -188,7 +189,6 @@ def _cases():
         yield Case(
             "adapter_bottleneck", name, lambda d=dtype, s=sizes, w=without, o=options: adapter(d, *s, w, **o)
         )
-    yield Case("token_pool", "more-splits-than-steps", lambda: pool(WIDE, 80, 24, 5))
     for dtype in (WIDE, BF16):
         yield Case(
             "token_pool", f"recurrent-odd-{_of(dtype)}", lambda d=dtype: pool(d, 90, 37, 5, recurrent=True)

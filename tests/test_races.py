@@ -135,7 +135,8 @@ def test_the_kernel_of_the_page(flags, tmp_path):
         assert said == "3568 7664\n"
     else:
         assert "thread 0 of block (0, 0, 0) reads sums + 4 bytes" in said
-        assert "unordered with it, thread 32 of block (0, 0, 0) writes it" in said
+        assert "thread 32 of block (0, 0, 0) writes sums + 4 bytes" in said
+        assert "unordered with it, thread 0 of block (0, 0, 0) reads it at" in said
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
