@@ -75,6 +75,11 @@ MINUTES := 1
 fuzz: setup  ## Random calls of all ops on all backends, for MINUTES=1, against an oracle in numpy
 	VENV=$(VENV) tools/fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
+SEEDS := 3
+CUDA_RACES = VITKERN_EMULATED_RACES="$$($(BIN)/python -m tests.emulated --races)" VITKERN_SEEDS=$(SEEDS) $(BIN)/python -m pytest
+races: setup  ## CUDA kernels, emulated: no two accesses race, SEEDS=3 schedules a call give the same bits
+	$(CUDA_RACES) -m "" tests/test_races.py tests/test_schedules.py $(PARALLEL) $(PYTEST_ARGS)
+
 # A sanitizer ends the process: what it has to say must not wait for the end of a test.
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
@@ -100,6 +105,7 @@ ci:  ## What has to pass before a merge, the tests last
 	$(MAKE) sanitize
 	$(MAKE) docs
 	$(MAKE) fuzz
+	$(MAKE) races
 	$(MAKE) test
 
 docs: .venv-docs/.docs  ## The site in build/site, in an environment of its own; whatever mkdocs warns of fails
@@ -128,7 +134,7 @@ help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench tables speed gpu check emulate fuzz sanitize lint typecheck ci docs setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench tables speed gpu check emulate fuzz races sanitize lint typecheck ci docs setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is

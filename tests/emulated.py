@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -32,15 +33,17 @@ def _tool(name: str) -> str | None:
     return str(beside_python) if beside_python.exists() else shutil.which(name)
 
 
-def build(sanitize: str = "") -> Path:
+def build(sanitize: str = "", races: bool = False) -> Path:
     """The up-to-date module's file. CMake knows what changed; nothing is compiled when nothing did."""
     import pybind11
 
-    folder = ROOT / "build" / ("emulator-sanitized" if sanitize else "emulator")
+    kind = "emulator-races" if races else "emulator-sanitized" if sanitize else "emulator"
+    folder = ROOT / "build" / kind
     defines = {
         "VITKERN_EMULATOR": "ON",
         "VITKERN_CUDA": "OFF",
         "VITKERN_SANITIZE": sanitize,
+        "VITKERN_RACES": "ON" if races else "OFF",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
@@ -51,10 +54,13 @@ def build(sanitize: str = "") -> Path:
     return next(folder.glob(f"_emulated*{importlib.machinery.EXTENSION_SUFFIXES[0]}"))
 
 
-def compile_program(name: str, folder: Path, sanitize: str = "") -> Path:
-    """An executable of tests/emulator/<name>."""
-    program = folder / (Path(name).stem + ("-sanitized" if sanitize else ""))
-    flags = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+def compile_program(
+    name: str | Path, folder: Path, sanitize: str = "", races: bool = False, flags: Sequence[str] = ()
+) -> Path:
+    """An executable of a file, of tests/emulator where no other folder is given; with the race detector or without."""
+    program = folder / (Path(name).stem + ("-sanitized" if sanitize else "-races" if races else ""))
+    flags = [*flags, *([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])]
+    flags += ["-DVITKERN_RACES"] if races else []
     flags += [
         "-std=c++17",
         "-O1",
@@ -64,7 +70,15 @@ def compile_program(name: str, folder: Path, sanitize: str = "") -> Path:
         "-DVITKERN_EMULATED",
         f"-I{ROOT / 'csrc'}",
     ]
-    _run(_tool("c++"), *flags, "-x", "c++", ROOT / "tests" / "emulator" / name, "-o", program)
+    source = ROOT / "tests" / "emulator" / name
+    if not races:
+        _run(_tool("c++"), *flags, "-x", "c++", source, "-o", program)
+        return program
+    # Instrumented alone, and linked without libtsan.
+    objects = program.with_suffix(".kernels.o"), program.with_suffix(".runtime.o")
+    _run(_tool("c++"), *flags, "-fsanitize=thread", "-x", "c++", "-c", source, "-o", objects[0])
+    _run(_tool("c++"), *flags, "-c", ROOT / "csrc" / "emulator" / "races.cpp", "-o", objects[1])
+    _run(_tool("c++"), "-fopenmp", *objects, "-ldl", "-o", program)
     return program
 
 
@@ -113,4 +127,4 @@ def sanitizer_environment() -> dict[str, str]:
 REASON = _reason()
 
 if __name__ == "__main__":
-    print(REASON or build(SANITIZERS if "--sanitize" in sys.argv else ""))
+    print(REASON or build(SANITIZERS if "--sanitize" in sys.argv else "", races="--races" in sys.argv))

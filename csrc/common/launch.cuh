@@ -150,7 +150,11 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
             void* stream, const Arguments&... arguments) {
 #ifdef VITKERN_EMULATED
   (void)stream;
-  emulator::launch(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
+  emulator::launch(name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                   [&]() VITKERN_UNSEEN {
+                     const emulator::races::Recording its_accesses(true);
+                     kernel(arguments...);
+                   });
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kSharedBytes) allow_most_shared_bytes(name, function);

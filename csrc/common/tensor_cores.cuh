@@ -61,6 +61,13 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool want
                : "memory");
 }
 
+// Makes a group of the caller's copies that are in none yet; waits for its groups but the last kPending.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Waits until the caller's copies have arrived. A barrier after it waits for those of the whole block.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

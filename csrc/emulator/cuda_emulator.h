@@ -2,19 +2,16 @@
 // Runs CUDA kernels on the CPU, for tests: g++ compiles the .cu file that nvcc compiles, unchanged.
 //
 // Each CUDA thread is a fiber: a stack of its own and a switch of a dozen instructions. A block lives
-// on one OS thread, which runs each fiber up to its next barrier or warp operation; blocks spread
-// over OpenMP threads.
+// on one OS thread, which runs each fiber up to its next barrier or warp operation; blocks have threads of OpenMP.
 // CUDA_EMU_ORDER=1 runs the threads of a block backwards: a result that differs depends on the order.
+// CUDA_EMU_SEED=n draws the next thread at random at each barrier and warp operation and, in a build with
+// VITKERN_RACES, before any access to memory (schedules); the same n gives the same schedule.
 //
 // Caught, with kernel and block named: barriers that part of a block never reaches, warp operations
-// whose lanes do not all come or whose mask lacks one, impossible launches; and under AddressSanitizer
-// and UBSan, overruns.
-// Not modelled: memory ordering inside a block, the order of atomics, speed.
+// whose lanes do not all come or whose mask lacks one, impossible launches; under AddressSanitizer
+// and UBSan, overruns; in a build with VITKERN_RACES, races (races.cpp).
+// docs/emulator.md has what is modelled and what is not.
 #pragma once
-
-#if !defined(__ELF__) || !(defined(__x86_64__) || defined(__aarch64__))
-#error "the CUDA emulator switches stacks in assembly, written for x86-64 and aarch64 with ELF only"
-#endif
 
 #include <math.h>  // the overloads of C++, in the global namespace
 
@@ -22,89 +19,20 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "emulator/cuda_types.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#else
-inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
-#endif
-
-// ---- The switch: saves what a call must preserve, exchanges stacks, returns on the other
-
-extern "C" void vitkern_switch_stack(void** saved, void* next);
-
-#if defined(__x86_64__)
-constexpr int kSavedWords = 8, kReturnWord = 6;  // the word above the return address aligns the stack
-asm(R"(
-  .text
-  .weak vitkern_switch_stack
-  .hidden vitkern_switch_stack
-  .type vitkern_switch_stack, %function
-vitkern_switch_stack:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-#else
-constexpr int kSavedWords = 20, kReturnWord = 11;
-asm(R"(
-  .text
-  .weak vitkern_switch_stack
-  .hidden vitkern_switch_stack
-  .type vitkern_switch_stack, %function
-vitkern_switch_stack:
-  sub sp, sp, #160
-  stp x19, x20, [sp]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-)");
-#endif
+#include "emulator/races.h"
+#include "emulator/stack_switch.h"
 
 namespace emulator {
 
-constexpr int kWarpLanes = 32;
 constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kCopyBytes = 16;  // of cp.async
 
 enum class Waits { kForNothing, kForBlock, kForWarp, kEnded };
 
@@ -116,6 +44,15 @@ struct Meeting {
   uint64_t value;
 };
 
+// 16 bytes on their way to shared memory; zeros where `from` is null.
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+  const void* caller;
+  races::Clock before;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* top = nullptr;
@@ -124,6 +61,9 @@ struct Fiber {
   uint3 thread{};
   Waits waits = Waits::kForNothing;
   Meeting meeting{};
+  Site site;  // of the last barrier
+  std::vector<Copy> copies;
+  int groups = 0;  // of copies that were committed
 };
 
 // The block that this OS thread runs. Fibers are kept for later blocks: a stack that AddressSanitizer has
@@ -149,43 +89,33 @@ class Block {
     all_hold_ = true;
     waiting_.assign((threads_ + kWarpLanes - 1) / kWarpLanes, 0);
     while (static_cast<int>(fibers_.size()) < threads_) add_fiber();
+    std::fill(counts_, std::end(counts_), 0);
+    counts_[static_cast<int>(Waits::kForNothing)] = threads_;
     for (int i = 0; i < threads_; ++i) {
       const unsigned t = i;
       fibers_[i]->thread = {t % block.x, t / block.x % block.y, t / (block.x * block.y)};
       fibers_[i]->waits = Waits::kForNothing;
     }
-    const char* order = std::getenv("CUDA_EMU_ORDER");
-    const bool backwards = order && *order == '1';
+    choose_schedule();
+    races::block_begins(block_index, threads_, dynamic_shared.data(), shared_bytes);
     while (count(Waits::kEnded) < threads_) {
-      bool progress = false;
-      for (int i = 0; i < threads_; ++i) {
-        Fiber& next = *fibers_[backwards ? threads_ - 1 - i : i];
-        if (next.waits != Waits::kForNothing) continue;
-        resume(next);
-        progress = true;
-      }
-      if (count(Waits::kForBlock) == threads_) {
-        held_ = std::exchange(all_hold_, true);
-        for (int i = 0; i < threads_; ++i) fibers_[i]->waits = Waits::kForNothing;
-      } else if (!progress) {
-        abandon("deadlock: of " + std::to_string(threads_) + " threads " +
-                std::to_string(count(Waits::kForBlock)) + " wait at __syncthreads, " +
-                std::to_string(count(Waits::kForWarp)) + " in a warp operation, " +
-                std::to_string(count(Waits::kEnded)) + " have ended");
-      }
+      if (count(Waits::kForNothing) == 0) release_block();
+      resume(next_fiber());
     }
   }
 
   // Whether the predicate holds for every thread of the block.
-  bool sync_threads(bool predicate = true) {
+  bool sync_threads(const Site& site, bool predicate = true) {
     all_hold_ &= predicate;
-    fiber->waits = Waits::kForBlock;
+    fiber->site = site;
+    set(*fiber, Waits::kForBlock);
     yield();
     return held_;
   }
 
   // An operation of the lanes of `mask`: waits for all of them; the last to come serves the others.
-  uint64_t meet(const char* operation, unsigned mask, uint64_t value, int source) {
+  uint64_t meet(const char* operation, unsigned mask, uint64_t value, int source,
+                const Site* barrier = nullptr) {
     Fiber& me = *fiber;
     const int lane = me.index % kWarpLanes, first = me.index - lane;
     const int lanes = std::min(kWarpLanes, threads_ - first);
@@ -196,7 +126,7 @@ class Block {
     if (source >= 0 && !in_mask(source))
       fail(std::string(operation) + " from lane " + std::to_string(source) + ", which takes no part");
     me.meeting = {operation, mask, source, value};
-    me.waits = Waits::kForWarp;
+    set(me, Waits::kForWarp);
 
     unsigned& waiting = waiting_[first / kWarpLanes];
     waiting |= 1u << lane;
@@ -219,12 +149,59 @@ class Block {
       if (!in_mask(i)) continue;
       Fiber& other = *fibers_[first + i];
       other.meeting.value = other.meeting.source < 0 ? bits : values[other.meeting.source];
-      other.waits = Waits::kForNothing;
+      set(other, Waits::kForNothing);
     }
+    if (barrier) races::warp_barrier(*barrier, first, mask);
+    may_switch();
     return me.meeting.value;
   }
 
+  // The caller's copies. They arrive when they are waited for, never before; until then the target is NaN.
+  void copy(void* to, const void* from, const void* caller) {
+    std::memset(to, 0xff, kCopyBytes);
+    fiber->copies.push_back({to, from, fiber->groups, caller, races::copy_begins()});
+  }
+  void wait_for_groups_before(int end) { arrive(*fiber, end); }
+
+  // Where a schedule is drawn at random, another thread may go on here.
+  void may_switch() {
+    if (seed_ == 0 || --until_switch_ > 0) return;
+    until_switch_ = 1 + static_cast<int>(random_() % (2u << seed_ % 7));
+    yield();
+  }
+
  private:
+  // Seeds differ in how often they switch, too.
+  void choose_schedule() {
+    const char *order = std::getenv("CUDA_EMU_ORDER"), *seed = std::getenv("CUDA_EMU_SEED");
+    step_ = order && *order == '1' ? threads_ - 1 : 1;
+    last_ = step_ == 1 ? threads_ - 1 : 0;
+    seed_ = seed ? static_cast<unsigned>(std::atoi(seed)) : 0;
+    random_.seed(seed_ + 2654435761u * (index.x + 7919 * index.y + 104729 * index.z));
+    until_switch_ = 1;
+  }
+
+  Fiber& next_fiber() {
+    if (seed_) last_ = static_cast<int>(random_() % threads_);
+    do last_ = (last_ + step_) % threads_;
+    while (fibers_[last_]->waits != Waits::kForNothing);
+    return *fibers_[last_];
+  }
+
+  // All wait: at one barrier, or for ever.
+  void release_block() {
+    if (count(Waits::kForBlock) < threads_)
+      abandon("deadlock: of " + std::to_string(threads_) + " threads " +
+              std::to_string(count(Waits::kForBlock)) + " wait at __syncthreads, " +
+              std::to_string(count(Waits::kForWarp)) + " in a warp operation, " +
+              std::to_string(count(Waits::kEnded)) + " have ended");
+    for (int i = 1; i < threads_; ++i)
+      if (fibers_[i]->site != fibers_[0]->site) abandon("threads wait at different barriers");
+    held_ = std::exchange(all_hold_, true);
+    for (int i = 0; i < threads_; ++i) set(*fibers_[i], Waits::kForNothing);
+    races::block_barrier(fibers_[0]->site);
+  }
+
   void add_fiber() {
     fibers_.push_back(std::make_unique<Fiber>());
     Fiber& added = *fibers_.back();
@@ -241,13 +218,15 @@ class Block {
     __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_bottom_, &block.scheduler_bytes_);
     for (;;) {
       (*block.body_)();
-      block.fiber->waits = Waits::kEnded;
+      block.arrive(*block.fiber, block.fiber->groups + 1);
+      block.set(*block.fiber, Waits::kEnded);
       block.yield();
     }
   }
 
   void resume(Fiber& next) {
     fiber = &next;
+    races::thread_runs(next.index, next.stack.get(), kStackBytes);
     void* own_sanitizer_stack = nullptr;
     __sanitizer_start_switch_fiber(&own_sanitizer_stack, next.stack.get(), kStackBytes);
     vitkern_switch_stack(&scheduler_top_, next.top);
@@ -277,14 +256,36 @@ class Block {
     throw std::runtime_error(message);
   }
 
-  int count(Waits state) const {
-    return static_cast<int>(std::count_if(fibers_.begin(), fibers_.begin() + threads_,
-                                          [&](const auto& one) { return one->waits == state; }));
+  void arrive(Fiber& fiber, int end) {
+    size_t arrived = 0;
+    for (; arrived < fiber.copies.size() && fiber.copies[arrived].group < end; ++arrived) {
+      const Copy& copy = fiber.copies[arrived];
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, kCopyBytes);
+      } else {
+        std::memset(copy.to, 0, kCopyBytes);
+      }
+      races::copy_arrives(copy.before, copy.to, copy.from, kCopyBytes, copy.caller);
+    }
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + arrived);
+  }
+
+  int count(Waits state) const { return counts_[static_cast<int>(state)]; }
+
+  void set(Fiber& fiber, Waits state) {
+    --counts_[static_cast<int>(fiber.waits)];
+    ++counts_[static_cast<int>(state)];
+    fiber.waits = state;
   }
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<unsigned> waiting_;  // for each warp, the lanes in a warp operation
   int threads_ = 0;
+  int counts_[4] = {};       // of fibers, by what they wait for
+  int last_ = 0, step_ = 1;  // the fiber that ran last, and the way to the next
+  unsigned seed_ = 0;        // 0: threads take turns
+  int until_switch_ = 1;
+  std::minstd_rand random_;
   bool all_hold_ = true, held_ = true;  // of the predicates at the barrier that fills, and at the last one
   const char* kernel_ = "";
   const std::function<void()>* body_ = nullptr;

@@ -14,12 +14,40 @@
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // a block stays on one OS thread
 
-#define threadIdx (::emulator::Block::current().fiber->thread)
-#define blockIdx (::emulator::Block::current().index)
-#define blockDim (::emulator::Block::current().block_dim)
-#define gridDim (::emulator::Block::current().grid_dim)
+#ifdef VITKERN_RACES
+#undef __forceinline__
+#define __forceinline__ inline __attribute__((always_inline))  // a report names the lines that led there
+#endif
+
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define blockDim (::emulator::block_extent())
+#define gridDim (::emulator::grid_extent())
 #define VITKERN_DYNAMIC_SHARED(TYPE, NAME) \
-  TYPE* NAME = reinterpret_cast<TYPE*>(::emulator::Block::current().dynamic_shared.data())
+  TYPE* NAME = reinterpret_cast<TYPE*>(::emulator::dynamic_shared(#NAME))
+
+namespace emulator {
+
+// Of the running thread.
+#ifdef VITKERN_RACES
+__attribute__((const)) uint3 thread_index();
+__attribute__((const)) uint3 block_index();
+__attribute__((const)) dim3 block_extent();
+__attribute__((const)) dim3 grid_extent();
+#else
+inline uint3 thread_index() { return Block::current().fiber->thread; }
+inline uint3 block_index() { return Block::current().index; }
+inline dim3 block_extent() { return Block::current().block_dim; }
+inline dim3 grid_extent() { return Block::current().grid_dim; }
+#endif
+
+inline void* dynamic_shared(const char* name) {
+  const races::Recording none(false);
+  races::names_dynamic_shared(name);
+  return Block::current().dynamic_shared.data();
+}
+
+}  // namespace emulator
 
 using std::fma;
 using std::max;
@@ -27,14 +55,20 @@ using std::min;
 
 // ---- Block and warp
 
-inline void __syncthreads() { emulator::Block::current().sync_threads(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  emulator::Block::current().meet("__syncwarp", mask, 0, -1);
+inline void __syncthreads(emulator::Site site = emulator::Site::here()) {
+  const emulator::races::Recording none(false);
+  emulator::Block::current().sync_threads(site);
 }
-inline int __syncthreads_and(int predicate) {
-  return emulator::Block::current().sync_threads(predicate != 0);
+inline int __syncthreads_and(int predicate, emulator::Site site = emulator::Site::here()) {
+  const emulator::races::Recording none(false);
+  return emulator::Block::current().sync_threads(site, predicate != 0);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Site site = emulator::Site::here()) {
+  const emulator::races::Recording none(false);
+  emulator::Block::current().meet("__syncwarp", mask, 0, -1, &site);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const emulator::races::Recording none(false);
   return static_cast<unsigned>(emulator::Block::current().meet("__ballot_sync", mask, predicate != 0, -1));
 }
 inline bool __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
@@ -45,6 +79,7 @@ namespace emulator {
 template <typename T, typename SourceOf>
 T shuffle(const char* operation, unsigned mask, T value, int width, const SourceOf& source_of) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
+  const races::Recording none(false);
   const int lane = Block::current().fiber->index % kWarpLanes, segment = lane / width * width;
   const int wanted = source_of(lane - segment);
   uint64_t bits = 0;
@@ -91,8 +126,11 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 namespace emulator {
 
 template <typename Bits, typename T, typename Sum>
-T atomic_update(T* address, const Sum& sum) {
+VITKERN_UNSEEN T atomic_update(T* address, const void* caller, const Sum& sum) {
   static_assert(sizeof(Bits) == sizeof(T));
+  const races::Recording none(false);
+  Block::current().may_switch();
+  races::sees(races::Access::kUpdate, address, sizeof(T), caller);
   Bits* word = reinterpret_cast<Bits*>(address);
   Bits before = __atomic_load_n(word, __ATOMIC_RELAXED), after;
   T value;
@@ -106,21 +144,25 @@ T atomic_update(T* address, const Sum& sum) {
 
 }  // namespace emulator
 
-inline int atomicAdd(int* address, int addend) {
-  return __atomic_fetch_add(address, addend, __ATOMIC_RELAXED);
+VITKERN_CALLED int atomicAdd(int* address, int addend) {
+  return emulator::atomic_update<uint32_t>(address, VITKERN_CALLER,
+                                           [=](int value) { return value + addend; });
 }
-inline float atomicAdd(float* address, float addend) {
-  return emulator::atomic_update<uint32_t>(address, [=](float value) { return value + addend; });
+VITKERN_CALLED float atomicAdd(float* address, float addend) {
+  return emulator::atomic_update<uint32_t>(address, VITKERN_CALLER,
+                                           [=](float value) { return value + addend; });
 }
-inline double atomicAdd(double* address, double addend) {
-  return emulator::atomic_update<uint64_t>(address, [=](double value) { return value + addend; });
+VITKERN_CALLED double atomicAdd(double* address, double addend) {
+  return emulator::atomic_update<uint64_t>(address, VITKERN_CALLER,
+                                           [=](double value) { return value + addend; });
 }
-inline __half atomicAdd(__half* address, __half addend) {
-  return emulator::atomic_update<uint16_t>(
-      address, [=](__half value) { return __float2half_rn(__half2float(value) + __half2float(addend)); });
+VITKERN_CALLED __half atomicAdd(__half* address, __half addend) {
+  return emulator::atomic_update<uint16_t>(address, VITKERN_CALLER, [=](__half value) {
+    return __float2half_rn(__half2float(value) + __half2float(addend));
+  });
 }
-inline __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 addend) {
-  return emulator::atomic_update<uint16_t>(address, [=](__nv_bfloat16 value) {
+VITKERN_CALLED __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 addend) {
+  return emulator::atomic_update<uint16_t>(address, VITKERN_CALLER, [=](__nv_bfloat16 value) {
     return __float2bfloat16_rn(__bfloat162float(value) + __bfloat162float(addend));
   });
 }
@@ -129,8 +171,9 @@ inline __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 addend) {
 
 namespace emulator {
 
-// The blocks of a grid, spread over OpenMP threads. The first failure is thrown.
-inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+// The blocks of a grid, spread over OpenMP threads; where races are looked for, one after the other, in an order
+// that a seed draws. The first failure is thrown.
+inline void launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t shared_bytes,
                    const std::function<void()>& body) {
   const int64_t threads = int64_t{block.x} * block.y * block.z, blocks = int64_t{grid.x} * grid.y * grid.z;
   if (threads < 1 || threads > 1024 || blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 ||
@@ -138,8 +181,7 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_byte
     throw std::runtime_error(std::string("emulated kernel ") + kernel + ": impossible launch configuration");
   std::exception_ptr error;
   std::mutex error_guard;
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t i = 0; i < blocks; ++i) {
+  const auto run = [&](int64_t i) {
     const uint3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                       static_cast<unsigned>(i / grid.x / grid.y)};
     try {
@@ -148,8 +190,18 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_byte
       const std::lock_guard<std::mutex> lock(error_guard);
       if (!error) error = std::current_exception();
     }
-  }
+  };
+#ifdef VITKERN_RACES
+  const std::lock_guard<std::mutex> one_launch(races::one_launch());
+  races::launch_begins(kernel, function, blocks);
+  for (const int64_t i : races::order_of_blocks(blocks)) run(i);
+#else
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t i = 0; i < blocks; ++i) run(i);
+#endif
+  const std::string found = races::launch_ends();
   if (error) std::rethrow_exception(error);
+  if (!found.empty()) throw std::runtime_error(found);
 }
 
 }  // namespace emulator

@@ -30,30 +30,24 @@ float half_of(uint32_t pair, int which) {
   return widened(T{static_cast<uint16_t>(pair >> 16 * which)});
 }
 
-// 16 bytes on their way to shared memory; zeros where `from` is null.
-struct Copy {
-  void* to;
-  const void* from;
-};
-
-// The caller's copies. They arrive when they are waited for, never before.
-inline std::vector<Copy>& copies() {
-  static thread_local std::array<std::vector<Copy>, 1024> of_thread;
-  return of_thread[Block::current().fiber->index];
-}
-
 }  // namespace emulator
 
 namespace vitkern {
 
 // ldmatrix.x4: lane l knows where row l % 8 of matrix l / 8 lies; all get two neighbours of each matrix.
 template <bool kTransposed>
-void load_matrices(uint32_t (&out)[4], const void* row) {
+VITKERN_CALLED void load_matrices(uint32_t (&out)[4], const void* row) {
+  const emulator::races::Recording none(false);
+  const void* caller = VITKERN_CALLER;
   const auto& rows = emulator::lay_down("ldmatrix", static_cast<const uint16_t*>(row));
   const int lane = threadIdx.x % emulator::kWarpLanes;
   for (int i = 0; i < 4; ++i) {
     const int first = lane % 4 * 2, other = lane / 4;
-    const auto at = [&](int r, int c) { return uint32_t{rows[8 * i + r][c]}; };
+    const auto at = [&](int r, int c) {
+      const uint16_t* number = rows[8 * i + r] + c;
+      emulator::races::sees(emulator::races::Access::kRead, number, sizeof *number, caller);
+      return uint32_t{*number};
+    };
     out[i] = kTransposed ? at(first, other) | at(first + 1, other) << 16
                          : at(other, first) | at(other, first + 1) << 16;
   }
@@ -67,6 +61,7 @@ struct EmulatedOperands {
 // mma.m16n8k16 with sums in float.
 template <typename T>
 void multiply_add_tile(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const emulator::races::Recording none(false);
   const auto& held = emulator::lay_down("mma", EmulatedOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const int lane = threadIdx.x % emulator::kWarpLanes;
   for (int i = 0; i < 4; ++i) {
@@ -81,20 +76,29 @@ void multiply_add_tile(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, ui
   emulator::all_have_read("mma");
 }
 
-// cp.async of 16 bytes, and cp.async.wait_all.
-inline void copy_async(void* to, const void* from, bool wanted) {
-  emulator::copies().push_back({to, wanted ? from : nullptr});
+// cp.async of 16 bytes, its groups, and cp.async.wait_all.
+VITKERN_CALLED void copy_async(void* to, const void* from, bool wanted) {
+  const emulator::races::Recording none(false);
+  emulator::Block::current().may_switch();
+  emulator::Block::current().copy(to, wanted ? from : nullptr, VITKERN_CALLER);
+}
+
+inline void commit_copies() {
+  const emulator::races::Recording none(false);
+  ++emulator::Block::current().fiber->groups;
+}
+
+// Waits for the caller's groups but the last kPending.
+template <int kPending>
+void wait_for_groups() {
+  const emulator::races::Recording none(false);
+  emulator::Block& block = emulator::Block::current();
+  block.wait_for_groups_before(block.fiber->groups - kPending);
 }
 
 inline void wait_for_copies() {
-  for (const emulator::Copy& copy : emulator::copies()) {
-    if (copy.from) {
-      std::memcpy(copy.to, copy.from, 16);
-    } else {
-      std::memset(copy.to, 0, 16);
-    }
-  }
-  emulator::copies().clear();
+  commit_copies();
+  wait_for_groups<0>();
 }
 
 }  // namespace vitkern

@@ -43,12 +43,13 @@ void print_product(const char* name) {
   std::printf("\n");
 }
 
-// What shared memory holds before and after the wait: a copy may arrive at any time between.
+// What shared memory holds before and after the wait: a copy may arrive at any time between, so it is not a number.
 __global__ void copies(const float* in, float* out) {
   alignas(16) __shared__ float target[8];
   target[threadIdx.x] = -1;
   __syncthreads();
   if (threadIdx.x < 2) copy_async(target + 4 * threadIdx.x, in, threadIdx.x == 0);
+  __syncthreads();
   out[threadIdx.x] = target[threadIdx.x];
   __syncthreads();
   wait_for_copies();
