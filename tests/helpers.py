@@ -8,10 +8,11 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +28,11 @@ from vitkern.ops import ms_deform_attn
 from vitkern.ops.op import Plan
 
 gradients = results  # by the name that tests use: [output, *gradient of each input]
+
+
+def of_cards(cards: Iterable[int], what: str) -> list:
+    """Parameters of a fixture that is dear: one worker of pytest-xdist does all tests of a card."""
+    return [pytest.param(card, marks=pytest.mark.xdist_group(f"{what} for sm_{card}")) for card in cards]
 
 
 def image(height: int = 64, width: int = 64, batch: int = 2) -> Tensor:

@@ -146,6 +146,10 @@ TRITON = (
 )
 
 
+def several(mutations: Mutation | Sequence[Mutation]) -> Sequence[Mutation]:
+    return [mutations] if isinstance(mutations, Mutation) else mutations
+
+
 def planted(mutations: Sequence[Mutation], source: Path, copy: Path) -> None:
     shutil.copytree(source, copy)
     for mutation in mutations:
@@ -202,27 +206,40 @@ def compile_object(folder: Path, csrc: Path, op: str, file: str, *defines: str) 
     return target
 
 
-@pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
-def test_emulated_cuda(tmp_path):
-    """The objects of the ops are compiled anew and linked with the others."""
+def stems(mutations: Sequence[Mutation]) -> list[str]:
+    """The folders of csrc/ that mutations are in. Those of what all ops share are compiled as the ops' own."""
+    return sorted({mutation.op.removesuffix("_fused") for mutation in mutations})
+
+
+def emulated_mutant(mutations: Mutation | Sequence[Mutation], tmp_path: Path) -> Path:
+    """The objects of their ops are compiled anew and linked with the others."""
     objects = Path(emulated.module().__file__).parent / "CMakeFiles" / "_emulated.dir"
     if not objects.is_dir():
         pytest.skip("the emulated kernels were built elsewhere, without their objects")
-    planted(CUDA, ROOT / "csrc", tmp_path / "csrc")
+    mutations = several(mutations)
+    planted(mutations, ROOT / "csrc", tmp_path / "csrc")
     defines = ("-DVITKERN_EMULATED", "-DVITKERN_WITH_CUDA")
-    fresh = [compile_object(tmp_path, tmp_path / "csrc", op, "cuda.cu", *defines) for op in wide.OPS]
-    of_ops = tuple(f"csrc_{op}_cuda" for op in wide.OPS)
-    others = [file for file in objects.rglob("*.o") if not file.name.startswith(of_ops)]
+    names = stems(mutations)
+    fresh = [compile_object(tmp_path, tmp_path / "csrc", stem, "cuda.cu", *defines) for stem in names]
+    replaced = tuple(f"csrc_{stem}_cuda" for stem in names)
+    others = [file for file in objects.rglob("*.o") if not file.name.startswith(replaced)]
     library = tmp_path / "_emulated.so"
     wide.run("c++", "-shared", "-fopenmp", *fresh, *others, "-o", library)
+    return library
+
+
+@pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
+def test_emulated_cuda(tmp_path):
+    library = emulated_mutant(CUDA, tmp_path)
     assert_found_apart(CUDA, "cuda-emulated", "-m", "vitkern", VITKERN_EMULATED=str(library))
 
 
-def cpu_mutant(folder: Path) -> Path:
-    """The bindings as they are over the mutants of all ops."""
+@pytest.fixture(scope="module")
+def cpu_objects(tmp_path_factory) -> Path:
+    """What mutants of the CPU kernels share: the bindings, and each op as it is, once it is asked for."""
     import pybind11
 
-    planted(CPU, ROOT / "csrc", folder / "csrc")
+    folder = tmp_path_factory.mktemp("cpu")
     includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags = ["-std=c++17", "-O0", "-fPIC", "-pthread", "-Wno-psabi", "-fvisibility=hidden"]
     defines = [f'-DVITKERN_{name}=""' for name in ("VERSION", "COMPILER", "CUDA_REASON")]
@@ -230,22 +247,37 @@ def cpu_mutant(folder: Path) -> Path:
     sources = [source for source in wide.SOURCES if source.name != "cpu.cpp"]
     for source in sources:
         wide.run("c++", *flags, *defines, *includes, "-c", source, "-o", folder / f"{source.stem}.o")
+    return folder
+
+
+def cpu_mutant(mutations: Mutation | Sequence[Mutation], cpu_objects: Path, tmp_path: Path) -> Path:
+    mutations = several(mutations)
+    planted(mutations, ROOT / "csrc", tmp_path / "csrc")
+    objects = [file for file in cpu_objects.glob("*.o") if file.stem not in wide.OPS]
     for stem in wide.OPS:
-        compile_object(folder, folder / "csrc", stem, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
-    library = folder / "_mutant.so"
-    wide.run("c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", library)
+        folder, csrc = (
+            (tmp_path, tmp_path / "csrc") if stem in stems(mutations) else (cpu_objects, ROOT / "csrc")
+        )
+        if not (folder / f"{stem}.o").exists():
+            compile_object(folder, csrc, stem, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
+        objects.append(folder / f"{stem}.o")
+    library = tmp_path / "_mutant.so"
+    wide.run("c++", "-shared", "-pthread", *objects, "-o", library)
     return library
 
 
 @pytest.mark.skipif(wide.REASON is not None or sys.platform != "linux", reason=wide.REASON or "for Linux")
-def test_cpu(tmp_path):
-    library = cpu_mutant(tmp_path)
+def test_cpu(cpu_objects, tmp_path):
+    library = cpu_mutant(CPU, cpu_objects, tmp_path)
     assert_found_apart(CPU, "cpu-baseline", "-c", WITH_KERNELS, "vitkern.cli", library)
 
 
-def plant_in_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = "mutants"
-    planted(TRITON, Path(triton_kernels.__file__).parent, tmp_path / package)
+def plant_in_triton(
+    mutations: Mutation | Sequence[Mutation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutations = several(mutations)
+    package = f"mutant_{'_'.join(mutation.op for mutation in mutations)}"
+    planted(mutations, Path(triton_kernels.__file__).parent, tmp_path / package)
     for file in (tmp_path / package).glob("*.py"):
         file.write_text(file.read_text().replace("vitkern.triton_kernels", package))
     monkeypatch.syspath_prepend(tmp_path)
@@ -257,6 +289,6 @@ def plant_in_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interpreted_triton(tmp_path, monkeypatch, capsys):
     pytest.importorskip("triton")
-    plant_in_triton(tmp_path, monkeypatch)
+    plant_in_triton(TRITON, tmp_path, monkeypatch)
     status = main(arguments_of("triton-interpreted"))
     assert_named(TRITON, "triton-interpreted", status, capsys.readouterr().out)

@@ -52,7 +52,7 @@ class Citizen:
         return (*(tensor.requires_grad_(requires_grad) for tensor in inputs), *self.problem.tables)
 
     def call(self, *tensors, backend=None) -> Tensor:
-        count = len(self.differentiable)
+        count = len(tensors) - len(self.problem.tables)
         return self.problem.call(*tensors[:count], backend=backend, tables=tensors[count:])
 
 

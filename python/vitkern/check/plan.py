@@ -119,6 +119,8 @@ def _passed_over(op: Op, case: str, dtype: str, kind: str, route: Route, request
         return None
     if route.tiny and kind != "oracle" and case != op.again[0]:
         return "an interpreter runs one of them"
+    if route.tiny and op.anchor == "gather" and dtype != "fp32" and case not in op.again:
+        return "an interpreter runs them in fp32 only"
     if case in op.quick:
         return None
     setting = op.settings[case]
