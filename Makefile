@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two workers must not build the emulated kernels at once.
 PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" $(BIN)/python -m pytest
-PARALLEL := --numprocesses auto --maxprocesses 4 -p no:benchmark
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup -p no:benchmark
 PYTHON_FILES := python triton_kernels tests tools benchmarks examples
 
 .DELETE_ON_ERROR:
@@ -80,15 +80,14 @@ CUDA_RACES = VITKERN_EMULATED_RACES="$$($(BIN)/python -m tests.emulated --races)
 races: setup  ## CUDA kernels, emulated: no two accesses race, SEEDS=3 schedules a call give the same bits
 	$(CUDA_RACES) -m "" tests/test_races.py tests/test_schedules.py $(PARALLEL) $(PYTEST_ARGS)
 
-# A sanitizer ends the process: what it has to say must not wait for the end of a test.
+# A sanitizer ends the process: what it has to say must not wait for the end of a test. What only calls the same kernels
+# again, or code that is not sanitized, is left out; and test_cuda_emulated.py has the attention of the emulated kernels.
+NOT_SANITIZED := reference or triton or wide or gradcheck or repeat or test_any or ordered or cuda-emulated-ms_deform
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
 	  -m "not alone and not slow" tests/test_cpu_kernels.py tests/test_cpu_kernels_fused.py \
-	  tests/test_cuda_emulated.py tests/test_architecture.py $(PYTEST_ARGS)
-	tools/sanitized -m pytest --capture=no tests/test_ms_deform_attn.py -k "cpu-baseline or cpu-avx" $(PYTEST_ARGS)
-	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
-	  tests/test_adapter_bottleneck.py tests/test_token_pool.py tests/test_token_project.py \
-	  -k "cpu-baseline or cpu-avx or cuda-emulated" $(PYTEST_ARGS)
+	  tests/test_cuda_emulated.py tests/test_contract.py tests/test_architecture.py \
+	  -k "not ($(NOT_SANITIZED))" $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements  ## Style of Python and C++, and what is wrong with workflows
 	$(BIN)/ruff check

@@ -15,8 +15,8 @@ from torch import Tensor
 import vitkern
 from benchmarks.harness import arguments, machine
 from vitkern.bench.measure import forward_backward, interleaved
-from vitkern.bench.workloads import near_fused_inputs
 from vitkern.cases import ATTENTION_CASES, MsDeformAttnCase, locations_of
+from vitkern.cases.attention_ops import near_fused_inputs
 
 NAMES = ("detr-encoder", "detr-decoder", "injector-B512", "extractor-B512", "rtdetr-decoder", "m2f-512")
 

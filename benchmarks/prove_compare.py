@@ -19,7 +19,7 @@ import vitkern
 from vitkern import _C, triton_kernels
 from vitkern.bench.live import compare_builds
 from vitkern.bench.plan import Request
-from vitkern.bench.workloads import OPS
+from vitkern.cases.ops import OPS
 
 # 20 rows of each half.
 CASES = ("injector-T512", "adaptformer-video", "vt-3136")

@@ -14,7 +14,7 @@ import pytest
 from vitkern.bench.plan import Request, Subject, plan
 from vitkern.bench.run import Check, call, check, checked_row
 from vitkern.bench.store import key, short
-from vitkern.bench.workloads import Work
+from vitkern.cases.record import Problem
 from vitkern.commands.choices import dtype_name
 
 ROWS = [
@@ -31,8 +31,8 @@ ROWS = [
 
 
 @functools.lru_cache(maxsize=1)  # rows of a subject follow one another
-def checked(subject: Subject) -> tuple[Work, dict[str, Check]]:
-    work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+def checked(subject: Subject) -> tuple[Problem, dict[str, Check]]:
+    work = subject.op.workload(subject.case, subject.dtype, subject.device.type)
     return work, check(subject, work)
 
 

@@ -4,24 +4,36 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.parity.weights import seeded
-from vitkern.cases import results as gradients
+from vitkern.cases import Case, results
+from vitkern.cases.ops import OPS
+from vitkern.cases.record import Setting, as_it_is
 from vitkern.check import compare
+from vitkern.check.examine import Expected, Outcome
+from vitkern.check.examine import compare as compare_results
 from vitkern.check.examine import deterministic as reproducible
 from vitkern.ops import ms_deform_attn
 from vitkern.ops.ms_deform_attn_checks import Fused, Plain
-from vitkern.ops.plain import in_its_own_dtype
 from vitkern.ops.plan import Plan
+
+gradients = results  # by the name that tests use: [output, *gradient of each input]
+
+
+def of_cards(cards: Iterable[int], what: str) -> list:
+    """Parameters of a fixture that is dear: one worker of pytest-xdist does all tests of a card."""
+    return [pytest.param(card, marks=pytest.mark.xdist_group(f"{what} for sm_{card}")) for card in cards]
 
 
 def image(height: int = 64, width: int = 64, batch: int = 2) -> Tensor:
@@ -83,33 +95,25 @@ def assert_as_exact_as(
     assert verdict.complaint is None, f"{what} {verdict.complaint}"
 
 
-def assert_gradient_not_missing(actual: Tensor, oracle: Tensor, *, what: str) -> None:
-    """No zero where the oracle has a gradient: an absolute tolerance would let a forgotten small one pass."""
-    missing = compare.missing(actual, oracle, oracle)
-    assert missing == 0, f"{what}: {missing} gradients are missing"
-
-
-def assert_matches_oracle(
-    ours: Callable[..., Tensor],
-    oracle: Callable[..., Tensor],
-    tensors: tuple[Tensor, ...],
-    names: tuple[str, ...],
-    summed: dict[str, float] | None = None,
+def assert_right(
+    op: str,
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str = "cpu",
+    device: str = "cpu",
+    seed: int = 0,
+    layout: Callable[[Tensor], Tensor] = as_it_is,
+    **options,
 ) -> None:
-    """Output and each gradient of `ours` against float64, in units of plain torch's own error.
-
-    `summed` names results that are a single long sum, with the sum of its terms' magnitudes: plain torch's error in one
-    number is a matter of luck, so some roundings of the terms are granted besides.
-    """
-    grad_output = torch.randn_like(oracle(*(t.double() for t in tensors))).to(tensors[0].dtype)
+    """Output and each gradient of an op on any case, by the rules of `vitkern check`."""
+    setting = Setting(case.name, case, options=options, layout=layout)
+    known = Expected.by_reference(OPS[op], setting, dtype, seed, device)
     with guarded_memory():
-        actual = gradients(ours, tensors, grad_output)
-    plain = gradients(in_its_own_dtype(oracle), tensors, grad_output)
-    exact = gradients(oracle, tuple(t.double() for t in tensors), grad_output.double())
-    for name, a, p, e in zip(names, actual, plain, exact):
-        terms = (summed or {}).get(name, 0.0)
-        assert_as_exact_as(a, p, e, what=name, granted=terms * torch.finfo(torch.float32).eps)
-        assert_gradient_not_missing(a, e, what=name)
+        actual = known.results(functools.partial(known.problem.call, backend=backend))
+    outcome = Outcome(None)
+    compare_results(known, actual, outcome, compare.TIMES)
+    assert outcome.failures == []
 
 
 @contextlib.contextmanager

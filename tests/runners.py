@@ -27,8 +27,10 @@ class Runner(Route):
 
     @property
     def marks(self) -> tuple[pytest.MarkDecorator, ...]:
-        gpu = (pytest.mark.gpu,) if self.device == "cuda" else ()
-        return (*gpu, pytest.mark.skip(reason=self.reason)) if self.reason else gpu
+        marks = (pytest.mark.gpu,) if self.device == "cuda" else ()
+        if self.name == "cpu-wide":  # one worker builds it
+            marks += (pytest.mark.xdist_group("wide"),)
+        return (*marks, pytest.mark.skip(reason=self.reason)) if self.reason else marks
 
 
 def _emulator():
@@ -50,7 +52,9 @@ _BUILT = [
     Runner("cuda-emulated", "cuda", "cpu", emulated.REASON, _emulator, slow=True),
     Runner("cpu-wide", "cpu", "cpu", wide.REASON, _wide_vectors),
 ]
-_KERNELS = [route for route in all_routes(None) if route.backend != "reference"]
+_ROUTES = {route.name: route for route in all_routes(None)}
+REFERENCE = Runner(**vars(_ROUTES["reference"]))
+_KERNELS = [route for route in _ROUTES.values() if route.backend != "reference"]
 RUNNERS = [Runner(**vars(route)) for route in _KERNELS if route.name != "cuda-emulated"] + _BUILT
 
 # The emulated CUDA kernels with the ordered gather of grad_value in the place of atomics.

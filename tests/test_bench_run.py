@@ -9,8 +9,8 @@ import torch
 
 from vitkern.bench import ceilings, measure, run, schema, store
 from vitkern.bench.plan import Request, plan
-from vitkern.bench.workloads import OPS
 from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase
+from vitkern.cases.ops import OPS
 from vitkern.cli import main
 
 TINY = {
@@ -26,7 +26,7 @@ TINY = {
 def quick(monkeypatch):
     """The real thing on inputs that take no time, and a machine that is asked once."""
     for name, case in TINY.items():
-        small = replace(OPS[name], cases={"tiny": case}, usual=("tiny",), quick=("tiny",))
+        small = replace(OPS[name], cases={"tiny": case}, usual=("tiny",), brief=("tiny",))
         monkeypatch.setitem(OPS, name, small)
     monkeypatch.setitem(ceilings.COPIED, "cpu", [2**12, 2**14])
     monkeypatch.setitem(ceilings.PRODUCT, "cpu", 16)
@@ -98,19 +98,23 @@ def test_errors_are_those_of_what_the_pass_computes(tmp_path):
 def spoil_token_pool(monkeypatch, **functions) -> None:
     """Others in the place of those that compute it."""
     op = OPS["token_pool"]
-    spoilt = replace(op, make=lambda *arguments: replace(op.make(*arguments), **functions))
+    spoilt = replace(
+        op, make=lambda *arguments, **options: replace(op.make(*arguments, **options), **functions)
+    )
     monkeypatch.setitem(OPS, "token_pool", spoilt)
 
 
-def wrong_gradient(x: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.Tensor:
-    """The right output, and for `weight` a gradient of the wrong sign."""
+def wrong_gradient(x: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.Tensor:
+    """The right output, and for `weight` a gradient of the wrong sign, but of the formula."""
     right = torch.softmax(x @ weight.mT, 1).transpose(1, 2) @ x
+    if backend == "reference":
+        return right
     flipped = torch.softmax(x.detach() @ (2 * weight.detach() - weight).mT, 1).transpose(1, 2) @ x.detach()
     return right.detach() + (flipped - flipped.detach()) + 0 * right
 
 
 def test_what_is_wrong_gets_no_figures(tmp_path, capsys, monkeypatch):
-    spoil_token_pool(monkeypatch, vitkern=wrong_gradient)
+    spoil_token_pool(monkeypatch, call=wrong_gradient)
     path = tmp_path / "out.json"
     assert bench("run", "--op", "token_pool", "--dtype", "fp32", "--json", path) == 1
     rows = {(row["pass"], row["backend"]): row for row in store.read(path)["rows"]}
@@ -129,7 +133,7 @@ def test_what_raises_is_a_failure_of_its_own(tmp_path, monkeypatch):
     def raises(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("no such\nkernel")
 
-    spoil_token_pool(monkeypatch, torch=raises)
+    spoil_token_pool(monkeypatch, by_torch=raises)
     path = tmp_path / "out.json"
     assert bench("run", "--op", "token_pool", "--pass", "forward", "--dtype", "fp32", "--json", path) == 1
     by_backend = {row["backend"]: row for row in store.read(path)["rows"]}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sign turned round in a copy of each backward kernel: `vitkern check` fails and names op, backend and gradient."""
+"""A sign turned round in a copy of each backward kernel: `vitkern check` fails and names op, backend and gradient.
+
+The copies of a backend's kernels are compiled and checked together. That the judge sees errors is in test_judge.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +20,7 @@ import pytest
 
 from tests import emulated, wide
 from vitkern import triton_kernels
+from vitkern.cases.ops import OPS
 from vitkern.cli import main
 from vitkern.ops import op
 
@@ -33,16 +38,8 @@ class Mutation:
     gradients: tuple[str, ...]  # that must be named; of token_pool's delta, weight's is free by its eq. (9)
     case: str = "odd-channels"
 
-    @property
-    def name(self) -> str:
-        return f"{self.op}-{self.gradients[0]}"
 
-
-def mutations(*listed: Mutation):
-    return pytest.mark.parametrize("mutation", listed, ids=lambda mutation: mutation.name)
-
-
-CUDA = mutations(
+CUDA = (
     Mutation(
         "ms_deform_attn",
         "ms_deform_attn/backward.cuh",
@@ -83,13 +80,20 @@ CUDA = mutations(
         "token_project", "token_project/backward.cuh", "(h[t] - mean)", "(h[t] + mean)", ("query", "key")
     ),
 )
-CPU = mutations(
+CPU = (
     Mutation(
         "ms_deform_attn",
         "ms_deform_attn/cpu_scatter.h",
         "top * (dot[1] - dot[0])",
         "top * (dot[1] + dot[0])",
         ("locations",),
+    ),
+    Mutation(
+        "ms_deform_attn_fused",
+        "ms_deform_attn/cpu_fused.h",
+        "(load<Acc, N>(grads + i) - load<Acc, N>(fusion.scale + i))",
+        "(load<Acc, N>(grads + i) + load<Acc, N>(fusion.scale + i))",
+        ("logits",),
     ),
     Mutation(
         "adapter_bottleneck",
@@ -114,7 +118,7 @@ CPU = mutations(
         ("query", "key"),
     ),
 )
-TRITON = mutations(
+TRITON = (
     Mutation(
         "ms_deform_attn",
         "ms_deform_attn.py",
@@ -142,15 +146,20 @@ TRITON = mutations(
 )
 
 
-def mutated(source: Path, copy: Path, mutation: Mutation) -> None:
+def several(mutations: Mutation | Sequence[Mutation]) -> Sequence[Mutation]:
+    return [mutations] if isinstance(mutations, Mutation) else mutations
+
+
+def planted(mutations: Sequence[Mutation], source: Path, copy: Path) -> None:
     shutil.copytree(source, copy)
-    file = copy / mutation.file
-    text = file.read_text()
-    assert text.count(mutation.right) >= 1, f"{mutation.file} has changed: no {mutation.right}"
-    file.write_text(text.replace(mutation.right, mutation.wrong))
+    for mutation in mutations:
+        file = copy / mutation.file
+        text = file.read_text()
+        assert text.count(mutation.right) >= 1, f"{mutation.file} has changed: no {mutation.right}"
+        file.write_text(text.replace(mutation.right, mutation.wrong))
 
 
-# Libraries that have a name in common share what C++ has once in a process, so each mutant gets a process. Arguments: a
+# Libraries that have a name in common share what C++ has once in a process, so mutants get a process. Arguments: a
 # module with a main, the library, and main's own.
 WITH_KERNELS = """
 import importlib.util, sys
@@ -164,25 +173,27 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def arguments_of(mutation: Mutation, backend: str) -> list[str]:
-    arguments = ["--op", mutation.op, "--backend", backend, "--dtype", "fp32", "--case", mutation.case]
-    return ["check", *arguments, "--kind", "oracle", "--device", "cpu"]
+def arguments_of(backend: str) -> list[str]:
+    arguments = ["--backend", backend, "--dtype", "fp32", "--case", "odd-channels"]
+    return ["check", *arguments, "--case", "gelu", "--case", "silu", "--kind", "oracle", "--device", "cpu"]
 
 
-def assert_named(mutation: Mutation, backend: str, status: int, said: str) -> None:
+def assert_named(mutations: Sequence[Mutation], backend: str, status: int, said: str) -> None:
     assert status == 1, said
-    for name in mutation.gradients:
-        start = (
-            f"FAILED {mutation.op} on {backend} in fp32, oracle of case {mutation.case}: gradient of {name} "
-        )
-        assert start in said, said
+    for mutation in mutations:
+        where = f"FAILED {mutation.op} on {backend} in fp32, oracle of case {mutation.case}: "
+        for name in mutation.gradients:
+            assert f"{where}gradient of {name} " in said, said
+    assert {mutation.op for mutation in mutations} == set(OPS)
     assert ": output " not in said
 
 
-def assert_found_apart(mutation: Mutation, backend: str, *interpreter: object, **environment: str) -> None:
-    command = [sys.executable, *map(str, interpreter), *arguments_of(mutation, backend)]
+def assert_found_apart(
+    mutations: Sequence[Mutation], backend: str, *interpreter: object, **environment: str
+) -> None:
+    command = [sys.executable, *map(str, interpreter), *arguments_of(backend)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert_named(mutation, backend, done.returncode, done.stdout + done.stderr)
+    assert_named(mutations, backend, done.returncode, done.stdout + done.stderr)
 
 
 def compile_object(folder: Path, csrc: Path, op: str, file: str, *defines: str) -> Path:
@@ -195,31 +206,37 @@ def compile_object(folder: Path, csrc: Path, op: str, file: str, *defines: str) 
     return target
 
 
-def emulated_mutant(mutation: Mutation, tmp_path: Path) -> Path:
-    """The object of one op is compiled anew and linked with those of the others."""
+def stems(mutations: Sequence[Mutation]) -> list[str]:
+    """The folders of csrc/ that mutations are in. Those of what all ops share are compiled as the ops' own."""
+    return sorted({mutation.op.removesuffix("_fused") for mutation in mutations})
+
+
+def emulated_mutant(mutations: Mutation | Sequence[Mutation], tmp_path: Path) -> Path:
+    """The objects of their ops are compiled anew and linked with the others."""
     objects = Path(emulated.module().__file__).parent / "CMakeFiles" / "_emulated.dir"
     if not objects.is_dir():
         pytest.skip("the emulated kernels were built elsewhere, without their objects")
-    stem = mutation.op.removesuffix("_fused")
-    mutated(ROOT / "csrc", tmp_path / "csrc", mutation)
+    mutations = several(mutations)
+    planted(mutations, ROOT / "csrc", tmp_path / "csrc")
     defines = ("-DVITKERN_EMULATED", "-DVITKERN_WITH_CUDA")
-    fresh = compile_object(tmp_path, tmp_path / "csrc", stem, "cuda.cu", *defines)
-    others = [file for file in objects.rglob("*.o") if f"csrc_{stem}_cuda" not in file.name]
+    names = stems(mutations)
+    fresh = [compile_object(tmp_path, tmp_path / "csrc", stem, "cuda.cu", *defines) for stem in names]
+    replaced = tuple(f"csrc_{stem}_cuda" for stem in names)
+    others = [file for file in objects.rglob("*.o") if not file.name.startswith(replaced)]
     library = tmp_path / "_emulated.so"
-    wide.run("c++", "-shared", "-fopenmp", fresh, *others, "-o", library)
+    wide.run("c++", "-shared", "-fopenmp", *fresh, *others, "-o", library)
     return library
 
 
-@CUDA
 @pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
-def test_emulated_cuda(mutation, tmp_path):
-    library = emulated_mutant(mutation, tmp_path)
-    assert_found_apart(mutation, "cuda-emulated", "-m", "vitkern", VITKERN_EMULATED=str(library))
+def test_emulated_cuda(tmp_path):
+    library = emulated_mutant(CUDA, tmp_path)
+    assert_found_apart(CUDA, "cuda-emulated", "-m", "vitkern", VITKERN_EMULATED=str(library))
 
 
 @pytest.fixture(scope="module")
 def cpu_objects(tmp_path_factory) -> Path:
-    """What all mutants of the CPU kernels share: bindings, and each op as it is."""
+    """What mutants of the CPU kernels share: the bindings, and each op as it is, once it is asked for."""
     import pybind11
 
     folder = tmp_path_factory.mktemp("cpu")
@@ -230,31 +247,37 @@ def cpu_objects(tmp_path_factory) -> Path:
     sources = [source for source in wide.SOURCES if source.name != "cpu.cpp"]
     for source in sources:
         wide.run("c++", *flags, *defines, *includes, "-c", source, "-o", folder / f"{source.stem}.o")
-    for stem in wide.OPS:
-        compile_object(folder, ROOT / "csrc", stem, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
     return folder
 
 
-def cpu_mutant(mutation: Mutation, cpu_objects: Path, tmp_path: Path) -> Path:
-    stem = mutation.op.removesuffix("_fused")
-    mutated(ROOT / "csrc", tmp_path / "csrc", mutation)
-    fresh = compile_object(tmp_path, tmp_path / "csrc", stem, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
-    others = [file for file in cpu_objects.glob("*.o") if file.name != f"{stem}.o"]
+def cpu_mutant(mutations: Mutation | Sequence[Mutation], cpu_objects: Path, tmp_path: Path) -> Path:
+    mutations = several(mutations)
+    planted(mutations, ROOT / "csrc", tmp_path / "csrc")
+    objects = [file for file in cpu_objects.glob("*.o") if file.stem not in wide.OPS]
+    for stem in wide.OPS:
+        folder, csrc = (
+            (tmp_path, tmp_path / "csrc") if stem in stems(mutations) else (cpu_objects, ROOT / "csrc")
+        )
+        if not (folder / f"{stem}.o").exists():
+            compile_object(folder, csrc, stem, "cpu.cpp", "-DVITKERN_ISA=isa_baseline")
+        objects.append(folder / f"{stem}.o")
     library = tmp_path / "_mutant.so"
-    wide.run("c++", "-shared", "-pthread", fresh, *others, "-o", library)
+    wide.run("c++", "-shared", "-pthread", *objects, "-o", library)
     return library
 
 
-@CPU
 @pytest.mark.skipif(wide.REASON is not None or sys.platform != "linux", reason=wide.REASON or "for Linux")
-def test_cpu(mutation, cpu_objects, tmp_path):
-    library = cpu_mutant(mutation, cpu_objects, tmp_path)
-    assert_found_apart(mutation, "cpu-baseline", "-c", WITH_KERNELS, "vitkern.cli", library)
+def test_cpu(cpu_objects, tmp_path):
+    library = cpu_mutant(CPU, cpu_objects, tmp_path)
+    assert_found_apart(CPU, "cpu-baseline", "-c", WITH_KERNELS, "vitkern.cli", library)
 
 
-def plant_in_triton(mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = f"mutant_{mutation.op}"
-    mutated(Path(triton_kernels.__file__).parent, tmp_path / package, mutation)
+def plant_in_triton(
+    mutations: Mutation | Sequence[Mutation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutations = several(mutations)
+    package = f"mutant_{'_'.join(mutation.op for mutation in mutations)}"
+    planted(mutations, Path(triton_kernels.__file__).parent, tmp_path / package)
     for file in (tmp_path / package).glob("*.py"):
         file.write_text(file.read_text().replace("vitkern.triton_kernels", package))
     monkeypatch.syspath_prepend(tmp_path)
@@ -264,9 +287,8 @@ def plant_in_triton(mutation: Mutation, tmp_path: Path, monkeypatch: pytest.Monk
     op.forget_plans()
 
 
-@TRITON
-def test_interpreted_triton(mutation, tmp_path, monkeypatch, capsys):
+def test_interpreted_triton(tmp_path, monkeypatch, capsys):
     pytest.importorskip("triton")
-    plant_in_triton(mutation, tmp_path, monkeypatch)
-    status = main(arguments_of(mutation, "triton-interpreted"))
-    assert_named(mutation, "triton-interpreted", status, capsys.readouterr().out)
+    plant_in_triton(TRITON, tmp_path, monkeypatch)
+    status = main(arguments_of("triton-interpreted"))
+    assert_named(TRITON, "triton-interpreted", status, capsys.readouterr().out)

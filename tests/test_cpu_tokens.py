@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is the own of the CPU kernels on pixels and tokens: how they split pixels, which parts meet in a merge.
 
-What all backends promise is in tests/test_token_pool.py and tests/test_token_project.py.
+What all backends promise is in tests/test_contract.py.
 """
 
 from __future__ import annotations
@@ -10,17 +10,13 @@ import pytest
 import torch
 
 import vitkern
-from tests.helpers import assert_matches_oracle, gradients
+from tests.helpers import assert_right, gradients
 from tests.runners import RUNNERS
 from vitkern.cases import TokenCase
 
 OPS = {
     "token_pool": lambda *tensors, backend: vitkern.token_pool(*tensors, backend=backend),
     "token_project": lambda *tensors, backend: vitkern.token_project(*tensors, backend=backend),
-}
-NAMES = {
-    "token_pool": ("tokens", "grad_x", "grad_weight"),
-    "token_project": ("y", "grad_x", "grad_query", "grad_key", "grad_tokens"),
 }
 # Whole and broken blocks; an image in one part, in several, and in as many as there can be.
 SPLITS = {
@@ -59,12 +55,8 @@ def test_bits_do_not_depend_on_threads(isa, op, split, dtype):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_way_to_split_matches_the_oracle(isa, op, split):
-    tensors = make(op, SPLITS[split])
-    assert_matches_oracle(
-        lambda *inputs: OPS[op](*inputs, backend="cpu"),
-        lambda *inputs: OPS[op](*inputs, backend="reference"),
-        tensors,
-        NAMES[op],
+    assert_right(
+        op, TokenCase("split", "", *SPLITS[split]), **({"keys": 12} if op == "token_project" else {})
     )
 
 
@@ -79,7 +71,7 @@ def test_one_part_does_to_the_others_what_torch_does(isa, pixel, logit):
         gradients(lambda *inputs, to=backend: OPS["token_pool"](*inputs, backend=to), (x, weight))
         for backend in ("cpu", "reference")
     )
-    for name, a, p in zip(NAMES["token_pool"], ours, plain):
+    for name, a, p in zip(("tokens", "grad_x", "grad_weight"), ours, plain):
         assert torch.equal(a.isnan(), p.isnan()), name
     torch.testing.assert_close(ours[0], plain[0], equal_nan=True)
 

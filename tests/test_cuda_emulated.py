@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only the CUDA kernels of ms_deform_attn could get wrong, emulated: their dispatch, teams and addresses.
 
-The contract of all backends is in test_ms_deform_attn.py and test_ms_deform_attn_fused.py, which run the kernels here
-as well; test_cuda_ordered.py runs it once more without atomics.
+The contract of all backends is in test_contract.py, which runs the kernels here as well, with atomics and without.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -218,14 +212,3 @@ def test_filing_takes_images_of_more_than_32_bits_of_elements(tmp_path):
     tensors[0] = torch.from_file(str(tmp_path / "value"), shared=True, size=numbers).view(shape)
     assert tensors[0][0].numel() > 2**32
     assert torch.equal(small, cells(*tensors))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("VITKERN_EMULATED" in os.environ, reason="this is the sanitized run")
-def test_the_sanitizers_find_nothing():
-    chosen = "(branch and float32 and not 130) or any_number or alone or outside or infinite or out_of_value"
-    chosen += " or overlap or whole or filing or (extreme_locations and nan)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__), "-k", chosen]
-    environment = {**os.environ, **emulated.sanitizer_environment()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -36,6 +36,7 @@ def program(tmp_path_factory) -> Path:
     return compile_cpp("launching.cpp", tmp_path_factory.mktemp("launch") / "launching", *options)
 
 
+@pytest.mark.xdist_group("launch")  # one worker compiles the program
 @pytest.mark.parametrize(
     "scenario, told, contexts, current, launches, switches, limits_set",
     [

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.static import compilers, sass
 from benchmarks.static.figures import MULTIPROCESSORS, occupancy
+from tests.helpers import of_cards
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +24,7 @@ OP = "ms_deform_attn"
 LEVELS = 64  # bytes of the table that the launch asks for
 
 
-@pytest.fixture(scope="module", params=MULTIPROCESSORS, ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(scope="module", params=of_cards(MULTIPROCESSORS, "attention"), ids=lambda arch: f"sm_{arch}")
 def compiled(request, tmp_path_factory):
     source = compilers.ROOT / "csrc" / OP / "cuda.cu"
     kernels = compilers.compile_file(source, request.param, tmp_path_factory.mktemp(f"sm_{request.param}"))

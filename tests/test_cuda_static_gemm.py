@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.static import compilers, sass
 from benchmarks.static.figures import MULTIPROCESSORS
+from tests.helpers import of_cards
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,7 +20,7 @@ WITHOUT_PRODUCTS = ("add_parts", "adapter_bottleneck_grad_scale", "token_pool_me
 LOW = ("__half", "__nv_bfloat16")
 
 
-@pytest.fixture(scope="module", params=MULTIPROCESSORS, ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(scope="module", params=of_cards(MULTIPROCESSORS, "products"), ids=lambda arch: f"sm_{arch}")
 def kernels(request, tmp_path_factory):
     """By name, as in row_sums<float>; what several ops use comes once."""
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")

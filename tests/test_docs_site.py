@@ -23,6 +23,7 @@ PUBLIC = ("vitkern", "vitkern.nn", "vitkern.models", "vitkern.onnx")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("site"),
     pytest.mark.skipif(not MKDOCS.exists(), reason="no .venv-docs/bin/mkdocs: `make docs` makes it"),
 ]
 

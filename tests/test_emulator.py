@@ -12,7 +12,10 @@ import torch
 
 from tests import emulated
 
-pytestmark = pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON))
+pytestmark = [
+    pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON)),
+    pytest.mark.xdist_group("emulator"),  # one worker compiles its programs
+]
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ import torch
 import vitkern
 from tests.helpers import gradients
 from vitkern.bench.verify import complaint, errors_of, exact_results
-from vitkern.bench.workloads import OPS, Work
 from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES, make_inputs
+from vitkern.cases.ops import OPS
+from vitkern.cases.record import Problem
 from vitkern.check.examine import deterministic as deterministic_mode
 from vitkern.check.examine import examine
 from vitkern.check.plan import Request, plan
@@ -35,11 +36,11 @@ SHAPES = {
 SLEEP = 100_000_000  # cycles: what follows on another stream would run before this ends
 
 
-def make(op: str, device: str = "cuda") -> Work:
-    return OPS[op].make(SHAPES[op], torch.float32, device)
+def make(op: str, device: str = "cuda") -> Problem:
+    return OPS[op].workload(SHAPES[op], torch.float32, device)
 
 
-def leaves_of(work: Work) -> tuple[torch.Tensor, ...]:
+def leaves_of(work: Problem) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.detach().clone().requires_grad_() for tensor in work.inputs.values())
 
 

@@ -18,8 +18,8 @@ from vitkern.bench.ceilings import cost
 from vitkern.bench.plan import Subject
 from vitkern.bench.run import check
 from vitkern.bench.verify import complaint
-from vitkern.bench.workloads import OPS
 from vitkern.cases import MsDeformAttnCase
+from vitkern.cases.ops import OPS
 from vitkern.commands.errors import CommandError
 
 SMALL = TINY | {
@@ -30,8 +30,10 @@ SMALL = TINY | {
 
 def test_further_contenders_are_checked_like_backends():
     op = OPS["token_pool"]
-    work = op.make(TINY["token_pool"], torch.float32, "cpu")
-    work = replace(work, others={"same": work.torch, "twice": lambda *tensors: 2 * work.torch(*tensors)})
+    work = op.workload(TINY["token_pool"], torch.float32, "cpu")
+    work = replace(
+        work, others={"same": work.by_torch, "twice": lambda *tensors: 2 * work.by_torch(*tensors)}
+    )
     names = ("cpu", "same", "twice")
     subject = Subject(op, TINY["token_pool"], torch.float32, torch.device("cpu"), names, ("forward",), 1)
     checks = check(subject, work)
@@ -66,7 +68,9 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(contenders, "OTHER_PEERS", {})
 
     def functions(op, case, work, found):
-        return {name: (lambda *t: 2 * work.torch(*t)) if "wrong" in name else work.torch for name in found}
+        return {
+            name: (lambda *t: 2 * work.by_torch(*t)) if "wrong" in name else work.by_torch for name in found
+        }
 
     monkeypatch.setattr(contenders, "functions", functions)
     monkeypatch.setattr(
@@ -195,7 +199,7 @@ def test_after_an_error_of_the_card_the_guilty_one_is_left_out(small, tmp_path, 
         def breaks(*_):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        return {name: breaks if name == "wrong" else work.torch for name in found}
+        return {name: breaks if name == "wrong" else work.by_torch for name in found}
 
     monkeypatch.setattr(contenders, "functions", functions)
     path = tmp_path / "file.json"
@@ -302,7 +306,7 @@ def test_contenders_compute_the_same(monkeypatch):
     monkeypatch.setattr(contenders, "OTHER_PEERS", {"like ours": replace(OURS, name="like ours")})
     for op in bench.ALL_OPS.values():
         case = SMALL[op.name.removesuffix("_uniform")]
-        work = op.make(case, torch.float32, "cpu")
+        work = op.workload(case, torch.float32, "cpu")
         found, _ = contenders.names(op, "cpu")
         names = {"torch compiled", "vitkern compiled"}
         names |= {"like ours"} if "attn" in op.name else set()

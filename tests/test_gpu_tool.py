@@ -19,8 +19,8 @@ from benchmarks.gpu import __main__ as entry
 from benchmarks.gpu import common, correct, resume
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.common import DONE, FAILED, LEFT, REFUSED, ROOT, Budget
-from vitkern.bench.workloads import OPS
 from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES
+from vitkern.cases.ops import OPS
 from vitkern.check import plan as check_plan
 from vitkern.check import routes
 from vitkern.cli import make_parser

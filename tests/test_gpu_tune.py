@@ -14,7 +14,7 @@ from benchmarks.gpu.common import DONE, LEFT, Budget
 from tests.test_bench_run import TINY
 from vitkern.bench.plan import Subject
 from vitkern.bench.run import call
-from vitkern.bench.workloads import OPS
+from vitkern.cases.ops import OPS
 from vitkern.commands.errors import CommandError
 
 SOFTWARE = {what: {"version": "1"} for what in ("torch", "triton", "vitkern")}
@@ -41,7 +41,7 @@ def test_alternatives_change_one_size_at_a_time():
 def test_every_table_serves_the_pass_it_is_said_to_and_has_the_sizes_it_is_said_to(table):
     pytest.importorskip("triton")
     subject = tiny(table.op, table.passes)
-    run = call(subject.op.make(subject.case, subject.dtype, "cpu"), "triton", table.passes)
+    run = call(subject.op.workload(subject.case, subject.dtype, "cpu"), "triton", table.passes)
     with tune.changed(table, None) as chosen:
         run()
     assert set(table.free) - {"maxnreg"} <= set(chosen)

@@ -6,15 +6,12 @@ import warnings
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import vitkern
 from vitkern.cases import MsDeformAttnCase, make_inputs
 from vitkern.nn import MSDeformAttn
 
 CASE = MsDeformAttnCase("small", "", 2, ((6, 5), (3, 2)), 5, 2, 8, 3)
-OP = torch.ops.vitkern.ms_deform_attn
-BACKWARD = torch.ops.vitkern.ms_deform_attn_backward
 
 
 def make(dtype=torch.float64, **changes):
@@ -23,34 +20,6 @@ def make(dtype=torch.float64, **changes):
 
 def attend(value, shapes, starts, locations, weights, **options):
     return vitkern.ms_deform_attn(value, shapes, starts, locations, weights, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [(), ([4, 2],), ([3, 3], "nearest")], ids=str)
-def test_opcheck(dtype, options):
-    inputs = make(dtype)
-    if options:
-        inputs.sampling_locations = inputs.sampling_locations.flatten(3, 4)
-        inputs.attention_weights = inputs.attention_weights.flatten(3)
-    torch.library.opcheck(OP.default, (*inputs.requires_grad_(), *options))
-
-
-@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False)])
-def test_opcheck_of_the_backward(needed):
-    inputs = make()
-    torch.library.opcheck(BACKWARD.default, (torch.randn(2, 5, 16, dtype=torch.float64), needed, *inputs))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(dynamic):
-    def function(*args):
-        return attend(*args).sin() * 2
-
-    inputs = make(torch.float32).requires_grad_()
-    outputs = torch.compile(function, fullgraph=True, dynamic=dynamic)(*inputs), function(*inputs)
-    results = [(out, *torch.autograd.grad(out.sum(), inputs.differentiable())) for out in outputs]
-    for compiled, eager in zip(*results):
-        torch.testing.assert_close(compiled, eager)
 
 
 def test_compiles_with_sizes_as_numbers_and_a_second_shape():
@@ -235,40 +204,6 @@ def test_jit_trace():
     assert torch.equal(torch.jit.trace(function, arguments)(*arguments), function(*arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_lowers_the_value_and_keeps_locations(dtype):
-    inputs = make(torch.float32).requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
-        output = attend(*inputs)
-    assert output.dtype == dtype
-    by_hand = attend(inputs.value.to(dtype), *list(inputs)[1:])
-    assert torch.equal(output, by_hand)
-    output.float().sum().backward()
-    assert all(tensor.grad.dtype == torch.float32 for tensor in inputs.differentiable())
-    with torch.autocast("cpu", dtype=dtype):
-        assert attend(*make(torch.float64)).dtype == torch.float64
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant):
-    inputs = make(torch.float32).requires_grad_()
-    expected = torch.autograd.grad(attend(*inputs).sum(), inputs.differentiable())
-    checkpoint(attend, *inputs, use_reentrant=reentrant).sum().backward()
-    for tensor, gradient in zip(inputs.differentiable(), expected):
-        assert torch.equal(tensor.grad, gradient)
-
-
-def test_inference_mode_and_then_training():
-    inputs = make(torch.float32)
-    sizes = [(6, 5), (3, 2)]
-    args = inputs.sampling_locations, inputs.attention_weights
-    with torch.inference_mode():
-        attend(inputs.value, sizes, None, *args)
-    value = inputs.value.clone().requires_grad_()
-    attend(value, sizes, None, *args).sum().backward()
-    assert value.grad is not None
-
-
 def test_fake_tensors_leave_nothing_behind():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -299,3 +234,28 @@ def test_meta_tensors_get_shapes_and_checks():
     assert attend(*meta).shape == (2, 5, 16)
     with pytest.raises(ValueError, match="sampling_locations must be"):
         attend(*meta[:3], meta[3][:, :, :, :1], meta[4])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_lowers_the_value_and_keeps_locations(dtype):
+    inputs = make(torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        output = attend(*inputs)
+    assert output.dtype == dtype
+    by_hand = attend(inputs.value.to(dtype), *list(inputs)[1:])
+    assert torch.equal(output, by_hand)
+    output.float().sum().backward()
+    assert all(tensor.grad.dtype == torch.float32 for tensor in inputs.differentiable())
+    with torch.autocast("cpu", dtype=dtype):
+        assert attend(*make(torch.float64)).dtype == torch.float64
+
+
+def test_inference_mode_and_then_training():
+    inputs = make(torch.float32)
+    sizes = [(6, 5), (3, 2)]
+    args = inputs.sampling_locations, inputs.attention_weights
+    with torch.inference_mode():
+        attend(inputs.value, sizes, None, *args)
+    value = inputs.value.clone().requires_grad_()
+    attend(value, sizes, None, *args).sum().backward()
+    assert value.grad is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op owes to torch, op by op: dispatcher, compiler, exporter, autocast, checkpointing, transforms, errors.
+"""Every op, by its record, as a citizen of torch: dispatcher, compiler, exporter, autocast, checkpoints, transforms.
 
 test_torch_citizenship.py goes further, on ms_deform_attn alone: what is special there is the machinery that all share.
 """
@@ -7,79 +7,69 @@ test_torch_citizenship.py goes further, on ms_deform_attn alone: what is special
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vitkern
-from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase, make_inputs
+from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase
+from vitkern.cases.ops import OPS
+from vitkern.cases.record import Case, Setting
+
+TOKENS = TokenCase("small", "", 2, 9, 12, 3)
+ATTENTION = MsDeformAttnCase("small", "", 2, ((6, 5), (3, 2)), 5, 2, 8, 3)
+SMALL: dict[str, tuple[Case, dict]] = {
+    "ms_deform_attn": (ATTENTION, {}),
+    "ms_deform_attn_fused": (ATTENTION, {"form": "shared boxes"}),
+    "adapter_bottleneck": (AdapterBottleneckCase("small", "", (2, 5), 12, 4), {"activation": "silu"}),
+    "token_pool": (TOKENS, {"recurrent": True}),
+    "token_project": (TOKENS, {"keys": 4}),
+}
+# Other options in the schema of an op.
+MORE: list[tuple[str, dict]] = [
+    ("ms_deform_attn", {"points_per_level": (4, 2)}),
+    ("ms_deform_attn", {"points_per_level": (3, 3), "method": "nearest"}),
+    ("ms_deform_attn_fused", {"points_per_level": (1, 2)}),
+    ("adapter_bottleneck", {"dropout_p": 0.4, "training": True, "activation": "gelu"}),
+    ("adapter_bottleneck", {"residual": "x"}),
+]
 
 
-@dataclass(frozen=True)
 class Citizen:
-    name: str
-    make: Callable[[torch.dtype], tuple[Tensor, ...]]  # the op's tensors
-    differentiable: tuple[int, ...]
-    call: Callable[..., Tensor]  # the public function on these tensors
-    options: tuple[Any, ...] = ()  # of the op itself, without the backend
+    """An op's record as a function of all its tensors, those without a gradient last."""
 
-    @property
-    def op(self):
-        return getattr(torch.ops.vitkern, self.name).default
+    def __init__(self, name: str, options: dict) -> None:
+        setting = Setting("small", SMALL[name][0], options=options)
+        self.name, self.problem = name, OPS[name].problem(setting, device="cpu", seed=0)
+        self.differentiable = range(len(self.problem.inputs))
 
     def tensors(self, dtype=torch.float32, requires_grad=False) -> tuple[Tensor, ...]:
-        tensors = self.make(dtype)
-        for position in self.differentiable if requires_grad else ():
-            tensors[position].requires_grad_()
-        return tensors
+        inputs = (tensor.to(dtype, copy=True) for tensor in self.problem.inputs.values())
+        return (*(tensor.requires_grad_(requires_grad) for tensor in inputs), *self.problem.tables)
+
+    def call(self, *tensors, backend=None) -> Tensor:
+        count = len(tensors) - len(self.problem.tables)
+        return self.problem.call(*tensors[:count], backend=backend, tables=tensors[count:])
 
 
-def _attention(dtype):
-    case = MsDeformAttnCase("small", "", 2, ((6, 5), (3, 2)), 5, 2, 8, 3)
-    return tuple(make_inputs(case, locations="uniform", dtype=dtype))
+class Recorder(TorchDispatchMode):
+    """Records which ops of the package are called, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "vitkern":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
 
 
-def _fused(dtype):
-    value, shapes, starts, locations, weights = _attention(dtype)
-    generator = torch.Generator().manual_seed(1)
-    boxes = torch.rand(2, 5, 1, 4, generator=generator, dtype=torch.float64).to(dtype)
-    return value, shapes, starts, boxes, locations, weights.flatten(3)
-
-
-def _adapter(dtype):
-    tensors = AdapterBottleneckCase("small", "", (2, 5), 12, 4).make(dtype=dtype)
-    return (*tensors.values(), torch.tensor([7]))
-
-
-def _adapt(x, down_weight, down_bias, up_weight, up_bias, residual, scale, _):
-    parameters = down_weight, down_bias, up_weight, up_bias
-    return vitkern.adapter_bottleneck(x, *parameters, residual=residual, scale=scale, activation="silu")
-
-
-_TOKENS = TokenCase("small", "", 2, 9, 12, 3)
-
-CITIZENS = [
-    Citizen("ms_deform_attn", _attention, (0, 3, 4), vitkern.ms_deform_attn),
-    Citizen("ms_deform_attn_fused", _fused, (0, 3, 4, 5), vitkern.ms_deform_attn_fused),
-    Citizen("adapter_bottleneck", _adapter, tuple(range(7)), _adapt, (2.0, 0.4, "gelu", False, True)),
-    Citizen(
-        "token_pool",
-        lambda dtype: tuple(t.to(dtype) for t in _TOKENS.make_pool(recurrent=True)),
-        (0, 1),
-        vitkern.token_pool,
-    ),
-    Citizen(
-        "token_project",
-        lambda dtype: tuple(t.to(dtype) for t in _TOKENS.make_project(keys=4)),
-        (0, 1, 2, 3),
-        vitkern.token_project,
-    ),
-]
+CITIZENS = [Citizen(name, options) for name, (_, options) in SMALL.items()]
 
 
 @pytest.fixture(params=CITIZENS, ids=lambda citizen: citizen.name)
@@ -92,9 +82,36 @@ def gradients(citizen, function, tensors):
     return torch.autograd.grad(function(*tensors).square().sum(), leaves)
 
 
+def assert_keeps_the_rules(function, args):
+    leaves = [
+        arg.detach().requires_grad_(arg.is_floating_point()) if isinstance(arg, Tensor) else arg
+        for arg in args
+    ]
+    torch.library.opcheck(function, leaves)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(citizen, dtype):
-    torch.library.opcheck(citizen.op, (*citizen.tensors(dtype, requires_grad=True), *citizen.options))
+    with Recorder() as seen:
+        citizen.call(*citizen.tensors(dtype))
+    ((function, args),) = seen.calls
+    assert_keeps_the_rules(function, args)
+
+
+@pytest.mark.parametrize("name, options", MORE, ids=str)
+def test_opcheck_with_options(name, options):
+    test_opcheck(Citizen(name, options), torch.float32)
+
+
+@pytest.mark.parametrize("wanted", ["all", "second"])
+def test_opcheck_of_the_backward(citizen, wanted):
+    tensors = list(citizen.tensors(torch.float64, requires_grad=wanted == "all"))
+    tensors[1].requires_grad_()
+    output = citizen.call(*tensors)
+    with Recorder() as seen:
+        output.backward(torch.randn_like(output))
+    ((function, args),) = seen.calls
+    torch.library.opcheck(function, [arg.detach() if isinstance(arg, Tensor) else arg for arg in args])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -242,7 +259,7 @@ def test_a_mistake_is_named(mistake, backend):
     tensors[position] = change(tensors[position])
     with pytest.raises((ValueError, TypeError), match=f"{name}: {message}"):
         if citizen.name == "adapter_bottleneck":
-            x, *parameters, residual, scale, _ = tensors
+            x, *parameters, residual, scale = tensors
             vitkern.adapter_bottleneck(x, *parameters, residual=residual, scale=scale, backend=backend)
         else:
             citizen.call(*tensors, backend=backend)
@@ -257,14 +274,14 @@ def test_a_mistake_is_named(mistake, backend):
     ],
 )
 def test_a_wrong_option_is_named(message, options):
-    x, *parameters = _adapter(torch.float32)[:5]
+    x, *parameters = next(each for each in CITIZENS if each.name == "adapter_bottleneck").tensors()[:5]
     with pytest.raises(ValueError, match=f"adapter_bottleneck: {message}"):
         vitkern.adapter_bottleneck(x, *parameters, **options)
 
 
 def test_an_option_that_is_no_string_is_named():
-    x, *parameters = _adapter(torch.float32)[:5]
+    x, *parameters = next(each for each in CITIZENS if each.name == "adapter_bottleneck").tensors()[:5]
     with pytest.raises(TypeError, match="adapter_bottleneck: activation must be a string, got list"):
         vitkern.adapter_bottleneck(x, *parameters, activation=["relu"])
     with pytest.raises(TypeError, match="token_pool: backend must be a string or None, got list"):
-        vitkern.token_pool(*_TOKENS.make_pool(recurrent=True), backend=["cpu"])
+        vitkern.token_pool(*TOKENS.make_pool(recurrent=True), backend=["cpu"])

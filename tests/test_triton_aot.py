@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks.static import compilers
 from benchmarks.static.figures import MULTIPROCESSORS
+from tests.helpers import of_cards
 
 if reason := compilers.why_no_triton():
     pytest.skip(reason, allow_module_level=True)
@@ -34,7 +35,7 @@ def registers_allowed(kernel: str, arch: int, full: bool, fused: bool) -> int:
     return 72
 
 
-@pytest.fixture(scope="module", params=MULTIPROCESSORS, ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(scope="module", params=of_cards(MULTIPROCESSORS, "triton"), ids=lambda arch: f"sm_{arch}")
 def figures(request) -> list[dict]:
     # Another process: tests run with TRITON_INTERPRET, which leaves no compiler.
     command = [sys.executable, "-m", "benchmarks.static", "--json", "--backend", "triton", "--case", *CASES]

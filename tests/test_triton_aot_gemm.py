@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.static import compilers
+from tests.helpers import of_cards
 
 if reason := compilers.why_no_triton():
     pytest.skip(reason, allow_module_level=True)
@@ -48,7 +49,9 @@ def compile_all(arch: int, *options: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module", params=sorted(MMA), ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(
+    scope="module", params=of_cards(sorted(MMA), "products of Triton"), ids=lambda arch: f"sm_{arch}"
+)
 def figures(request) -> list[dict]:
     return compile_all(request.param, "--dtype", "fp32", "bf16")
 

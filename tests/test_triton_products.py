@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import vitkern
-from tests.helpers import assert_matches_oracle
+from tests.helpers import assert_right
 from vitkern import reference
+from vitkern.cases import AdapterBottleneckCase, TokenCase
 from vitkern.ops import triton_products
 
 if importlib.util.find_spec("triton") is None:
@@ -31,17 +32,6 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(triton_products, "_LEAST_ROWS", 1)
 
 
-def pool(x, weight, backend="triton"):
-    return vitkern.token_pool(x, weight, backend=backend)
-
-
-def check(function, tensors):
-    names = ("output", *(f"grad_{i}" for i in range(len(tensors))))
-    assert_matches_oracle(
-        lambda *t: function(*t, "triton"), lambda *t: function(*t, "reference"), tensors, names
-    )
-
-
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000, 10**6])
 @pytest.mark.parametrize("block, others", [(16, 1), (64, 100), (32, 10**6)])
 def test_no_part_is_empty(rows, block, others):
@@ -53,29 +43,22 @@ def test_no_part_is_empty(rows, block, others):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_pixels_in_more_parts_than_are_merged_at_a_time(small_parts, dtype):
-    check(pool, (torch.randn(2, 700, 20).to(dtype), torch.randn(2, 3, 20).to(dtype)))
+    case = TokenCase("parts", "", 2, 700, 20, 3)
+    assert_right("token_pool", case, dtype, backend="triton", recurrent=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels, tokens", [(1100, 2), (600, 20), (300, 33)])
 def test_channels_in_several_tiles(small_parts, channels, tokens, dtype):
-    x, weight = torch.randn(1, 70, channels).to(dtype), torch.randn(tokens, channels).to(dtype)
-    check(pool, (x, weight / channels**0.5))
+    assert_right("token_pool", TokenCase("wide", "", 1, 70, channels, tokens), dtype, backend="triton")
 
 
 @pytest.mark.parametrize("hidden", [5, 8])
 def test_rows_in_many_blocks_and_parts(small_parts, monkeypatch, hidden):
     monkeypatch.setattr(adapter_bottleneck, "_FEW_ROWS", 0)
-
-    def adapter(x, down, down_bias, up, up_bias, backend):
-        torch.manual_seed(1)
-        options = dict(
-            residual=x, scale=0.7, dropout_p=0.3, training=True, activation="silu", backend=backend
-        )
-        return vitkern.adapter_bottleneck(x, down, down_bias, up, up_bias, **options)
-
-    sizes = (300, 40), (hidden, 40), (hidden,), (40, hidden), (40,)
-    check(adapter, tuple(torch.randn(*size).bfloat16() for size in sizes))
+    case = AdapterBottleneckCase("long", "", (300,), 40, hidden)
+    options = {"residual": "x", "dropout_p": 0.3, "training": True, "activation": "silu"}
+    assert_right("adapter_bottleneck", case, torch.bfloat16, backend="triton", **options)
 
 
 @triton.jit
@@ -104,7 +87,7 @@ def test_dropout_counts_in_64_bits(first, hidden, p):
 
 LIMITS = [
     (
-        pool,
+        lambda *t: vitkern.token_pool(*t, backend="triton"),
         [(1, 4, 8), (257, 8)],
         r"backend 'triton' cannot run here: weight must have at most 256 tokens, got 257",
     ),

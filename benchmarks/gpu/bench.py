@@ -25,8 +25,9 @@ from vitkern.bench.environment import gpu_clocks
 from vitkern.bench.plan import Subject
 from vitkern.bench.report import write_reports
 from vitkern.bench.run import ROUNDS_OF_CEILINGS, VISITS, Group, checked_groups, summarize
-from vitkern.bench.workloads import OPS, Op, Work
 from vitkern.cases import Case
+from vitkern.cases.ops import OPS
+from vitkern.cases.record import Op, Problem
 from vitkern.commands.choices import DTYPES, cases_exist, chosen, dtype_name, matches
 from vitkern.commands.errors import CommandError
 from vitkern.ops import backends
@@ -38,9 +39,7 @@ SECONDS = 1.5  # of all visits and contenders of a pass
 TIMING = "one of those timed in turn"
 ROUNDS = 10  # of a visit, each the median of some calls
 _PLAIN = OPS["ms_deform_attn"]
-_UNIFORM = replace(
-    _PLAIN, name="ms_deform_attn_uniform", make=functools.partial(_PLAIN.make, locations="uniform")
-)
+_UNIFORM = replace(_PLAIN, name="ms_deform_attn_uniform", timed={"locations": "uniform"})
 # Real places lie near the query's own; places anywhere are the worst for caches, and spread the atomics.
 ALL_OPS = {op.name: op for op in (*OPS.values(), _UNIFORM)}
 
@@ -199,7 +198,7 @@ class Bench:
     def rows_of(self, subject: Subject) -> list[store.Row]:
         """All passes of the contenders, measured in turn in some visits, on inputs that lie elsewhere each time."""
         names, _ = contenders.names(subject.op, subject.device.type, self.without)
-        work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+        work = subject.op.workload(subject.case, subject.dtype, subject.device.type)
         names = {name: peer for name, peer in names.items() if name in subject.backends}
         others = contenders.functions(subject.op, subject.case, work, names)
         work = replace(work, others=others)
@@ -262,12 +261,12 @@ def _costs_in_float64(op: Op, case: Case) -> dict[str, tuple[int, int]]:
     return cost(op, case, torch.float64)
 
 
-def _elsewhere(work: Work) -> Work:
+def _elsewhere(work: Problem) -> Problem:
     """The same numbers in other memory: to draw them anew would take longer than to measure."""
     return replace(work, inputs={name: tensor.clone() for name, tensor in work.inputs.items()})
 
 
-def _measured(group: Group, work: Work) -> None:
+def _measured(group: Group, work: Problem) -> None:
     """What raises when it is timed, after it was right, spoils the pass for all who took turns."""
     try:
         group.measure(work, SECONDS / VISITS, ROUNDS)

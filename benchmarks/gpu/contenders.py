@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.bench_token_pool import pool_by_attention, project_by_attention
 from benchmarks.peers import PEERS, Peer
-from vitkern.bench.workloads import Op, Work, near_fused_inputs
 from vitkern.cases import Case, Function, MsDeformAttnCase, MsDeformAttnInputs, levels_of, locations_of
+from vitkern.cases.attention_ops import near_fused_inputs
+from vitkern.cases.record import Op, Problem
 
 OURS = ("cuda", "triton")
 COMPILED, OURS_COMPILED, ATTENTION = "torch compiled", "vitkern compiled", "torch attention"
@@ -61,7 +62,7 @@ def _no_compiler(device: str) -> str | None:
     return None
 
 
-def functions(op: Op, case: Case, work: Work, found: dict[str, Peer | None]) -> dict[str, Function]:
+def functions(op: Op, case: Case, work: Problem, found: dict[str, Peer | None]) -> dict[str, Function]:
     """Of the work's inputs. They may be kept for work that is made anew: inputs of a case are always the same."""
     torch.compiler.reset()
     made: dict[str, Function] = {}
@@ -71,13 +72,13 @@ def functions(op: Op, case: Case, work: Work, found: dict[str, Peer | None]) -> 
         elif name == ATTENTION:
             made[name] = BY_ATTENTION[op.name]
         elif name == COMPILED:
-            made[name] = torch.compile(work.torch, dynamic=False)
+            made[name] = torch.compile(work.by_torch, dynamic=False)
         else:
-            made[name] = torch.compile(functools.partial(work.vitkern, backend=None), dynamic=False)
+            made[name] = torch.compile(functools.partial(work.call, backend=None), dynamic=False)
     return made
 
 
-def _of_peer(op: Op, case: Case, work: Work, peer: Peer) -> Function:
+def _of_peer(op: Op, case: Case, work: Problem, peer: Peer) -> Function:
     """No peer has the fused form: it is called as their layers call it, after softmax and locations in torch."""
     assert isinstance(case, MsDeformAttnCase)
     value, *rest = work.inputs.values()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.gpu import resume
 from benchmarks.gpu.common import DONE, FAILED, LEFT, ROOT, Budget
-from vitkern.bench.workloads import OPS
+from vitkern.cases.ops import OPS
 from vitkern.check import sanitize
 from vitkern.commands.errors import CommandError
 

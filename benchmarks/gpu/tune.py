@@ -27,7 +27,8 @@ from vitkern.bench.measure import clock_of, interleaved
 from vitkern.bench.plan import Subject
 from vitkern.bench.run import call
 from vitkern.bench.verify import complaint, errors_of, exact_results
-from vitkern.bench.workloads import OPS, Work
+from vitkern.cases.ops import OPS
+from vitkern.cases.record import Problem
 from vitkern.commands.errors import CommandError
 from vitkern.ops import backends
 
@@ -225,7 +226,7 @@ def _tables_of(subject: Subject) -> list[Table]:
 
 def measure(subject: Subject, table: Table) -> dict[str, Any]:
     """The chosen sizes and each alternative: milliseconds, or why there are none. All that are right take turns."""
-    work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+    work = subject.op.workload(subject.case, subject.dtype, subject.device.type)
     exact = exact_results(work)
     with changed(table, None) as chosen:
         errors_of(work.implementation("triton"), work, exact)
@@ -251,7 +252,7 @@ def measure(subject: Subject, table: Table) -> dict[str, Any]:
     }
 
 
-def _timed(work: Work, table: Table, change: Change | None) -> Callable[[], object]:
+def _timed(work: Problem, table: Table, change: Change | None) -> Callable[[], object]:
     once = call(work, "triton", table.passes)
 
     def timed() -> object:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitkern.bench.measure import Run, clock_of, interleaved
-from vitkern.bench.workloads import Op
 from vitkern.cases import Case
+from vitkern.cases.record import Op
 from vitkern.commands.choices import dtype_name
 
 Ceilings = dict[str, Any]
@@ -106,10 +106,10 @@ def limit(ceiling: Ceilings, dtype: str, moved: int, operations: int) -> tuple[f
 
 def cost(op: Op, case: Case, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """For each pass, bytes that have to be moved, inputs and results once each, and operations as torch counts them."""
-    work = op.make(case, dtype, "meta")
+    work = op.workload(case, dtype, "meta")
     leaves = [tensor.requires_grad_() for tensor in work.inputs.values()]
     with FlopCounterMode(display=False) as counter:
-        output = work.vitkern(*leaves, backend="reference")
+        output = work.call(*leaves, backend="reference")
         forward = counter.get_total_flops()
         torch.autograd.grad(output, leaves, torch.empty_like(output))
     backward = counter.get_total_flops() - forward

@@ -68,7 +68,7 @@ class Worker:
         except CommandError as error:
             return {"reason": str(error)}
         what, backend = subject.passes[0], subject.backends[0]
-        work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+        work = subject.op.workload(subject.case, subject.dtype, subject.device.type)
         if check:
             row = bench.checked_row(subject, what, backend, bench.check(subject, work)[backend])
             if not row["verified"]:

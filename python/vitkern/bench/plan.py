@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vitkern.bench.workloads import OPS, Op
 from vitkern.cases import Case
+from vitkern.cases.ops import OPS
+from vitkern.cases.record import Op
 from vitkern.commands.choices import DTYPES, Filters, cases_exist, chosen, device_of, dtype_name, matches
 from vitkern.commands.errors import CommandError
 from vitkern.ops import backends
@@ -75,7 +76,7 @@ def one(op: str, case: str, batch: int, device: str, dtype: str, what: str, back
 
 def _cases(op: Op, request: Request) -> list[str]:
     if not request.cases:
-        return list(op.quick if request.quick else op.usual)
+        return list(op.brief if request.quick else op.usual)
     return [name for name in op.cases if matches(name, request.cases)]
 
 

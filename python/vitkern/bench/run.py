@@ -23,7 +23,7 @@ from vitkern.bench.measure import (
 )
 from vitkern.bench.plan import Request, Subject, plan
 from vitkern.bench.verify import complaint, errors_of, exact_results
-from vitkern.bench.workloads import Work
+from vitkern.cases.record import Problem
 from vitkern.commands.choices import dtype_name
 from vitkern.commands.progress import Progress
 
@@ -94,7 +94,7 @@ def _steps(subjects: Sequence[Subject], seconds: float, record: store.Record) ->
         for visit in range(VISITS):
             for subject in subjects:
                 where = f"{subject.op.name} {subject.case.name} {store.short(dtype_name(subject.dtype))}"
-                work = subject.op.make(subject.case, subject.dtype, subject.device.type)
+                work = subject.op.workload(subject.case, subject.dtype, subject.device.type)
                 if visit == 0:
                     progress.step(f"{where}: check")
                     groups[subject] = checked_groups(subject, work)
@@ -132,7 +132,7 @@ class Group:
     rows: list[store.Row]
     calls: dict[str, int] = field(default_factory=dict)  # of a sample, the same in all visits
 
-    def measure(self, work: Work, seconds: float, rounds: int | None = None) -> None:
+    def measure(self, work: Problem, seconds: float, rounds: int | None = None) -> None:
         """Another visit, of those that are right; the first asks for memory too."""
         right = [row for row in self.rows if row["verified"]]
         if not right:
@@ -159,7 +159,7 @@ class Group:
 
 
 def checked_groups(
-    subject: Subject, work: Work, costs: dict[str, tuple[int, int]] | None = None
+    subject: Subject, work: Problem, costs: dict[str, tuple[int, int]] | None = None
 ) -> list[Group]:
     """Of each pass, with what was found out about every backend and what the pass costs, where that is not known."""
     checks = check(subject, work)
@@ -174,7 +174,7 @@ def checked_groups(
     return groups
 
 
-def check(subject: Subject, work: Work) -> dict[str, Check]:
+def check(subject: Subject, work: Problem) -> dict[str, Check]:
     """Each backend against the formula in float64; whatever one of them raises is its own failure."""
     try:
         exact = exact_results(work)
@@ -207,7 +207,7 @@ def checked_row(subject: Subject, what: str, backend: str, check: Check) -> stor
     }
 
 
-def call(work: Work, backend: str, what: str) -> Run:
+def call(work: Problem, backend: str, what: str) -> Run:
     """What is timed: a pass without arguments."""
     function = work.implementation(backend)
     leaves = tuple(tensor.detach().requires_grad_(what != "forward") for tensor in work.inputs.values())

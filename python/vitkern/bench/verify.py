@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from vitkern.bench.workloads import Work
 from vitkern.cases import Function, results
+from vitkern.cases.record import Problem
 
 # Of the greatest value of a result. Kernels are held to plain torch's own error by the tests; this is the check that
 # fits into a benchmark, of a right kernel on any input, and wrong maths misses it by an order of magnitude.
@@ -37,11 +39,30 @@ def results_in(kind: torch.dtype, function: Function, inputs: Sequence[Tensor]) 
     return results(function, [tensor.to(kind) for tensor in inputs], grad_output)
 
 
-def exact_results(work: Work) -> list[Tensor]:
-    return results_in(torch.float64, work.formula, tuple(work.inputs.values()))
+def exact_results(work: Problem) -> list[Tensor]:
+    return results_in(torch.float64, _formula(work), tuple(work.inputs.values()))
 
 
-def errors_of(function: Function, work: Work, exact: Sequence[Tensor]) -> dict[str, float]:
+def _formula(work: Problem) -> Function:
+    """Heads do not meet, and one at a time takes a fraction of the memory: [B, ., M, ...] each, [B, Q, M * D].
+
+    On a card, of which memory is the scarce part, what one needs for its gradients is computed again.
+    """
+    whole = work.implementation("reference")
+    if not work.with_heads:
+        return whole
+
+    def head_by_head(*tensors: Tensor) -> Tensor:
+        heads = tensors[0].shape[2]
+        one = functools.partial(checkpoint, whole, use_reentrant=False) if tensors[0].is_cuda else whole
+        return torch.cat(
+            [one(*(tensor[:, :, head, None] for tensor in tensors)) for head in range(heads)], -1
+        )
+
+    return head_by_head
+
+
+def errors_of(function: Function, work: Problem, exact: Sequence[Tensor]) -> dict[str, float]:
     """Relative error of the output and of the gradient of each input, by name."""
     inputs = tuple(work.inputs.values())
     found = {}
@@ -49,7 +70,8 @@ def errors_of(function: Function, work: Work, exact: Sequence[Tensor]) -> dict[s
         ("output", *work.inputs), results_in(inputs[0].dtype, function, inputs), exact
     ):
         if name in work.comparable:
-            got, want = (torch.where(work.comparable[name], tensor, 0) for tensor in (got, want))
+            here = work.comparable[name](work.inputs)
+            got, want = (torch.where(here, tensor, 0) for tensor in (got, want))
         found[name if name == "output" else f"gradient of {name}"] = relative_error(got, want)
     return found
 

@@ -15,6 +15,7 @@ from vitkern.cases.attention_inputs import (
     pixel_centres,
 )
 from vitkern.cases.dense import ADAPTER_CASES, TOKEN_CASES, AdapterBottleneckCase, TokenCase
+from vitkern.cases.record import Case
 from vitkern.cases.results import Function, results
 
 __all__ = [
@@ -36,5 +37,3 @@ __all__ = [
     "pixel_centres",
     "results",
 ]
-
-Case = MsDeformAttnCase | AdapterBottleneckCase | TokenCase

@@ -88,10 +88,15 @@ def off_edge_inputs(
     """
     inputs = make_inputs(case, locations="uniform", dtype=torch.float64, device=device, seed=seed)
     width_height = inputs.spatial_shapes.flip(-1).double()[:, None]
-    pixels = ((inputs.sampling_locations - 0.5) * spread + 0.5) * width_height - 0.5
+    spread_out = (inputs.sampling_locations - 0.5) * spread + 0.5
+    return replace(inputs, sampling_locations=off_edges(spread_out, width_height))
+
+
+def off_edges(locations: Tensor, width_height: Tensor) -> Tensor:
+    """Locations moved within their cells, away from the edges."""
+    pixels = locations * width_height - 0.5
     cell = pixels.floor()
-    pixels = cell + (pixels - cell).clamp(MARGIN, 1 - MARGIN)
-    return replace(inputs, sampling_locations=(pixels + 0.5) / width_height.clamp(min=1))
+    return (cell + (pixels - cell).clamp(MARGIN, 1 - MARGIN) + 0.5) / width_height.clamp(min=1)
 
 
 def inside_a_cell(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
@@ -114,8 +119,11 @@ def fused_inputs(
 
 
 def locations_of(points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
-    """Of the fused form, as everybody writes it: [B, Q, L, 2] and [B, Q, M, L, P, 2]."""
-    return points[:, :, None, :, None] + offsets / spatial_shapes.flip(-1)[:, None]
+    """Of the fused form, as everybody writes it: [B or 1, Q, L or 1, 2 or 4] and [B, Q, M, L, P, 2]."""
+    points = points[:, :, None, :, None]
+    if points.shape[-1] == 2:
+        return points + offsets / spatial_shapes.flip(-1)[:, None]
+    return points[..., :2] + offsets / offsets.shape[-2] * points[..., 2:] / 2
 
 
 def _width_height(case: MsDeformAttnCase) -> Tensor:  # [L, 2]

@@ -23,7 +23,11 @@ def add_to(commands: Any) -> None:
         device="default: all that there are",
         quick="fewer cases and dtypes: minutes on a CPU",
     )
-    add_repeated(parser, "kinds", "oracle (against float64), gradcheck or repeat (the same bits again)")
+    add_repeated(
+        parser,
+        "kinds",
+        "oracle (against float64), gradcheck, repeat (the same bits again) or subset (each gradient alone)",
+    )
     parser.add_argument("--seed", type=int, help="of the random inputs (default 0)")
     parser.add_argument("--times", type=float, help="plain torch's own error that is allowed (default 2)")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit's XML for CI")

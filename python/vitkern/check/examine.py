@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from vitkern.cases import Function, results
+from vitkern.cases.ops import OPS
+from vitkern.cases.record import Op, Problem, Setting
 from vitkern.check.compare import TIMES, judge
-from vitkern.check.plan import TINY, Task
-from vitkern.check.problems import Problem
-from vitkern.check.settings import OPS, Setting
+from vitkern.check.plan import Task
 from vitkern.commands.choices import DTYPES
 from vitkern.commands.errors import CommandError
 from vitkern.ops.plain import in_its_own_dtype
@@ -43,6 +43,7 @@ class Expected:
     """The formula in float64, and plain torch in the dtype that is checked, on the same numbers."""
 
     problem: Problem
+    setting: Setting
     tensors: tuple[Tensor, ...]
     grad_output: Tensor
     exact: list[Tensor]
@@ -50,15 +51,31 @@ class Expected:
 
     @classmethod
     def of(
-        cls, problem: Problem, dtype: torch.dtype, seed: int, *, formula: Function, plain: Function
+        cls,
+        problem: Problem,
+        setting: Setting,
+        dtype: torch.dtype,
+        seed: int,
+        *,
+        formula: Function,
+        plain: Function,
     ) -> Expected:
-        tensors = problem.tensors(dtype)
+        tensors = setting.tensors(problem, dtype)
         wide = tuple(tensor.double() for tensor in tensors)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(formula(*wide).shape, generator=generator, dtype=torch.float64)
-        grad_output = drawn.to(tensors[0].device, dtype)
+        grad_output = setting.gradient(drawn.to(tensors[0].device, dtype))
         exact = results(formula, wide, grad_output.double())
-        return cls(problem, tensors, grad_output, exact, results(plain, tensors, grad_output))
+        return cls(problem, setting, tensors, grad_output, exact, results(plain, tensors, grad_output))
+
+    @classmethod
+    def by_reference(
+        cls, op: Op, setting: Setting, dtype: torch.dtype, seed: int, device: str, **options: bool
+    ) -> Expected:
+        problem = op.problem(setting, device=device, seed=seed, tiny=options.get("tiny", False))
+        plain = in_its_own_dtype(functools.partial(problem.call, backend="reference"))
+        formula = problem.formula if options.get("by_other") else plain
+        return cls.of(problem, setting, dtype, seed, formula=formula, plain=plain)
 
     def results(self, function: Function) -> list[Tensor]:
         return results(function, self.tensors, self.grad_output)
@@ -70,7 +87,7 @@ class Expected:
 
 def examine(task: Task, times: float = TIMES) -> Outcome:
     outcome = Outcome(task)
-    kinds = {"oracle": _oracle, "gradcheck": _gradcheck, "repeat": _repeat}
+    kinds = {"oracle": _oracle, "gradcheck": _gradcheck, "repeat": _repeat, "subset": _subset}
     with timed(outcome), task.route.active(), _threads(task):
         kinds[task.kind](task, outcome, times)
     return outcome
@@ -91,20 +108,17 @@ def timed(outcome: Outcome) -> Iterator[None]:
     outcome.seconds = time.perf_counter() - started
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=12)  # dtypes, on routes that take all, little or other functions
 def _expected(op: str, case: str, dtype: str, seed: int, device: str, tiny: bool, by_other: bool) -> Expected:
     """All routes of a device are compared with the same."""
-    problem = OPS[op].problem(OPS[op].settings[case], device=device, seed=seed, tiny=tiny)
-    plain = in_its_own_dtype(functools.partial(problem.call, backend="reference"))
-    return Expected.of(
-        problem, DTYPES[dtype], seed, formula=problem.other if by_other else plain, plain=plain
-    )
+    setting = OPS[op].settings[case]
+    return Expected.by_reference(OPS[op], setting, DTYPES[dtype], seed, device, tiny=tiny, by_other=by_other)
 
 
 def _expected_of(task: Task) -> Expected:
     route = task.route
     # The reference is held to other functions of torch, where those compute the same.
-    by_other = route.backend == "reference" and _others_agree(OPS[task.op].settings[task.case])
+    by_other = route.backend == "reference" and _others_agree(task.setting)
     return _expected(task.op, task.case, task.dtype, task.seed, route.device, route.tiny, by_other)
 
 
@@ -123,19 +137,19 @@ def _oracle(task: Task, outcome: Outcome, times: float) -> None:
 
 def compare(known: Expected, actual: list[Tensor], outcome: Outcome, times: float, where: str = "") -> None:
     """Say in the outcome how far the results are off, and which of them too far."""
-    luck = OPS[outcome.task.op].settings[outcome.task.case].luck
     for name, a, p, e in zip(known.names, actual, known.plain, known.exact):
         terms = known.problem.sums.get(name)
         granted = 0.0 if terms is None else terms(known.exact[0]).item() * torch.finfo(torch.float32).eps
-        verdict = judge(a, p, e, times=times, luck=luck, granted=granted, gradient=name != "output")
+        verdict = judge(
+            a, p, e, times=times, luck=known.setting.luck, granted=granted, gradient=name != "output"
+        )
         outcome.ratios[name] = max(verdict.ratio, outcome.ratios.get(name, 0.0))
         if verdict.complaint:
             outcome.failures.append(f"{name} {verdict.complaint}{where}")
 
 
 def _gradcheck(task: Task, outcome: Outcome, times: float) -> None:
-    op = OPS[task.op]
-    problem = op.problem(Setting(TINY, op.tiny), device=task.route.device, seed=task.seed)
+    problem = OPS[task.op].problem(task.setting, device=task.route.device, seed=task.seed)
     leaves = tuple(tensor.requires_grad_() for tensor in problem.inputs.values())
     names = list(problem.inputs)
     with deterministic(task.route.slow):
@@ -164,6 +178,27 @@ def _repeat(task: Task, outcome: Outcome, times: float) -> None:
                 outcome.failures.append(f"{name} has elements {where} that are never written")
             elif not all(torch.equal(same[0], other) for other in same[1:]):
                 outcome.failures.append(f"{name} has other bits the second time {where}")
+
+
+def _subset(task: Task, outcome: Outcome, times: float) -> None:
+    """Gradients one by one, and all but one, are those that come where all are asked for."""
+    known = _expected_of(task)
+    ours, count = _ours(task, known.problem), len(known.tensors)
+    _, *together = known.results(ours)
+    alone = [{place} for place in range(count)]
+    for wanted in [*alone, *({*range(count)} - one for one in alone if count > 2)]:
+        leaves = [
+            tensor.detach().requires_grad_(place in wanted) for place, tensor in enumerate(known.tensors)
+        ]
+        ours(*leaves).backward(known.grad_output)
+        for place, (name, leaf) in enumerate(zip(known.problem.inputs, leaves)):
+            among = f"gradient of {name}, asked for with {len(wanted) - 1} others,"
+            if place not in wanted:
+                continue
+            if leaf.grad is None:
+                outcome.failures.append(f"{among} is not there")
+            elif not torch.allclose(leaf.grad, together[place], rtol=1e-5, atol=1e-5, equal_nan=True):
+                outcome.failures.append(f"{among} is another than with all")
 
 
 @contextlib.contextmanager

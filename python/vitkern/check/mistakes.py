@@ -22,7 +22,7 @@ def mistake_in(output: Tensor, known: Expected, spatial_shapes: Tensor, times: f
     wide = [tensor.double() for tensor in known.tensors]
     for name, moved in MISTAKES.items():
         plain, exact = (
-            known.problem.other(value, moved(places, spatial_shapes.flip(1)[:, None]), weights)
+            known.problem.formula(value, moved(places, spatial_shapes.flip(1)[:, None]), weights)
             for value, places, weights in (known.tensors, wide)
         )
         if judge(output, plain, exact, times=times).complaint is None:

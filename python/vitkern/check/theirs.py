@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 import vitkern
 from vitkern.cases import Function, MsDeformAttnCase, levels_of
+from vitkern.cases.ops import OPS
+from vitkern.cases.record import Problem, Setting
 from vitkern.check import report
 from vitkern.check.apart import Apart
 from vitkern.check.examine import Expected, Outcome, ResultError, compare, timed
 from vitkern.check.mistakes import mistake_in
 from vitkern.check.plan import Request, Task
-from vitkern.check.problems import Problem
 from vitkern.check.routes import Route
-from vitkern.check.settings import OPS, Setting
 from vitkern.commands import named
 from vitkern.commands.choices import DTYPES, cases_exist, chosen, device_of, matches
 from vitkern.commands.errors import CommandError, in_one_line
@@ -77,9 +77,10 @@ def _is_for(setting: Setting, dtype: str, request: Request) -> bool:
     """What every implementation is for; what is odd or empty only if it is asked for."""
     if request.cases:
         return matches(setting.name, request.cases)
-    if setting.name == "far-outside" and DTYPES[dtype].itemsize == 2:
-        return False  # at 1e30 in 16 bits torch's own grid_sample is wrong
-    return setting.same_as is None and setting.ordinary and not setting.options
+    # In 16 bits torch's own grid_sample is wrong at 1e30, and finds another pixel on an edge.
+    if setting.name in ("far-outside", "on-edges") and DTYPES[dtype].itemsize == 2:
+        return False
+    return setting.same_as is None and setting.plain
 
 
 def _examine(theirs: Any, task: Task, times: float) -> Outcome:
@@ -87,8 +88,9 @@ def _examine(theirs: Any, task: Task, times: float) -> Outcome:
     with timed(outcome):
         is_layer = inspect.isclass(theirs) and issubclass(theirs, nn.Module)
         problem = (_of_layer if is_layer else _of_function)(theirs, task)
+        formula = problem.formula
         known = Expected.of(
-            problem, DTYPES[task.dtype], task.seed, formula=problem.other, plain=problem.other
+            problem, task.setting, DTYPES[task.dtype], task.seed, formula=formula, plain=formula
         )
         given = [tensor.clone() for tensor in known.tensors]
         actual = known.results(_judged(problem.call, known.exact[0]))
@@ -125,7 +127,7 @@ def _judged(call: Function, expected: Tensor) -> Function:
 def _of_function(theirs: Any, task: Task) -> Problem:
     """The op's problem with theirs in the place of the kernels, held to the formula."""
     op = OPS[task.op]
-    problem = op.problem(op.settings[task.case], device=task.route.device, seed=task.seed)
+    problem = op.problem(task.setting, device=task.route.device, seed=task.seed)
     levels = _levels(task)
     function = adapted(theirs)
 
@@ -137,7 +139,7 @@ def _of_function(theirs: Any, task: Task) -> Problem:
 
     formula = in_its_own_dtype(functools.partial(problem.call, backend="reference"))
     # Others take all tensors in one dtype; that coordinates stay float32 is a contract of vitkern's own kernels.
-    return replace(problem, call=ours, other=formula, coordinates=())
+    return replace(problem, call=ours, by_torch=formula, other=None, wide=())
 
 
 def _levels(task: Task) -> tuple[Tensor, Tensor]:
@@ -145,7 +147,7 @@ def _levels(task: Task) -> tuple[Tensor, Tensor]:
 
 
 def _case(task: Task) -> MsDeformAttnCase:
-    case = OPS[task.op].settings[task.case].case
+    case = task.setting.case
     assert isinstance(case, MsDeformAttnCase)
     return case
 
@@ -217,7 +219,7 @@ def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
 
         return run
 
-    return Problem(given, call=runs(layer), other=in_its_own_dtype(runs(formula)))
+    return Problem(given, call=runs(layer), by_torch=in_its_own_dtype(runs(formula)))
 
 
 def _layers(
