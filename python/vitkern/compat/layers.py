@@ -171,9 +171,9 @@ def sampling(
         return NotImplemented  # grid_sample refuses these, or rounds in ways that no trial has seen
     if method == "discrete":  # no gradient at all
         where = where.detach()
-    options = {} if counts is None else {"points_per_level": counts, "method": METHODS[method]}
+    inputs = value.to(wide), shapes, None, where, weights.to(wide)
     with _no_autocast(value.device.type):
-        return ms_deform_attn(value.to(wide), shapes, None, where, weights.to(wide), **options)
+        return ms_deform_attn(*inputs, points_per_level=counts, method=METHODS[method])
 
 
 def _are_shapes(given: Any) -> bool:
