@@ -161,6 +161,33 @@ def a_callback_of_the_collector():
         gc.callbacks.remove(callback)
 
 
+@contextlib.contextmanager
+def a_hook_of_imports():
+    """Python calls it where torch imports a part of itself that it has not needed before."""
+
+    class Hook:
+        def find_spec(self, name, path=None, target=None):
+            if len(name) > 1000:  # a way that no trial takes
+                sys.modules.clear()
+
+    plain, hook = torch.autograd.grad, Hook()
+    scope = {"__name__": "torch.importing", "sys": sys, "plain": plain}
+    exec(
+        "def grad(*inputs, **options):\n"
+        "    sys.modules.pop('colorsys', None)\n"
+        "    import colorsys\n"
+        "    return plain(*inputs, **options)\n",
+        scope,
+    )
+    torch.autograd.grad = scope["grad"]
+    sys.meta_path.insert(0, hook)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(hook)
+        torch.autograd.grad = plain
+
+
 CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -172,6 +199,7 @@ CONTEXTS = {
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
     "warnings are errors": warnings_are_errors,
     "a callback of the collector": a_callback_of_the_collector,
+    "a hook of imports": a_hook_of_imports,
 }
 
 

@@ -54,7 +54,16 @@ def _is_foreign(package: str) -> bool:
 
 
 def frame_belongs(frame: FrameType) -> bool:
-    return belongs(frame.f_globals.get("__name__"))
+    return belongs(frame.f_globals.get("__name__")) and not _imports(frame)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether an import runs the frame: torch imports parts of itself in first calls, through all hooks."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def undone(value: Any) -> Any:
