@@ -82,7 +82,8 @@ races: setup  ## CUDA kernels, emulated: no two accesses race, SEEDS=3 schedules
 
 # A sanitizer ends the process: what it has to say must not wait for the end of a test. What only calls the same kernels
 # again, or code that is not sanitized, is left out; and test_cuda_emulated.py has the attention of the emulated kernels.
-NOT_SANITIZED := reference or triton or wide or gradcheck or repeat or test_any or ordered or cuda-emulated-ms_deform
+NOT_SANITIZED := reference- or triton- or cpu-wide or -gradcheck- or -repeat- or test_drawn_ \
+  or cuda-emulated-ordered or cuda-emulated-ms_deform
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
 	  -m "not alone and not slow" tests/test_cpu_kernels.py tests/test_cpu_kernels_fused.py \

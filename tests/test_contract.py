@@ -66,7 +66,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfl
     spread=st.sampled_from([0.5, 1.0, 3.0]),
     seed=st.integers(0, 999),
 )
-def test_any_attention(batch, levels, queries, heads, channels, points, dtype, spread, seed):
+def test_drawn_attention(batch, levels, queries, heads, channels, points, dtype, spread, seed):
     case = MsDeformAttnCase("drawn", "", batch, tuple(levels), queries, heads, channels, points)
     assert_right("ms_deform_attn", case, dtype, seed=seed, spread=spread)
 
@@ -80,7 +80,7 @@ def test_any_attention(batch, levels, queries, heads, channels, points, dtype, s
     p=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 999),
 )
-def test_any_adapter(shape, channels, hidden, activation, dtype, p, seed):
+def test_drawn_adapter(shape, channels, hidden, activation, dtype, p, seed):
     case = AdapterBottleneckCase("drawn", "", tuple(shape), channels, hidden)
     options = {"activation": activation, "dropout_p": p, "training": True}
     assert_right("adapter_bottleneck", case, dtype, seed=seed, **options)
@@ -95,7 +95,7 @@ def test_any_adapter(shape, channels, hidden, activation, dtype, p, seed):
     recurrent=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_any_pooling(batch, pixels, channels, tokens, dtype, recurrent, seed):
+def test_drawn_pooling(batch, pixels, channels, tokens, dtype, recurrent, seed):
     case = TokenCase("drawn", "", batch, pixels, channels, tokens)
     assert_right("token_pool", case, dtype, seed=seed, recurrent=recurrent)
 
@@ -109,6 +109,6 @@ def test_any_pooling(batch, pixels, channels, tokens, dtype, recurrent, seed):
     dtype=DTYPES,
     seed=st.integers(0, 999),
 )
-def test_any_projection(batch, pixels, channels, tokens, keys, dtype, seed):
+def test_drawn_projection(batch, pixels, channels, tokens, keys, dtype, seed):
     case = TokenCase("drawn", "", batch, pixels, channels, tokens)
     assert_right("token_project", case, dtype, seed=seed, keys=keys)
