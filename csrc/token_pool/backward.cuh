@@ -55,7 +55,7 @@ __device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const Pool
     Sums<A> products[2] = {};
     for (int64_t i = 1; i <= windows; ++i) {
       const int64_t window = window_after(place, i, windows);
-      __syncthreads();  // nobody reads the last rows any more
+      __syncthreads();  // nobody reads the last rows any more, or the last group's numbers
       copy_tile<Tile::kTokens, Tile::kWindow>(shared.grads, grad, first, window * Tile::kWindow);
       copy_tile<Tile::kPixels, Tile::kWindow>(shared.pixels, pooled, first + begin, window * Tile::kWindow);
       wait_for_copies();
@@ -227,10 +227,8 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
   static_assert(PoolBackwardShared<Tile>::kBytes <= kSharedBytesOfAnyCard);
   const int64_t windows = windows_of(task.p.channels, kWindow);
   PoolPlace place = pool_place<Tile>(task, 1, windows);
-  for (place.group = 0; place.group * Tile::kTokens < task.p.tokens; ++place.group) {
-    __syncthreads();  // nobody reads the last group's numbers any more
+  for (place.group = 0; place.group * Tile::kTokens < task.p.tokens; ++place.group)
     backward_group<Tile>(task, place, windows, shared);
-  }
 }
 
 }  // namespace vitkern
