@@ -21,7 +21,7 @@ def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
         rows, columns = -(-height // stride), -(-width // stride)
         if tokens - rows * columns in (0, 1):
             return rows, columns
-    raise ValueError(f"{tokens} tokens are those of no map of an image of {height} x {width}")
+    raise ValueError(f"{tokens} tokens match no map of an image of {height} x {width}")
 
 
 @contextmanager
@@ -153,9 +153,7 @@ def grad_cam(
         features = to_map(features[:, -rows * columns :], rows, columns)
         gradient = to_map(gradient[:, -rows * columns :], rows, columns)
     if not gradient.any():
-        raise ValueError(
-            "the class does not depend on what this layer makes of the image: give an earlier layer"
-        )
+        raise ValueError("the class does not depend on the output of this layer: give an earlier layer")
     cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu().detach()
     cam = F.interpolate(cam, image.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     return cam / cam.amax((1, 2), keepdim=True).clamp_min(torch.finfo(cam.dtype).tiny)

@@ -58,7 +58,7 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
     if old != new:
         if old < 5:
             raise ValueError(
-                f"a table of {table.shape[0]} relative positions is too small for a spline: that of a window of 3 x 3 "
+                f"a table of {table.shape[0]} relative positions is too small for a spline: a window of 3 x 3 "
                 "is the smallest one that can be resized"
             )
         matrix = spline_matrix(_knots(old, new), torch.arange(new, dtype=torch.float64) - new // 2)
@@ -73,7 +73,7 @@ def _side(rows: int) -> tuple[int, int]:
         side = math.isqrt(max(rows - cls, 0))
         if side and side * side == rows - cls:
             return side, cls
-    raise ValueError(f"a table of {rows} relative positions is that of no square window")
+    raise ValueError(f"a table of {rows} relative positions fits no square window")
 
 
 def _knots(old: int, new: int) -> Tensor:

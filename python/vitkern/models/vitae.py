@@ -132,7 +132,7 @@ def checked(prm: PRM, options: StageOptions) -> PRM:
     """Checks the convolutions of a cell without attention: nothing else could change their channels."""
     if prm.out_chans != options.token_dims:
         raise ValueError(
-            f"token_dims of a performer_less cell must be {prm.out_chans}, what its convolutions make together, "
+            f"token_dims of a performer_less cell must be {prm.out_chans}, the channels of its convolutions together,  "
             f"got {options.token_dims}"
         )
     return prm
@@ -220,7 +220,7 @@ class ViTAE(Stages):
         height, width = self._checked(image, self.stride).shape[2:]
         if height != width:
             raise ValueError(
-                f"ViTAE: images must be square, got {height} x {width}; ViTAEv2 takes those of any shape"
+                f"ViTAE: images must be square, got {height} x {width}; ViTAEv2 takes images of any shape"
             )
         x = image
         for stage in self.layers:
