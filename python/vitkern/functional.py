@@ -119,8 +119,8 @@ def ms_deform_attn_fused(
         ``[B, Q, M * D]`` in value's dtype.
 
     Offsets and logits may be float16 or bfloat16: they are widened first, and locations and softmax are float32
-    (float64 for float64 values) throughout. Under autocast, value is cast to the autocast dtype and the others keep their dtype.
-    Everything else is as in :func:`ms_deform_attn`.
+    (float64 for float64 values) throughout. Under autocast, value is cast to the autocast dtype and the others keep
+    theirs. Everything else is as in :func:`ms_deform_attn`.
 
     Examples:
         >>> shapes = [(8, 8), (4, 4)]
