@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small ViTAE on handwritten digits, then draws what it looks at.
+"""Trains a small ViTAE on handwritten digits, then draws its attention.
 
     python examples/classify_vitae.py                       # about a minute on two cores
     python examples/classify_vitae.py --model vitaev2
     torchrun --nproc-per-node 2 examples/classify_vitae.py  # the same batches, shared by two processes
 
-Killed and started again it goes on from the last epoch. Pictures need matplotlib: Grad-CAM of held-out digits, and how
-far each attention looks, in pixels, from the first layer to the last.
+After a kill, start it again: it resumes from the last epoch. Pictures need matplotlib: Grad-CAM of held-out digits, and
+the mean attention distance of each layer in pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vitkern.models import ViTAE, ViTAEv2
 from vitkern.models.attention_maps import grad_cam, mean_attention_distances
 
 SIZE = 32
-# Of an image of 32 x 32 maps of 16 x 16, 8 x 8 and 4 x 4, as of one of 64 x 64 in the published models.
+# An image of 32 x 32 has maps of 16 x 16, 8 x 8 and 4 x 4, as one of 64 x 64 in the published models.
 COMMON = dict(
     img_size=SIZE, in_chans=1, num_classes=10, downsample_ratios=2, NC_depth=[0, 1, 3], drop_path_rate=0.1
 )
@@ -69,7 +69,7 @@ def train(run: Run, model: nn.Module, data: Digits, held_out: Digits, options: a
 
 
 def draw(run: Run, model: nn.Module, data: Digits, label: str) -> None:
-    """Two pictures in the output folder. All processes compute, for a sharded model needs all of them."""
+    """Draws two pictures in the output folder. All processes compute: a sharded model needs all of them."""
     images = torch.stack([data.images[data.labels == digit][0] for digit in range(10)])
     cams = grad_cam(model, images).cpu().numpy()
     distances = {name: d.cpu() for name, d in mean_attention_distances(model, data.images[:64]).items()}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples share: arguments, devices and processes, a progress bar, checkpoints that survive a kill, a loop.
+"""Shared by the examples: arguments, devices and processes, a progress bar, checkpoints that survive a kill, a loop.
 
-A script makes a :class:`Run` of its arguments, hands its model to :meth:`Run.parallel` and the rest to :func:`fit`.
-Started by ``python`` it is one process, started by ``torchrun`` it trains with DDP, or with FSDP2 if given ``--fsdp``;
-the batches are the same whatever the number of processes. Started again after a kill it goes on from its last epoch.
+A script makes a :class:`Run` from its arguments, passes its model to :meth:`Run.parallel` and the rest to :func:`fit`.
+``python`` starts one process; ``torchrun`` trains with DDP, or with FSDP2 if given ``--fsdp``. The batches are the same
+for any number of processes. Started again after a kill, a script resumes from its last epoch.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def arguments(description: str | None, *, output: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with what every example takes; `defaults` are those of epochs, batch_size and lr."""
+    """A parser with the common arguments; `defaults` are for epochs, batch_size and lr."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int, help="of all processes together")
+    parser.add_argument("--batch-size", type=int, help="batch size of all processes together")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -46,17 +46,19 @@ def arguments(description: str | None, *, output: str, **defaults: Any) -> argpa
     )
     parser.add_argument("--amp", choices=AMP, default="off", help="train under autocast")
     parser.add_argument("--fsdp", action="store_true", help="under torchrun: shard parameters, not only data")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own number")
+    parser.add_argument("--threads", type=int, help="number of CPU threads; default: torch's")
     parser.add_argument(
         "--output", type=Path, default=Path(output), help="folder for checkpoints and pictures"
     )
-    parser.add_argument("--fresh", action="store_true", help="start anew where a checkpoint could be resumed")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start anew instead of resuming from a checkpoint"
+    )
     parser.set_defaults(**defaults)
     return parser
 
 
 class Run:
-    """Where a script runs: its device, its place among the processes, its precision. A context manager."""
+    """A run of a script: its device, its rank among the processes, its precision. A context manager."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -96,7 +98,7 @@ class Run:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that speaks and writes."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     def say(self, *text: object) -> None:
@@ -104,7 +106,7 @@ class Run:
             print(*text, flush=True)
 
     def parallel(self, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> nn.Module:
-        """The model on its device, its gradients shared between the processes; FSDP2 shards each block apart."""
+        """Moves the model to the device and shares its gradients between processes; FSDP2 shards block by block."""
         model = model.to(self.device)
         if self.world_size == 1:
             return model
@@ -121,7 +123,7 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.amp) if self.amp else nullcontext()
 
     def batches(self, samples: int, batch_size: int, epoch: int | None = None) -> Iterator[Tensor]:
-        """This process's share of each batch of sample numbers: shuffled and whole in an epoch, else in order."""
+        """This process's share of each batch of sample numbers: in an epoch shuffled and whole, else in order."""
         if batch_size % self.world_size:
             raise SystemExit(f"--batch-size {batch_size} cannot be shared by {self.world_size} processes")
         order = torch.arange(samples)
@@ -132,14 +134,14 @@ class Run:
             yield batch.tensor_split(self.world_size)[self.rank]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes."""
+        """The sums over all processes."""
         if dist.is_initialized():
             dist.all_reduce(values)
         return values
 
 
 class Progress:
-    """A bar with the time left; where the output is no terminal, a line each time that a note is given."""
+    """A bar with the time left; if the output is not a terminal, a line for each note."""
 
     WIDTH = 24
 
@@ -166,7 +168,7 @@ class Progress:
 
 
 def write(state: Any, path: Path) -> None:
-    """As torch.save, but the file is the old one or the new one, whenever the process is killed."""
+    """As torch.save, but atomic: after a kill at any time the file is the old or the new one."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
         torch.save(state, file)
@@ -176,7 +178,7 @@ def write(state: Any, path: Path) -> None:
 
 
 def cosine(lr: float, step: int, steps: int, warmup: int) -> float:
-    """The learning rate of a step: a straight rise, then half a cosine down to zero."""
+    """The learning rate of a step: a linear warm-up, then half a cosine down to zero."""
     if step < warmup:
         return lr * (step + 1) / warmup
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
@@ -196,14 +198,14 @@ def fit(
     evaluate: Callable[[], str] | None = None,
     warmup_epochs: float = 1.0,
 ) -> None:
-    """Trains, and writes `label`.pt after each epoch, from which the next start goes on.
+    """Trains, and writes `label`.pt after each epoch; the next start resumes from it.
 
     Args:
-        model: as :meth:`Run.parallel` returned it. Only what is trained of it is written.
-        optimizer: of one group; its rate follows a cosine from `lr`.
-        loss: of the samples with these numbers, a mean. Called in training mode, under autocast if asked for.
-        samples: how many there are.
-        evaluate: what to say after an epoch. Called in evaluation mode, in all processes.
+        model: the result of :meth:`Run.parallel`. Only its trained parameters are written.
+        optimizer: an optimizer of one group; its learning rate follows a cosine from `lr`.
+        loss: a function from sample numbers to their mean loss. Called in training mode, under autocast if requested.
+        samples: number of samples.
+        evaluate: a function that returns a note for after an epoch. Called in evaluation mode, in all processes.
     """
     path = run.output / f"{label}.pt"
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
@@ -249,7 +251,7 @@ def _save(path: Path, model: nn.Module, optimizer: Any, scaler: Any, epochs: int
     if main:
         write(state, path)
     if dist.is_initialized():
-        dist.barrier()  # whoever reads the file next finds it
+        dist.barrier()  # other processes read the file next
 
 
 def _resume(path: Path, model: nn.Module, optimizer: Any, scaler: Any) -> int:
@@ -260,6 +262,6 @@ def _resume(path: Path, model: nn.Module, optimizer: Any, scaler: Any) -> int:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
         scaler.load_state_dict(state["scaler"])
         return int(state["epochs"])
-    except Exception as error:  # a file that is torn may raise anything
+    except Exception as error:  # a damaged file may raise anything
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise SystemExit(f"{path} is torn, or of another model ({why}): --fresh starts anew") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real data that needs no download: the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships, enlarged."""
+"""Real data without a download: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, enlarged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Digits(NamedTuple):
 
 
 def load_digits(size: int) -> tuple[Digits, Digits]:
-    """For training and held out: always the same ones."""
+    """The digits for training and the held-out digits; the split is always the same."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError:
@@ -36,7 +36,7 @@ def load_digits(size: int) -> tuple[Digits, Digits]:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Each image turned by up to 15 degrees, scaled and sheared by up to 10 % and shifted by up to 8 %."""
+    """Rotates each image by up to 15 degrees, scales and shears it by up to 10 % and shifts it by up to 8 %."""
     angle, shear, scale_x, scale_y, right, down = torch.empty(6, len(images)).uniform_(-1, 1)
     angle = math.radians(15) * angle
     cos, sin = angle.cos(), angle.sin()
@@ -48,7 +48,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def accuracy(run: Run, model: nn.Module, data: Digits, batch_size: int) -> float:
-    """Of all processes together."""
+    """The accuracy over all processes."""
     right = torch.zeros((), device=run.device)
     with torch.no_grad(), run.autocast():
         for batch in run.batches(len(data.labels), batch_size):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaptFormer on handwritten digits: a transformer that knows 0 to 4 learns 5 to 9.
+"""AdaptFormer on handwritten digits: a transformer trained on 0 to 4 is tuned to 5 to 9.
 
-A small vision transformer is trained on the digits 0 to 4. Then all of it is frozen, adapters are put beside its
-feed-forward networks, and they and a new classifier alone are trained on 5 to 9.
+A small vision transformer is trained on the digits 0 to 4. Then it is frozen, adapters are added beside its
+feed-forward networks, and only the adapters and a new classifier are trained on 5 to 9.
 
     python examples/finetune_adaptformer.py                        # about a minute on two cores
     torchrun --nproc-per-node 2 examples/finetune_adaptformer.py   # with --fsdp: parameters are shared out too
 
-Killed and started again it goes on from the last epoch. Needs ``pip install ".[examples]"``.
+After a kill, start it again: it resumes from the last epoch. Needs ``pip install ".[examples]"``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TUNING = dict(ffn_num=16, ffn_option="parallel", ffn_adapter_scalar=1.0)
 
 
 def five(data: Digits, first: int, device: torch.device) -> Digits:
-    """Of the digits, `first` and the four after it, as classes 0 to 4."""
+    """The digits `first` to `first` + 4 as classes 0 to 4."""
     chosen = (data.labels >= first) & (data.labels < first + 5)
     return Digits(data.images[chosen].to(device), data.labels[chosen].to(device) - first)
 
 
 def train(run: Run, network: AdaptFormer, label: str, first: int, epochs: int, lr: float, size: int) -> float:
-    """On five digits from `first` on, in batches of `size`; the accuracy on those held out."""
+    """Trains on five digits from `first` on, in batches of `size`; returns the held-out accuracy."""
     data, held_out = (five(part, first, run.device) for part in load_digits(SIZE))
     model = run.parallel(network, network.blocks)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.01)
@@ -61,9 +61,9 @@ def train(run: Run, network: AdaptFormer, label: str, first: int, epochs: int, l
 
 
 def pretrained(run: Run, options: argparse.Namespace) -> None:
-    """Leaves pretrained.pt: a transformer that knows 0 to 4."""
+    """Trains a transformer on 0 to 4 and writes pretrained.pt."""
     network = AdaptFormer(**MODEL)
-    nn.init.normal_(network.pos_embed, std=0.2)  # 16 patches of a few strokes: where one lies says much
+    nn.init.normal_(network.pos_embed, std=0.2)  # with 16 patches of a few strokes, positions matter
     reached = train(
         run, network, "pretrained", 0, options.pretrain_epochs, options.pretrain_lr, options.batch_size
     )
@@ -71,7 +71,7 @@ def pretrained(run: Run, options: argparse.Namespace) -> None:
 
 
 def adapted(run: Run, options: argparse.Namespace) -> float:
-    """The accuracy on 5 to 9."""
+    """Tunes the adapters; returns the accuracy on 5 to 9."""
     network = AdaptFormer(**MODEL, tuning_config=TUNING)
     loaded = load_checkpoint(network, run.output / "pretrained.pt")
     network.reset_classifier(MODEL["num_classes"])

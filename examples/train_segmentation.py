@@ -5,8 +5,8 @@
     python examples/train_segmentation.py --model vt_fpn
     torchrun --nproc-per-node 2 examples/train_segmentation.py  # the same batches, shared by two processes
 
-The images are made from a fixed seed: red, blue and striped shapes on grey, of all outlines alike. Killed and started
-again it goes on from the last epoch. Pictures, of predicted masks and of what the model looks at, need matplotlib.
+The images come from a fixed seed: red, blue and striped shapes on grey, each with the same outlines. After a kill,
+start it again: it resumes from the last epoch. Pictures of predicted masks and of the attention need matplotlib.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Shapes(NamedTuple):
 
 
 def make_shapes(count: int, seed: int) -> Shapes:
-    """Images of a few shapes 20 to 40 pixels wide, of which later ones hide earlier ones."""
+    """Images of a few shapes, 20 to 40 pixels wide; later shapes cover earlier ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -52,7 +52,7 @@ def make_shapes(count: int, seed: int) -> Shapes:
         label = torch.randint(1, len(CLASSES), (count,), generator=generator)
         y, x, angle = grid[:, None] - uniform(8, 56), grid - uniform(8, 56), uniform(0, math.pi)
         u, v = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x
-        # A diamond, a disc or a square, or what lies between them: |u|^p + |v|^p < r^p.
+        # A diamond, a disc, a square or a shape between them: |u|^p + |v|^p < r^p.
         radius, power = uniform(10, 20), uniform(1, 5)
         inside = (u.abs() / radius) ** power + (v.abs() / radius) ** power < 1
         stripes = STRIPES[label].view(-1, 1, 1) * (2 * math.pi / PERIOD * u).sin().sign()
@@ -64,7 +64,7 @@ def make_shapes(count: int, seed: int) -> Shapes:
 
 
 def vit_adapter() -> tuple[nn.Module, list[nn.Module]]:
-    """The segmentor, and the parts of it that FSDP shards one by one."""
+    """The segmentor, and its parts for FSDP to shard one by one."""
     backbone = create_model("vit_adapter_tiny", img_size=SIZE)
     channels = backbone.feature_info.channels()
     head = UperNet(channels, len(CLASSES), channels=64)
@@ -82,7 +82,7 @@ MODELS = {"vit_adapter": vit_adapter, "vt_fpn": vt_fpn}
 
 
 def share_statistics(net: nn.Module, device: torch.device) -> None:
-    """All normalise batches over all processes on a GPU, and none does on a CPU, where DDP refuses such layers."""
+    """Synchronises all BatchNorms on a GPU and none on a CPU: DDP refuses such layers there."""
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
         return
@@ -118,7 +118,7 @@ def train(run: Run, model: nn.Module, data: Shapes, held_out: Shapes, options: a
 
 
 def class_ious(run: Run, model: nn.Module, data: Shapes, batch_size: int) -> Tensor:
-    """For each class, over all pixels and processes: intersection with the truth, divided by the union."""
+    """The intersection over union of each class, over all pixels and processes."""
     counts = torch.zeros(len(CLASSES), len(CLASSES), device=run.device, dtype=torch.long)
     with torch.no_grad(), run.autocast():
         for batch in run.batches(len(data.labels), batch_size):
@@ -130,7 +130,7 @@ def class_ious(run: Run, model: nn.Module, data: Shapes, batch_size: int) -> Ten
 
 
 def looks(net: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """What a model looks at in an image, as maps of its size: sampling points by their weights, or tokens' pixels."""
+    """The attention in an image as maps of its size: weighted sampling points, or the tokens' weights of pixels."""
     height, width = image.shape[2:]
     if not isinstance(net, Segmentor):
         tokens = next(iter(token_attention(net, image).values()))[0, :4]
@@ -144,12 +144,12 @@ def looks(net: nn.Module, image: Tensor) -> dict[str, Tensor]:
         seen = weights.new_zeros(1, height, width)
         seen[0].index_put_((y[inside], x[inside]), weights[0, query][inside], accumulate=True)
         layer = name.removeprefix("backbone.interactions.").removesuffix(".attn")
-        maps[layer] = F.max_pool2d(seen, 3, stride=1, padding=1)[0]  # points large enough to be seen
+        maps[layer] = F.max_pool2d(seen, 3, stride=1, padding=1)[0]  # makes the points visible
     return maps
 
 
 def draw(run: Run, model: nn.Module, data: Shapes, label: str) -> None:
-    """Masks and what the model looks at. All processes compute, for a sharded model needs all of them."""
+    """Draws masks and attention. All processes compute: a sharded model needs all of them."""
     images, labels = (part[:8] for part in data)
     with torch.no_grad():
         predicted = model(images).argmax(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mkdocs does not do by itself for this site: pages from files of the root, MathML, and the commands' help."""
+"""Additions to mkdocs for this site: pages from files of the root, MathML, and the commands' help."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PAGES = {
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
-)  # as pymdownx.arithmatex leaves them
+)  # as pymdownx.arithmatex writes them
 ROLE = re.compile(r":(?:func|class|meth):<code>~?([\w.]+)</code>")  # of docstrings
 
 
 def on_files(files, config):
-    """The files that a visitor of the repository sees at its root are pages here, and are written once."""
+    """Adds the files at the root of the repository as pages: each text exists once."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=LINK.sub(_from_root, text)))
@@ -52,7 +52,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _commands() -> str:
-    sys.path.insert(0, str(ROOT / "python"))  # cli.py is written to be imported where torch is not installed
+    sys.path.insert(0, str(ROOT / "python"))  # cli.py can be imported without torch
     from vitkern.cli import make_parser
 
     return "\n\n".join(f"## {parser.prog}\n\n```text\n{_help(parser)}```" for parser in _all(make_parser()))
@@ -64,7 +64,7 @@ def _help(parser: argparse.ArgumentParser) -> str:
 
 
 def _all(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """A parser, if it does something itself, and those of its subcommands."""
+    """A parser, unless it only has subcommands, and the parsers of its subcommands."""
     inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not inner:
         return [parser]
@@ -76,7 +76,7 @@ def on_page_content(html, page, config, files):
 
 
 def _reference(role: re.Match) -> str:
-    """A name, which leads to where it is explained, if it is."""
+    """A name with a link to its documentation, if there is any."""
     name = role[1] if role[1].startswith("vitkern.") else f"vitkern.{role[1]}"
     return f'<autoref identifier="{name}" optional><code>{role[1].rpartition(".")[2]}</code></autoref>'
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter bottleneck, eqs. (1) to (5) of docs/derivations/adapter_bottleneck.md.
 
-Shapes: N rows, C channels, H hidden units. `factor` times the number at `scale_ptr` is s of eq. (3).
+Shapes: N rows, C channels, H hidden units. s of eq. (3) is `factor` times the number at `scale_ptr`.
 
-Work split: one program takes BLOCK_N rows all the way. It loops over tiles of channels for z, keeps the BLOCK_H hidden
-units of its rows on the chip, and loops over the channels again for y.
+Work split: one program computes BLOCK_N rows. It loops over tiles of channels for z, keeps the BLOCK_H hidden units of
+its rows on the chip, and loops over the channels again for y.
 Memory: x is read once (and again where it is the residual, from L2), y written once; the weights come from L2.
 Offsets of rows are int64.
-Numerics: sums, bias, activation, scale and residual are float; the factors of products are of the type of x. NaN goes
-through relu and dropout as in torch.
+Numerics: sums, bias, activation, scale and residual are float; the factors of products have the type of x. NaN passes
+relu and dropout as in torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import triton.language as tl
 
 from .tiles import product, read_row, read_tile, write_tile
 
-MAX_HIDDEN = 512  # what fits the registers of one program
-_FEW_ROWS = 8192  # below, blocks of 64 rows leave most of a large card without work
+MAX_HIDDEN = 512  # more do not fit the registers of one program
+_FEW_ROWS = 8192  # with fewer rows, blocks of 64 leave most of a large card idle
 
 
 def launch_table(rows: int, hidden: int, item_bytes: int, backward: bool = False) -> dict[str, int]:
@@ -43,7 +43,7 @@ def _down(
     x_ptr, weight_ptr, bias_ptr, row, m_row, hidden, C: tl.constexpr, H: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (1): z of some rows."""
+    """Eq. (1): z of a block of rows."""
     z = tl.zeros([row.shape[0], hidden.shape[0]], dtype=tl.float32)
     for first in range(0, C, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
@@ -68,7 +68,7 @@ def _activation(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _words(seed_ptr, counter):
-    """Eq. (4): the four random words of some counters."""
+    """Eq. (4): the four random words of each counter."""
     low = counter.to(tl.uint32)
     zero = low * 0
     return tl.philox(tl.load(seed_ptr), low, (counter >> 32).to(tl.uint32), zero, zero)
@@ -76,10 +76,10 @@ def _words(seed_ptr, counter):
 
 @triton.jit
 def _dropout(seed_ptr, row, hidden, threshold, rescale, H: tl.constexpr):
-    """Eq. (5): what dropout multiplies the hidden units of some rows with."""
+    """Eq. (5): the dropout factors of the hidden units of a block of rows."""
     limit = tl.cast(threshold, tl.uint32)
     if H % 4 == 0:
-        # Units of a row share their counters by four.
+        # Four units of a row share a counter.
         group = tl.arange(0, hidden.shape[0] // 4)
         w0, w1, w2, w3 = _words(seed_ptr, (row * (H // 4))[:, None] + group[None, :])
         even = tl.interleave(tl.where(w0 < limit, 0.0, rescale), tl.where(w2 < limit, 0.0, rescale))
@@ -97,7 +97,7 @@ def _dropout(seed_ptr, row, hidden, threshold, rescale, H: tl.constexpr):
 @triton.jit
 def adapter_bottleneck_forward(
     output_ptr,  # [N, C]
-    kept_ptr,  # [N, H] float, z for backward; None where nobody keeps it
+    kept_ptr,  # [N, H] float, z for backward; None if not kept
     x_ptr,  # [N, C]
     down_weight_ptr,  # [H, C]
     down_bias_ptr,  # [H] or None
@@ -128,7 +128,7 @@ def adapter_bottleneck_forward(
     a = _activation(z, ACTIVATION)
     if seed_ptr is not None:
         a *= _dropout(seed_ptr, row, hidden, threshold, rescale, H)
-    if H != BLOCK_H:  # x may be infinite, and z of a unit that is none then NaN
+    if H != BLOCK_H:  # x may be infinite, and z of a padding unit is then NaN
         a = tl.where((hidden < H)[None, :], a, 0.0)
     a = a.to(DOT)
     if scale_ptr is not None:

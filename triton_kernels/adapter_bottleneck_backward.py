@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of the adapter bottleneck, eqs. (6) to (11) of docs/derivations/adapter_bottleneck.md.
 
-Shapes, names and split of the work are those of adapter_bottleneck.py: one program takes BLOCK_N rows from z and e to
-the gradient of x. What is summed over all rows comes out as one partial sum a program, for the caller to add up in a
-fixed order; for the weights' gradients, (9) and (10), the hidden units' a and f are left behind, to be multiplied with
-grad_output and x by `tiles.row_products`.
+Shapes, names and work split are those of adapter_bottleneck.py: one program computes BLOCK_N rows from z and e to the
+gradient of x. Sums over all rows are written as one partial sum a program; the caller adds them in a fixed order. For
+the weights' gradients, (9) and (10), the kernel writes the hidden units' a and f, and `tiles.row_products` multiplies
+them with grad_output and x.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tiles import product, read_row, read_tile, write_tile
 
 @triton.jit
 def _through_activation(z, gradient, ACTIVATION: tl.constexpr):
-    """From the gradient of the activation to that of z."""
+    """The gradient of z from the gradient of the activation."""
     if ACTIVATION == "relu":
         gradient = tl.where(z <= 0, 0.0, gradient)
     elif ACTIVATION == "gelu":
@@ -35,7 +35,7 @@ def _up_transposed(
     grad_output_ptr, weight_ptr, bias_ptr, row, m_row, hidden, C: tl.constexpr, H: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (6): e of some rows, and for the last term of (11) their dot products with b_u, if it is there."""
+    """Eq. (6): e of a block of rows, and for the last term of (11) their dot products with b_u, if there is one."""
     e = tl.zeros([row.shape[0], hidden.shape[0]], dtype=tl.float32)
     along_bias = tl.zeros([row.shape[0]], dtype=tl.float32)
     for first in range(0, C, BLOCK_C):
@@ -50,13 +50,13 @@ def _up_transposed(
 
 @triton.jit
 def adapter_bottleneck_backward(
-    grad_x_ptr,  # [N, C]; None where nobody wants it, as all outputs
+    grad_x_ptr,  # [N, C]; None if not needed, as all outputs
     a_ptr,  # [N, H]
     f_ptr,  # [N, H]
     grad_down_bias_ptr,  # [programs, H] float
     grad_scale_ptr,  # [programs] float
     grad_output_ptr,  # [N, C]
-    kept_ptr,  # [N, H] float, z; None: it is worked out again
+    kept_ptr,  # [N, H] float, z; None: computed again
     x_ptr, down_weight_ptr, down_bias_ptr, up_weight_ptr,
     up_bias_ptr,  # [C]; None unless the gradient of the scale needs it
     scale_ptr, seed_ptr, factor, threshold, rescale, N, C: tl.constexpr, H: tl.constexpr,
@@ -80,7 +80,7 @@ def adapter_bottleneck_backward(
     e, along_bias = _up_transposed(
         grad_output_ptr, up_weight_ptr, up_bias_ptr, row, m_row, hidden, C, H, DOT, PRECISION, BLOCK_C
     )
-    # Units and rows that are none may have become NaN beside an infinite x or weight.
+    # Padding units and rows may be NaN if x or a weight is infinite.
     if grad_scale_ptr is not None:
         dots = tl.sum(tl.where(m_hidden, a * e, 0.0), axis=1) + along_bias
         tl.store(grad_scale_ptr + tl.program_id(0), factor * tl.sum(dots, axis=0))

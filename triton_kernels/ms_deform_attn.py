@@ -2,15 +2,15 @@
 """Multi-scale deformable attention, eqs. (1) to (4) of docs/derivations/ms_deform_attn.md.
 
 Shapes: B images, S pixels of all levels, M heads, D channels of a head, Q queries, K sampling points of a query and
-head. The points come in GROUPS runs of GROUP_POINTS that share a level: one run a level where all levels have the same
-number of points, else runs of their greatest common divisor and a table that tells the level of each.
+head. The points come in GROUPS groups of GROUP_POINTS that share a level: one group a level if all levels have the same
+number of points, else groups of their greatest common divisor, with a table of the level of each group.
 
 Work split: one program handles BLOCK_Q queries of one head of one image and loops over levels and points. Coordinates
-are vectors over the queries; samples are [BLOCK_Q, BLOCK_D] tiles, each thread with one vector of one query.
-Memory: locations and weights are read once; the corners of a query are gathered from value, which lives in L2.
-Offsets within an image are OFFSET (int32 where an image is small enough), everything above them is int64.
-Numerics: everything is computed in ACC (float; double while interpreting). Range tests are the ones that NaN fails,
-and a corner outside its level is neither read nor written.
+are vectors over the queries; samples are [BLOCK_Q, BLOCK_D] tiles, in which each thread holds one vector of one query.
+Memory: locations and weights are read once; the corners of a query are gathered from value, which stays in L2.
+Offsets within an image are OFFSET (int32 if an image is small enough), all other offsets are int64.
+Numerics: everything is computed in ACC (float; double while interpreting). NaN fails every range test, and a
+corner outside its level is neither read nor written.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .ms_deform_attn_fused import _frame, _softmax
 
 
 def launch_table(channels: int, item_bytes: int, backward: bool = False) -> dict[str, int]:
-    """Block sizes that give each thread one vector of one query: 16 bytes of value, in backward 16 of grad_value.
+    """Block sizes that give each thread one vector of one query: 16 bytes of value, or in backward of grad_value.
 
     Chosen by static figures (docs/benchmarking.md), not measured on a card. A wider 16-bit tile in backward would cross
-    shared memory on its way to the vector atomics. Left to itself, ptxas squeezes the forward into 48 registers, spills
-    in 16-bit and waits for one corner before it asks for the next; with 64, still half of the threads that an SM can
-    hold, all four loads are under way together (channels that do not fill their block need more, and get what they
-    need). A table, because a search at run time would add into live gradients and break the capture of CUDA graphs.
+    shared memory on its way to the vector atomics. By default ptxas limits the forward to 48 registers, spills in
+    16-bit and waits for each corner before it loads the next. With 64 registers, all four loads are in flight together
+    and half of an SM's threads still fit. Channels that do not fill their block need more registers and have no limit.
+    This is a table because a search at run time would add into live gradients and break the capture of CUDA graphs.
     """
     num_warps = 4
     block_d = min(max(triton.next_power_of_2(channels), 2), 256)
@@ -42,7 +42,7 @@ def launch_table(channels: int, item_bytes: int, backward: bool = False) -> dict
 def _queries(M, Q, BLOCK_Q: tl.constexpr):
     """This program's image, head, queries and their rows of [B, Q, M].
 
-    Heads vary fastest, for programs that run side by side then share the lines of all inputs.
+    Heads vary fastest: programs that run side by side then share the cache lines of all inputs.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(Q, BLOCK_Q)
@@ -54,7 +54,7 @@ def _queries(M, Q, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def _level_of(group, level_of_group_ptr):
-    """The level that a run of points samples."""
+    """The level of a group of points."""
     level = group
     if level_of_group_ptr is not None:
         level = tl.load(level_of_group_ptr + group)
@@ -63,7 +63,7 @@ def _level_of(group, level_of_group_ptr):
 
 @triton.jit
 def _level(level, shapes_ptr, level_start_ptr):
-    """Height, width and first pixel of a level. One without pixels is -1 x 0: -1 < y < -1 is never true."""
+    """Height, width and first pixel of a level. A level without pixels is -1 x 0: -1 < y < -1 is never true."""
     height = tl.load(shapes_ptr + 2 * level)
     width = tl.load(shapes_ptr + 2 * level + 1)
     empty = (height <= 0) | (width <= 0)
@@ -76,7 +76,7 @@ def _locate(
     locations_ptr, point, m_point, height, width, x_shift, y_shift, x_scale, y_scale,
     NUMBERS: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Eqs. (2) and (4): does the point count, its upper left pixel, its shares of the right and of the lower pixels."""
+    """Eqs. (2) and (4): whether a point counts, its upper left pixel, its shares of the right and the lower pixels."""
     xy = tl.load(
         locations_ptr + 2 * point[:, None] + tl.arange(0, 2)[None, :], mask=m_point[:, None], other=0.0
     )
@@ -101,17 +101,17 @@ def _locate(
     left = tl.floor(x)
     top = tl.floor(y)
     column, row = left.to(tl.int32), top.to(tl.int32)
-    if not BILINEAR:  # the bounds above are rounded where a size has more digits than ACC
+    if not BILINEAR:  # the bounds above are rounded if a size has more digits than ACC
         column, row = tl.minimum(column, width - 1), tl.minimum(row, height - 1)
     return counts, column, row, x - left, y - top
 
 
 @triton.jit
 def _corner(CORNER: tl.constexpr, counts, left, top, right, lower, height, width):
-    """Eq. (3): is the corner inside, its coefficient and that one's slopes along x and y.
+    """Eq. (3): whether the corner is inside, its coefficient, and the coefficient's slopes along x and y.
 
     Corners 0 and 1 are left and right of the upper row, 2 and 3 of the lower. A point that counts has its left column
-    in [-1, width - 1], so that one comparison a column and a row is enough.
+    in [-1, width - 1]: one comparison for the column and one for the row are enough.
     """
     if CORNER % 2 == 0:
         column_share, column_slope = 1 - right, -1.0
@@ -130,7 +130,7 @@ def _corner(CORNER: tl.constexpr, counts, left, top, right, lower, height, width
 
 @triton.jit
 def _tile_mask(m_row, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Mask of a tile of rows and channels, of rows alone where all blocks of channels are full."""
+    """Mask of a tile of rows and channels, or of rows only if all blocks of channels are full."""
     mask = m_row[:, None]
     if D % BLOCK_D != 0:
         mask = mask & (channel < D)[None, :]
@@ -139,7 +139,7 @@ def _tile_mask(m_row, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _channels(ptr, offset, m_row, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Some channels of the rows at some offsets."""
+    """Channels of the rows at these offsets."""
     return tl.load(
         ptr + channel[None, :] + offset[:, None], mask=_tile_mask(m_row, channel, D, BLOCK_D), other=0.0
     )
@@ -151,7 +151,7 @@ def ms_deform_attn_forward(
     value_ptr,  # [B, S, M, D]
     shapes_ptr,  # [L, 2] as (height, width)
     level_start_ptr,  # [L]
-    level_of_group_ptr,  # [GROUPS] and the points of each level [L]; None where group and level are the same
+    level_of_group_ptr,  # [GROUPS], then the points of each level [L]; None if group and level are the same
     locations_ptr,  # [B, Q, M, K, 2] as (x, y); in the fused form, offsets
     weights_ptr,  # [B, Q, M, K]; in the fused form, logits
     reference_ptr,  # [B | 1, Q, L | 1, NUMBERS] of ACC, stride 0 along an axis of 1; in the plain form, None
@@ -201,7 +201,7 @@ def ms_deform_attn_forward(
                 inside, coefficient, _, _ = _corner(corner, counts, left, top, right, lower, height, width)
                 offset = (pixel + (corner % 2 + corner // 2 * width)) * (M * D)
                 sample = _channels(value_ptr + origin, offset, inside, channel, D, BLOCK_D)
-                # A weight that is infinite or NaN must not turn the zero of a corner outside into a NaN.
+                # An infinite or NaN weight times the zero of a corner outside would be NaN.
                 output += tl.where(inside, weight * coefficient, 0.0)[:, None] * sample.to(ACC)
     target = output_ptr + (row * D)[:, None] + channel[None, :]
     tl.store(target, output.to(output_ptr.dtype.element_ty), mask=_tile_mask(m_q, channel, D, BLOCK_D))

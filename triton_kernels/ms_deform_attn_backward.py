@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of multi-scale deformable attention, eqs. (5) to (7), (11) and (12) of the derivation.
 
-Shapes, names and split of the work are those of ms_deform_attn.py: one program handles BLOCK_Q queries of one head and
-all of their channels. Gradients of value are added in memory, by vector atomics where the card has them; all others
-are collected in registers and stored a run, or, of the softmax, a row at a time.
+Shapes, names and work split are those of ms_deform_attn.py: one program handles BLOCK_Q queries of one head and all of
+their channels. Gradients of value are added in memory, by vector atomics if the card has them. All other gradients are
+collected in registers and stored a group at a time, in the fused form a row of logits at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _dots(
         )
         shift = (corner % 2 + corner // 2 * width.to(offset.dtype)) * stride
         value = _channels(value_ptr, offset + shift, inside, channel, D, BLOCK_D).to(grad_output.dtype)
-        # A NaN of grad_output times the zero of a corner outside is not a gradient.
+        # A NaN of grad_output times the zero of a corner outside would be NaN.
         dot = tl.where(inside, tl.sum(value * grad_output, axis=1), 0.0)
         sample += coefficient * dot
         if BILINEAR:
@@ -44,7 +44,7 @@ def _scatter(
     tile, ptr, offset, channel, counts, left, top, right, lower, height, width, stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BILINEAR: tl.constexpr,
 ):  # fmt: skip
-    """Adds the corners' shares of a tile into their pixels, which may repeat."""
+    """Adds the corners' shares of a tile to their pixels, which may repeat."""
     for corner in tl.static_range(4 if BILINEAR else 1):
         inside, coefficient, _, _ = _corner(corner, counts, left, top, right, lower, height, width)
         shift = (corner % 2 + corner // 2 * width.to(offset.dtype)) * stride
@@ -62,14 +62,14 @@ def _put(tile, i, numbers):
 
 @triton.jit
 def _put_pairs(tile, i, counts, x, y):
-    """Adds a pair to the i-th pair of columns, nothing where the point does not count."""
+    """Adds a pair to the i-th pair of columns if the point counts."""
     tile = _put(tile, 2 * i, tl.where(counts, x, 0.0))
     return _put(tile, 2 * i + 1, tl.where(counts, y, 0.0))
 
 
 @triton.jit
 def _store(ptr, first, tile, m_row, COUNT: tl.constexpr):
-    """Stores the first COUNT numbers of each row of a tile side by side; a gradient that nobody wants is None."""
+    """Stores the first COUNT numbers of each row of a tile side by side; no-op if `ptr` is None."""
     if ptr is not None:
         i = tl.arange(0, tile.shape[1])[None, :]
         mask = m_row[:, None] & (i < COUNT)
@@ -78,10 +78,10 @@ def _store(ptr, first, tile, m_row, COUNT: tl.constexpr):
 
 @triton.jit
 def ms_deform_attn_backward(
-    grad_value_ptr,  # [B, S, M, D] of ACC, added to; a gradient that nobody wants is None
+    grad_value_ptr,  # [B, S, M, D] of ACC, added to; gradients that are not needed are None
     grad_locations_ptr,  # [B, Q, M, K, 2]
     grad_weights_ptr,  # [B, Q, M, K]
-    grad_places_ptr,  # [B, Q, M, K, 2] of ACC, fused form only: of the locations that came about, eq. (7)
+    grad_places_ptr,  # [B, Q, M, K, 2] of ACC, fused form only: of the computed locations, eq. (7)
     grad_output_ptr,  # [B, Q, M, D]; the rest as in forward
     value_ptr, shapes_ptr, level_start_ptr, level_of_group_ptr, locations_ptr, weights_ptr,
     reference_ptr, reference_image, reference_query, reference_level, S, M, Q, D: tl.constexpr,
@@ -107,7 +107,7 @@ def ms_deform_attn_backward(
             level_of_group_ptr, height, width, GROUPS, GROUP_POINTS, NUMBERS, ACC,
         )  # fmt: skip
         run = row * K + group * GROUP_POINTS
-        # The gradients of a run are stored together: one by one, each would cross shared memory, with two barriers.
+        # The gradients of a group are stored together: one by one, each would cross shared memory, with two barriers.
         if NUMBERS == 0:
             weights = tl.zeros([BLOCK_Q, BLOCK_P], dtype=ACC)
         locations = tl.zeros([BLOCK_Q, 2 * BLOCK_P], dtype=ACC)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grad_value without atomics, eq. (5), bit for bit the same each time ("Deterministic" in the derivation).
+"""grad_value without atomics, eq. (5), bitwise reproducible ("Deterministic" in the derivation).
 
-``ms_deform_attn_cells`` files each sampling point under the last pixel, in memory order, that it touches; the caller
-sorts the points by it, stably; ``ms_deform_attn_gather_grad_value`` sums for each pixel the points that touch it, which
-are filed under the pixel itself and its neighbours to the right, below, and both: two runs of the sorted order, for
-neighbours in a row are neighbours in it. Shapes and names are those of ms_deform_attn.py. In the fused form the points
-of a pixel come from many rows of logits, whose softmax the first kernel leaves behind in two numbers a row.
+The cell of a sampling point is the last pixel, in memory order, that it touches. ``ms_deform_attn_cells`` computes the
+cells; the caller sorts the points by cell, stably; ``ms_deform_attn_gather_grad_value`` sums for each pixel the points
+that touch it. Their cells are the pixel itself and its neighbours to the right, below, and both: two runs of the sorted
+order, because neighbours in a row are neighbours in that order. Shapes and names are those of ms_deform_attn.py. In the
+fused form the points of a pixel come from many rows of logits; the first kernel writes the softmax of each row as two
+numbers.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from .ms_deform_attn_fused import _frame, _softmax
 
 @triton.jit
 def ms_deform_attn_cells(
-    cells_ptr,  # [B, Q, M, K] int64: in [0, B * M * S), or that bound for a point that touches no pixel
-    softmax_ptr,  # [B, Q, M, 2] of ACC, fused form only: largest logit, and one by the sum of eq. (8)
+    cells_ptr,  # [B, Q, M, K] int64: in [0, B * M * S), or B * M * S if a point touches no pixel
+    softmax_ptr,  # [B, Q, M, 2] of ACC, fused form only: the largest logit, and 1 / total of eq. (8)
     shapes_ptr, level_start_ptr, level_of_group_ptr, locations_ptr, weights_ptr,
     reference_ptr, reference_image, reference_query, reference_level, B, S, M, Q, GROUPS: tl.constexpr,
     GROUP_POINTS: tl.constexpr, NUMBERS: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """One program files the points of BLOCK_Q queries of one head of one image."""
+    """One program computes the cells of the points of BLOCK_Q queries of one head of one image."""
     image, head, query, row = _queries(M, Q, BLOCK_Q)
     m_q = query < Q
     nowhere = tl.cast(S, tl.int64) * M * B
@@ -59,14 +60,14 @@ def ms_deform_attn_gather_grad_value(
     grad_value_ptr,  # [B, S, M, D] of ACC, all of it written
     grad_output_ptr,  # [B, Q, M, D]
     softmax_ptr,  # [B, Q, M, 2]
-    order_ptr,  # [B * Q * M * K] points in the order of their cells
-    first_ptr,  # [B * M * S + 1] how many points are in the cells below
+    order_ptr,  # [B * Q * M * K] points, sorted by cell
+    first_ptr,  # [B * M * S + 1] number of points in the cells before
     shapes_ptr, level_start_ptr, level_of_group_ptr, locations_ptr, weights_ptr,
     reference_ptr, reference_image, reference_query, reference_level, S, M, Q, D: tl.constexpr,
     L: tl.constexpr, GROUPS: tl.constexpr, GROUP_POINTS: tl.constexpr, NUMBERS: tl.constexpr,
     BILINEAR: tl.constexpr, ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_S pixels and BLOCK_D channels of one head; each of its pixels takes a point a round."""
+    """One program owns BLOCK_S pixels and BLOCK_D channels of one head; each pixel adds one point an iteration."""
     image, head, pixel, target = _queries(M, S, BLOCK_S)
     m_s = pixel < S
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -103,7 +104,7 @@ def ms_deform_attn_gather_grad_value(
                     locations_ptr, point, i < end, height, width, x_shift, y_shift, x_scale, y_scale,
                     NUMBERS, BILINEAR, ACC,
                 )  # fmt: skip
-                # Levels that overlap share pixels, and a point counts once.
+                # Levels that overlap share pixels, but a point counts once.
                 group = point % (GROUPS * GROUP_POINTS) // GROUP_POINTS
                 takes = counts & (_level_of(group, level_of_group_ptr) == level)
                 takes = takes & (column - left >= 0) & (column - left <= 1)

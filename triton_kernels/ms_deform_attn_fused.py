@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused form of multi-scale deformable attention: softmax, eqs. (8) and (11), and locations, eqs. (9), (10), (12).
 
-The kernels read logits z and offsets d where the plain form has weights and locations. Of a row of K logits they keep
-two numbers, the largest one and one by the sum of exp(z - largest): a weight is then worked out where it is used, and
-no weight or location is ever in memory. A location in pixels is shift + scale * d, see ``_frame``; NUMBERS, those of a
-reference point, is 2 or 4, and 0 in the plain form.
+The kernels read logits z and offsets d in place of weights and locations. They keep two numbers for a row of K logits:
+the largest and 1 / total, with total the sum of exp(z - largest). Each weight is computed where it is used: weights and
+locations are never in memory. A location in pixels is shift + scale * d, see ``_frame``. NUMBERS is the size of a
+reference point, 2 or 4, and 0 in the plain form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _logits(logits_ptr, row, m_row, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """Rows of logits, filled up with numbers that weigh nothing."""
+    """Rows of logits, padded with numbers of weight zero."""
     point = tl.arange(0, BLOCK_K)[None, :]
     mask = m_row[:, None] & (point < K)
     logits = tl.load(logits_ptr + (row * K)[:, None] + point, mask=mask, other=0.0).to(ACC)
@@ -30,11 +30,11 @@ def _logit(logits_ptr, row, m_row, point, K: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _softmax(logits_ptr, row, m_row, K: tl.constexpr, UNROLLED: tl.constexpr, ACC: tl.constexpr):
-    """Eq. (8): the largest logit of each row, and one by the sum. A NaN comes in by the sum, as do infinities.
+    """Eq. (8): the largest logit of each row, and 1 / total. NaN and infinities enter through the total.
 
-    Number by number: a tile of logits would bring its own layout, and every point would be located twice, once for the
-    threads that weigh it and once for those that sample it. So it is, too, where what a loop carries meets a sampling
-    loop that has room for any layout: forward, which is why it asks for unrolled ones; backward would lose registers.
+    The loops read single logits: a tile of logits would have a layout of its own, and every point would be located
+    twice, once for the threads that weigh it and once for the threads that sample it. A rolled loop before forward's
+    sampling loop has the same effect, so forward sets UNROLLED; in backward, unrolled loops would cost registers.
     """
     largest = tl.full([row.shape[0]], float("-inf"), dtype=ACC)
     total = tl.zeros([row.shape[0]], dtype=ACC)
@@ -56,7 +56,7 @@ def _through_softmax(
     grad_weights, logits_ptr, row, m_row, largest, inverse,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (11): from the gradients of all weights of a row to those of its logits."""
+    """Eq. (11): the gradients of a row's logits from those of all its weights."""
     logits = _logits(logits_ptr, row, m_row, K, BLOCK_K, ACC)
     weights = tl.exp(logits - largest[:, None]) * inverse[:, None]
     return weights * (grad_weights - tl.sum(weights * grad_weights, axis=1)[:, None])
@@ -67,9 +67,9 @@ def _frame(
     reference_ptr, image_stride, query_stride, level_stride, image, query, m_query, level, level_of_group_ptr,
     height, width, GROUPS: tl.constexpr, GROUP_POINTS: tl.constexpr, NUMBERS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Shifts and scales, along x and y, that turn what is in locations into pixels: eqs. (2), (9) and (10).
+    """Shifts and scales, along x and y, from the numbers in locations to pixels: eqs. (2), (9) and (10).
 
-    The derivative of a pixel coordinate by what is in locations is the scale, whatever the form.
+    In every form, the derivative of a pixel coordinate by these numbers is the scale.
     """
     x_shift, y_shift, x_scale, y_scale = 0.0, 0.0, width, height
     if NUMBERS > 0:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels made of matrix products share: masked tiles, products, and sums of products over all rows.
+"""Shared parts of the kernels made of matrix products: masked tiles, products, and sums of products over all rows.
 
-Products run on tensor cores wherever the type has them: their factors are DOT, the type of the tensors, and their sums
-float. Float factors go by PRECISION: "ieee" multiplies in full, on no tensor core, "tf32" does what torch does under
-``torch.backends.cuda.matmul.allow_tf32``. The interpreter's bfloat16 products are wrong: there DOT is float instead.
+Products run on tensor cores if the type has them: factors are of type DOT, that of the tensors, and sums are float.
+PRECISION decides about float factors: "ieee" multiplies in full precision, without tensor cores; "tf32" multiplies as
+torch under ``torch.backends.cuda.matmul.allow_tf32``. The interpreter's bfloat16 products are wrong: its DOT is float.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_mask(m_row, column, WIDTH: tl.constexpr):
-    """Mask of a tile of rows and columns, of rows alone where all blocks of columns are full."""
+    """Mask of a tile of rows and columns, or of rows only if all blocks of columns are full."""
     mask = m_row[:, None]
     if WIDTH // column.shape[0] * column.shape[0] != WIDTH:
         mask = mask & (column < WIDTH)[None, :]
@@ -23,7 +23,7 @@ def tile_mask(m_row, column, WIDTH: tl.constexpr):
 
 @triton.jit
 def read_tile(ptr, row, m_row, column, WIDTH: tl.constexpr):
-    """Some columns of some rows of a matrix [., WIDTH]; zeros outside."""
+    """A tile of a matrix [., WIDTH]; zeros outside."""
     return tl.load(
         ptr + (row * WIDTH)[:, None] + column[None, :], mask=tile_mask(m_row, column, WIDTH), other=0.0
     )
@@ -37,7 +37,7 @@ def write_tile(ptr, row, m_row, column, tile, WIDTH: tl.constexpr):
 
 @triton.jit
 def read_row(ptr, column, WIDTH: tl.constexpr):
-    """Some numbers of a vector [WIDTH], as floats; zeros outside."""
+    """Elements of a vector [WIDTH] as floats; zeros outside."""
     return tl.load(ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
 
 
@@ -49,14 +49,14 @@ def product(left, right, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def part_of(part, parts, length, BLOCK: tl.constexpr):
-    """The item that the part_th of all parts belongs to, and where the part begins and ends: it is whole blocks."""
+    """The item that a part belongs to, and the part's begin and end. Parts are whole blocks, the last one cut off."""
     blocks = tl.cdiv(tl.cdiv(length, BLOCK), parts)
     first = (part % parts).to(tl.int32) * blocks * BLOCK
     return part // parts, first, tl.minimum(first + blocks * BLOCK, length)
 
 
 def products_table(p: int, q: int, item_bytes: int) -> dict[str, int]:
-    """Block sizes of `row_products` for products [p, q], one side few tokens or hidden units, the other many channels.
+    """Block sizes of `row_products` for products [p, q]: one side has few tokens or hidden units, one many channels.
 
     Chosen by static figures (registers, shared memory), not measured on a card.
     """
@@ -72,11 +72,11 @@ def products_table(p: int, q: int, item_bytes: int) -> dict[str, int]:
 
 @triton.jit
 def row_products(
-    products_ptr,  # [B, PARTS, P, Q] float, of each part of the rows; None where nobody wants them
-    sums_ptr,  # [B, PARTS, P] float, of the rows of left; None where nobody wants them
+    products_ptr,  # [B, PARTS, P, Q] float, for each part of the rows; None if not needed
+    sums_ptr,  # [B, PARTS, P] float, sums of the rows of left; None if not needed
     left_ptr,  # [B, N, P]
-    right_ptr,  # [B, N, Q]; None and Q = 1 where there are no products
-    scale_ptr,  # [1] float or None: everything is multiplied with factor and this
+    right_ptr,  # [B, N, Q]; None and Q = 1 if there are no products
+    scale_ptr,  # [1] float or None; all results are multiplied by factor and this
     factor,
     N,
     PARTS,
@@ -88,9 +88,9 @@ def row_products(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """One program owns a tile of leftᵀ right, and sums it over one part of the rows of one item of the batch.
+    """One program owns a tile of leftᵀ right and sums it over one part of the rows of one item of the batch.
 
-    Tiles of the same rows run side by side, and share them in L2.
+    Tiles of the same rows run side by side and share them in L2.
     """
     tiles_q: tl.constexpr = (Q + BLOCK_Q - 1) // BLOCK_Q
     tiles: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P * tiles_q
@@ -113,6 +113,6 @@ def row_products(
         factor *= tl.load(scale_ptr)
     if products_ptr is not None:
         write_tile(products_ptr, part * P + p, p < P, q, total * factor, Q)
-    if sums_ptr is not None:  # noqa: SIM102 - this one is decided when compiling, the next one is not
+    if sums_ptr is not None:  # noqa: SIM102 - decided at compile time, the next one is not
         if tile % tiles_q == 0:
             tl.store(sums_ptr + part * P + p, sums * factor, mask=p < P)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax pooling of pixels into tokens, eqs. (1) to (4) of docs/derivations/token_pool.md.
 
-Shapes: B images, N pixels, C channels, T tokens. The weight is one for all images (weight_stride 0) or one each.
+Shapes: B images, N pixels, C channels, T tokens. All images share one weight (weight_stride 0) or each has its own.
 
-Work split: one program owns one part of the pixels of one image, all tokens and BLOCK_C channels of the result. It goes
-over its pixels in blocks with a running triple (m, l, o / l) and leaves that behind; ``token_pool_merge`` merges the
-parts. The third number is a mean of pixels, not a sum, which might overflow.
-Memory: x comes from memory once. Where all channels fit one tile it is on the chip for both products; else logits are
-summed over tiles of BLOCK_K channels and the tile of the result is read again, from L2.
+Work split: one program owns one part of the pixels of one image, all tokens and BLOCK_C channels of the result. It
+loops over blocks of its pixels with a running triple (m, l, o / l) and writes it; ``token_pool_merge`` merges parts.
+The third number is a mean of pixels: a sum might overflow.
+Memory: x is read from memory once. If all channels fit one tile, it is on the chip for both products; else logits are
+summed over tiles of BLOCK_K channels, and the tile of the result is read again from L2.
 Offsets of pixels are int64.
-Numerics: logits, exponents and sums are float, the factors of products of the type of x, to which a pixel's share of
-the sum so far is rounded. No exponent of forward is positive. A NaN or infinity in x spoils what it does in torch.
+Numerics: logits, exponents and sums are float; the factors of products have the type of x, and a pixel's share of the
+sum so far is rounded to it. No exponent of forward is positive. NaN and infinities in x spread as in torch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import triton.language as tl
 
 from .tiles import part_of, product, read_tile, write_tile
 
-MAX_TOKENS = 256  # what fits the registers of one program
+MAX_TOKENS = 256  # more do not fit the registers of one program
 
 
 def launch_table(channels: int, tokens: int, item_bytes: int, backward: bool = False) -> dict[str, int]:
-    """Block sizes that hold a tile of tokens and channels, and in backward one of pixels and channels, in registers.
+    """Block sizes that hold a tile of tokens and channels, and in backward of pixels and channels, in registers.
 
     Chosen by static figures (registers, spills, shared memory), not measured on a card.
     """
     block_t = max(triton.next_power_of_2(tokens), 16)
-    few, floats = block_t == 16, item_bytes == 4  # products of floats hold their factors in registers
+    few, floats = block_t == 16, item_bytes == 4  # products of floats keep their factors in registers
     if floats:
         widest = 4096 // block_t if backward else 1024 if few else 8192 // block_t
     else:
@@ -51,13 +51,13 @@ def launch_table(channels: int, tokens: int, item_bytes: int, backward: bool = F
 
 
 def merge_table(channels: int) -> dict[str, int]:
-    """Block sizes of `token_pool_merge`: one row of a warp's floats, eight parts at a time."""
+    """Block sizes of `token_pool_merge`: a warp's row of floats, eight parts at a time."""
     return {"BLOCK_S": 8, "BLOCK_C": min(max(triton.next_power_of_2(channels), 16), 128), "num_warps": 4}
 
 
 @triton.jit
 def _part_and_tile(C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What this program works on. Tiles of the same pixels run side by side, and share them in L2."""
+    """This program's part and tile of channels. Tiles of the same pixels run side by side and share them in L2."""
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
 
@@ -67,9 +67,9 @@ def _against_pixels(
     rows_ptr, x_ptr, x, token, pixel, m_pixel, T: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of rows [T, C] with pixels, [BLOCK_T, BLOCK_N]: eq. (1) if the rows are the weight's.
+    """Dot products of rows [T, C] with pixels, [BLOCK_T, BLOCK_N]: eq. (1) for the rows of the weight.
 
-    x is the tile of the pixels that is on the chip: all their channels if WHOLE.
+    x is the tile of pixels on the chip: all channels if WHOLE.
     """
     if WHOLE:
         channel = tl.arange(0, x.shape[1])
@@ -121,7 +121,7 @@ def token_pool_forward(
         )
         logits = tl.where((n < N)[None, :], logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, axis=1))
-        # Where every logit so far is -inf nothing is there to scale, and -inf minus -inf would be NaN.
+        # If every logit so far is -inf, there is nothing to scale, and -inf minus -inf would be NaN.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         share = tl.exp(logits - shift[:, None])
         before = total * tl.exp(largest - shift)
@@ -138,7 +138,7 @@ def token_pool_forward(
 
 @triton.jit
 def _share_of(part, largest_ptr, sum_ptr, image, token, shift, PARTS, T: tl.constexpr):
-    """What some parts of the pixels add to the sum of exponentials of a token."""
+    """The shares of these parts of the pixels in a token's sum of exponentials."""
     at = (image * PARTS + part) * T + token
     largest = tl.load(largest_ptr + at, mask=part < PARTS, other=float("-inf"))
     return tl.load(sum_ptr + at, mask=part < PARTS, other=0.0) * tl.exp(largest - shift)
@@ -148,7 +148,7 @@ def _share_of(part, largest_ptr, sum_ptr, image, token, shift, PARTS, T: tl.cons
 def token_pool_merge(
     tokens_ptr,  # [B, T, C]
     statistics_ptr,  # [B, 2, T] float, m and l
-    largest_ptr,  # [B, PARTS, T]; the parts as token_pool_forward leaves them
+    largest_ptr,  # [B, PARTS, T]; the parts as written by token_pool_forward
     sum_ptr,
     pooled_ptr,
     PARTS,
@@ -190,7 +190,7 @@ def _deltas(
     grad_output_ptr, tokens_ptr, token, channel, T: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (5), with tokens in the place of a block of pixels: where a token is one pixel, the sums of (6) cancel."""
+    """Eq. (5), with tokens in place of a block of pixels: if a token is one pixel, the sums of (6) cancel exactly."""
     delta = tl.zeros([token.shape[0]], dtype=tl.float32)
     for first in range(0, T, BLOCK_N):
         other = first + tl.arange(0, BLOCK_N)
@@ -204,10 +204,10 @@ def _deltas(
 
 @triton.jit
 def token_pool_backward(
-    grad_x_ptr,  # [B, N, C]; None where nobody wants it
-    grad_weight_ptr,  # [B, PARTS, T, C] float, of each part; None where nobody wants it
+    grad_x_ptr,  # [B, N, C]; None if not needed
+    grad_weight_ptr,  # [B, PARTS, T, C] float, for each part; None if not needed
     grad_output_ptr,  # [B, T, C]
-    tokens_ptr,  # [B, T, C], what forward gave
+    tokens_ptr,  # [B, T, C], forward's output
     statistics_ptr,  # [B, 2, T] float, m and l
     x_ptr, weight_ptr, weight_stride, N, PARTS, T: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
@@ -239,7 +239,7 @@ def token_pool_backward(
         dots = _against_pixels(
             grad_output_ptr, x_ptr, x, token, pixel, n < N, T, C, DOT, PRECISION, WHOLE, BLOCK_K
         )
-        # Tokens and pixels that are none: beside an infinite x, or very negative logits, they are not 0.
+        # Padding tokens and pixels are not 0 if x is infinite or logits are very negative.
         counts = (token < T)[:, None] & (n < N)[None, :]
         attention = tl.where(counts, tl.exp(logits - largest[:, None]) * inverse[:, None], 0.0)
         f = tl.where(counts, attention * (dots - delta[:, None]), 0.0).to(DOT)

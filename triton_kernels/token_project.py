@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projection of tokens back to pixels, eqs. (1) to (6) of docs/derivations/token_project.md.
 
-Shapes: B images, N pixels, C channels, T tokens, K numbers of a query or key.
+Shapes: B images, N pixels, C channels, T tokens, K channels of a query or key.
 
-Work split: one program takes BLOCK_N pixels of one image and all tokens, whose attention stays on the chip. It loops
-over tiles of K for the logits, then over tiles of channels. Backward leaves the attention and the gradient of its
-logits behind, [B, N, T], to be multiplied with grad_output and the queries by `tiles.row_products`.
-Memory: x, queries and grad_output are read once and results written once by a program; keys and tokens come from L2.
+Work split: one program takes BLOCK_N pixels of one image and all tokens, and keeps their attention on the chip. It
+loops over tiles of K for the logits, then over tiles of channels. Backward writes the attention and the gradient of its
+logits, [B, N, T]; `tiles.row_products` multiplies them with grad_output and the queries.
+Memory: a program reads x, queries and grad_output once and writes results once; keys and tokens come from L2.
 Offsets of pixels are int64.
-Numerics: logits, softmax and sums are float, the factors of products of the type of x. No exponent is positive.
+Numerics: logits, softmax and sums are float; the factors of products have the type of x. No exponent is positive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .tiles import product, read_tile, write_tile
 
-MAX_TOKENS = 512  # what fits the registers of one program
+MAX_TOKENS = 512  # more do not fit the registers of one program
 
 
 def launch_table(tokens: int, item_bytes: int) -> dict[str, int]:
@@ -38,7 +38,7 @@ def _dots(
     left_ptr, right_ptr, pixel, m_pixel, token, WIDTH: tl.constexpr, T: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of rows of pixels with rows of tokens, [BLOCK_N, BLOCK_T]."""
+    """Dot products of the pixels' rows with the tokens' rows, [BLOCK_N, BLOCK_T]."""
     dots = tl.zeros([pixel.shape[0], token.shape[0]], dtype=tl.float32)
     for first in range(0, WIDTH, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
@@ -53,7 +53,7 @@ def _attention(
     query_ptr, key_ptr, pixel, m_pixel, token, K: tl.constexpr, T: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (1): P of some pixels; zeros for tokens that are none."""
+    """Eq. (1): P of a block of pixels; zeros for padding tokens."""
     logits = _dots(query_ptr, key_ptr, pixel, m_pixel, token, K, T, DOT, PRECISION, BLOCK_C)
     logits = tl.where((token < T)[None, :], logits, float("-inf"))
     shares = tl.exp(logits - tl.max(logits, axis=1)[:, None])
@@ -63,7 +63,7 @@ def _attention(
 
 @triton.jit
 def _pixels(N, BLOCK_N: tl.constexpr):
-    """This program's image and pixels, in the image and in the batch."""
+    """This program's image, and its pixels in the image and in the batch."""
     blocks = tl.cdiv(N, BLOCK_N)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,7 +104,7 @@ def token_project_forward(
 
 @triton.jit
 def token_project_backward(
-    grad_query_ptr,  # [B, N, K]; None where nobody wants it, as all outputs
+    grad_query_ptr,  # [B, N, K]; None if not needed, as all outputs
     attention_ptr,  # [B, N, T], P
     f_ptr,  # [B, N, T]
     grad_output_ptr,  # [B, N, C]
@@ -123,7 +123,7 @@ def token_project_backward(
         h = _dots(
             grad_output_ptr, tokens_ptr + image * T * C, pixel, n < N, token, C, T, DOT, PRECISION, BLOCK_C
         )
-        h = tl.where((token < T)[None, :], h, 0.0)  # beside an infinite gradient it is NaN
+        h = tl.where((token < T)[None, :], h, 0.0)  # padding is NaN if a gradient is infinite
         f = attention * (h - tl.sum(attention * h, axis=1)[:, None])
         if f_ptr is not None:
             write_tile(f_ptr, pixel, n < N, token, f, T)

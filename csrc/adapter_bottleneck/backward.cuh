@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // adapter_bottleneck backward, eqs. (6) to (11) of docs/derivations/adapter_bottleneck.md.
 //
-// Work split: adapter_bottleneck_backward takes a block of kRows rows, makes z again, then e, a and f, leaves
-// the last two in the workspace [N, H] and writes the gradient of x. row_sums makes those of the weights of
-// a, f, x and grad_output; adapter_bottleneck_grad_scale adds up eq. (11).
-// Memory: x and grad_output are read once by either kernel; nothing of x's size is written but grad_x.
-// Numerics: a and f are rounded to the type of x, as torch rounds them, all sums are in the accumulator type.
+// Work split: adapter_bottleneck_backward takes a block of kRows rows, computes z again, then e, a and f, writes
+// a and f to the workspace [N, H], and grad_x. row_sums computes the gradients of the weights from a, f, x and
+// grad_output; adapter_bottleneck_grad_scale adds up eq. (11).
+// Memory: each kernel reads x and grad_output once; only grad_x is written at the size of x.
+// Numerics: a and f are rounded to the type of x, as in torch; all sums are in the accumulator type.
 // No atomics: parts are added in a fixed order.
 #pragma once
 
@@ -14,13 +14,13 @@
 
 namespace vitkern {
 
-// What the kernels leave for each other in the workspace.
+// The workspace that passes results between the kernels.
 struct AdapterBottleneckLeft {
-  void *a, *f;       // [N, H], type of x; null where nobody wants them
-  void* scale_part;  // [blocks], accumulator type: sums of a e; null if no gradient of scale is wanted
+  void *a, *f;       // [N, H], type of x; null if not needed
+  void* scale_part;  // [blocks], accumulator type: sums of a e; null if grad_scale is not needed
 };
 
-// The sum of each thread's number. All of the block calls it; `warps` has room for kBlockWarps.
+// The sum of the threads' numbers. All threads of the block must call it; `warps` has room for kBlockWarps.
 template <typename A>
 __device__ __forceinline__ A block_sum(A x, A* warps) {
   x = team_reduce<kWarpLanes>(x, [](A left, A right) { return left + right; });
@@ -33,8 +33,8 @@ __device__ __forceinline__ A block_sum(A x, A* warps) {
   return x;
 }
 
-// a and f of the hidden units from `unit` on, to shared memory and to the workspace; returns the caller's part
-// of the sum of a e. Where z was not kept, z comes without bias.
+// Computes a and f of the hidden units from `unit` on, in shared memory and the workspace; returns the caller's
+// part of the sum of a e. If z was not kept, the argument z has no bias.
 template <typename T, int kRows>
 __device__ __forceinline__ Accumulator<T> hidden_gradients(
     const AdapterBottleneckParams& p, const AdapterBottleneckLeft& left, int64_t first_row, int64_t unit,
@@ -69,7 +69,7 @@ __device__ __forceinline__ Accumulator<T> hidden_gradients(
   return sum;
 }
 
-// Eq. (8) for the block's rows, whose f is in shared memory.
+// Eq. (8) for the block's rows, with f in shared memory.
 template <typename T, int kRows>
 __device__ __forceinline__ void write_grad_x(const AdapterBottleneckParams& p, int64_t first_row,
                                              const SharedRows<T>& f, const Stage<T, kRows>& stage) {
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   }
 }
 
-// Eq. (11), by one block: the sums of a e that the `count` blocks before it left, and the bias's share, for
-// which grad_output's columns were summed up in `splits` parts.
+// Eq. (11), in one block: adds the sums of a e from `count` blocks and the bias's share, which comes from the sums
+// of grad_output's columns in `splits` parts.
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads)
     adapter_bottleneck_grad_scale(const __grid_constant__ AdapterBottleneckParams p, const void* scale_part,

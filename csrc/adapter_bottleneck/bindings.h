@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// adapter_bottleneck in vitkern._C: how its tensors and options fill its parameters.
+// adapter_bottleneck in vitkern._C: fills the kernel's parameters from tensors and options.
 #pragma once
 
 #include "adapter_bottleneck/cpu.h"
@@ -33,7 +33,7 @@ inline void read_forward(AdapterBottleneckParams& p, const TensorView* in, const
   p.kept = out[1].rows() == p.rows ? out[1].address() : nullptr;
 }
 
-// The residual is not saved, and None: its gradient is grad_output.
+// The residual is None, not saved: its gradient is grad_output.
 inline void read_backward(AdapterBottleneckParams& p, const TensorView* in, const TensorView* out) {
   p.grad_output = in[0].address();
   read_inputs(p, in + 1);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry points: pick the kernel for the element type.
+// The entry points: call the kernel for the element type.
 #include "adapter_bottleneck/cpu.h"
 
 #include "adapter_bottleneck/cpu_backward.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The activations on vectors, with their gradients: relu, gelu with erf, silu. Infinities and NaN give what torch's
-// formulas give.
+// Activations on vectors with their gradients: relu, gelu with erf, silu. Infinities and NaN give the results of
+// torch's formulas.
 #pragma once
 
 #include <math.h>
@@ -63,7 +63,7 @@ VITKERN_INLINE Vec<T, N> activate(Vec<T, N> z) {
   if constexpr (kActivation == Activation::kSilu) return z * logistic(z);
 }
 
-// gradient times the derivative at z.
+// The gradient times the derivative at z.
 template <Activation kActivation, typename T, int N>
 VITKERN_INLINE Vec<T, N> activate_backward(Vec<T, N> z, Vec<T, N> gradient) {
   const auto zero = broadcast<T, N>(0), one = broadcast<T, N>(1);
@@ -79,7 +79,7 @@ VITKERN_INLINE Vec<T, N> activate_backward(Vec<T, N> z, Vec<T, N> gradient) {
   }
 }
 
-// Calls run(constant) where constant.value is the activation.
+// Calls run(constant) with the activation as constant.value.
 template <Activation kActivation>
 struct ActivationConstant {
   static constexpr Activation value = kActivation;

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward, eqs. (6) to (11), in two passes over a chunk of rows.
 //
-// Work split: first a task is a block of rows, which gives e, f, a and the gradient of x; then a task is a stretch of
-// channels, for which f and a meet all rows of x and of grad_output (cpu_weight_gradients.h). A chunk has so many
-// rows that x and grad_output come from a cache when they are read again.
-// Memory: a and f of a chunk, and what the gradients of the weights have added up to, in scratch; grad_output is read
-// three times where the gradient of x includes it, else twice, of which one is from memory; x once, twice if z was not
-// kept.
-// Numerics: every sum has an order of its own that depends neither on threads nor on how rows are split among them.
+// Work split: in the first pass a task is a block of rows and computes e, f, a and the gradient of x; in the second a
+// task is a stretch of channels and multiplies f and a with all rows of x and grad_output (cpu_weight_gradients.h). A
+// chunk is small enough that the second pass reads x and grad_output from a cache.
+// Memory: scratch holds a and f of a chunk and running sums of the weights' gradients. grad_output is read three
+// times if the gradient of x includes it, else twice, one of these from memory; x once, or twice if z was not kept.
+// Numerics: every sum has a fixed order, whatever the threads and the split of the rows among them.
 #pragma once
 
 #include "adapter_bottleneck/cpu_forward.h"
@@ -50,7 +49,7 @@ struct BackwardScratch {
   }
 };
 
-// From z and e of a block: a of eq. (2), f of eq. (7), and each row's share of the first sum of eq. (11).
+// Computes from z and e of a block: a of eq. (2), f of eq. (7), and each row's share of the first sum of eq. (11).
 template <Activation kActivation, typename T, typename Acc>
 void activate_block_backward(const Params& p, int64_t first, int64_t rows, const BackwardWorker<T>& worker,
                              Chunk<Acc> chunk) {
@@ -75,7 +74,7 @@ void activate_block_backward(const Params& p, int64_t first, int64_t rows, const
   }
 }
 
-// z of a block, in worker.hidden.
+// Computes z of a block in worker.hidden.
 template <typename T, typename Acc>
 void find_hidden(const Params& p, int64_t first, int64_t rows, const BackwardScratch<T>& shared,
                  const ForwardWorker<T>& worker, const Acc* kept) {
@@ -94,7 +93,7 @@ void find_hidden(const Params& p, int64_t first, int64_t rows, const BackwardScr
             load<Acc, N>(worker.hidden + h) + load<Acc, N>(shared.down_bias + h - row * stride));
 }
 
-// A block of rows, the first pass.
+// The first pass on a block of rows.
 template <typename T>
 void backward_block(const Params& p, int64_t first, int64_t rows, const BackwardScratch<T>& shared,
                     const BackwardWorker<T>& worker, Chunk<Accumulator<T>> chunk) {

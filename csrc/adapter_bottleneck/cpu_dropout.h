@@ -8,10 +8,10 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-constexpr int kCounters = kLanes<int64_t>;  // that are worked on together
-constexpr int kWords = 4;                   // random ones of 32 bits, from each of them
+constexpr int kCounters = kLanes<int64_t>;  // processed together
+constexpr int kWords = 4;                   // random words of 32 bits from each counter
 
-// Lanes of 64 bits, of which a product takes the lower 32.
+// Lanes of 64 bits; a product takes the lower 32.
 using Words = Vec<uint64_t, kCounters>;
 
 VITKERN_INLINE Words words(uint64_t x) { return broadcast<uint64_t, kCounters>(x); }
@@ -48,10 +48,10 @@ VITKERN_INLINE void philox(uint64_t key, uint64_t counter, Words (&output)[kWord
   }
 }
 
-// How long an array must be to hold `count` factors.
+// The length of an array for `count` factors.
 inline int64_t dropout_space(int64_t count) { return count + (kCounters + 1) * kWords; }
 
-// The factors of the units first, first + 1, ... start where this returns; the array is from `to` on.
+// Writes factors to the array `to`; returns the address of those of the units first, first + 1, ...
 template <typename Acc>
 const Acc* dropout_factors(const Dropout& dropout, int64_t first, int64_t count, Acc* to) {
   const uint64_t key = static_cast<uint64_t>(*dropout.seed);

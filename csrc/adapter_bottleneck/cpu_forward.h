@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward, eqs. (1) to (3): a block of rows is pressed through both products while it is in the second cache.
+// Forward, eqs. (1) to (3): a block of rows goes through both products while it is in the second cache.
 //
-// Work split: both weights are packed, a task a panel; then a task is a block of rows.
-// Memory: x is read once and once more from the cache where it is the residual; the output is written once; hidden
-// units of a block exist in scratch only.
-// Numerics: sums in the accumulator type, of kStretch channels at a time; a row's result depends on that row only.
+// Work split: both weights are packed, one task a panel; then a task is a block of rows.
+// Memory: x is read once, and again from the cache if it is the residual; the output is written once; the hidden units
+// of a block are in scratch only.
+// Numerics: sums in the accumulator type, over kStretch channels at a time; a row's result depends on that row only.
 #pragma once
 
 #include "adapter_bottleneck/cpu_activation.h"
@@ -19,7 +19,7 @@ struct ForwardScratch {
   using Acc = Accumulator<T>;
   Acc* down;       // panels of [C, H]
   Acc* up;         // panels of [H, C]
-  Acc* down_bias;  // [H] padded, zeros where there is none
+  Acc* down_bias;  // [H] padded, zeros if there is none
   Acc* up_bias;    // [C] padded
 
   void lay_out(Cursor& cursor, const Params& p) {
@@ -50,7 +50,7 @@ void widen_bias(const void* bias, int64_t count, int64_t padded, T, Acc* to) {
   if (bias) widen_array(static_cast<const T*>(bias), count, to);
 }
 
-// z becomes a, eqs. (1) and (2); z goes to `kept` unless that is null.
+// Turns z into a, eqs. (1) and (2); writes z to `kept` unless null.
 template <Activation kActivation, typename T, typename Acc>
 void activate_block(const Params& p, int64_t first, int64_t rows, const Acc* bias,
                     const ForwardWorker<T>& worker) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward share: packed weights, blocks of rows, and the two products of a block, from channels to
+// Shared by forward and backward: packed weights, blocks of rows, and the two products of a block, from channels to
 // hidden units and back.
 #pragma once
 
@@ -14,11 +14,11 @@ namespace {
 
 using Params = AdapterBottleneckParams;
 
-// Channels that are summed at a time: a panel of so many is half of the first cache.
+// Channels summed at a time: a panel of this length is half of the first cache.
 constexpr int64_t kStretch = 256;
 constexpr int64_t kMinBlock = 24, kMaxBlock = 48;  // rows: those of x stay in the second cache
 
-// Rows of a task, so many that the workers end at about the same time.
+// Rows of a task, chosen so that the workers end at about the same time.
 inline int64_t block_rows(int64_t rows, int64_t threads) {
   int64_t best = kMinBlock, best_turn = INT64_MAX;
   for (int64_t block = kTileRows; block <= kMaxBlock; block += kTileRows) {
@@ -37,7 +37,7 @@ int64_t padded_hidden(const Params& p) {
   return round_up(p.hidden, kPanel<Accumulator<T>>);
 }
 
-// Between rows of hidden units in scratch: a cache line more, as rows a power of two apart would share few cache sets.
+// Stride of hidden units' rows in scratch: a cache line more, as rows a power of two apart would share few cache sets.
 template <typename T>
 int64_t hidden_stride(const Params& p) {
   return padded_hidden<T>(p) + 64 / sizeof(Accumulator<T>);
@@ -48,7 +48,7 @@ int64_t padded_channels(const Params& p) {
   return round_up(p.channels, kPanel<Accumulator<T>>);
 }
 
-// Weights as panels: of hidden units [C, H] for the way down, of channels [H, C] for the way up.
+// Weights as panels: of hidden units [C, H] for the down projection, of channels [H, C] for the up projection.
 template <typename T>
 struct Panels {
   using Acc = Accumulator<T>;
@@ -78,8 +78,8 @@ void pack_to_channels(const Params& p, const T* weight, bool transposed, int64_t
     pack_rows(weight + first, p.channels, p.hidden, columns, to + first * p.hidden);
 }
 
-// to[r, h] = sum over c of from[r, c] * panels[c, h], in steps of about kStretch channels; `wide` takes a block of those
-// as accumulators, [rows, kStretch], where they are stored as something else.
+// to[r, h] = sum over c of from[r, c] * panels[c, h], in steps of about kStretch channels. If `from` has another type,
+// `wide` [rows, kStretch] takes each step's channels as accumulators.
 template <typename T, typename Acc = Accumulator<T>>
 void multiply_to_hidden(const Params& p, const T* from, int64_t rows, const Acc* panels_of_weight, Acc* wide,
                         Acc* to) {
@@ -114,7 +114,7 @@ void multiply_to_hidden(const Params& p, const T* from, int64_t rows, const Acc*
   } while (first < p.channels);
 }
 
-// What becomes of sums over hidden units: scale * (sum + bias) + added.
+// The output from a sum over hidden units: scale * (sum + bias) + added.
 template <typename T>
 struct ChannelOutput {
   using Acc = Accumulator<T>;
@@ -155,8 +155,8 @@ struct ChannelOutput {
   }
 };
 
-// Sums over h of from[row, h] * panels[h, c]; rows of the output are written in stretches of kStretch channels, for
-// which a pass over all rows in each panel's few channels would touch too many pages.
+// Sums over h of from[row, h] * panels[h, c]. The output is written in stretches of kStretch channels: a pass over all
+// rows for each panel's few channels would touch too many pages.
 template <typename T, typename Acc>
 void multiply_to_channels(const Params& p, const Acc* from, int64_t rows, const Acc* panels_of_weight,
                           const ChannelOutput<T>& output) {
@@ -165,7 +165,7 @@ void multiply_to_channels(const Params& p, const Acc* from, int64_t rows, const 
   for (int64_t start = 0; start < p.channels; start += kStretch) {
     const int64_t stop = smaller(start + kStretch, p.channels);
     for_tiles(rows, [=](auto height, int64_t row) {
-      const ChannelOutput<T> out = output;  // a copy, which the stores below cannot change
+      const ChannelOutput<T> out = output;  // a copy: the stores below cannot alias it
       for (int64_t channel = start; channel < stop; channel += kPanel<Acc>) {
         const Acc* b = panels_of_weight + channel * hidden;
         const auto sums = multiply<height.value, kPanelVectors>(a.from_row(row), b, kPanel<Acc>, hidden);

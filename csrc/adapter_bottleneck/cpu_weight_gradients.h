@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The second pass of backward: what is summed over rows, eqs. (9), (10) and (11), as products of tiles with f and a
-// transposed.
+// The second pass of backward: sums over rows, eqs. (9), (10) and (11), as products of f and a transposed with tiles.
 //
-// A task owns some channels and walks over all rows of a chunk in slices of kSlice: each slice is summed in registers
-// and added to what the slices before gave. So nothing is merged between workers, and the order of a sum is always
-// that of the rows.
+// A task owns a stretch of channels and loops over all rows of a chunk in slices of kSlice: each slice is summed in
+// registers and added to the running sum. Nothing is merged between workers: every sum follows the order of the rows.
 #pragma once
 
 #include "adapter_bottleneck/cpu_products.h"
@@ -12,17 +10,17 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-constexpr int64_t kSlice = 128;       // rows: a panel of x of so many is a quarter of the first cache
-constexpr int64_t kChunkSlices = 16;  // x and grad_output of so many stay in the third cache
+constexpr int64_t kSlice = 128;       // rows: a panel of x of this length is a quarter of the first cache
+constexpr int64_t kChunkSlices = 16;  // x and grad_output of a chunk stay in the third cache
 constexpr int64_t kPanelsOfTask = 8;
 
-// Enough for all threads in the first pass, which splits them into blocks.
+// Rows of a chunk: enough for all threads in the first pass, which splits them into blocks.
 inline int64_t rows_of_chunk(int64_t threads) {
   const int64_t slices = divide_up(2 * threads * kMaxBlock, kSlice);
   return kSlice * (slices > kChunkSlices ? slices : kChunkSlices);
 }
 
-// What the first pass leaves of each row.
+// The results of the first pass for each row.
 template <typename Acc>
 struct Chunk {
   Acc* gradient;   // f: [rows, H padded]
@@ -39,7 +37,7 @@ struct Chunk {
   }
 };
 
-// What the chunks have added up to.
+// The running sums over the chunks.
 template <typename Acc>
 struct WeightGradients {
   Acc* down;       // f^T x, as panels [C / kPanel, H, kPanel]
@@ -55,12 +53,12 @@ struct WeightGradients {
     up_bias = cursor.take<Acc>(channels);
     scale = cursor.take<double>(1);
   }
-  void clear() {  // they lie side by side
+  void clear() {  // the sums are contiguous
     memset(static_cast<void*>(down), 0, reinterpret_cast<char*>(scale + 1) - reinterpret_cast<char*>(down));
   }
 };
 
-// Tasks: stretches of x, stretches of grad_output, and one for the sums of hidden units; none for what nobody wants.
+// Tasks: stretches of x, stretches of grad_output, and one for the sums of hidden units; only for required gradients.
 struct WeightTasks {
   int64_t panels, panels_of_task, down, up, hidden;
 
@@ -113,7 +111,7 @@ void add_rows(const Acc* from, int64_t stride, int64_t rows, int64_t columns, Ac
   }
 }
 
-// Rows of x or grad_output as panels [panel, kSlice, kPanel], a few rows of all panels at a time: long reads.
+// Packs rows of x or grad_output into panels [panel, kSlice, kPanel], a few rows of all panels at a time: long reads.
 template <typename T>
 void pack_slice(const Params& p, const T* from, int64_t rows, int64_t first, int64_t last,
                 Accumulator<T>* to) {
@@ -155,7 +153,7 @@ void add_weight_gradients(const Params& p, const WeightTasks& tasks, int64_t tas
   }
 }
 
-// From panels to the tensors of gradients.
+// Copies the panels to the gradient tensors.
 template <typename T, typename Acc>
 void finish_weight_gradients(const Params& p, Acc scale, const WeightGradients<Acc>& gradients) {
   constexpr int N = kLanes<Acc>;

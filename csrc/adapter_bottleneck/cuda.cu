@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Picks and starts the CUDA kernels of adapter_bottleneck.
+// Selects and launches the CUDA kernels of adapter_bottleneck.
 #include "adapter_bottleneck/cuda.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace vitkern {
 namespace {
 
-// Backward's workspace. The products' parts may take half of x's size.
+// Backward's workspace. The partial products may take half of x's size.
 struct Layout {
   int64_t splits;
   Workspace places;
@@ -35,7 +35,7 @@ struct Layout {
   }
 };
 
-// Calls with the rows of a block and its shared memory.
+// Calls `run` with the rows of a block and its shared memory.
 template <typename T, typename Call>
 void dispatch(const AdapterBottleneckParams& p, const Call& call) {
   const int64_t hidden_bytes = SharedRows<T>::stride_of(p.hidden) * int64_t{sizeof(T)};

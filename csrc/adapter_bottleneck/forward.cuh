@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // adapter_bottleneck forward, eqs. (1) to (3) of docs/derivations/adapter_bottleneck.md.
 //
-// Work split: a block takes kRows rows through both products; its hidden units stay in shared memory.
-// Memory: x is read from global memory once (again through L2 for each further 64 hidden units, and where it
-// is the residual), the weights once a block through L2, the output written once, 16 bytes a thread.
+// Work split: a block computes both products of kRows rows; its hidden units stay in shared memory.
+// Memory: x is read from global memory once (again through L2 for each further 64 hidden units, and if it is
+// the residual); each block reads the weights once through L2; the output is written once, 16 bytes a thread.
 // Numerics: sums, biases, activation and residual in the accumulator type; hidden units are rounded to the
-// type of x before the second product, as torch rounds them.
+// type of x before the second product, as in torch.
 #pragma once
 
 #include "adapter_bottleneck/hidden.cuh"
 
 namespace vitkern {
 
-// a of eq. (2) for the hidden units from `unit` on, of the block's rows.
+// a of eq. (2) for the hidden units of the block's rows, from `unit` on.
 template <typename T, int kRows>
 __device__ __forceinline__ void keep_hidden(const AdapterBottleneckParams& p, int64_t first_row, int64_t unit,
                                             Sums<Accumulator<T>> (&z)[BlockTile<kRows>::kTiles],

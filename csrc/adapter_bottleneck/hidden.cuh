@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens to the hidden units between the two products, eq. (2) of docs/derivations/adapter_bottleneck.md:
-// activation and dropout, with their derivative.
+// Activation and dropout of the hidden units between the two products, with their derivative: eq. (2) of
+// docs/derivations/adapter_bottleneck.md.
 #pragma once
 
 #include "adapter_bottleneck/params.h"
@@ -8,7 +8,7 @@
 
 namespace vitkern {
 
-// phi(z). Comparisons that NaN fails let it through.
+// phi(z). NaN fails the comparisons and passes through.
 template <typename A>
 __device__ __forceinline__ A activate(Activation kind, A z) {
   if (kind == Activation::kRelu) return z <= 0 ? A{0} : z;
@@ -16,8 +16,8 @@ __device__ __forceinline__ A activate(Activation kind, A z) {
   return z / (1 + exp(-z));
 }
 
-// The gradient of z where `grad` is that of phi(z). As in torch nothing comes through a relu that is off, not
-// even NaN.
+// The gradient of z from `grad`, the gradient of phi(z). As in torch, a relu that is off passes nothing, not even
+// NaN.
 template <typename A>
 __device__ __forceinline__ A activate_backward(Activation kind, A z, A grad) {
   if (kind == Activation::kRelu) return z <= 0 ? A{0} : grad;
@@ -59,7 +59,7 @@ __device__ __forceinline__ PairOfFactors<A> dropout_factors(const Dropout& dropo
   const uint64_t seed = static_cast<uint64_t>(__ldg(dropout.seed));
   const A stays = static_cast<A>(dropout.rescale);
   const auto factor = [&](const Words& words, int which) {
-    // Picked by comparisons: an index known only at run time would send the words to local memory.
+    // Selected by comparisons: an index at run time would move the words to local memory.
     const uint32_t low = which & 1 ? words.at[1] : words.at[0], high = which & 1 ? words.at[3] : words.at[2];
     return (which & 2 ? high : low) < dropout.threshold ? A{0} : stays;
   };

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // token_pool backward, eqs. (5) to (9) of docs/derivations/token_pool.md.
 //
-// Work split: a block (pool.cuh) goes over its pixels once: it makes A and f of them, writes the gradient of the
-// pixels, and keeps that of the weight in registers until the end. Beyond kTokens tokens it does so for one
-// group of tokens after the other.
-// Memory: pixels are read once and their gradient written once, where the channels fit a window and the tokens
-// a group; the parts of the weight's gradient are small beside x.
-// Numerics: A and f in the accumulator type, rounded to the type of x before the products. (5) is made by the code of
-// the products of (6), so that f is 0 where one pixel is all of a token. No atomics: parts are added in a fixed order.
+// Work split: a block (pool.cuh) loops over its pixels once: it computes A and f, writes the gradient of the
+// pixels, and keeps the gradient of the weight in registers until the end. With more than kTokens tokens it
+// repeats this for each group of tokens.
+// Memory: pixels are read once and their gradient is written once if the channels fit a window and the tokens a
+// group; the parts of the weight's gradient are small compared to x.
+// Numerics: A and f in the accumulator type, rounded to the type of x before the products. (5) uses the code of the
+// products of (6): f is exactly 0 if a token is one pixel. No atomics: parts are added in a fixed order.
 // Each group of tokens rounds the gradient of the pixels to the type of x: once up to kTokens tokens.
 #pragma once
 
@@ -15,11 +15,11 @@
 
 namespace vitkern {
 
-// Where a block of backward keeps what in shared memory.
+// The shared memory of a block of backward.
 template <typename Tile>
 struct PoolBackwardShared {
   typename Tile::A *logits, *products;                   // products: <g, x>
-  typename Tile::A *greatest, *inverse, *delta, *f_sum;  // of each token: m, 1 / l, eq. (5), sum of f
+  typename Tile::A *greatest, *inverse, *delta, *f_sum;  // for each token: m, 1 / l, eq. (5), sum of f
   typename Tile::T *rows, *grads, *pixels, *shares, *f;
 
   static constexpr int kNumbers = 2 * Tile::kLogits + 4 * Tile::kTokens;
@@ -43,7 +43,7 @@ struct PoolBackwardShared {
   }
 };
 
-// Eq. (5), with tokens in the place of pixels, and what forward kept, of the group's tokens.
+// Eq. (5), with tokens in place of pixels, and forward's statistics, for the group's tokens.
 template <typename Tile, typename T>
 __device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const PoolPlace& place, int64_t windows,
                                             const Matrix<T>& grad, const PoolBackwardShared<Tile>& shared) {
@@ -55,7 +55,7 @@ __device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const Pool
     Sums<A> products[2] = {};
     for (int64_t i = 1; i <= windows; ++i) {
       const int64_t window = window_after(place, i, windows);
-      __syncthreads();  // nobody reads the last rows any more, or the last group's numbers
+      __syncthreads();  // the last rows are read, and the last group's numbers
       copy_tile<Tile::kTokens, Tile::kWindow>(shared.grads, grad, first, window * Tile::kWindow);
       copy_tile<Tile::kPixels, Tile::kWindow>(shared.pixels, pooled, first + begin, window * Tile::kWindow);
       wait_for_copies();
@@ -75,7 +75,7 @@ __device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const Pool
   shared.inverse[Tile::token()] = token < p.tokens ? 1 / statistics[p.tokens] : A{0};
 }
 
-// A and f of eqs. (2) and (6), zero for pixels and tokens that do not exist; f is added to its sum, too.
+// A and f of eqs. (2) and (6), zero for padding pixels and tokens; f is also added to its sum.
 template <typename Tile>
 __device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Tile>& shared,
                                                     int64_t pixels_left, int64_t tokens_left) {
@@ -129,7 +129,7 @@ __device__ __forceinline__ void replace_pixels(const PoolBackwardShared<Tile>& s
   }
 }
 
-// The gradient from shared memory to the window of grad_x; from the second group of tokens on it is added.
+// Writes the gradient from shared memory to the window of grad_x; adds it from the second group of tokens on.
 template <typename Tile>
 __device__ __forceinline__ void write_pixels(const TokenPoolParams& p, const PoolPlace& place, int64_t pixel,
                                              const typename Tile::T* pixels) {
@@ -159,7 +159,7 @@ __device__ __forceinline__ void store_weight_gradient(
     const TokenPoolTask& task, const PoolPlace& place, const PoolBackwardShared<Tile>& shared,
     const Sums<typename Tile::A> (&sums)[Tile::kTokenStrips][Tile::kColumnTiles]) {
   using T = typename Tile::T;
-  __syncthreads();  // without pixels nobody has waited for the sums of f
+  __syncthreads();  // without pixels, this is the only barrier after the sums of f
   store_part_of_tokens<Tile>(task, place, sums, [&](int token, int64_t index) {
     return shared.f_sum[token] * widen(__ldg(static_cast<const T*>(task.p.pooled) + index));
   });
@@ -185,7 +185,7 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
     Sums<A> logits[2] = {}, products[2] = {};
     for (int64_t i = 1; i <= windows; ++i) {
       const int64_t window = window_after(place, i, windows);
-      __syncthreads();  // nobody reads the last pixels any more
+      __syncthreads();  // the last pixels are read
       if (windows > 1 || pixel == place.begin) {
         copy_tile<Tile::kTokens, Tile::kWindow>(shared.rows, weight, token, window * Tile::kWindow);
         copy_tile<Tile::kTokens, Tile::kWindow>(shared.grads, grad, token, window * Tile::kWindow);
@@ -210,7 +210,7 @@ __device__ __forceinline__ void backward_group(const TokenPoolTask& task, const 
                      sums[strip]);
     }
     if (!p.grad_x) continue;
-    __syncwarp();  // no lane reads the warp's columns any more
+    __syncwarp();  // the warp's columns are read
     if (has_columns) replace_pixels<Tile>(shared);
     __syncthreads();
     write_pixels<Tile>(p, place, pixel, shared.pixels);

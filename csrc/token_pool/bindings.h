@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// token_pool in vitkern._C: how its tensors fill its parameters.
+// token_pool in vitkern._C: fills the kernel's parameters from tensors.
 #pragma once
 
 #include "host/call.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry points: what is empty, then the kernel of the element type.
+// The entry points: handle empty tensors, then call the kernel for the element type.
 #include "token_pool/cpu.h"
 
 #include "token_pool/cpu_backward.h"
@@ -13,7 +13,7 @@ template <typename T>
 void clear_tokens(const TokenPoolParams& p) {
   using Acc = Accumulator<T>;
   memset(p.output, 0, p.batch * p.tokens * p.channels * sizeof(T));
-  memset(p.statistics, 0, p.batch * 2 * p.tokens * sizeof(Acc));  // of nothing: no pixel asks for them
+  memset(p.statistics, 0, p.batch * 2 * p.tokens * sizeof(Acc));  // zeros: without pixels they are not read
 }
 
 }  // namespace

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: the attention weights again from x, the weight, m and l; then both gradients.
+// Backward: computes the attention weights again from x, the weight, m and l, then both gradients.
 //
-// Work split: a task is a part of the pixels of an image. Its share of the weight's gradient goes to a sheet of its
-// own; one row of the weight is then a task that adds up the sheets in their order.
-// Memory: x is read once. A block of pixels gives the products with weights and gradients, lanes along the tokens,
-// from which follow A and f, eqs. (2) and (6). Then panel by panel of channels the gradient of the weight takes f x,
-// eq. (8), and that of x is written, eq. (7): one product of [A, f] with the stacked rows of gradient and weight.
-// Numerics: logits have the bits they have in forward, and the products of (5) are made as those of (6), so that f is
-// exactly 0 where one pixel is all of a token.
+// Work split: a task is a part of the pixels of an image and writes its share of the weight's gradient to its own
+// sheet; then a task is one row of the weight and adds up the sheets in their order.
+// Memory: x is read once. The products of a block of pixels with weights and gradients, lanes along the tokens, give A
+// and f, eqs. (2) and (6). Then, panel by panel of channels, f x is added to the gradient of the weight, eq. (8), and
+// the gradient of x is written, eq. (7): one product of [A, f] with the stacked rows of gradient and weight.
+// Numerics: logits have the same bits as in forward, and the products of (5) are computed as those of (6): f is
+// exactly 0 if a token is one pixel.
 #pragma once
 
 #include "token_pool/cpu_forward.h"
@@ -18,12 +18,12 @@ namespace {
 template <typename T>
 struct PoolBackwardWorker {
   using Acc = Accumulator<T>;
-  int64_t image;  // that the next seven are of
+  int64_t image;  // the image of the next seven members
   PackedColumns<Acc> weight, gradient;
-  PackedByRows<Acc> stacked;        // gradients of T tokens, then their weights
+  PackedByRows<Acc> stacked;        // gradients of T tokens, then their weight rows
   const Acc* pooled;                // [T, C in whole vectors]
   Acc *greatest, *inverse, *delta;  // [stride]: m, 1 / l, eq. (5)
-  Acc* f_sums;                      // [stride]: of f, over a part of the pixels
+  Acc* f_sums;                      // [stride]: sums of f over a part of the pixels
   int64_t stride;                   // T in whole vectors
   RowBlock<T> rows, grad_rows, tokens;
   Acc *logits, *dots;  // [pixels of a block, stride]: products with weight and gradient
@@ -50,11 +50,11 @@ struct PoolBackwardWorker {
   }
 };
 
-// Eq. (5): a product as those of a block with gradients, but of tokens in the place of pixels.
+// Eq. (5): the same product as a block's with gradients, with tokens in place of pixels.
 template <typename T>
 void take_deltas(const PoolBackwardWorker<T>& worker, int64_t tokens) {
   using Acc = Accumulator<T>;
-  constexpr int64_t kRows = 4;  // a panel's tokens are a multiple of them
+  constexpr int64_t kRows = 4;  // the tokens of a panel are a multiple of kRows
   static_assert(kPanel<Acc> % kRows == 0);
   const int64_t channels = worker.tokens.stride;
   Acc dots[kRows * kPanel<Acc>];
@@ -66,7 +66,7 @@ void take_deltas(const PoolBackwardWorker<T>& worker, int64_t tokens) {
   }
 }
 
-// What all pixels of an image need.
+// Prepares the data that all pixels of an image share.
 template <typename T>
 void take_image(const TokenPoolParams& p, PoolBackwardWorker<T>& worker, int64_t image) {
   using Acc = Accumulator<T>;
@@ -91,7 +91,7 @@ void take_image(const TokenPoolParams& p, PoolBackwardWorker<T>& worker, int64_t
   worker.stacked.pack_some(weight, p.tokens, p.tokens);
 }
 
-// Rows of [A, f], and the sums of f. What whole vectors write beyond the T numbers of A, those of f overwrite.
+// Rows of [A, f], and the sums of f. f overwrites the lanes that whole vectors of A write beyond T.
 template <typename T>
 void attend_again(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t count) {
   using Acc = Accumulator<T>;
@@ -114,7 +114,7 @@ void attend_again(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t c
   }
 }
 
-// Eq. (9): takes the tokens off the pixels that f has been multiplied with, which rids the sums of what f rounds.
+// Eq. (9): subtracts the tokens from the pixels in the products with f, which cancels the rounding of f.
 template <typename Acc>
 void subtract_tokens(const Acc* f_sums, const Acc* pooled, int64_t tokens, int64_t channels, Acc* sheet) {
   constexpr int N = kLanes<Acc>;
@@ -124,7 +124,7 @@ void subtract_tokens(const Acc* f_sums, const Acc* pooled, int64_t tokens, int64
             load<Acc, N>(sheet + at) - broadcast<Acc, N>(f_sums[token]) * load<Acc, N>(pooled + at));
 }
 
-// A part of the pixels: their gradient, and in `sheet` [T, C in whole vectors] their share of that of the weight.
+// A part of the pixels: writes their gradient, and in `sheet` [T, C in whole vectors] their share of the weight's.
 template <typename T>
 void backward_part(const TokenPoolParams& p, const PixelSplit& split, PoolBackwardWorker<T>& worker,
                    int64_t task, Accumulator<T>* sheet) {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: each part of the pixels to the triple (m, l, o) of eq. (4), then the parts of an image to its tokens.
+// Forward: reduces each part of the pixels to the triple (m, l, o) of eq. (4), then an image's parts to its tokens.
 //
-// Work split: a task is a part of the pixels of an image; then one row of the tokens is a task.
-// Memory: x is read once. A block of pixels gives its logits (1), lanes along the tokens, and is added up (3) while
-// it is in the cache, lanes along the channels, a panel at a time; beside each panel that of the next block is
-// prefetched.
-// Numerics: sums in the accumulator type. The greatest logit of a part is never NaN, so a NaN, as an infinity, ends
-// in l and from there in all of the token, as in torch's softmax.
+// Work split: a task is a part of the pixels of an image; then a task is one row of the tokens.
+// Memory: x is read once. The logits (1) of a block of pixels are computed with lanes along the tokens; the block is
+// summed (3) while it is in the cache, with lanes along the channels, a panel at a time. Each panel's sum prefetches
+// that panel of the next block.
+// Numerics: sums in the accumulator type. The largest logit of a part is never NaN: a NaN or an infinity enters l and
+// from there the whole token, as in torch's softmax.
 #pragma once
 
 #include "common/exp.h"
@@ -22,7 +22,7 @@ const T* weight_of_image(const TokenPoolParams& p, int64_t image) {
   return static_cast<const T*>(p.weight) + (p.weight_per_image ? image * p.tokens * p.channels : 0);
 }
 
-// What is subtracted from logits. Where all of them were -inf their exp is 0, as beside any greater one.
+// The number that is subtracted from logits. If all of them are -inf it is finite, and their exp is 0.
 template <typename Acc, int N>
 VITKERN_INLINE Vec<Acc, N> softmax_shift(Vec<Acc, N> greatest) {
   const auto nothing = broadcast<Acc, N>(-kInfinity<Acc>);
@@ -53,7 +53,7 @@ struct Summary {
     memset(sums, 0, tokens * channels * sizeof(Acc));
   }
 
-  // Where a greater logit has come. Seldom: after n pixels with one in n.
+  // Rescales for a larger logit. Rare: after n pixels, one in n has one.
   void rescale(const Acc* scales) const {
     constexpr int N = kLanes<Acc>;
     for (int64_t token = 0; token < tokens; ++token) {
@@ -72,8 +72,8 @@ struct PoolWorker {
   PackedColumns<Acc> weight;
   RowBlock<T> rows;
   Acc* weights;          // [pixels of a block, T in whole vectors]: logits, then exp(s - m)
-  Acc* scales;           // [T in whole vectors]: exp(m' - m) for what is summed up already
-  Summary<Acc> summary;  // where an image is one part
+  Acc* scales;           // [T in whole vectors]: exp(m' - m), the factors of the running sums
+  Summary<Acc> summary;  // used if an image is one part
 
   void lay_out(Cursor& cursor, const TokenPoolParams& p, const PixelSplit& split) {
     weight.lay_out(cursor, p.tokens, p.channels);
@@ -84,7 +84,7 @@ struct PoolWorker {
   }
 };
 
-// Logits of a block to exp(s - m), with m and l brought up to date, and how what there was has to be scaled.
+// Turns the logits of a block into exp(s - m), updates m and l, and computes the factors of the running sums.
 template <typename Acc>
 void online_softmax(Acc* weights, int64_t count, const Summary<Acc>& summary, Acc* scales) {
   constexpr int N = kLanes<Acc>;
@@ -128,7 +128,7 @@ void pool_part(const TokenPoolParams& p, const PixelSplit& split, PoolWorker<T>&
   });
 }
 
-// One token of an image from the parts of its pixels, eq. (4), in their order.
+// Computes one token of an image from the parts of its pixels in their order, eq. (4).
 template <typename T>
 void merge_parts(const TokenPoolParams& p, const Summary<Accumulator<T>>* parts, int64_t count, int64_t image,
                  int64_t token) {
@@ -163,7 +163,7 @@ void forward(const TokenPoolParams& p) {
   using Acc = Accumulator<T>;
   const PixelSplit split = split_pixels<Acc>(p.batch, p.pixels, p.channels, 48);
   PoolWorker<T>* workers;
-  Summary<Acc>* parts;  // [image, part]; none where an image is one part
+  Summary<Acc>* parts;  // [image, part]; none if an image is one part
   const Arena arena([&](Cursor& cursor) {
     workers = take_each<PoolWorker<T>>(cursor, worker_count(split.tasks(), p.threads),
                                        [&](auto& worker) { worker.lay_out(cursor, p, split); });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Picks and starts the CUDA kernels of token_pool.
+// Selects and launches the CUDA kernels of token_pool.
 #include "token_pool/cuda.h"
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 namespace vitkern {
 namespace {
 
-// The workspace of either pass. Each image's pixels are split where there are few images, as long as the parts
-// stay a quarter of x.
+// The workspace of either pass. With few images, each image's pixels are split into parts, up to a quarter of x
+// in size.
 struct Layout {
   int64_t splits;
   Workspace places;
@@ -35,8 +35,8 @@ struct Layout {
   }
 };
 
-// Calls with the strips of 16 tokens and the window of channels of a block. A wide window reads pixels of many
-// channels once; what fits the registers is less for more tokens, and what fits shared memory less for backward.
+// Calls `run` with a block's strips of 16 tokens and its window of channels. A wide window reads pixels of many
+// channels once. More tokens leave fewer registers for it, and backward leaves less shared memory.
 template <typename T, bool kBackward, typename Call>
 void dispatch_tile(const TokenPoolParams& p, const Call& call) {
   constexpr int kUsual = sizeof(T) == 8 ? 128 : 256;

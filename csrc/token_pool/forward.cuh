@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // token_pool forward, eqs. (1) to (4) of docs/derivations/token_pool.md.
 //
-// Work split: a block (pool.cuh) sums up its pixels as the triple (m, l, o) of eq. (4); o stays in registers.
-// token_pool_merge makes one of an image's triples.
-// Memory: pixels are read once, where their channels fit a window; the parts are small beside x.
+// Work split: a block (pool.cuh) reduces its pixels to the triple (m, l, o) of eq. (4); o stays in registers.
+// token_pool_merge merges an image's triples.
+// Memory: pixels are read once if their channels fit a window; the parts are small compared to x.
 // Numerics: logits, softmax and sums in the accumulator type; exp(s - m) is rounded to the type of x before the
-// product with the pixels. No exponent is positive. What is NaN or infinite stays so.
+// product with the pixels. No exponent is positive. NaN and infinities stay.
 #pragma once
 
 #include "token_pool/pool.cuh"
 
 namespace vitkern {
 
-// Where a block of forward keeps what in shared memory.
+// The shared memory of a block of forward.
 template <typename Tile>
 struct PoolForwardShared {
   typename Tile::A *logits, *rescale;
@@ -33,14 +33,14 @@ struct PoolForwardShared {
   }
 };
 
-// The triple's m and l of the caller's token; the lanes of a token hold the same.
+// m and l of the caller's token; all lanes of a token hold the same numbers.
 template <typename A>
 struct Running {
   A greatest, sum;
 };
 
-// Takes the logits of kPixels pixels, of which `count` exist, into the running softmax. Leaves exp(s - m) in
-// shared.shares and the factor of what was summed before in shared.rescale.
+// Adds the logits of kPixels pixels, the first `count` of them real, to the running softmax. Writes exp(s - m) to
+// shared.shares and the factor of the running sums to shared.rescale.
 template <typename Tile>
 __device__ __forceinline__ void take_pixels(const PoolForwardShared<Tile>& shared, int64_t count,
                                             Running<typename Tile::A>& running) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
     Sums<A> own_logits[2] = {};
     for (int64_t i = 1; i <= windows; ++i) {
       const int64_t window = window_after(place, i, windows);
-      __syncthreads();  // nobody reads the last pixels any more
+      __syncthreads();  // the last pixels are read
       if (windows > 1 || pixel == place.begin)
         copy_tile<Tile::kTokens, kWindow>(shared.rows, weight, place.group * Tile::kTokens, window * kWindow);
       copy_tile<Tile::kPixels, kWindow>(shared.pixels, x, pixel, window * kWindow);
@@ -124,12 +124,12 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
   }
 }
 
-// Eq. (4) over the splits: a block for each image and token, whose threads take the channels.
+// Eq. (4) over the splits: one block for each image and token, with threads along the channels.
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads)
     token_pool_merge(const __grid_constant__ TokenPoolTask task) {
   using A = Accumulator<T>;
-  __shared__ A factors[kBlockThreads];  // of the splits, which are no more than that
+  __shared__ A factors[kBlockThreads];  // of the splits; there are at most kBlockThreads
   const TokenPoolParams& p = task.p;
   const int64_t image = blockIdx.x / p.tokens, token = blockIdx.x % p.tokens;
   const int64_t first = image * task.splits * p.tokens + token;  // part s lies s * T further
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll 4
     for (int64_t split = 0; split < task.splits; ++split)
       mean += factors[split] * parts[split * p.tokens * p.channels + c];
-    // Without pixels there is nothing to take the mean of.
+    // Without pixels there is no mean.
     static_cast<T*>(p.output)[blockIdx.x * p.channels + c] = narrow<T>(p.pixels ? mean / sum : A{0});
   }
   if (threadIdx.x > 0) return;

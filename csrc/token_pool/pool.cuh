@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA kernels of token_pool share: who works on what, and products of tokens' rows with pixels.
+// Shared by the CUDA kernels of token_pool: the work split, and products of tokens' rows with pixels.
 //
-// Work split: a block takes a run of pixels of one image, kPixels at a time, for a group of tokens, and sums up
-// for a window of channels. All products have the tokens or the pixels in strips of 16. Where the channels are
-// more than a window, the products over all channels see them window by window, the block's own last.
+// Work split: a block takes a run of pixels of one image, kPixels at a time, for a group of tokens, and sums over
+// a window of channels. All products have the tokens or the pixels in strips of 16. If the channels do not fit a
+// window, the products over all channels go window by window, the block's own last.
 #pragma once
 
 #include "common/block_product.cuh"
@@ -11,7 +11,7 @@
 
 namespace vitkern {
 
-// TokenPoolParams with what cuda.cu decides: parts [B, splits, T] and [B, splits, T, C] of the accumulator type,
+// TokenPoolParams with the launch's choices: parts [B, splits, T] and [B, splits, T, C] in the accumulator type,
 // of forward's triple (m, l, o) or of the gradient of the weight.
 struct TokenPoolTask {
   TokenPoolParams p;
@@ -19,7 +19,7 @@ struct TokenPoolTask {
   void *greatest, *sums, *parts;
 };
 
-// Blocks of an SM that the registers must allow.
+// Minimum number of blocks on an SM, for the register limit.
 template <typename T>
 constexpr int kPoolMinBlocks = sizeof(T) == 8 ? 1 : 2;
 
@@ -30,15 +30,15 @@ struct PoolTile {
   static constexpr int kTokenStrips = kTokenStrips_, kPixelStrips = sizeof(T) == 2 && kWindow_ <= 256 ? 2 : 1;
   static constexpr int kTokens = kTokenStrips * kStrip, kPixels = kPixelStrips * kStrip, kWindow = kWindow_;
 
-  // Each warp makes 16 x 16 logits, over a share of the channels where there are fewer of them than warps.
+  // Each warp computes 16 x 16 logits, over a share of the channels if there are fewer such tiles than warps.
   static constexpr int kLogitTiles = kTokenStrips * kPixelStrips, kDepthSplits = kBlockWarps / kLogitTiles;
   static_assert(kLogitTiles * kDepthSplits == kBlockWarps);
 
-  // Of products over pixels or tokens, each warp has its own columns of the window.
+  // In products over pixels or tokens, each warp has its own columns of the window.
   static constexpr int kColumnTiles =
       kWindow < kBlockWarps * kTileColumns ? 1 : kWindow / kBlockWarps / kTileColumns;
 
-  // The softmax of a token belongs to neighbouring lanes, which take every kLanes-th pixel.
+  // Neighbouring lanes share the softmax of a token: each takes every kLanes-th pixel.
   static constexpr int kLanes = kBlockThreads / kTokens, kPixelsOfLane = kPixels / kLanes;
 
   // In shared memory: tokens' rows and pixels [., kWindow], logits [kDepthSplits, kTokens, kPixels] of type A,
@@ -54,19 +54,19 @@ struct PoolTile {
   static __device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
 };
 
-// How many windows there are: one at least, for without channels there are logits still.
+// The number of windows, at least one: without channels there are still logits.
 __host__ __device__ constexpr int64_t windows_of(int64_t channels, int window) {
   return channels > window ? (channels + window - 1) / window : 1;
 }
 
-// Which image, pixels [begin, end), and part of the channels a block works on.
+// The image, pixels [begin, end) and part of the channels of a block.
 struct PoolPlace {
   int64_t image, split, group, window;
   int64_t begin, end;
 };
 
 // The i-th window of a pass, 1 <= i <= windows: the block's own comes last and stays in shared memory. A remainder of
-// 64 bits would take registers that sm_120 then spills.
+// 64 bits would take too many registers: sm_120 spills them.
 __device__ __forceinline__ int64_t window_after(const PoolPlace& place, int64_t i, int64_t windows) {
   return static_cast<uint32_t>(place.window + i) % static_cast<uint32_t>(windows);
 }
@@ -130,7 +130,7 @@ __device__ __forceinline__ typename Tile::A logit(const typename Tile::A* logits
   return sum;
 }
 
-// Writes the block's window of its part [T, C] of a sum over pixels, less(token of the group, index in [B, T, C]).
+// Writes the block's window of its part [T, C] of a sum over pixels, minus less(token of group, index in [B, T, C]).
 template <typename Tile, typename Less>
 __device__ __forceinline__ void store_part_of_tokens(
     const TokenPoolTask& task, const PoolPlace& place,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // token_project backward, eqs. (3) to (6) of docs/derivations/token_project.md.
 //
-// Work split: token_project_backward takes kRows pixels of one image, makes P again and f, leaves them in the
-// workspace [B, N, T] and writes the gradient of the queries; row_sums makes those of keys and tokens of them.
-// Memory: queries are read once, grad_output twice, or once where only tokens have a gradient.
-// Numerics: P and f are rounded to the type of x before the products, as torch rounds them. No atomics: parts
-// are added in a fixed order.
+// Work split: token_project_backward takes kRows pixels of one image, computes P again and f, writes them to the
+// workspace [B, N, T], and the gradient of the queries; row_sums computes the gradients of keys and tokens.
+// Memory: queries are read once, grad_output twice, or once if only tokens need a gradient.
+// Numerics: P and f are rounded to the type of x before the products, as in torch. No atomics: parts are added in a
+// fixed order.
 #pragma once
 
 #include "common/row_sums.cuh"
@@ -13,12 +13,12 @@
 
 namespace vitkern {
 
-// What the kernel leaves for row_sums, [B, N, T] in the type of x; null where nobody wants it.
+// The kernel's results for row_sums, [B, N, T] in the type of x; null if not needed.
 struct TokenProjectLeft {
   void *shares, *f;
 };
 
-// Eq. (4) for the caller's row: `h` becomes f.
+// Eq. (4) for the caller's row: turns `h` into f.
 template <int kRows, typename A>
 __device__ __forceinline__ void gradients_of_logits(const A* shares, A* h, int64_t tokens) {
   constexpr int kLanes = kLanesOfRow<kRows>;

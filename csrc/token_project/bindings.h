@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// token_project in vitkern._C: how its tensors fill its parameters.
+// token_project in vitkern._C: fills the kernel's parameters from tensors.
 #pragma once
 
 #include "host/call.h"
@@ -30,7 +30,7 @@ inline void read_forward(TokenProjectParams& p, const TensorView* in, const Tens
   p.output = out[0].address();
 }
 
-// x is not saved, and None: no gradient depends on its numbers.
+// x is None, not saved: no gradient depends on its values.
 inline void read_backward(TokenProjectParams& p, const TensorView* in, const TensorView* out) {
   p.grad_output = in[0].address();
   read_inputs(p, in[2], in[3], in[4]);

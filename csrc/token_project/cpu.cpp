@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry points: the kernel of the element type.
+// The entry points: call the kernel for the element type.
 #include "token_project/cpu.h"
 
 #include "token_project/cpu_backward.h"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: the softmax again from queries and keys, then the three gradients that are wanted.
+// Backward: computes the softmax again from queries and keys, then the required ones of the three gradients.
 //
-// Work split: a task is a part of the pixels of an image. Its shares of the gradients of keys and tokens go to sheets
-// of its own; one row of both is then a task that adds up the sheets of the image in their order.
+// Work split: a task is a part of the pixels of an image and writes its shares of the gradients of keys and tokens to
+// its own sheets; then a task is one row of both gradients and adds up the sheets of the image in their order.
 // Memory: queries and gradients of the result are read once, the gradient of the queries is written once.
 #pragma once
 
@@ -30,13 +30,13 @@ struct ProjectBackwardWorker {
   }
 };
 
-// What a part adds to the gradients of key [T, K] and tokens [T, C], rows in whole vectors; null if unwanted.
+// A part's shares of the gradients of key [T, K] and tokens [T, C], rows in whole vectors; null if not needed.
 template <typename Acc>
 struct Sheets {
   Acc *key, *tokens;
 };
 
-// Rows of products h to f, eq. (4).
+// Turns rows of products h into f, eq. (4).
 template <typename Acc>
 void softmax_backward(const Acc* weights, int64_t rows, int64_t stride, Acc* shares) {
   constexpr int N = kLanes<Acc>;

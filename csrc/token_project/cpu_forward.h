@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: a block of pixels to its softmax over the tokens (1), then to x plus the mean of the tokens (2).
+// Forward: a block's softmax over the tokens (1), then x plus the mean of the tokens (2).
 //
 // Work split: a task is a part of the pixels of an image.
-// Memory: x and queries are read once, the result is written once; keys and tokens of an image are packed once by
-// each worker that meets it.
-// Numerics: sums in the accumulator type; NaN and infinities do to a pixel what they do in torch's softmax.
+// Memory: x and queries are read once, the result is written once; each worker packs the keys and tokens of its images
+// once.
+// Numerics: sums in the accumulator type; NaN and infinities spread in a pixel as in torch's softmax.
 #pragma once
 
 #include "common/exp.h"
@@ -15,13 +15,13 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-// From row `first` on of a matrix with so many columns.
+// The rows from `first` on of a matrix.
 template <typename T>
 const T* from_row(const void* matrix, int64_t first, int64_t columns) {
   return static_cast<const T*>(matrix) + first * columns;
 }
 
-// What forward and backward of a block need both: the softmax over its tokens.
+// The softmax over the tokens for a block of pixels, for forward and backward.
 template <typename T>
 struct TokenSoftmax {
   using Acc = Accumulator<T>;
@@ -38,7 +38,7 @@ struct TokenSoftmax {
     weights = cursor.take<Acc>(split.block * stride);
   }
 
-  // Weights of `rows` pixels, 0 in the lanes beyond the last token; returns the queries as the products take them.
+  // Computes the weights of `rows` pixels, 0 in the lanes beyond the last token; returns the queries as accumulators.
   const Acc* attend(const TokenProjectParams& p, int64_t image, int64_t first, int64_t rows) {
     key.pack(from_row<T>(p.key, image * count, p.keys));
     const Acc* const queries = query.read(from_row<T>(p.query, first, p.keys), rows);

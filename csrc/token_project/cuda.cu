@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Picks and starts the CUDA kernels of token_project.
+// Selects and launches the CUDA kernels of token_project.
 #include "token_project/cuda.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace vitkern {
 namespace {
 
-// Backward's workspace. The parts may take half of the size of x, beyond a first one.
+// Backward's workspace. All parts but the first may take half of the size of x.
 struct Layout {
   int64_t splits;
   Workspace places;
@@ -33,8 +33,8 @@ struct Layout {
   }
 };
 
-// Calls with the rows of a block, their shared memory and the number of blocks. Of each row so many numbers of
-// the accumulator type are kept for a token, and one of the type of x.
+// Calls `run` with the rows of a block, its shared memory and the number of blocks. Each row keeps `numbers`
+// accumulators for a token, and one element of the type of x.
 template <typename T, typename Call>
 void dispatch(const TokenProjectParams& p, int numbers, const Call& call) {
   using A = Accumulator<T>;

@@ -9,10 +9,10 @@ namespace vitkern {
 // Writes params.output.
 void token_project_forward_cuda(const TokenProjectParams& params);
 
-// Bytes of backward's workspace, from sizes and dtype alone.
+// Bytes of backward's workspace, from sizes and dtype only.
 int64_t token_project_workspace_cuda(const TokenProjectParams& params);
 
-// Writes the gradients that are not null, the same bits at each call.
+// Writes the gradients that are not null; bitwise reproducible.
 void token_project_backward_cuda(const TokenProjectParams& params);
 
 }  // namespace vitkern

@@ -5,7 +5,7 @@
 // stay in shared memory.
 // Memory: x and queries are read once, keys and tokens once a block through L2, the output is written once.
 // Numerics: sums and softmax in the accumulator type; probabilities are rounded to the type of x before the
-// second product, as torch rounds them.
+// second product, as in torch.
 #pragma once
 
 #include "common/block_product.cuh"
@@ -13,7 +13,7 @@
 
 namespace vitkern {
 
-// Which pixels a block works on. Blocks do not straddle images.
+// The pixels of a block. Blocks do not straddle images.
 struct ProjectPlace {
   int64_t image, first;
 };
@@ -24,7 +24,7 @@ __device__ __forceinline__ ProjectPlace project_place(const TokenProjectParams& 
   return {image, (blockIdx.x - image * blocks) * kRows};
 }
 
-// The matrix of one image out of [B, rows, columns].
+// The matrix of one image in [B, rows, columns].
 template <typename T>
 __device__ __forceinline__ Matrix<T> of_image(const void* all, int64_t image, int64_t rows, int64_t columns) {
   return {static_cast<const T*>(all) + image * rows * columns, rows, columns};
@@ -50,8 +50,8 @@ __device__ __forceinline__ void by_token(const Matrix<T>& left, const Matrix<T>&
 template <int kRows>
 constexpr int kLanesOfRow = kBlockThreads / kRows;
 
-// Softmax of the caller's row of logits, in place, eq. (1). All of the block calls it; the lanes of a row see
-// their own columns: lane, lane + kLanesOfRow and so on.
+// Softmax of the caller's row of logits, in place, eq. (1). All threads of the block must call it; each lane of a
+// row takes its own columns: lane, lane + kLanesOfRow and so on.
 template <int kRows, typename A>
 __device__ __forceinline__ void softmax_row(A* logits, int64_t tokens) {
   constexpr int kLanes = kLanesOfRow<kRows>;

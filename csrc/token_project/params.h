@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Projection of tokens back to pixels: what every native kernel is told, CPU and CUDA, forward and backward.
+// Projection of tokens back to pixels: parameters of all native kernels, CPU and CUDA, forward and backward.
 //
-// Shapes: B images, N pixels, C channels, T tokens, K numbers of a query or key. Everything is contiguous.
+// Shapes: B images, N pixels, C channels, T tokens, K channels of a query or key. Everything is contiguous.
 // The maths is in docs/derivations/token_project.md.
 #pragma once
 
@@ -19,7 +19,7 @@ struct TokenProjectParams : Target {
   int64_t token_count;  // T
   int64_t keys;         // K
 
-  DType dtype;  // of all tensors but grad_key and grad_tokens
+  DType dtype;  // of all tensors except grad_key and grad_tokens
 
   // Inputs.
   const void* x;            // [B, N, C], forward only
@@ -28,7 +28,7 @@ struct TokenProjectParams : Target {
   const void* tokens;       // [B, T, C]
   const void* grad_output;  // [B, N, C], backward only; it is the gradient of x too
 
-  // Outputs, all fully written. A gradient that nobody wants is a null pointer.
+  // Outputs, all fully written. Gradients that are not needed are null.
   void* output;       // [B, N, C], forward only
   void* grad_query;   // [B, N, K]
   void* grad_key;     // [B, T, K], accumulator type

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: what they compute, what they take and give, and where they run."""
+"""The public functions: definitions, arguments, results and backends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ms_deform_attn(
     method: str = "bilinear",
     backend: str | None = None,
 ) -> Tensor:
-    """Multi-scale deformable attention: for each query and head, the weighted sum of samples of a feature pyramid.
+    """Multi-scale deformable attention: for each query and head, a weighted sum of samples of a feature pyramid.
 
     ``output[b, q, m] = sum over l, p of attention_weights[b, q, m, l, p] * sample(value of level l, head m, at
     sampling_locations[b, q, m, l, p])``
@@ -38,12 +38,12 @@ def ms_deform_attn(
             float16 or bfloat16, any strides.
         spatial_shapes: ``[L, 2]`` int64 tensor of (height, width) on value's device, or a sequence of pairs.
             The sizes add up to S.
-        level_start_index: ``[L]`` int64, the first pixel of each level; None: the levels follow one another.
+        level_start_index: ``[L]`` int64, the first pixel of each level; None: the levels follow each other.
         sampling_locations: ``[B, Q, M, L, P, 2]`` as (x, y), where 0 and 1 are a level's outer edges; pixel centres
-            are at (i + 0.5) / size. Kept in float32 at least: 16-bit numbers cannot address a pixel in a wide map.
+            are at (i + 0.5) / size. Use at least float32: 16-bit numbers cannot address a pixel in a wide map.
         attention_weights: ``[B, Q, M, L, P]``.
-        points_per_level: for levels with different numbers of points, those L numbers. Locations are then
-            ``[B, Q, M, K, 2]`` and weights ``[B, Q, M, K]`` with K their sum, level after level.
+        points_per_level: the L numbers of points, if levels have different ones. Locations are then
+            ``[B, Q, M, K, 2]`` and weights ``[B, Q, M, K]``, level after level, with K the sum of the numbers.
         method: ``"bilinear"`` (zeros outside the level) or ``"nearest"``, the 'discrete' sampling of RT-DETR v2:
             pixel ``floor(location * size + 0.5)``, clamped to the level; the gradient of locations is zero.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
@@ -99,17 +99,17 @@ def ms_deform_attn_fused(
     method: str = "bilinear",
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`ms_deform_attn` with its softmax and its locations inside: what a layer has goes straight in.
+    """:func:`ms_deform_attn` with softmax and sampling locations computed inside: takes a layer's tensors as they are.
 
     ``attention_weights = softmax(attention_logits)`` over all points of a query and head, and ``sampling_locations``
     are ``reference + offset / (width, height)``, or, from a reference box, ``centre + offset / (2 P) * size``. Neither
-    ever exists in memory, forward or backward; gradients go to reference points, offsets and logits.
+    is ever in memory, forward or backward; gradients flow to reference points, offsets and logits.
 
     Args:
         value, spatial_shapes, level_start_index: as in :func:`ms_deform_attn`.
         reference_points: ``[B or 1, Q, L or 1, 2]`` as (x, y), or ``[B or 1, Q, L or 1, 4]`` as boxes (x, y, width,
-            height) round a centre, in units of the level's size. An axis of 1 is shared by all images, or all levels.
-        sampling_offsets: ``[B, Q, M, L, P, 2]``: in pixels of the level; from boxes, in P-ths of half the box.
+            height) around a centre, in units of the level's size. An axis of 1 is shared by all images, or all levels.
+        sampling_offsets: ``[B, Q, M, L, P, 2]``, in pixels of the level; with boxes, in P-ths of half the box.
         attention_logits: ``[B, Q, M, L * P]``.
         points_per_level: as in :func:`ms_deform_attn`: offsets are then ``[B, Q, M, K, 2]``, logits ``[B, Q, M, K]``,
             and P is the level's own number of points.
@@ -118,9 +118,9 @@ def ms_deform_attn_fused(
     Returns:
         ``[B, Q, M * D]`` in value's dtype.
 
-    Offsets and logits may be float16 or bfloat16: they are widened before anything is computed, so that locations and
-    softmax are float32 (float64 for float64 values) throughout. Under autocast, value is cast to the autocast dtype and
-    the others stay what they are. All else is as in :func:`ms_deform_attn`.
+    Offsets and logits may be float16 or bfloat16: they are widened first, and locations and softmax are float32
+    (float64 for float64 values) throughout. Under autocast, value is cast to the autocast dtype and the others keep
+    theirs. Everything else is as in :func:`ms_deform_attn`.
 
     Examples:
         >>> shapes = [(8, 8), (4, 4)]
@@ -166,29 +166,29 @@ def adapter_bottleneck(
     activation: str = "relu",
     backend: str | None = None,
 ) -> Tensor:
-    """The adapter of AdaptFormer and its kin in one pass: down, activation, dropout, up, scale, residual.
+    """The adapter of AdaptFormer in one pass: down, activation, dropout, up, scale, residual.
 
     ``residual + scale * (dropout(activation(x @ down_weight.T + down_bias)) @ up_weight.T + up_bias)``
 
     Args:
         x: ``[..., C]``; float32, float64, float16 or bfloat16, any strides.
-        down_weight, down_bias: ``[H, C]`` and ``[H]`` or None, as ``torch.nn.Linear(C, H)`` has them.
+        down_weight, down_bias: ``[H, C]`` and ``[H]`` or None, as in ``torch.nn.Linear(C, H)``.
         up_weight, up_bias: ``[C, H]`` and ``[C]`` or None.
-        residual: ``[..., C]``, like x; None adds nothing. Given x itself, its whole gradient comes from one pass.
+        residual: ``[..., C]``, like x; None adds nothing. If it is x itself, one pass computes x's whole gradient.
         scale: a number, or a tensor of one element, which may be learnable.
-        dropout_p: the probability with which a hidden unit is dropped, where ``training`` is true. The mask follows
-            torch's generator and is drawn again, not stored, for backward.
+        dropout_p: the probability of dropping a hidden unit if ``training`` is true. The mask follows torch's
+            generator; backward draws it again instead of storing it.
         activation: ``"relu"``, ``"gelu"`` (exact) or ``"silu"``.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
 
     Returns:
         ``[..., C]`` in x's dtype. Sums are made in float32 (float64 for float64).
 
-    Nothing of x's size is written but the result, and nothing of x's size is saved for backward but x. Gradients flow
-    to x, weights, biases, residual and a tensor scale, and what needs none is not worked out: a frozen x, or frozen
-    weights, cost less. Every backward is bitwise reproducible. Weights and biases of another dtype than x's are
-    converted. Under autocast x, weights and biases are cast to the autocast dtype; a residual of another dtype is added
-    by torch, and the result has the wider of both.
+    The result is the only tensor of x's size that is written, and x the only one that is saved for backward. Gradients
+    flow to x, weights, biases, residual and a tensor scale. Only the required ones are computed: a frozen x, or frozen
+    weights, cost less. Every backward is bitwise reproducible. Weights and biases are converted to x's dtype. Under
+    autocast, x, weights and biases are cast to the autocast dtype; torch adds a residual of another dtype, and the
+    result has the wider dtype of both.
 
     Examples:
         >>> x = torch.randn(2, 197, 768)
@@ -215,15 +215,15 @@ def token_pool(
 
     Args:
         x: ``[B, N, C]``, N pixels of C channels; float32, float64, float16 or bfloat16, any strides.
-        weight: ``[T, C]``, the same tokens for all images (the filter tokenizer), or ``[B, T, C]`` (the recurrent one).
-        return_attention: also return the weights of the pixels ``[B, N, T]``, for pictures, worked out by plain torch.
+        weight: ``[T, C]``, shared by all images (the filter tokenizer), or ``[B, T, C]`` (the recurrent tokenizer).
+        return_attention: whether to also return the weights of the pixels ``[B, N, T]``, computed by plain torch.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
 
     Returns:
         ``[B, T, C]`` in x's dtype, and the weights if asked for. Sums are made in float32 (float64 for float64).
 
     Logits may be of any size: no exponent is positive. Without pixels the tokens are zero. Gradients flow to x and
-    weight, in one pass over x, and are bitwise reproducible. Under autocast both are cast to the autocast dtype.
+    weight in one pass over x and are bitwise reproducible. Under autocast both are cast to the autocast dtype.
 
     Examples:
         >>> vitkern.token_pool(torch.randn(8, 3136, 256), torch.randn(16, 256)).shape
@@ -235,7 +235,7 @@ def token_pool(
     tokens = token_pool_ops.token_pool(x, weight, backend)
     if not return_attention:
         return tokens
-    wide = native.accumulator(x.dtype)  # logits beyond what 16 bits hold have weights all the same
+    wide = native.accumulator(x.dtype)  # 16 bits do not hold every logit
     with without_autocast(x.device.type):
         return tokens, reference.token_pool_attention(x.to(wide), weight.to(x.dtype).to(wide)).to(x.dtype)
 
@@ -243,22 +243,22 @@ def token_pool(
 def token_project(
     x: Tensor, query: Tensor, key: Tensor, tokens: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """The projector of Visual Transformers: tokens go back to the pixels that ask for them.
+    """The projector of Visual Transformers: adds a softmax-weighted mean of the tokens to each pixel.
 
     ``x + softmax(query @ key.T over the tokens) @ tokens``; the weights of the tokens are never stored.
 
     Args:
         x: ``[B, N, C]``, N pixels of C channels; float32, float64, float16 or bfloat16, any strides.
-        query: ``[B, N, K]``, what each pixel asks for.
-        key: ``[B, T, K]``, what each token answers to.
+        query: ``[B, N, K]``, the queries of the pixels.
+        key: ``[B, T, K]``, the keys of the tokens.
         tokens: ``[B, T, C]``.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best for the tensors.
 
     Returns:
         ``[B, N, C]`` in x's dtype. Sums are made in float32 (float64 for float64).
 
-    Without tokens the result is x. Gradients flow to all four, bitwise reproducible; x is not saved for backward. All
-    four are of one dtype; under autocast, of the autocast dtype.
+    Without tokens the result is x. Gradients flow to all four and are bitwise reproducible; x is not saved for
+    backward. All four have one dtype; autocast casts them to its own.
 
     Examples:
         >>> x, query = torch.randn(8, 196, 256), torch.randn(8, 196, 64)

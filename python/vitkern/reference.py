@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The maths of every op in plain PyTorch: the oracle that the kernels are checked against.
 
-Written to be read. Any dtype, any device, differentiable any number of times, no host reads, so it also serves where
-no kernel runs and where a second derivative is wanted. Equation numbers are those of ``docs/derivations``.
+Written to be read: any dtype and device, no host reads, differentiable any number of times. It also serves calls that
+no kernel runs, and second derivatives. Equation numbers are those of ``docs/derivations``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def ms_deform_attn(
     batch, pixels, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     value_of_head = value.transpose(1, 2)  # [B, M, S, D]
-    # Zero, yet a function of the inputs: with nothing to sample there is still a gradient, of zeros.
+    # Zero, but a function of the inputs: without points to sample, the gradients are zeros, not None.
     zero = value[:0].sum() + sampling_locations[:0].sum() + attention_weights[:0].sum()
     output = zero + value.new_zeros(batch, heads, queries, channels)
 
@@ -43,8 +43,8 @@ def ms_deform_attn(
             pixel = torch.where(inside, level_start_index[level] + y * width + x, 0)  # [B, M, Q, P]
             sample = value_of_head.gather(2, pixel.flatten(2)[..., None].expand(-1, -1, -1, channels))
             sample = sample.unflatten(2, (queries, points))
-            # A corner outside is no sample: its value must not be read, lest a NaN there times 0 come through.
-            # Nor its weight: a NaN there times 0 would be a gradient of the location.
+            # A corner outside is not read: a NaN there times 0 would be NaN.
+            # Its weight is not used either: a NaN there times 0 would make the location's gradient NaN.
             share = (torch.where(inside, weight, 0) * torch.where(inside, coefficient, 0))[..., None]
             output = output + torch.where(inside[..., None], sample * share, 0).sum(-2)
     return output.to(value.dtype).transpose(1, 2).reshape(batch, queries, heads * channels)
@@ -71,7 +71,7 @@ def ms_deform_attn_fused(
 def sampling_locations_of(
     spatial_shapes: Tensor, reference_points: Tensor, offsets: Tensor, points_per_level: tuple[int, ...]
 ) -> Tensor:  # [B, Q, M, K, 2]
-    """Where reference points and offsets lead to, eqs. (9) and (10)."""
+    """The sampling locations from reference points and offsets, eqs. (9) and (10)."""
     count = sum(points_per_level)
     points = torch.tensor(points_per_level, device=offsets.device, dtype=torch.int64)  # [L]
     reference = reference_points.expand(-1, -1, len(points_per_level), -1)
@@ -81,14 +81,14 @@ def sampling_locations_of(
         step = step.repeat_interleave(points, 0, output_size=count)
     else:
         step = reference[..., 2:] / (2 * points.repeat_interleave(points)[:, None])
-    # An offset or a box that is not finite leads nowhere, and gets no gradient: 0 times infinity would be NaN.
+    # An offset or a box that is not finite gets no gradient: 0 times infinity would be NaN.
     finite = (offsets * step).isfinite()
     moved = torch.where(finite, offsets, 0) * torch.where(finite, step, 0)
     return torch.where(finite, reference[..., :2] + moved, float("nan"))
 
 
 def _bilinear_corners(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Iterator[Corner]:
-    """The four pixels round a location with their bilinear coefficients, eqs. (2) and (3)."""
+    """The four pixels around a location with their bilinear coefficients, eqs. (2) and (3)."""
     x = x * width - 0.5
     y = y * height - 0.5
     # Every comparison with NaN is false: a location that is not a number touches no pixel.
@@ -109,7 +109,7 @@ def _nearest_pixel(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Itera
     x = x.detach() * width + 0.5
     y = y.detach() * height + 0.5
     finite = x.isfinite() & y.isfinite() & (width > 0) & (height > 0)
-    # Clamped twice: as a real number before it may overflow an integer, as an integer since the bound was rounded.
+    # Clamped twice: as a real number against integer overflow, as an integer because the real bound is rounded.
     column = torch.where(finite, x, 0).clamp(min=0).minimum((width - 1).to(x.dtype)).long().minimum(width - 1)
     row = torch.where(finite, y, 0).clamp(min=0).minimum((height - 1).to(y.dtype)).long().minimum(height - 1)
     yield column, row, torch.ones_like(x), finite
@@ -121,7 +121,7 @@ def ms_deform_attn_by_grid_sample(
     sampling_locations: Tensor,  # [B, Q, M, L, P, 2]
     attention_weights: Tensor,  # [B, Q, M, L, P]
 ) -> Tensor:  # [B, Q, M * D]
-    """What everybody runs where no kernel is built: one ``grid_sample`` a level. The yardstick of the benchmarks."""
+    """The usual form without kernels: one ``grid_sample`` a level. The baseline of the benchmarks."""
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # [B * M, Q, L, P, 2]
@@ -164,10 +164,9 @@ def adapter_bottleneck(
 
 
 def dropout_factor(seed: Tensor, count: int, p: float) -> Tensor:  # [count] float64
-    """What dropout multiplies the i-th number with, 0 or 1 / (1 - p), for all i below `count`; eqs. (4) and (5).
+    """The dropout factor of the i-th number, 0 or 1 / (1 - p), for all i below `count`; eqs. (4) and (5).
 
-    The mask is a function of the seed and of the number's place alone: every backend draws the same one, and backward
-    draws it again.
+    The mask depends only on the seed and i: every backend draws the same mask, and backward draws it again.
     """
     index = torch.arange(count, device=seed.device)
     words = torch.stack(philox(seed, index >> 2), -1)  # [count, 4], each group of four numbers four times
@@ -176,12 +175,12 @@ def dropout_factor(seed: Tensor, count: int, p: float) -> Tensor:  # [count] flo
 
 
 def dropout_threshold(p: float) -> int:
-    """A number is dropped if its 32 random bits are below this."""
+    """The threshold: a number is dropped if its 32 random bits are below it."""
     return min(round(p * 2**32), 2**32 - 1)
 
 
 def dropout_rescale(p: float) -> float:
-    """What numbers that stay are multiplied with, so that the expectation stays too."""
+    """The factor of the numbers that are kept, which preserves the expectation."""
     return 1 / (1 - p) if p < 1 else 0.0
 
 
@@ -191,7 +190,7 @@ def philox(seed: Tensor, counter: Tensor) -> list[Tensor]:
     words = [counter & low32, counter >> 32 & low32, torch.zeros_like(counter), torch.zeros_like(counter)]
     key = [seed & low32, seed >> 32 & low32]
     for _ in range(10):
-        # int64 products wrap round, which leaves all 64 bits right.
+        # int64 products wrap around: all 64 bits are right.
         left, right = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
         words = [
             (right >> 32 & low32) ^ words[1] ^ key[0],
@@ -209,10 +208,10 @@ def token_pool(x: Tensor, weight: Tensor) -> Tensor:  # [B, N, C], [T, C] or [B,
 
 
 def token_pool_attention(x: Tensor, weight: Tensor) -> Tensor:  # [B, N, T]
-    """The weights of token_pool; those of a token add up to 1."""
+    """The attention weights of token_pool; the weights of a token add up to 1."""
     return (x @ weight.mT).softmax(1)
 
 
 def token_project(x: Tensor, query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens [B, T, C] back to the pixels [B, N, C], where query [B, N, K] meets key [B, T, K]; eqs. (1) and (2)."""
+    """Adds tokens [B, T, C] to pixels [B, N, C], weighted by query [B, N, K] and key [B, T, K]; eqs. (1) and (2)."""
     return x + (query @ key.mT).softmax(2) @ tokens

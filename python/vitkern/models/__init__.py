@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of the ViT-Adapter family, with the parameter names of the projects they come from."""
+"""Models of the ViT-Adapter family, with the parameter names of the original projects."""
 
 from vitkern.models import adaptformer_configs as adaptformer_configs
 from vitkern.models import visual_transformer_configs as visual_transformer_configs

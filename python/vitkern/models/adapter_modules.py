@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of ViT-Adapter that stand beside the transformer: spatial prior, injectors, extractors."""
+"""The parts of ViT-Adapter beside the transformer: spatial prior, injectors and extractors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitkern.nn import MSDeformAttn
 
 
 class Queries(NamedTuple):
-    """Where queries look: the geometry that MSDeformAttn takes besides features."""
+    """The geometry of the queries: the arguments of MSDeformAttn that are not features."""
 
     reference_points: Tensor  # [1, Q, 1, 2]: the centre of each query's cell, the same on each level
     spatial_shapes: Tensor  # [L, 2]
@@ -22,12 +22,12 @@ class Queries(NamedTuple):
 
 
 def _integers(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Filled in on the device: a copy from the host could not be recorded in a CUDA graph."""
+    """An int64 tensor, filled in on the device: a CUDA graph cannot record a copy from the host."""
     return torch.cat([torch.full((1,), number, dtype=torch.long, device=device) for number in numbers])
 
 
 def _centres(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(x, y) of the centres of a grid's cells, row by row: [H W, 2]."""
+    """The (x, y) centres of a grid's cells, row by row: [H W, 2]."""
     y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
     x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
     rows, columns = torch.meshgrid(y, x, indexing="ij")
@@ -43,7 +43,7 @@ def _queries(of: Sequence[tuple[int, int]], on: Sequence[tuple[int, int]], image
 
 
 def deform_inputs(image: Tensor) -> tuple[Queries, Queries]:
-    """Patches that look at the pyramid of 1/8, 1/16 and 1/32, and the pyramid that looks at the patches."""
+    """The geometry of the injectors (patches query the pyramid of 1/8, 1/16, 1/32) and of the extractors (reverse)."""
     height, width = image.shape[2] // 16, image.shape[3] // 16
     pyramid = [(2 * height, 2 * width), (height, width), (height // 2, width // 2)]
     patches = [(height, width)]
@@ -79,7 +79,7 @@ class ConvFFN(nn.Module):
 
 
 class Injector(nn.Module):
-    """The transformer's tokens take from the pyramid, as much as gamma lets them: at first nothing."""
+    """Adds features of the pyramid to the transformer's tokens, scaled by gamma, which starts at `init_values`."""
 
     def __init__(
         self, channels: int, attention: MSDeformAttn, norm_layer: Layer, init_values: float, with_cp: bool
@@ -100,7 +100,7 @@ class Injector(nn.Module):
 
 
 class Extractor(nn.Module):
-    """The pyramid takes from the transformer's tokens."""
+    """Adds features of the transformer's tokens to the pyramid."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Extractor(nn.Module):
 
 
 class InteractionBlock(nn.Module):
-    """An injector, some blocks of the transformer, and an extractor; the last one has two extractors more."""
+    """An injector, some blocks of the transformer and an extractor; the last interaction has two more extractors."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from vitkern.models.blocks import Layer, PatchEmbed, attend_to, head_channels
 
 
 class Attention(nn.Module):
-    """Self-attention whose queries, keys and values have a projection each."""
+    """Self-attention with separate projections for queries, keys and values."""
 
     def __init__(
         self, channels: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float
@@ -40,17 +40,17 @@ class Attention(nn.Module):
 class AdaptFormer(TunedTransformer):
     """A vision transformer for images ``[B, C, H, W]`` of `img_size`, with adapters, prompts or neither.
 
-    Nothing is frozen at first: :func:`vitkern.models.freeze_backbone` does that.
+    A new model is not frozen: call :func:`vitkern.models.freeze_backbone`.
 
     Args:
-        global_pool: classifies the mean of the patches instead of the class token.
-        num_classes: 0 gives the features themselves.
-        representation_size: its layer is in the state dict and used nowhere, as in the official code.
+        global_pool: whether to classify the mean of the patches instead of the class token.
+        num_classes: number of classes; 0 returns the features.
+        representation_size: size of a layer that is in the state dict but unused, as in the official code.
         distilled, weight_init: accepted for compatibility; there is no distillation token.
         tuning_config: a dict, Namespace or object with attributes of
             :class:`~vitkern.models.adaptformer_blocks.Tuning`; None: a plain transformer.
-        adapter_dropout: of the adapters' hidden units.
-        head_norm: puts the official runs' BatchNorm1d before the classifier.
+        adapter_dropout: dropout of the adapters' hidden units.
+        head_norm: whether the official runs' BatchNorm1d stands before the classifier.
         backend: passed on to :func:`vitkern.adapter_bottleneck`.
     """
 
@@ -115,7 +115,7 @@ class AdaptFormer(TunedTransformer):
         self._add_prompts()
 
     def _add_classifier(self, with_pre_logits: bool) -> None:
-        """In the order of the official code, in which the first weights are drawn."""
+        """Adds the layers in the official order: the initial weights are drawn in it."""
         if not self.global_pool:
             self.norm = self.norm_layer(self.embed_dim)
         if with_pre_logits:
@@ -126,7 +126,7 @@ class AdaptFormer(TunedTransformer):
             self.fc_norm = self.norm_layer(self.embed_dim)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """[B, D]: what is classified."""
+        """The features before the classifier: [B, D]."""
         height, width = self.patch_embed.img_size  # type: ignore[misc]
         self._check_shape(image, (self.in_chans, height, width))
         embedded = self.patch_embed(image)

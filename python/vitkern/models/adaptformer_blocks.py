@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the forms of AdaptFormer share: its tuning configuration, blocks with adapters, prompts, and the way out."""
+"""The shared parts of AdaptFormer's models: tuning configuration, blocks with adapters, prompts, classifier."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Tuning:
     """The official tuning configuration, and the choice of layers.
 
     Args:
-        ffn_adapt: whether blocks have adapters; None: unless there are prompts.
+        ffn_adapt: whether blocks have adapters; None: only if there are no prompts.
         ffn_option: ``"parallel"`` to the feed-forward network, or ``"sequential"``, after it.
         ffn_adapter_layernorm_option, ffn_adapter_init_option, ffn_adapter_scalar: of
             :class:`~vitkern.nn.AdapterBottleneck`.
         ffn_num: hidden units of an adapter; None: a twelfth of the channels.
-        d_model: channels; None: those of the model.
-        vpt_on, vpt_num: whether each block has prompts of its own (VPT-deep), and how many.
-        ffn_layers: the blocks that have adapters; None: all.
+        d_model: channels; None: the model's.
+        vpt_on, vpt_num: whether each block has its own prompts (VPT-deep), and how many.
+        ffn_layers: numbers of the blocks with adapters; None: all.
     """
 
     ffn_adapt: bool | None = None
@@ -46,7 +46,7 @@ class Tuning:
 
     @classmethod
     def of(cls, config: Any, **defaults: Any) -> Tuning:
-        """From a dict, a Namespace or any object with such attributes; what it lacks has its default."""
+        """Reads a dict, a Namespace or any object with these attributes; missing ones take their defaults."""
         if config is None:
             return cls(ffn_adapt=False)
         names = [field.name for field in fields(cls)]
@@ -92,7 +92,7 @@ class Tuning:
     def adapter(
         self, channels: int, layer: int, dropout: float, backend: str | None
     ) -> AdapterBottleneck | None:
-        """That of a block, if it has one."""
+        """The adapter of block number `layer`, or None."""
         if not self.adapts or (self.ffn_layers is not None and layer not in self.ffn_layers):
             return None
         return AdapterBottleneck(
@@ -107,17 +107,17 @@ class Tuning:
 
 
 def joined(x: Tensor, branch: Tensor, adapter: AdapterBottleneck | None, sequential: bool) -> Tensor:
-    """The residual stream with what a feed-forward network made of it, and an adapter beside or after that."""
+    """The residual stream plus the feed-forward network's output and that of an adapter beside or after it."""
     if adapter is None:
         return x + branch
     return x + (adapter(branch) if sequential else adapter(x, residual=branch))
 
 
 class Block(nn.Module):
-    """A transformer block with an adapter; its feed-forward network has no name of its own.
+    """A transformer block with an adapter; the layers of its feed-forward network are its own attributes.
 
     Args:
-        drop_hidden: what is dropped between the two layers of the feed-forward network.
+        drop_hidden: dropout between the two layers of the feed-forward network.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ class TunedTransformer(Classifier):
     """The blocks, prompts and classifier of the image and the video model."""
 
     embeddings: nn.ParameterList | None
-    trained_parts: tuple[str, ...] = ("embeddings", "fc_norm", "head")  # of freeze_backbone, besides adapters
-    always_trained: tuple[str, ...] = ("head",)  # though a checkpoint had them
+    trained_parts: tuple[str, ...] = ("embeddings", "fc_norm", "head")  # by freeze_backbone, besides adapters
+    always_trained: tuple[str, ...] = ("head",)  # even if a checkpoint had them
     embed_dim: int
     head_norm: bool
     blocks: nn.ModuleList
@@ -218,7 +218,7 @@ class TunedTransformer(Classifier):
         return x
 
     def make_head(self, num_classes: int) -> nn.Module:
-        """With `head_norm`, after the normalisation without parameters that the official runs put before it."""
+        """A classifier; with `head_norm`, after the official runs' normalisation, which has no parameters."""
         head = super().make_head(num_classes)
         if num_classes == 0 or not self.head_norm:
             return head
@@ -242,14 +242,14 @@ class TunedTransformer(Classifier):
 
 
 def reset_adapters(model: nn.Module) -> None:
-    """Their own first weights, where a model has drawn all of its linear layers alike."""
+    """Restores the adapters' own initial weights after the model has initialised all linear layers alike."""
     for module in model.modules():
         if isinstance(module, AdapterBottleneck):
             module.reset_parameters()
 
 
 def _split(key: str, tensor: Tensor, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values apart. Where keys have no bias, theirs is left out: no softmax depends on it."""
+    """Splits a joint qkv tensor. A key bias is left out if the model has none: it does not change the softmax."""
     block, kind = key.split("qkv.")
     parts = dict(zip("qkv", tensor.chunk(3)))
     if kind == "bias" and f"{block}q_bias" in own:

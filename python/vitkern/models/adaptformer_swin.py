@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaptFormer on a Swin Transformer, as its authors describe it: the hidden units are a twelfth of the channels."""
+"""AdaptFormer on a Swin Transformer; as in the paper, hidden units are a twelfth of the channels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from vitkern.models.swin import SwinTransformer
 
 
 class AdaptFormerSwin(SwinTransformer):
-    """A Swin with an adapter in each block: :class:`~vitkern.models.swin.SwinTransformer` names the other arguments.
+    """A Swin with an adapter in each block. The other arguments are those of
+    :class:`~vitkern.models.swin.SwinTransformer`.
 
     Args:
         tuning_config: a dict, Namespace or object with attributes of
             :class:`~vitkern.models.adaptformer_blocks.Tuning`, of which d_model has no effect. An ffn_num of None, and
             so a dict without one, is the twelfth. None: a plain Swin.
-        adapter_dropout: of the adapters' hidden units.
+        adapter_dropout: dropout of the adapters' hidden units.
         backend: passed on to :func:`vitkern.adapter_bottleneck`.
     """
 

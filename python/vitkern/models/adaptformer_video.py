@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaptFormer for videos, on a transformer of VideoMAE."""
+"""AdaptFormer for videos, on VideoMAE's transformer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitkern.models.blocks import Layer, attend_to, head_channels, initialise, p
 
 
 class Attention(nn.Module):
-    """Self-attention whose queries, keys and values have a projection each; keys have no bias."""
+    """Self-attention with separate projections for queries, keys and values; keys have no bias."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 class TubeletEmbed(nn.Module):
-    """Video [B, C, T, H, W] to tokens [B, N, D], one for each patch of some frames."""
+    """Video [B, C, T, H, W] to tokens [B, N, D], one for each patch of `tubelet_size` frames."""
 
     def __init__(
         self,
@@ -74,22 +74,22 @@ class AdaptFormerVideo(TunedTransformer):
     """A vision transformer for videos ``[B, C, T, H, W]`` of `all_frames` and `img_size`, with adapters, prompts or
     neither.
 
-    Nothing is frozen at first: :func:`vitkern.models.freeze_backbone` does that.
+    A new model is not frozen: call :func:`vitkern.models.freeze_backbone`.
 
     Args:
-        num_classes: 0 gives the features themselves.
+        num_classes: number of classes; 0 returns the features.
         init_values: accepted for compatibility, without effect.
         use_learnable_pos_emb: position embeddings instead of sines and cosines; they are those of a checkpoint and, as
             in the official code, get no gradient.
-        init_scale: of the classifier's first weights.
-        all_frames, tubelet_size: of a video, and of one token.
+        init_scale: factor of the classifier's initial weights.
+        all_frames, tubelet_size: frames of a video and of a token.
         use_mean_pooling: must be true.
         tuning_config: a dict, Namespace or object with attributes of
             :class:`~vitkern.models.adaptformer_blocks.Tuning`; None: a plain transformer.
-        adapter_dropout: of the adapters' hidden units; None: `drop_rate`.
+        adapter_dropout: dropout of the adapters' hidden units; None: `drop_rate`.
         official_init: draws the adapters' first weights as the official code does, against its paper: a new adapter
             then changes what the transformer computes.
-        head_norm: puts the official runs' BatchNorm1d before the classifier.
+        head_norm: whether the official runs' BatchNorm1d stands before the classifier.
         backend: passed on to :func:`vitkern.adapter_bottleneck`.
     """
 
@@ -167,11 +167,11 @@ class AdaptFormerVideo(TunedTransformer):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one video: [C, T, H, W]."""
+        """The shape of one video: [C, T, H, W]."""
         return (self.in_chans, self.all_frames, *self.patch_embed.img_size)
 
     def forward_features(self, video: Tensor) -> Tensor:
-        """[B, D]: what is classified."""
+        """The features before the classifier: [B, D]."""
         self._check_shape(video, self.input_shape)
         x = self._through_blocks(self.pos_drop(self.patch_embed(video) + self.pos_embed.detach()))
         return self.fc_norm(x.mean(dim=1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters in transformers that are already built, whoever built them; what is trained of a model, and what is not."""
+"""Adapters for transformers that are already built, and the choice of the parameters to train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitkern.models.blocks import check_blocks
 from vitkern.models.checkpoints import Loaded
 from vitkern.nn import AdapterBottleneck
 
-# What the parts of a block are called in timm, torchvision and transformers.
+# Names of a block's parts in timm, torchvision and transformers.
 ATTENTION = ("attn", "attention", "self_attention", "self_attn")
 NORM = ("norm2", "ln_2", "layernorm_after", "layer_norm2")
 FEED_FORWARD = ("mlp", "intermediate", "fc1")
@@ -24,19 +24,19 @@ HEADS = (
 
 
 class HookedAdapter(AdapterBottleneck):
-    """An adapter beside, or after, the feed-forward network of a block that knows nothing of it.
+    """An adapter beside, or after, the feed-forward network of an unmodified block, attached by hooks.
 
-    Its hooks are methods, so that they stay with the adapter when the model is copied or pickled.
+    The hooks are methods: they stay with the adapter when the model is copied or pickled.
     """
 
     sequential = False
-    _runs = False  # whether its block does; in a backward pass parts of that may run again
-    _stream: Tensor | None = None  # while its block runs: the residual stream between attention and network
+    _runs = False  # whether its block runs; backward may recompute parts of the block alone
+    _stream: Tensor | None = None  # during the block: the residual stream between attention and network
 
     def attach(self, block: nn.Module, norm: nn.Module, feed_forward: nn.Module, sequential: bool) -> None:
         self.sequential = sequential
         block.register_forward_pre_hook(self._begin)
-        # Whichever comes first: some blocks normalise what goes into the network, some what comes out.
+        # Hooks the first of the two to run: blocks normalise either the input or the output of the network.
         norm.register_forward_pre_hook(self._remember)
         feed_forward.register_forward_pre_hook(self._remember)
         block.register_forward_hook(self._add)
@@ -50,16 +50,16 @@ class HookedAdapter(AdapterBottleneck):
 
     def _add(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         stream, self._runs, self._stream = self._stream, False, None
-        assert stream is not None  # its block's network has run
+        assert stream is not None  # the hook before the network has set it
         first, *others = output if isinstance(output, tuple) else (output,)
-        stream = stream.reshape(first.shape)  # a map, of which some networks see the tokens
-        # What the network has added, with all that scales, normalises or drops it, is the difference of the streams.
+        stream = stream.reshape(first.shape)  # from tokens to a map: some networks take tokens
+        # The difference of the streams is the network's output after scaling, normalisation and dropout.
         adapted = self(first - stream if self.sequential else stream, residual=first)
         return (adapted, *others) if isinstance(output, tuple) else adapted
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Transformer blocks: what has an attention, a second norm and a feed-forward network."""
+    """The transformer blocks: modules with an attention, a second norm and a feed-forward network."""
     return [m for m in model.modules() if all(_part(m, kind) for kind in (ATTENTION, NORM, FEED_FORWARD))]
 
 
@@ -80,21 +80,21 @@ def add_adapters(
     layers: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> nn.Module:
-    """Puts an adapter of AdaptFormer beside, or after, the feed-forward network of each block of a ViT or Swin.
+    """Adds an AdaptFormer adapter beside, or after, the feed-forward network of each block of a ViT or Swin.
 
-    Blocks of timm, torchvision and transformers are known by their structure. Keys of the model stay as they are;
-    each block has ``adaptmlp.`` besides. At first adapters add zero: the model computes what it did, to the bit.
+    Blocks of timm, torchvision and transformers are recognised by their structure. The model's keys stay;
+    each block gains ``adaptmlp.``. New adapters add zero: the model's results stay the same to the bit.
 
     Args:
-        model: is changed.
+        model: the model, changed in place.
         bottleneck: hidden units; None: a twelfth of the block's channels, as for a Swin.
         option: ``"parallel"`` to the feed-forward network, or ``"sequential"``, after it.
         scale, dropout, layer_norm, activation: of :class:`~vitkern.nn.AdapterBottleneck`.
-        layers: numbers of the blocks that get one; None: all.
+        layers: numbers of the blocks that get an adapter; None: all.
         backend: passed on to :func:`vitkern.adapter_bottleneck`.
 
     Returns:
-        The model. :func:`freeze_backbone` freezes the rest of it.
+        The model. :func:`freeze_backbone` freezes everything but the adapters and the classifier.
 
     Examples:
         >>> model = vitkern.models.add_adapters(timm.create_model("vit_base_patch16_224", pretrained=True))
@@ -125,7 +125,7 @@ def add_adapters(
 def _adapt(
     block: nn.Module, bottleneck: int | None, sequential: bool, *options: Any, **named_options: Any
 ) -> None:
-    """Puts an adapter with these options into a block."""
+    """Adds an adapter with these options to a block."""
     norm: Any = _part(block, NORM)
     feed_forward: Any = _part(block, FEED_FORWARD)
     channels = norm.weight.numel()
@@ -141,18 +141,18 @@ def _adapt(
 
 
 def _trained(model: nn.Module, parts: Sequence[str]) -> tuple[str, ...]:
-    """What the keys of adapters and of these parts begin with."""
+    """Prefixes of the keys of the adapters and of these parts."""
     adapters = [name for name, module in model.named_modules() if isinstance(module, AdapterBottleneck)]
     return tuple(f"{name}." for name in (*adapters, *parts))
 
 
 def freeze_backbone(model: nn.Module, loaded: Loaded | None = None) -> nn.Module:
-    """Freezes what was trained before, and leaves adapters, prompts and the classifier to be trained.
+    """Freezes the pretrained parameters; adapters, prompts and the classifier stay trainable.
 
     Args:
-        model: one of this package, or one that :func:`add_adapters` has changed.
-        loaded: what :func:`load_checkpoint` returned. Then what the checkpoint lacked is trained too, which is the
-            official rule, and a norm before the classifier only if it was lacking (in videos always).
+        model: a model of this package, or one changed by :func:`add_adapters`.
+        loaded: the result of :func:`load_checkpoint`. Parameters that the checkpoint lacked are then trained too, the
+            official rule; a norm before the classifier is trained only if it was lacking (for videos, always).
 
     Returns:
         The model.
@@ -173,7 +173,7 @@ def freeze_backbone(model: nn.Module, loaded: Loaded | None = None) -> nn.Module
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What tuning changes of the state dict: adapters, prompts, classifier, and of a frozen model all that is not."""
+    """The tuned part of the state dict: adapters, prompts, classifier, and all unfrozen parts of a frozen model."""
     prefixes = _trained(model, getattr(model, "trained_parts", HEADS))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if len(trained) == len(list(model.parameters())):
@@ -186,7 +186,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads what :func:`adapter_state_dict` returned, into a model with the same adapters."""
+    """Loads the result of :func:`adapter_state_dict` into a model with the same adapters."""
     own, name = model.state_dict(), type(model).__name__
     for key, tensor in state.items():
         if key not in own:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models look at: sampling points, pixels of tokens, attention distances, Grad-CAM. Drawing is left to others."""
+"""Attention for pictures: sampling points, tokenizer weights, attention distances and Grad-CAM. Draws nothing."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from vitkern.models.vitae_cells import WindowAttention
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tokens that an image of that size makes, perhaps with a class token before them."""
+    """Rows and columns of the token grid of an image of this size; a class token may come before the grid."""
     for stride in (4, 8, 16, 32):
         rows, columns = -(-height // stride), -(-width // stride)
         if tokens - rows * columns in (0, 1):
             return rows, columns
-    raise ValueError(f"{tokens} tokens are those of no map of an image of {height} x {width}")
+    raise ValueError(f"{tokens} tokens match no map of an image of {height} x {width}")
 
 
 @contextmanager
 def _observed(model: nn.Module, method: str, observe: Callable[..., None]) -> Iterator[None]:
-    """Inside, each call of a module that has the method is shown: the module's name, itself, its arguments."""
+    """A context in which `observe` is called before each module with this method: name, module, its arguments."""
 
     def watch(name: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ def _observed(model: nn.Module, method: str, observe: Callable[..., None]) -> It
 
 
 def _mean_distance(weights: Tensor, rows: int, columns: int, real: Tensor) -> Tensor:
-    """[B, M, N, N] on a grid to [M], in steps of the grid, of the tokens that are real [B, N]."""
+    """Mean distance [M], in grid steps, of weights [B, M, N, N] over the tokens that are real [B, N]."""
     grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     places = torch.stack(grid, -1).flatten(0, 1).to(weights)
     weights = weights * real[:, None, None]
@@ -55,10 +55,10 @@ def _mean_distance(weights: Tensor, rows: int, columns: int, real: Tensor) -> Te
 
 @torch.no_grad()
 def mean_attention_distances(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """How far the tokens of a ViTAE look, in pixels: for each attention, the mean of each head, [M].
+    """The mean attention distances of a ViTAE in pixels: for each attention, one for each head, [M].
 
-    The mean over images and tokens of the sum over all others of attention times distance. Class tokens, and the
-    padding of windows, neither look nor are looked at.
+    A distance is the sum of attention times distance over all other tokens, averaged over images and tokens. Class
+    tokens and the padding of windows are left out.
     """
     found = {}
 
@@ -81,9 +81,9 @@ def mean_attention_distances(model: nn.Module, image: Tensor) -> dict[str, Tenso
 
 @torch.no_grad()
 def token_attention(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Where the tokens of a Visual Transformer come from: for each tokenizer, weights of the pixels [B, T, h, w].
+    """The attention of a Visual Transformer's tokens: for each tokenizer, weights of the pixels [B, T, h, w].
 
-    Those of a token add up to 1. Pooling tokenizers have none.
+    The weights of a token add up to 1. Pooling tokenizers have none.
     """
     found = {}
 
@@ -99,7 +99,7 @@ def token_attention(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sampling_points(model: nn.Module, image: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Where deformable attention looks: for each layer, locations [B, Q, M, L, P, 2] and weights [B, Q, M, L, P].
+    """Deformable attention of each layer: sampling locations [B, Q, M, L, P, 2] and weights [B, Q, M, L, P].
 
     Locations are (x, y) from 0 to 1 across the image.
     """
@@ -116,14 +116,14 @@ def sampling_points(model: nn.Module, image: Tensor) -> dict[str, tuple[Tensor, 
 def grad_cam(
     model: nn.Module, image: Tensor, classes: Tensor | None = None, layer: nn.Module | None = None
 ) -> Tensor:
-    """Grad-CAM (arXiv 1610.02391): which pixels speak for a class.
+    """Grad-CAM (arXiv 1610.02391): the evidence of each pixel for a class.
 
     Args:
         model: a classifier, in evaluation mode.
         image: ``[B, C, H, W]``.
-        classes: a class for each image, ``[B]``; None: what the model takes it for.
-        layer: whose output is looked at, a map or tokens; None: the last stage of a ViTAE. Where a class token is
-            classified it has to be an earlier one, and in a VTResNet it can be ``model.layer3[-1]``.
+        classes: a class for each image, ``[B]``; None: the predicted classes.
+        layer: the layer to explain, whose output is a map or tokens; None: the last stage of a ViTAE. If a class token
+            is classified, choose an earlier layer; for a VTResNet, ``model.layer3[-1]``.
 
     Returns:
         ``[B, H, W]``, from 0 to 1.
@@ -153,9 +153,7 @@ def grad_cam(
         features = to_map(features[:, -rows * columns :], rows, columns)
         gradient = to_map(gradient[:, -rows * columns :], rows, columns)
     if not gradient.any():
-        raise ValueError(
-            "the class does not depend on what this layer makes of the image: give an earlier layer"
-        )
+        raise ValueError("the class does not depend on the output of this layer: give an earlier layer")
     cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu().detach()
     cam = F.interpolate(cam, image.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     return cam / cam.amax((1, 2), keepdim=True).clamp_min(torch.finfo(cam.dtype).tiny)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of Google's vision transformers (AugReg and later), as their .npz files name and lay them out."""
+"""Weights of Google's vision transformers (AugReg and later) from their .npz files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def from_augreg(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    """To the names and layouts of timm: Linear [out, in], convolutions [out, in, height, width]."""
+    """Converts to timm's names and layouts: Linear [out, in], convolutions [out, in, height, width]."""
     try:
         return _translated(arrays)
     except KeyError as error:
@@ -38,7 +38,7 @@ def _translated(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _block(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One block. The numbers in its names count all layers in older files, those of a kind in newer ones."""
+    """One block. Numbers in names count all layers in older files, layers of one kind in newer ones."""
 
     def found(kind: str, place: int) -> str:
         layers = sorted({name.split("/")[0] for name in parts if name.startswith(kind)})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BEiT inside ViT-Adapter: relative positions instead of absolute ones. BEiT and BEiTv2 weights load into it."""
+"""BEiT inside ViT-Adapter, with relative positions. Loads BEiT and BEiTv2 weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vitkern.models.relative_positions import RelativePositions
 
 
 class SharedPositions(RelativePositions):
-    """One table for all blocks, in checkpoints that share it."""
+    """One bias table for all blocks, for checkpoints that share it."""
 
     def __init__(self, window: tuple[int, int], num_heads: int, with_cls: bool) -> None:
         super().__init__()
@@ -42,11 +42,11 @@ class SharedPositions(RelativePositions):
 
 
 class Attention(RelativePositions):
-    """Self-attention with biases of position; queries and values have a bias, keys have none.
+    """Self-attention with position biases; queries and values have a bias, keys have none.
 
     Args:
-        window: of the position biases, (height, width).
-        split: whether the map is cut into such windows; it has to be one window otherwise.
+        window: (height, width) of the position biases.
+        split: whether the map is split into such windows; otherwise the map must be one window.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Block(nn.Module):
 
 
 def _windows(window_attn: Any, sizes: list[int | None], depth: int) -> list[tuple[Any, bool]]:
-    """For each block the window of its position biases, and whether its map is cut into such ones."""
+    """For each block, the window of its position biases and whether its map is split into such windows."""
     cut = [size is not None for size in window_sizes(window_attn, sizes, depth)]
     return [(None if size is None else (size, size), split) for size, split in zip(sizes, cut)]
 
@@ -139,18 +139,18 @@ def _windows(window_attn: Any, sizes: list[int | None], depth: int) -> list[tupl
 class BEiT(nn.Module):
     """Patch embedding and blocks, in two forms.
 
-    With a class token each block has the relative positions of the whole image, whose size is then fixed; without one
-    each has those of its window.
+    With a class token, each block has relative positions over the whole image, whose size is then fixed. Without one,
+    each block has them over its window.
 
     Args:
-        img_size: with a class token, the size of all images.
-        window_attn, window_size: without a class token, of all blocks or of each. A size of None: no position biases.
-        layer_scale_init: the first value of the factors of each channel of each branch.
-        use_abs_pos_emb, pretrain_size: position embeddings besides, and the size for which they were trained.
-        use_rel_pos_bias: with a class token, whether blocks have position biases.
-        use_shared_rel_pos_bias: keeps a table for all blocks, which has no effect, in the state dict.
+        img_size: size of all images, with a class token.
+        window_attn, window_size: windows of blocks without a class token. Size None: no position biases.
+        layer_scale_init: initial factor of each channel of each branch.
+        use_abs_pos_emb, pretrain_size: whether to add absolute positions, and the size they were trained for.
+        use_rel_pos_bias: whether blocks have position biases, with a class token.
+        use_shared_rel_pos_bias: whether the state dict holds a shared table, which has no effect.
         num_classes, use_checkpoint: accepted for compatibility, without effect.
-        with_cp: recompute each block in the backward pass.
+        with_cp: whether backward recomputes each block.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the families share. Parameters are named as published checkpoints name them."""
+"""The parts that the model families share. Parameters have the names of published checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Layer = Callable[..., nn.Module]
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size that may be one number."""
+    """(height, width) from a pair or a single number."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
@@ -33,7 +33,7 @@ def check_patch_size(patch_size: int | Sequence[int]) -> None:
 
 
 def per_block(option: Any, depth: int, name: str) -> list[Any]:
-    """An option of each block, of which one value may stand for all."""
+    """An option of each block, from a list or a single value."""
     if not isinstance(option, (list, tuple)):
         return [option] * depth
     if len(option) != depth:
@@ -42,7 +42,7 @@ def per_block(option: Any, depth: int, name: str) -> list[Any]:
 
 
 def window_sizes(window_attn: Any, window_size: Any, depth: int) -> list[int | None]:
-    """The window of each block; None: it looks at the whole map."""
+    """The window size of each block; None: global attention."""
     windowed = per_block(window_attn, depth, "window_attn")
     sizes = per_block(window_size, depth, "window_size")
     for block, (is_windowed, size) in enumerate(zip(windowed, sizes)):
@@ -59,14 +59,14 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 def checkpointed(function: Callable[..., Any], *inputs: Tensor, with_cp: bool) -> Any:
-    """The function, computed a second time in the backward pass instead of remembered if `with_cp`."""
+    """The function; with `with_cp`, backward recomputes it instead of saving its intermediate results."""
     if with_cp and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
 
 
 def initialise(module: nn.Module) -> None:
-    """The first weights of every part that is not the transformer's own."""
+    """Initialises the weights of a module outside of the transformer."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -100,14 +100,14 @@ class DropPath(nn.Module):
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """Statistics of all processes on a GPU; on a CPU, for which torch has no such kernel, of each process alone."""
+    """SyncBatchNorm on a GPU. On a CPU torch has no such kernel: each process uses its own statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.is_cuda else _BatchNorm.forward(self, x)
 
 
 class LayerNorm2d(nn.Module):
-    """Over the channels of [B, C, H, W]."""
+    """LayerNorm over the channels of [B, C, H, W]."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """`drop_hidden=False`: as BEiT has it, nothing is dropped between the two layers."""
+    """A feed-forward network. `drop_hidden=False`: no dropout between the two layers, as in BEiT."""
 
     def __init__(
         self,
@@ -215,10 +215,10 @@ def attend_to(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """As `attend`, of queries, keys and values apart."""
+    """As `attend`, for separate queries, keys and values."""
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     if bias is not None:
-        bias = bias.to(query.dtype)  # autocast leaves parameters that it does not know in float32
+        bias = bias.to(query.dtype)  # autocast leaves this parameter in float32
         bias = bias if bias.dim() == 4 else bias[None]
     x = F.scaled_dot_product_attention(query, key, value, bias, dropout_p, scale=scale)
     return x.transpose(1, 2).flatten(2)
@@ -240,7 +240,7 @@ def merge_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor
 
 
 def position_grid(patches: int, img_size: Any, pretrain_size: Any) -> tuple[int, int]:
-    """Of position embeddings for patches of 16 x 16, which `img_size` counts and `pretrain_size` lays out."""
+    """The grid of position embeddings for patches of 16 x 16: as many as `img_size` has, shaped as `pretrain_size`."""
     height, width = pair(pretrain_size)
     grid = height // 16, width // 16
     if patches != grid[0] * grid[1]:
@@ -252,14 +252,14 @@ def position_grid(patches: int, img_size: Any, pretrain_size: Any) -> tuple[int,
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
-    """Position embeddings [1, N, D] of one grid on another, bicubic."""
+    """Position embeddings [1, N, D], resized from one grid to another, bicubic."""
     maps = positions.unflatten(1, grid).permute(0, 3, 1, 2)
     maps = F.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False)
     return maps.flatten(2).transpose(1, 2)
 
 
 def sinusoid_positions(tokens: int, channels: int) -> Tensor:
-    """Position encodings [1, N, D] that nobody learns: sines in even channels, cosines in odd ones."""
+    """Fixed position encodings [1, N, D]: sines in even channels, cosines in odd ones."""
     channel = torch.arange(channels, dtype=torch.float64)
     angles = torch.arange(tokens, dtype=torch.float64)[:, None] / 10000 ** (2 * (channel // 2) / channels)
     return torch.where(channel % 2 == 0, angles.sin(), angles.cos()).float()[None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weights into these models: DeiT, AugReg, MAE, DINOv2, timm, BEiT, BEiTv2, Uni-Perceiver, mm checkpoints."""
+"""Loads published weights: DeiT, AugReg, MAE, DINOv2, timm, BEiT, BEiTv2, Uni-Perceiver, mm checkpoints."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from vitkern.models.relative_positions import resize_table
 StateDict = dict[str, Tensor]
 TABLE = "relative_position_bias_table"
 CONSTANTS = ("relative_position_index", "attn_mask")
-# None, a class token, with it one of distillation, with it four registers.
+# None; a class token; a class and a distillation token; a class token and four registers.
 TOKENS_BEFORE = (0, 1, 2, 5)
 WRAPPED = re.compile(r"^(?:module\.|_orig_mod\.)+")  # by DistributedDataParallel and torch.compile
 
-# Uni-Perceiver's names in its own checkpoints, and in the adapter's.
+# Uni-Perceiver's names in its own checkpoints and in the adapter's.
 UNIPERCEIVER = {
     "fused_encoder.": "",
     "in_proj_": "in_proj.",
@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """What a file holds: .npz (AugReg), .safetensors, or anything of torch that is tensors and plain values."""
+    """Reads a file: .npz (AugReg), .safetensors, or a file of torch with only tensors and plain values."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}: download it, then give its path")
     try:
@@ -65,7 +65,7 @@ def read_checkpoint(path: str | Path) -> Any:
 
 
 def _is_of_torch(path: Path) -> bool:
-    """Whether it begins as a zip archive or, from before them, as a pickle."""
+    """Whether the file begins as a zip archive or, from older versions of torch, as a pickle."""
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02")
 
@@ -84,7 +84,7 @@ def _read(path: Path) -> Any:
 
 
 def find_state_dict(checkpoint: Any) -> StateDict:
-    """The tensors of whatever trainers wrap them in."""
+    """The state dict inside a trainer's checkpoint."""
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
@@ -94,14 +94,14 @@ def find_state_dict(checkpoint: Any) -> StateDict:
 
 
 def of_backbone(tensors: StateDict) -> StateDict:
-    """Those of the backbone in a whole detector or segmentor, under its own names."""
+    """The backbone's tensors in a whole detector or segmentor, under the backbone's own names."""
     if not any(key.startswith("backbone.") for key in tensors):
         return tensors
     return {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
 
 
 def tensors_for(model: nn.Module, checkpoint: Any) -> StateDict:
-    """A checkpoint's tensors as the model has them; a model with a backbone takes those of the whole or of that."""
+    """A checkpoint's tensors under the model's names; a model with a backbone also takes a backbone's checkpoint."""
     tensors, backbone = find_state_dict(checkpoint), getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module):
         return convert(of_backbone(tensors), model)
@@ -112,7 +112,7 @@ def tensors_for(model: nn.Module, checkpoint: Any) -> StateDict:
 
 
 def convert(tensors: StateDict, model: nn.Module) -> StateDict:
-    """Names, shapes and sizes of the published weights to those of the model."""
+    """Converts names, shapes and sizes of published weights to the model's."""
     if any(key.startswith(("Transformer/", "params/Transformer/")) for key in tensors):
         tensors = from_augreg(tensors)
     if any(key.startswith("fused_encoder.") for key in tensors):
@@ -126,7 +126,7 @@ def convert(tensors: StateDict, model: nn.Module) -> StateDict:
         tensors |= {key: shared for key in own if key.endswith(f"attn.{TABLE}")}
         if f"rel_pos_bias.{TABLE}" in own:
             tensors[f"rel_pos_bias.{TABLE}"] = shared
-    # Those of the checkpoint's window and image are not the model's.
+    # Buffers for the checkpoint's window and image size are not the model's.
     tensors = {k: v for k, v in tensors.items() if not k.endswith(CONSTANTS)}
     grid = next((module.grid_size for module in model.modules() if hasattr(module, "grid_size")), None)
     for key in tensors.keys() & own.keys():
@@ -141,7 +141,7 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
 
 
 def _fitted(key: str, tensor: Tensor, own: Tensor, grid: Any) -> Tensor:
-    """Resized where the size of the image, of the window or of the patches may differ."""
+    """The tensor, resized if it depends on the size of the image, the window or the patches."""
     if tensor.shape == own.shape:
         return tensor
     is_image = tensor.dim() == own.dim() == 4
@@ -159,9 +159,9 @@ def _fitted(key: str, tensor: Tensor, own: Tensor, grid: Any) -> Tensor:
 def resize_pos_embed(
     positions: Tensor, tokens: int, size: tuple[int, int] | None = None, *, old: tuple[int, int] | None = None
 ) -> Tensor:
-    """Position embeddings [1, N, D] for another number of tokens, of which one may be the class token's.
+    """Resizes position embeddings [1, N, D] to another number of tokens; one may be the class token's.
 
-    The grid comes last in them. Of several tokens before it (distillation, registers) the first is kept.
+    The grid comes last. If several tokens precede it (distillation, registers), the first is kept.
 
     Args:
         size: the new grid; None: it is square.
@@ -187,19 +187,18 @@ def resize_pos_embed(
 def load_checkpoint(
     model: nn.Module, checkpoint: str | Path | Mapping[str, Any], *, strict: bool = False
 ) -> Loaded:
-    """Loads published weights, of the backbone alone or of a whole detector or segmentor.
+    """Loads published weights of a backbone or of a whole detector or segmentor.
 
-    Of a whole one a backbone takes its part, and a :class:`vitkern.models.Segmentor` all. Names are translated;
-    position embeddings, tables of relative positions and patches resized. A classifier of other classes is left
-    out, with a warning. Any other tensor whose shape still differs is an error, as is a checkpoint of which nothing
-    fits.
+    A backbone loads its part of a whole one, a :class:`vitkern.models.Segmentor` all of it. Names are translated;
+    position embeddings, tables of relative positions and patches are resized. A classifier of other classes is left
+    out, with a warning. Any other tensor of a wrong shape is an error, as is a checkpoint without a matching key.
 
     Args:
-        checkpoint: a file or what it holds.
-        strict: whether keys that only one side has are an error.
+        checkpoint: a file or its contents.
+        strict: whether missing or unexpected keys are an error.
 
     Returns:
-        The keys that only one side has.
+        The missing and the unexpected keys.
     """
     source = "the checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
     if isinstance(checkpoint, (str, Path)):
@@ -225,7 +224,7 @@ def load_checkpoint(
 
 
 def _leave_other_classes(model: nn.Module, tensors: StateDict, own: StateDict, source: str) -> None:
-    """Takes a classifier whose classes are not the model's out of the tensors, and says so."""
+    """Removes a classifier of other classes than the model's from the tensors, with a warning."""
     if not isinstance(model, Classifier):
         return
     others = [
@@ -244,7 +243,7 @@ def _leave_other_classes(model: nn.Module, tensors: StateDict, own: StateDict, s
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """The state dict, as .safetensors where the file is named so."""
+    """Saves the state dict; in the .safetensors format if the file has that suffix."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import save_file
 
@@ -256,7 +255,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 def load_pretrained(
     model: nn.Module, pretrained: str | None, init_cfg: Mapping[str, Any] | None, *, ema: bool = False
 ) -> None:
-    """The two ways of mm configurations to name a file. `ema`: its moving averages, if it has any."""
+    """Loads the file that an mm configuration names in either way. `ema`: its moving averages, if it has any."""
     if init_cfg is not None:
         known = isinstance(init_cfg, Mapping) and init_cfg.get("type") == "Pretrained"
         if not known or "checkpoint" not in init_cfg:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What turns a pyramid into a segmentor, under mmseg's names, and how large a detector it would make.
+"""Segmentation heads for a pyramid, under mmseg's names, and the parameter count of a detector.
 
-Normalisation is BatchNorm2d, whose keys are SyncBatchNorm's: on several GPUs, convert a model by
+Normalisation is BatchNorm2d, with the same keys as SyncBatchNorm. On several GPUs, convert a model by
 ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
 """
 
@@ -24,7 +24,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class ConvModule(nn.Module):
-    """A convolution that keeps the size, normalised and rectified."""
+    """A convolution that keeps the size, then BatchNorm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ConvModule(nn.Module):
 
 
 class DecodeHead(nn.Module):
-    """Ends in a linear classifier of each pixel's features."""
+    """A head that ends in a linear classifier of each pixel's features."""
 
     def __init__(self, channels: int, num_classes: int, dropout_ratio: float) -> None:
         super().__init__()
@@ -51,17 +51,17 @@ class DecodeHead(nn.Module):
 
 
 class UperNet(DecodeHead):
-    """UperNet's head (arXiv 1807.10221): pools of the last map, then a feature pyramid, all of it read at stride 4.
+    """UperNet's head (arXiv 1807.10221): pools of the last map, then a feature pyramid, fused at stride 4.
 
-    In training, the pool of one cell needs batches of two images or more to be normalised.
+    Training needs batches of two images or more: the pool of one cell cannot be normalised otherwise.
 
     Args:
-        in_channels: of the maps.
-        channels: of all that the head computes.
+        in_channels: channels of the maps.
+        channels: channels of the head's convolutions.
         pool_scales: height and width of each pool.
-        dropout_ratio: of whole channels before the classifier.
+        dropout_ratio: dropout of whole channels before the classifier.
 
-    Maps give logits ``[B, num_classes, H / 4, W / 4]``.
+    Returns logits ``[B, num_classes, H / 4, W / 4]``.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class UperNet(DecodeHead):
 
 
 class FCNHead(DecodeHead):
-    """One convolution and a classifier, which in training help a segmentor through one of its maps.
+    """An auxiliary head for training: one convolution and a classifier on one of the maps.
 
     Args:
-        in_channels: of that map.
-        channels: of the convolution.
-        in_index: the map's number.
-        dropout_ratio: of whole channels before the classifier.
+        in_channels: channels of the map.
+        channels: channels of the convolution.
+        in_index: number of the map.
+        dropout_ratio: dropout of whole channels before the classifier.
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class FCNHead(DecodeHead):
 
 
 class Segmentor(nn.Module):
-    """Images [B, C, H, W] to the logits of their pixels, [B, num_classes, H, W].
+    """Images [B, C, H, W] to logits of the pixels, [B, num_classes, H, W].
 
-    In training, an auxiliary head's logits come beside them: ``(logits, auxiliary)``.
+    In training with an auxiliary head it returns ``(logits, auxiliary)``.
 
     Args:
-        backbone: returns the maps that the heads read.
-        decode_head: the head that counts.
-        auxiliary_head: one that only training uses.
+        backbone: a model that returns the maps for the heads.
+        decode_head: the main head.
+        auxiliary_head: a head for training only.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Segmentor(nn.Module):
 
 
 def mask_rcnn_parameters(backbone: nn.Module, num_classes: int = 80) -> int:
-    """How many parameters Mask R-CNN with this backbone has in mmdet's standard form, which is not built here.
+    """The number of parameters of mmdet's standard Mask R-CNN with this backbone; the detector is not built.
 
     ========== ==============================================================================================
     backbone   its own

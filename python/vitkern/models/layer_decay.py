@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter groups whose learning rate falls from the last block of a transformer to the first."""
+"""Layer-wise learning rate decay: parameter groups whose rate falls from the last block to the first."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "patch_embed", "visual_embed")
-# Mask2Former's queries, which the segmentation form trains as slowly as the embeddings.
+# Mask2Former's queries: the segmentation form trains them as slowly as the embeddings.
 MASK_QUERIES = ("mask_embed", "cls_embed", "level_embed", "query_embed", "query_feat")
 BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
-# What torch.compile, DistributedDataParallel and activation checkpointing put into names.
+# Parts of names that torch.compile, DistributedDataParallel and activation checkpointing insert.
 WRAPPERS = re.compile(r"\b(?:_orig_mod|module|_checkpoint_wrapped_module)\.")
 
 
 def layer_of(name: str, depth: int) -> int:
-    """0 for embeddings, 1 to depth for blocks, depth + 1 for all else: adapter and heads."""
+    """The layer of a parameter: 0 for embeddings, 1 to depth for blocks, depth + 1 for adapter and heads."""
     name = WRAPPERS.sub("", name)
     if name.startswith(tuple(f"decode_head.{part}" for part in MASK_QUERIES)):
         return 0
@@ -44,10 +44,10 @@ def layer_decay_groups(
     """Groups for an optimizer: a layer's rate is `lr * layer_decay ** (depth + 1 - layer)`.
 
     Args:
-        model: a backbone, or a detector or segmentor that has one under that name.
-        weight_decay: of weights; vectors, such as biases and factors, have none.
-        depth: blocks of the transformer, or stages where the model has those.
-        no_weight_decay: names of more parameters that have none.
+        model: a backbone, or a detector or segmentor with an attribute ``backbone``.
+        weight_decay: weight decay of matrices; vectors, such as biases and factors, have none.
+        depth: number of blocks, or of stages in a model with stages.
+        no_weight_decay: names of more parameters without weight decay.
     """
     exempt = set(no_weight_decay)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models have in common, and those that return a feature pyramid."""
+"""Base classes of the models: backbones, classifiers and feature pyramids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FeatureInfo(list[dict[str, Any]]):
 
 
 def some_of(maps: int, out_indices: Sequence[int]) -> tuple[int, ...]:
-    """The numbers of the maps to return, if there are such maps; negative ones count from the last."""
+    """Checks the numbers of the maps to return; negative ones count from the last."""
     known = isinstance(out_indices, Sequence) and all(-maps <= index < maps for index in out_indices)
     if not known or not out_indices:
         raise ValueError(f"out_indices must be some of the maps 0 to {maps - 1}, got {out_indices}")
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
     in_chans: int
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are computed a second time in the backward pass instead of remembered."""
+        """Sets whether backward recomputes the blocks instead of saving their intermediate results."""
         for module in self.modules():
             if hasattr(module, "with_cp"):
                 module.with_cp = enable  # type: ignore[assignment]
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
             )
 
     def _check_shape(self, x: Tensor, shape: tuple[int, ...]) -> None:
-        """For models of one size of images, or of videos."""
+        """Refuses inputs of another shape than the model's image or video size."""
         if tuple(x.shape[1:]) != shape:
             kind = "video" if len(shape) == 4 else "image"
             expected = ", ".join(map(str, shape))
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
 
 
 class Classifier(Backbone):
-    """A model of `num_features` features, which its `head` classifies."""
+    """A model whose `head` classifies `num_features` features."""
 
     num_classes: int
     num_features: int
@@ -88,7 +88,7 @@ class Classifier(Backbone):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
-        """A new classifier; 0 classes: the features themselves. `global_pool` is accepted for compatibility."""
+        """Replaces the classifier; 0 classes: the model returns features. `global_pool`: accepted for compatibility."""
         if not hasattr(self, "head"):
             raise ValueError(f"{type(self).__name__} returns feature maps: it has no classifier to reset")
         self.num_classes = num_classes
@@ -110,7 +110,7 @@ class Pyramid(Backbone):
         )
 
     def _checked(self, image: Tensor, multiple: int, advice: str = "; pad_input=True pads them") -> Tensor:
-        """The image, padded to the multiple that the maps need where that was asked for."""
+        """The image, padded to this multiple if `pad_input` is set; refused if its size is not a multiple otherwise."""
         if self.pad_input:
             self._check_channels(image)
             height, width = image.shape[2:]
@@ -118,7 +118,7 @@ class Pyramid(Backbone):
         return super()._checked(image, multiple, advice)
 
     def _cropped(self, maps: Sequence[Tensor], image: Tensor) -> list[Tensor]:
-        """Without what lies wholly in the padding."""
+        """The maps without the cells that lie wholly in the padding."""
         if not self.pad_input:
             return list(maps)
         height, width = image.shape[2:]

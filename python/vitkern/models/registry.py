@@ -14,8 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Entry:
-    """A name, what builds its model, the height and width for which that is made when nothing else is asked for, and
-    the arguments with which it returns feature maps, if there are such."""
+    """A named model: its builder, its default image size, and its arguments for feature maps, if it has maps."""
 
     name: str
     build: Callable[..., nn.Module]
@@ -33,7 +32,7 @@ def register(
     img_size: int = 224,
     features: dict[str, Any] | None = None,
 ) -> None:
-    """`build` takes `img_size` and whatever else its model takes; with `features` it returns maps."""
+    """Registers a builder, which takes `img_size` and its model's arguments; with `features` it returns maps."""
     if name in _ENTRIES:
         raise ValueError(f"there is a model named {name!r} already")
     _ENTRIES[name] = Entry(name, build, img_size, features)
@@ -48,10 +47,10 @@ def entry(name: str) -> Entry:
 
 
 def list_models(pattern: str = "*", *, maps: bool = False) -> list[str]:
-    """Names of models, those that match a pattern of the shell's kind.
+    """The names of the models that match a shell pattern.
 
     Args:
-        maps: only those that can return feature maps, for :func:`create_model` with `features_only`.
+        maps: whether to list only models with feature maps, for :func:`create_model` with `features_only`.
     """
     names = sorted(fnmatch.filter(_ENTRIES, pattern))
     return [name for name in names if not maps or _ENTRIES[name].features is not None]
@@ -60,13 +59,13 @@ def list_models(pattern: str = "*", *, maps: bool = False) -> list[str]:
 def create_model(
     name: str, *, checkpoint: str | None = None, features_only: bool = False, **overrides: Any
 ) -> nn.Module:
-    """A model by name.
+    """Builds a model by name.
 
     Args:
         name: one of :func:`list_models`.
         checkpoint: a file of published weights to load.
-        features_only: demands a model that returns feature maps, as pyramids always do; it then has no classes.
-        **overrides: arguments of the model's class in place of the named configuration's; all models take `img_size`.
+        features_only: whether the model returns feature maps, as pyramids always do; it then has no classifier.
+        **overrides: arguments of the model's class that replace the configuration's; all models take `img_size`.
     """
     chosen = entry(name)
     if features_only:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Biases of attention for the distance of two tokens, in tables that are resized for another window as BEiT does.
+"""Attention biases for the distance of two tokens, in tables that are resized for other windows as in BEiT.
 
-Distances of the new window are met by a geometric progression of distances of the old one: near the centre the table
-stays what it was, and far away it is stretched. Between them a cubic spline interpolates, along each of the two axes.
+The old distances are placed among the new ones in a geometric progression: the table keeps its values near the centre
+and is stretched far away. A cubic spline interpolates between them along each axis.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RelativePositions(nn.Module):
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:
-    """[old rows, M] to [rows, M]. Rows of the class token come last, where there are any, and are kept or dropped."""
+    """Resizes a table from [old rows, M] to [rows, M]. The class token's rows, if any, come last: kept or dropped."""
     old, old_cls = _side(table.shape[0])
     new, new_cls = _side(rows)
     if new_cls > old_cls:
@@ -58,7 +58,7 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
     if old != new:
         if old < 5:
             raise ValueError(
-                f"a table of {table.shape[0]} relative positions is too small for a spline: that of a window of 3 x 3 "
+                f"a table of {table.shape[0]} relative positions is too small for a spline: a window of 3 x 3 "
                 "is the smallest one that can be resized"
             )
         matrix = spline_matrix(_knots(old, new), torch.arange(new, dtype=torch.float64) - new // 2)
@@ -68,16 +68,16 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
 
 
 def _side(rows: int) -> tuple[int, int]:
-    """Rows and columns of the square of distances, and the rows after it."""
+    """The side of the square of distances, and the number of rows after it."""
     for cls in (0, CLS_ROWS):
         side = math.isqrt(max(rows - cls, 0))
         if side and side * side == rows - cls:
             return side, cls
-    raise ValueError(f"a table of {rows} relative positions is that of no square window")
+    raise ValueError(f"a table of {rows} relative positions fits no square window")
 
 
 def _knots(old: int, new: int) -> Tensor:
-    """Where the old distances lie among the new ones: 0, then steps of 1, q, q^2 ... to either side."""
+    """The positions of the old distances among the new ones: 0, then steps of 1, q, q^2 ... to either side."""
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
@@ -91,9 +91,9 @@ def _knots(old: int, new: int) -> Tensor:
 
 
 def spline_matrix(knots: Tensor, at: Tensor) -> Tensor:
-    """The matrix that takes values at `knots` to those of their cubic spline at `at`: [len(at), len(knots)].
+    """The interpolation matrix from values at `knots` to their cubic spline at `at`: [len(at), len(knots)].
 
-    The spline is "not-a-knot": its third derivative is continuous at the second knot and at the last but one. Points
+    The spline is "not-a-knot": its third derivative is continuous at the second and the second-last knot. Points
     outside the knots take the value at the nearest end.
     """
     count = len(knots)

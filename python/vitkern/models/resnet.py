@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ResNet (arXiv 1512.03385) without its classifier, under torchvision's names: published weights load into it."""
+"""ResNet (arXiv 1512.03385) without its classifier, under torchvision's names. Loads published weights."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class ResNet(Backbone):
 
     Args:
         depth: 18, 34, 50 or 101.
-        stages: how many of the four there are.
-        with_cp: recompute each block in the backward pass.
+        stages: number of stages, up to four.
+        with_cp: whether backward recomputes each block.
     """
 
     def __init__(self, depth: int, in_chans: int = 3, stages: int = 4, with_cp: bool = False) -> None:
@@ -87,7 +87,7 @@ class ResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def maps(self, image: Tensor) -> list[Tensor]:
-        """What each stage makes."""
+        """The map of each stage."""
         self._check_channels(image)
         x = self.maxpool(self.bn1(self.conv1(image)).relu())
         maps = []

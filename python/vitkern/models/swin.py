@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swin Transformer (arXiv 2103.14030) with Microsoft's parameter names. Its weights and those of timm load into it."""
+"""Swin Transformer (arXiv 2103.14030) with Microsoft's parameter names. Loads Microsoft's and timm's weights."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from vitkern.models.pyramid import Classifier
 from vitkern.models.relative_positions import RelativePositions
 from vitkern.nn import AdapterBottleneck
 
-# The adapter of a block, if it has one, from its channels and number.
+# Makes a block's adapter, or None, from its channels and number.
 AdapterOf = Callable[[int, int], AdapterBottleneck | None]
 
-FAR = -100.0  # added where two tokens of a window are no neighbours
+FAR = -100.0  # bias between tokens of a window that are not neighbours in the map
 
 
 class WindowAttention(RelativePositions):
@@ -69,9 +69,9 @@ class WindowAttention(RelativePositions):
 
 
 def shifted_mask(height: int, width: int, window: int, shift: int) -> Tensor:
-    """What keeps apart, in a map rolled by `shift`, tokens that came from opposite sides: [windows, N, N]."""
+    """Biases that mask pairs of tokens from opposite sides of a map rolled by `shift`: [windows, N, N]."""
 
-    def side(length: int) -> Tensor:  # 0 for all windows but the last, 1 and 2 for the two parts of that
+    def side(length: int) -> Tensor:  # 0 before the last window, 1 and 2 in its two parts
         place = torch.arange(length)
         return (place >= length - window).long() + (place >= length - shift).long()
 
@@ -81,7 +81,7 @@ def shifted_mask(height: int, width: int, window: int, shift: int) -> Tensor:
 
 
 class SwinBlock(nn.Module):
-    """A block on a map of one size, whose windows are moved by `shift`; maps are padded to whole windows."""
+    """A block on maps of one size, with windows shifted by `shift`; maps are padded to whole windows."""
 
     attn_mask: Tensor | None
 
@@ -156,7 +156,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks on maps of one size, then a merging of patches in all stages but the last."""
+    """Blocks on maps of one size, then PatchMerging, except in the last stage."""
 
     def __init__(self, blocks: Sequence[SwinBlock], downsample: PatchMerging | None) -> None:
         super().__init__()
@@ -173,11 +173,11 @@ class SwinTransformer(Classifier):
     """A classifier of images ``[B, C, H, W]`` of `img_size`, a multiple of 8 patches.
 
     Args:
-        window_size: where a map is no larger, it is one window.
-        ape: position embeddings besides the relative ones.
-        num_classes: 0 gives the features themselves.
-        use_checkpoint: recompute each block in the backward pass.
-        adapter, sequential: what makes the adapter of each block, and where it is.
+        window_size: side of a window; a map that is no larger is one window.
+        ape: whether to add absolute position embeddings.
+        num_classes: number of classes; 0 returns the features.
+        use_checkpoint: whether backward recomputes each block.
+        adapter, sequential: a function that makes each block's adapter, and whether adapters are sequential.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class SwinTransformer(Classifier):
         return super().no_weight_decay() | tables
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """[B, D]: what is classified."""
+        """The features before the classifier: [B, D]."""
         self._check_shape(image, (self.in_chans, *self.patch_embed.img_size))
         x, _, _ = self.patch_embed(image)
         if self.absolute_pos_embed is not None:
@@ -278,7 +278,7 @@ class SwinTransformer(Classifier):
         return self.head(self.forward_features(image))
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """timm's names to Microsoft's: it merges patches at the start of a stage."""
+        """Renames timm's weights to Microsoft's names. timm merges patches at the start of a stage."""
         tensors = {key.replace("head.fc.", "head."): tensor for key, tensor in tensors.items()}
         merging = re.compile(r"layers\.(\d+)\.downsample\.")
         if not any(key.startswith("layers.0.downsample.") for key in tensors):

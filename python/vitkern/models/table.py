@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern models`: what there is, counted on tensors without data."""
+"""`vitkern models`: a table of the models, counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, *inputs: torch.Tensor) -> int:
-    """Multiplications with their additions of one pass, this package's ops included."""
+    """Multiply-adds of one forward pass, including this package's ops."""
     with FlopCounterMode(display=False) as counter:
         model(*inputs)
     return counter.get_total_flops() // 2
@@ -32,7 +32,7 @@ def main(pattern: str = "*") -> int:
         size = entry(name).img_size
         with torch.device("meta"):
             model = create_model(name).eval()
-            shape = getattr(model, "input_shape", (3, size, size))  # of a video, where it is none of an image
+            shape = getattr(model, "input_shape", (3, size, size))  # video models define input_shape
             macs = count_macs(model, torch.empty(1, *shape)) / 1e9
         print(
             f"{name:<28}{count_parameters(model):>14,}{macs:>10.2f}   {' x '.join(map(str, shape))}",

@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """A block whose factors start at zero and stand outside stochastic depth."""
+    """A block whose layer-scale factors start at zero and are applied outside of stochastic depth."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class BertLayer(nn.Module):
 
 
 class VideoPatchEmbed(nn.Module):
-    """Patches with their positions in space, and in time that of the first frame."""
+    """Patch embedding with positions in space and the first frame's position in time."""
 
     def __init__(self, img_size: int | Sequence[int], patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -110,10 +110,10 @@ class UnifiedBertEncoder(nn.Module):
     """Patch embedding and layers.
 
     Args:
-        img_size: for which the position embeddings were trained; images of any size run, on resized ones.
+        img_size: image size of the position embeddings, which are resized for images of other sizes.
         num_classes, pretrain_size: accepted for compatibility, without effect.
-        window_attn, window_size: of all layers, or of each.
-        with_cp: recompute each layer in the backward pass.
+        window_attn, window_size: windows of all layers or of each.
+        with_cp: whether backward recomputes each layer.
     """
 
     def __init__(

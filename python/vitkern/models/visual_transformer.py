@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual Transformers (arXiv 2006.03677): a few tokens stand for the pixels of a map, and a transformer relates them.
+"""Visual Transformers (arXiv 2006.03677): a few tokens summarise the pixels of a map; a transformer relates them.
 
-There is no official code. Where the paper leaves a width open, the defaults are those that give the parameters that it
-publishes for ResNet-18 and ResNet-34, and the operations of its feature pyramid.
+There is no official code. The paper leaves some widths open; the defaults reproduce its parameter counts for ResNet-18
+and ResNet-34 and the operation counts of its feature pyramid.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def tokenizer_of(
 
 
 def tokens_of(tokenizer: nn.Module, x: Tensor, previous: Tensor | None, size: Sequence[int]) -> Tensor:
-    """What a tokenizer of any kind makes of a map [B, H W, C] of that size: [B, T, CT]."""
+    """The tokens [B, T, CT] that a tokenizer of any kind makes from a map [B, H W, C] of this size."""
     if isinstance(tokenizer, RecurrentTokenizer):
         return tokenizer(x, previous)
     return tokenizer(x) if isinstance(tokenizer, FilterTokenizer) else tokenizer(x, *size)
 
 
 class VisualTransformer(nn.Module):
-    """One module of the paper: tokens from the map, a transformer on them, and back into the map."""
+    """One module of the paper: tokenizer, transformer and projector."""
 
     def __init__(
         self, tokenizer: nn.Module, transformer: TokenTransformer, projector: TokenProjector | None
@@ -64,7 +64,7 @@ class VisualTransformer(nn.Module):
         self.projector = projector
 
     def forward(self, x: Tensor, tokens: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A map [B, H W, C] and the previous module's tokens to a new map and new tokens [B, T, CT]."""
+        """Returns a new map and new tokens [B, T, CT] from a map [B, H W, C] and the previous module's tokens."""
         tokens = self.transformer(tokens_of(self.tokenizer, x, tokens, size))
         return (x if self.projector is None else self.projector(x, tokens)), tokens
 
@@ -73,21 +73,21 @@ class VTResNet(Classifier, ResNet):
     """A ResNet whose last stage is Visual Transformers: images [B, C, H, W] to [B, num_classes].
 
     Args:
-        depth: of the ResNet: 18, 34, 50 or 101.
-        img_size: without effect: images of all sizes run.
-        num_classes: 0: the mean of the tokens, [B, CT].
-        tokens, token_channels: how many tokens there are, and how long one is.
-        map_channels: of the maps that projectors make; None: 512, or those of the ResNet's map if it has more.
-        key_channels, hidden_channels: inside the transformers, those of the keys and of the network; None: as many as
-            a token has, as the paper's equations have it.
-        projector_channels: of the projectors' queries and keys; None: map_channels.
-        tokenizer: of the first module: "filter", "pooling" or "clustering".
-        recurrent: whether the tokenizers of the others are made of the tokens before; they are like the first if not.
+        depth: depth of the ResNet: 18, 34, 50 or 101.
+        img_size: accepted for compatibility, without effect: images of all sizes run.
+        num_classes: number of classes; 0: the model returns the mean of the tokens, [B, CT].
+        tokens, token_channels: number of tokens, and channels of a token.
+        map_channels: channels of the projectors' maps; None: 512, or the channels of the ResNet's map if it has more.
+        key_channels, hidden_channels: channels of the transformers' keys and of their feed-forward networks; None:
+            token_channels, as in the paper's equations.
+        projector_channels: channels of the projectors' queries and keys; None: map_channels.
+        tokenizer: tokenizer of the first module: "filter", "pooling" or "clustering".
+        recurrent: whether later tokenizers are made from the previous tokens; else they are like the first.
         projector: whether modules change the map.
-        last_projector: whether the last one does, though nothing reads its map: its parameters then learn nothing.
+        last_projector: whether the last module does too; its map is unused, so its projector gets no gradient.
         scaled: whether attention is divided by the root of the number of channels.
-        value_proj: whether the transformers map the tokens that they add.
-        with_cp: recompute blocks in the backward pass.
+        value_proj: whether the transformers project the values.
+        with_cp: whether backward recomputes the blocks.
         backend: passed on to the token ops.
     """
 
@@ -152,11 +152,11 @@ class VTResNet(Classifier, ResNet):
 
 
 class SemanticHead(nn.Module):
-    """Panoptic FPN's (arXiv 1901.02446): convolutions and steps of 2 bring each map to stride 4, where all are added.
+    """Panoptic FPN's head (arXiv 1901.02446): brings each map to stride 4 in steps of 2, then adds the maps.
 
     Args:
-        channels: of the maps at strides 4, 8, 16 and 32.
-        width: of the convolutions.
+        channels: channels of the maps at strides 4, 8, 16 and 32.
+        width: channels of the convolutions.
     """
 
     def __init__(self, channels: int, num_classes: int, width: int = 128) -> None:
@@ -185,22 +185,23 @@ class SemanticHead(nn.Module):
 
 
 class VTFPN(ResNet):
-    """A ResNet with VT-FPN and a semantic head: images [B, C, H, W] to the logits of their pixels.
+    """A ResNet with VT-FPN and a semantic head: images [B, C, H, W] to logits of the pixels.
 
-    Each stage of the ResNet gives tokens, one transformer relates those of all stages, and each map takes from them.
+    Each stage of the ResNet gives tokens. One transformer relates the tokens of all stages, and projectors add them to
+    the maps.
 
     Args:
-        depth: of the ResNet: 18, 34, 50 or 101.
-        img_size: without effect: images of all sizes run.
-        num_classes: by default those of COCO-Stuff; 0: the maps that the head would read, [B, out_channels, h, w].
-        tokens, token_channels: how many tokens each stage gives, and how long one is.
-        out_channels: of the maps.
-        key_channels, hidden_channels: inside the transformer, as of :class:`VTResNet`.
-        projector_channels: of the projectors' queries and keys.
+        depth: depth of the ResNet: 18, 34, 50 or 101.
+        img_size: accepted for compatibility, without effect: images of all sizes run.
+        num_classes: number of classes, by default COCO-Stuff's; 0: the model returns the maps, [B, out_channels, h, w].
+        tokens, token_channels: number of tokens from each stage, and channels of a token.
+        out_channels: channels of the maps.
+        key_channels, hidden_channels: channels inside the transformer, as for :class:`VTResNet`.
+        projector_channels: channels of the projectors' queries and keys.
         tokenizer: "filter", "pooling" or "clustering".
-        head_channels: of the head's convolutions.
-        out_indices: which of the four maps are returned where num_classes is 0.
-        scaled, value_proj, with_cp, backend: as of :class:`VTResNet`.
+        head_channels: channels of the head's convolutions.
+        out_indices: numbers of the maps to return if num_classes is 0.
+        scaled, value_proj, with_cp, backend: as for :class:`VTResNet`.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain vision transformer inside ViT-Adapter: DeiT, AugReg, MAE and DINOv2 weights load into it."""
+"""The plain vision transformer inside ViT-Adapter. Loads DeiT, AugReg, MAE and DINOv2 weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         if self.window_size is None:
             x = attend(qkv, self.num_heads, dropout_p=dropout_p)
         else:
-            # The padding is not masked: with keys and values of zero it takes its part of the softmax.
+            # The padding is not masked: its keys and values are zero, but it counts in the softmax.
             windows = split_windows(qkv, self.window_size, height, width)
             windows = attend(windows, self.num_heads, dropout_p=dropout_p)
             x = merge_windows(windows, self.window_size, height, width)
@@ -88,7 +88,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio), act_layer, drop)
-        # Ones, so that weights published without them compute what they did.
+        # Ones, so that weights published without these factors keep their results.
         self.gamma1 = nn.Parameter(torch.ones(channels)) if layer_scale else None
         self.gamma2 = nn.Parameter(torch.ones(channels)) if layer_scale else None
         self.residual = ResBottleneckBlock(channels, act_layer) if use_residual else None
@@ -110,13 +110,13 @@ class VisionTransformer(nn.Module):
     """Patch and position embeddings and blocks.
 
     Args:
-        img_size: sizes the position embeddings; images of any size run, on resized ones.
-        pretrain_size: the size for which the position embeddings were trained: that of img_size.
+        img_size: image size of the position embeddings, which are resized for images of other sizes.
+        pretrain_size: image size that the position embeddings were trained for, with as many patches as img_size.
         num_classes: accepted for compatibility, without effect: there is no classifier.
-        residual_indices: blocks that ViTDet's convolutions follow.
-        window_attn, window_size: of all blocks, or of each.
-        layer_scale: a learnable factor for each channel of each branch.
-        with_cp: recompute each block in the backward pass.
+        residual_indices: numbers of the blocks that ViTDet's convolutions follow.
+        window_attn, window_size: windows of all blocks or of each.
+        layer_scale: whether each channel of each branch has a learnable factor.
+        with_cp: whether backward recomputes each block.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class VisionTransformer(nn.Module):
         patches: Any = self.patch_embed.num_patches
         self.pretrain_grid = position_grid(patches, img_size, pretrain_size)
         self.cls_token: nn.Parameter | None = None
-        # The first is the class token's: checkpoints have it, nothing uses it.
+        # The first is the class token's: checkpoints have it, but it is unused.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
 

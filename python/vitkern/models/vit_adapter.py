@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViT-Adapter (arXiv 2205.08534): a plain transformer, beside which a pyramid of features grows for dense prediction.
+"""ViT-Adapter (arXiv 2205.08534): a plain transformer with a feature pyramid beside it for dense prediction.
 
-Parameters, buffers and results are those of the official code, in its two forms, one for segmentation and one for
-detection. Deformable attention runs on this package's kernels.
+Parameters, buffers and results are those of the official code, in its segmentation and its detection form. Deformable
+attention runs on this package's kernels.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ FORMS = ("segmentation", "detection")
 
 
 class Adapter(Pyramid):
-    """Puts the adapter round the transformer that follows it among a class's bases.
+    """A mixin that adds the adapter to the transformer class after it among a class's bases.
 
     Args:
         variant: ``"segmentation"`` adds the transformer's features after each interaction to the pyramid,
-            ``"detection"`` the last ones to all maps.
+            ``"detection"`` adds its last features to all maps.
         conv_inplane: channels of the spatial prior's first convolution.
-        n_points, deform_num_heads, deform_ratio: of deformable attention.
-        init_values: the injectors' first gamma.
-        interaction_indexes: first and last block of each interaction; None: four of the same length.
+        n_points, deform_num_heads, deform_ratio: options of deformable attention.
+        init_values: initial gamma of the injectors.
+        interaction_indexes: first and last block of each interaction; None: four interactions of the same length.
         with_cffn, cffn_ratio: whether extractors have a convolutional feed-forward network, and its width.
         add_vit_feature: whether the transformer's features are added to the pyramid.
-        use_extra_extractor: whether the last interaction has two extractors more.
-        features_of_each: whether the features are those after each interaction; None: as variant says.
-        out_indices: which of the four maps are returned; negative numbers count from the last.
-        pad_input: pads images to multiples of 32 and crops the maps; they are refused otherwise.
+        use_extra_extractor: whether the last interaction has two more extractors.
+        features_of_each: whether the features after each interaction are added; None: only for segmentation.
+        out_indices: numbers of the maps to return; negative numbers count from the last.
+        pad_input: whether to pad images to multiples of 32 and crop the maps; other sizes are refused if not.
         pretrained, init_cfg: a file to load, or ``dict(type="Pretrained", checkpoint=file)``.
         backend: passed on to :func:`vitkern.ms_deform_attn_fused`.
         **transformer: arguments of the transformer.
@@ -52,7 +52,7 @@ class Adapter(Pyramid):
     norm_layer: Layer
     drop_path_rate: float
     cls_token: nn.Parameter | None
-    # The forms where checkpointing covers interactions as well as blocks.
+    # In these forms checkpointing covers interactions as well as blocks.
     interactions_with_cp: tuple[str, ...] = FORMS
 
     def __init__(
@@ -117,7 +117,7 @@ class Adapter(Pyramid):
         load_pretrained(self, pretrained, init_cfg)
 
     def _initialise_adapter(self) -> None:
-        """The first weights of the adapter."""
+        """Initialises the weights of the adapter."""
         for part in (self.up, self.spm, self.interactions):
             part.apply(initialise)
         for module in self.modules():
@@ -182,20 +182,22 @@ def _interactions(indexes: Sequence[Sequence[int]] | None, depth: int) -> list[t
 
 
 class ViTAdapter(Adapter, VisionTransformer):
-    """A plain ViT with the adapter: :class:`Adapter` and :class:`~vitkern.models.vit.VisionTransformer` name the
-    arguments."""
+    """A plain ViT with the adapter.
+
+    Arguments: see :class:`Adapter` and :class:`~vitkern.models.vit.VisionTransformer`.
+    """
 
     interactions_with_cp = ("segmentation",)
 
 
 class BEiTAdapter(Adapter, BEiT):
-    """A BEiT with the adapter: :class:`Adapter` and :class:`~vitkern.models.beit.BEiT` name the arguments.
+    """A BEiT with the adapter. Arguments: see :class:`Adapter` and :class:`~vitkern.models.beit.BEiT`.
 
     The segmentation form has a class token and takes images of `img_size` only; the detection form has windows.
 
     Args:
-        init_values: of the injectors' gamma and of the blocks' factors.
-        version: of the detection form. ``"old"`` adds features as the segmentation form does.
+        init_values: initial gamma of the injectors and initial factors of the blocks.
+        version: version of the detection form. ``"old"`` adds features as the segmentation form does.
     """
 
     def __init__(
@@ -215,8 +217,10 @@ class BEiTAdapter(Adapter, BEiT):
 
 
 class UniPerceiverAdapter(Adapter, UnifiedBertEncoder):
-    """A Uni-Perceiver with the adapter: :class:`Adapter` and
-    :class:`~vitkern.models.uniperceiver.UnifiedBertEncoder` name the arguments."""
+    """A Uni-Perceiver with the adapter.
+
+    Arguments: see :class:`Adapter` and :class:`~vitkern.models.uniperceiver.UnifiedBertEncoder`.
+    """
 
     interactions_with_cp = ("detection",)
 

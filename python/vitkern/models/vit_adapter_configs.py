@@ -20,7 +20,7 @@ BEIT_WINDOWS = (14, 14, 14, 14, 14, 56)
 
 
 def _windows(kind: type[nn.Module], depth: int) -> dict[str, Any]:
-    """Windows of the detection form: in the last block before each extractor there are none, or in BEiT large ones."""
+    """Windows of the detection form. The last block before each extractor has none, or in BEiT a large one."""
     if kind is BEiTAdapter:
         sizes = [BEIT_WINDOWS[block % len(BEIT_WINDOWS)] for block in range(depth)]
         return {"window_attn": [True] * depth, "window_size": sizes}
@@ -28,7 +28,7 @@ def _windows(kind: type[nn.Module], depth: int) -> dict[str, Any]:
 
 
 def _builder(kind: type[nn.Module], **config: Any) -> Callable[..., nn.Module]:
-    """What turns a configuration with changes into a model. Position embeddings are those of `img_size`."""
+    """Returns the function that builds a model from a configuration with overrides, for images of `img_size`."""
 
     def build(*, img_size: int, **overrides: Any) -> nn.Module:
         options = {**config, "img_size": img_size, "pretrain_size": img_size}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ViT-Adapter is compared with: a pyramid made of a plain ViT's features alone, and ViTDet."""
+"""Baselines for ViT-Adapter: a pyramid made from a plain ViT's features only, and ViTDet."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ViTBaseline(Pyramid, VisionTransformer):
     """Four normalised taps of the transformer, resized to strides 4, 8, 16 and 32.
 
     Args:
-        out_indices: the blocks whose outputs are tapped, four or, for ViTDet, one for all maps. None: those that end
-            each quarter.
-        pad_input: pads images to multiples of 32 and crops the maps.
+        out_indices: numbers of the tapped blocks: four, or one for all maps as in ViTDet. None: the last block of each
+            quarter.
+        pad_input: whether to pad images to multiples of 32 and crop the maps.
         pretrained, init_cfg: a file to load, or ``dict(type="Pretrained", checkpoint=file)``.
         **transformer: arguments of :class:`~vitkern.models.vit.VisionTransformer`.
     """
@@ -75,7 +75,7 @@ class ViTBaseline(Pyramid, VisionTransformer):
 
 
 def _taps(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    """The blocks that are tapped."""
+    """The numbers of the tapped blocks."""
     if indices is None:
         quarters = range(depth // 4 - 1, depth, max(depth // 4, 1))
         if len(quarters) != 4:

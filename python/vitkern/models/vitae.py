@@ -46,7 +46,7 @@ class Stage(nn.Module):
         self.NC = nn.ModuleList(cells)
 
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
-        """An image or tokens of H x W places to tokens [B, (1 +) H' W', C'], with H' and W'."""
+        """Returns tokens [B, (1 +) H' W', C'], H' and W' from an image or tokens on an H x W grid."""
         if not isinstance(self.RC, nn.Identity):
             x, height, width = self.RC(x if x.dim() == 4 else to_map(x, height, width))
         for cell in self.NC:
@@ -55,7 +55,7 @@ class Stage(nn.Module):
 
 
 class Stages(Classifier):
-    """What the versions have in common: all but what their cells are made of."""
+    """The shared part of both versions. Subclasses define the cells."""
 
     layers: nn.ModuleList
 
@@ -75,7 +75,7 @@ class Stages(Classifier):
         self.stride = math.prod(stage.downsample_ratios for stage in options)
         rates = drop_path_rates(drop_path_rate, sum(stage.NC_depth for stage in options))
         self.layers = nn.ModuleList()
-        before = 0  # the released code counts the cells of the previous stage only
+        before = 0  # as in the released code, only the cells of the previous stage
         side = min(self.img_size)
         for stage in options:
             reduction = self.reduction(stage, in_chans, side) if stage.downsample_ratios > 1 else None
@@ -116,49 +116,49 @@ class Stages(Classifier):
         )
 
     def reduction(self, options: StageOptions, in_chans: int, side: int) -> nn.Module | None:
-        """What makes smaller maps out of an image or maps whose shorter side that is."""
+        """The reduction cell for an input whose shorter side is `side`; None: no reduction."""
         raise NotImplementedError
 
     def attention(self, options: StageOptions) -> Attention:
-        """That of a normal cell."""
+        """The attention of a normal cell."""
         raise NotImplementedError
 
     def convolutions(self, options: StageOptions) -> nn.Sequential:
-        """Beside it."""
+        """The convolutions beside the attention of a normal cell."""
         raise NotImplementedError
 
 
 def checked(prm: PRM, options: StageOptions) -> PRM:
-    """The dilated convolutions of a cell that has no attention to change their channels."""
+    """Checks the convolutions of a cell without attention: nothing else could change their channels."""
     if prm.out_chans != options.token_dims:
         raise ValueError(
-            f"token_dims of a performer_less cell must be {prm.out_chans}, what its convolutions make together, "
+            f"token_dims of a performer_less cell must be {prm.out_chans}, the channels of its convolutions together,  "
             f"got {options.token_dims}"
         )
     return prm
 
 
 def strides(ratio: int) -> list[int]:
-    """Of the three convolutions of a reduction cell."""
+    """The strides of the three convolutions of a reduction cell."""
     if ratio not in (2, 4, 8):
         raise ValueError(f"downsample_ratios must be 2, 4 or 8 beside convolutions, got {ratio}")
     return [2 if ratio >> index > 1 else 1 for index in range(3)]
 
 
 class ViTAE(Stages):
-    """ViTAE for images [B, C, H, H], of which it makes [B, num_classes]. Its own defaults are those of ViTAE-T.
+    """ViTAE: images [B, C, H, H] to logits [B, num_classes]. The defaults are those of ViTAE-T.
 
     Args:
-        num_classes: 0: the features that would be classified, [B, C].
-        class_token: a class token through the normal cells, and a norm before the classifier, which reads the mean of
-            the other tokens. It comes from the reduction cell of type "embedding", as in the large models.
-        sinusoid: the paper's form instead, for which there are no weights: class token and fixed positions before
-            the last stage's normal cells, and the class token is what is classified.
+        num_classes: number of classes; 0: the model returns the features before the classifier, [B, C].
+        class_token: whether a class token goes through the normal cells, with a norm before the classifier, which
+            reads the mean of the other tokens. The reduction cell of type "embedding" adds it, as in the large models.
+        sinusoid: whether to build the paper's form, which has no published weights: a class token and fixed positions
+            before the last stage's normal cells; the class token is classified.
         drop_path_rate: stochastic depth of the last cell.
-        use_checkpoint: recompute normal cells in the backward pass.
-        **options: those of :class:`StageOptions`, one value for all stages or one for each. Types of reduction cells
-            are "performer", "performer_less", of which "transformer" is another name, "embedding" and "none", of
-            normal cells "transformer" and "transformer_shallow".
+        use_checkpoint: whether backward recomputes the normal cells.
+        **options: options of :class:`StageOptions`, one value for all stages or one for each. Types of reduction cells
+            are "performer", "performer_less" (alias "transformer"), "embedding" and "none"; types of normal cells are
+            "transformer" and "transformer_shallow".
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class ViTAE(Stages):
         height, width = self._checked(image, self.stride).shape[2:]
         if height != width:
             raise ValueError(
-                f"ViTAE: images must be square, got {height} x {width}; ViTAEv2 takes those of any shape"
+                f"ViTAE: images must be square, got {height} x {width}; ViTAEv2 takes images of any shape"
             )
         x = image
         for stage in self.layers:
@@ -233,21 +233,22 @@ class ViTAE(Stages):
 
 
 class ViTAEv2(Stages, Pyramid):
-    """ViTAEv2 for images [B, C, H, W]. Its own defaults are those of ViTAEv2-S.
+    """ViTAEv2 for images [B, C, H, W]. The defaults are those of ViTAEv2-S.
 
-    It makes [B, num_classes], or the maps of some stages, [B, C_s, H / stride, W / stride]. Height and width are
-    multiples of the last stride.
+    Returns logits [B, num_classes] or the maps of some stages, [B, C_s, H / stride, W / stride]. Height and width must
+    be multiples of the last stride.
 
     Args:
-        num_classes: 0: the features that would be classified, [B, C].
-        out_indices: stages whose maps are returned; None: there is a classifier instead.
-        window_size: of normal cells; those of reduction cells are 7 x 7.
-        relative_pos: whether windows have learnable biases of position.
+        num_classes: number of classes; 0: the model returns the features before the classifier, [B, C].
+        out_indices: numbers of the stages whose maps are returned; None: the model has a classifier instead.
+        window_size: side of the normal cells' windows; reduction cells have 7 x 7.
+        relative_pos: whether windows have learnable position biases.
         drop_path_rate: stochastic depth of the last cell.
-        use_checkpoint: recompute normal cells in the backward pass.
-        pad_input: pads images to multiples of the last stride and crops the maps; they are refused otherwise.
-        **options: those of :class:`StageOptions`, one value for all stages or one for each. Types of reduction cells
-            are "window", "transformer" and "performer_less", of normal cells "window" and "transformer".
+        use_checkpoint: whether backward recomputes the normal cells.
+        pad_input: whether to pad images to multiples of the last stride and crop the maps; other sizes are refused if
+            not.
+        **options: options of :class:`StageOptions`, one value for all stages or one for each. Types of reduction cells
+            are "window", "transformer" and "performer_less"; types of normal cells are "window" and "transformer".
     """
 
     def __init__(
@@ -290,7 +291,7 @@ class ViTAEv2(Stages, Pyramid):
         )
 
     def windows(self, size: int, index_size: int) -> dict[str, Any]:
-        """Released classifiers have a buffer of positions in each window even where they have no biases of them."""
+        """Released classifiers have a position buffer in each window even without position biases."""
         return dict(
             window_size=size,
             relative_pos=self.relative_pos,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cells of ViTAE: attention and convolutions side by side.
 
-A reduction cell makes a smaller map out of a map, a normal cell tokens out of as many tokens. In both a branch of
-convolutions (PCM) reads what attention reads, and the two are added.
+A reduction cell shrinks a map; a normal cell keeps the number of tokens. In both, a branch of convolutions (PCM) reads
+the same input as the attention, and the two outputs are added.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vitkern.models.blocks import (
 )
 from vitkern.models.relative_positions import relative_position_index
 
-RC_WINDOW = 7  # of reduction cells, whatever that of the normal cells is
+RC_WINDOW = 7  # of reduction cells; normal cells may have another
 
 
 def convolutions(
@@ -41,7 +41,7 @@ def convolutions(
     norms: Sequence[bool] = (True, True),
     last_act: bool = False,
 ) -> nn.Sequential:
-    """PCM: 3 x 3 convolutions with SiLU, and some BatchNorms, between them."""
+    """PCM: 3 x 3 convolutions with SiLU and some BatchNorms between them."""
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(channels)):
         layers.append(nn.Conv2d(before, after, 3, strides[index], 1, groups=groups))
@@ -51,7 +51,7 @@ def convolutions(
 
 
 class PRM(nn.Module):
-    """Convolutions that differ in nothing but their dilation, side by side or, with ``"sum"``, added."""
+    """Convolutions that differ only in their dilation, concatenated or, with ``"sum"``, added."""
 
     def __init__(
         self, in_chans: int, channels: int, kernel_size: int, ratio: int, dilations: Sequence[int], op: str
@@ -76,7 +76,7 @@ class Attention(nn.Module):
     """Self-attention over all tokens, which may change their channels.
 
     Args:
-        value_skip: whether the values are added to the result: where channels change, the input cannot be.
+        value_skip: whether the values are added to the result, in place of an input with other channels.
     """
 
     def __init__(
@@ -109,19 +109,19 @@ class Attention(nn.Module):
         return x + qkv.chunk(3, dim=-1)[2] if self.value_skip else x
 
     def attention_weights(self, x: Tensor, height: int, width: int) -> Tensor:  # [B, M, N, N]
-        """What the tokens look at, for the arguments of the forward pass."""
+        """The attention weights, for the arguments of the forward pass."""
         query, key, _ = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scores, bias = self.scale * query @ key.transpose(-2, -1), self.position_bias()
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
 class WindowAttention(Attention):
-    """Inside windows. The map is padded to all sides, and the padding is not masked: its keys are the bias.
+    """Self-attention inside windows. The map is padded on all sides and not masked: padding has the bias as its key.
 
     Args:
         window_size: height and width of a window.
-        relative_pos: learnable biases for distances inside a window.
-        index_size: of the window that the buffer of positions describes; 0: there is no such buffer.
+        relative_pos: whether there are learnable biases for distances inside a window.
+        index_size: side of the window that the position buffer describes; 0: no buffer.
     """
 
     relative_position_index: Tensor
@@ -154,7 +154,7 @@ class WindowAttention(Attention):
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
     def padding(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """To the left, to the right, above and below."""
+        """The padding to the left, to the right, above and below."""
         across, down = -width % self.window_size, -height % self.window_size
         return across // 2, across - across // 2, down // 2, down - down // 2
 
@@ -177,7 +177,7 @@ class WindowAttention(Attention):
 
 
 class TokenTransformer(nn.Module):
-    """What a reduction cell does with its tokens: attention, to which convolutions are added, then a network."""
+    """The transformer of a reduction cell: attention plus the branch of convolutions, then a feed-forward network."""
 
     def __init__(self, in_channels: int, attention: Attention, channels: int) -> None:
         super().__init__()
@@ -187,15 +187,15 @@ class TokenTransformer(nn.Module):
         self.mlp = Mlp(channels, channels)
 
     def forward(self, x: Tensor, convolved: Tensor, height: int, width: int) -> Tensor:
-        """Tokens [B, N, C] and what convolutions made of the same map, [B, N, C'], to [B, N, C']."""
+        """Returns [B, N, C'] from tokens [B, N, C] and the convolutions' output for the same map, [B, N, C']."""
         x = self.attn(self.norm1(x), height, width) + convolved
         return x + self.mlp(self.norm2(x))
 
 
 class TokenPerformer(nn.Module):
-    """The same with attention in linear time: random features phi have phi(q) . phi(k) near exp(q . k).
+    """A TokenTransformer with attention in linear time: random features phi with phi(q) . phi(k) near exp(q . k).
 
-    Keys come first in `kqv`. Dropout is that of the released code, which has no way to change it.
+    Keys come first in `kqv`. The dropout rate is fixed, as in the released code.
     """
 
     def __init__(self, in_channels: int, channels: int, drop: float = 0.1) -> None:
@@ -219,7 +219,7 @@ class TokenPerformer(nn.Module):
         return exponent.exp() / math.sqrt(self.num_features)
 
     def forward(self, x: Tensor, convolved: Tensor, height: int, width: int) -> Tensor:
-        """Tokens [B, N, C] and what convolutions made of the same map, [B, N, C'], to [B, N, C']."""
+        """Returns [B, N, C'] from tokens [B, N, C] and the convolutions' output for the same map, [B, N, C']."""
         key, query, value = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         with full_precision(x):
             key, query = self.features(key), self.features(query)
@@ -229,7 +229,7 @@ class TokenPerformer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def attention_weights(self, x: Tensor, convolved: Tensor, height: int, width: int) -> Tensor:
-        """What the tokens look at, [B, 1, N, N], for the arguments of the forward pass."""
+        """The attention weights, [B, 1, N, N], for the arguments of the forward pass."""
         key, query, _ = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         with full_precision(x):
             scores = self.features(query) @ self.features(key).transpose(1, 2)
@@ -237,7 +237,7 @@ class TokenPerformer(nn.Module):
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """No autocast: an exponential takes the rounding of its argument for a factor."""
+    """Switches autocast off: the exponential turns a rounding error of its argument into a factor."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
@@ -267,9 +267,9 @@ class ReductionCell(nn.Module):
     """A map [B, C, r H, r W] to tokens [B, H W, C'], with H and W.
 
     Args:
-        attention: what makes tokens of the map's dilated convolutions; None: they are the tokens.
-        convolved: the branch of convolutions beside it.
-        sinusoid: whether a class token comes before the tokens, and fixed positions are added to all of them.
+        attention: module that makes tokens from the dilated convolutions; None: the convolutions give the tokens.
+        convolved: branch of convolutions beside the attention.
+        sinusoid: whether to put a class token before the tokens and add fixed positions to all of them.
     """
 
     def __init__(
@@ -298,10 +298,10 @@ class ReductionCell(nn.Module):
 
 
 class NormalCell(nn.Module):
-    """Attention and convolutions beside each other, then a feed-forward network. Convolutions leave class tokens out.
+    """Attention beside convolutions, then a feed-forward network. The convolutions leave class tokens out.
 
     Args:
-        convolved: the branch of convolutions.
+        convolved: branch of convolutions.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from vitkern.models.vitae import ViTAE, ViTAEv2
 
 
 def _large(channels: int, depth: int, heads: int) -> dict[str, Any]:
-    """The models pre-trained as masked autoencoders: one cell of patches, and nothing that reduces after it."""
+    """The models pre-trained as masked autoencoders: one cell of patches and no further reduction."""
     return dict(
         embed_dims=channels,
         token_dims=[channels] * 3,

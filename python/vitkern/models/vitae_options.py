@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage of ViTAE is made of, and how lists of one value for each stage become that."""
+"""The options of ViTAE's stages, made from values for all stages or lists of one value for each."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class StageOptions:
     """A reduction cell (RC) and normal cells (NC), under the names of the released code.
 
     Args:
-        embed_dims: channels of each of the reduction cell's dilated convolutions.
-        token_dims: channels of the tokens; one number for all stages is doubled from each to the next.
-        downsample_ratios: how much shorter each side of the map becomes; 1: there is no reduction cell.
-        kernel_size, dilations, RC_op: of the dilated convolutions, which are concatenated ("cat") or added ("sum").
-        RC_tokens_type, RC_heads: the reduction cell's attention.
+        embed_dims: channels of each dilated convolution of the reduction cell.
+        token_dims: channels of the tokens; a single number is doubled from each stage to the next.
+        downsample_ratios: factor by which each side of the map shrinks; 1: no reduction cell.
+        kernel_size, dilations, RC_op: options of the dilated convolutions, concatenated ("cat") or added ("sum").
+        RC_tokens_type, RC_heads: attention of the reduction cell.
         RC_group, NC_group: groups of the convolutions beside attention.
-        NC_tokens_type, NC_heads, NC_depth: the normal cells' attention, and how many they are.
-        mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate: of the normal cells.
+        NC_tokens_type, NC_heads, NC_depth: attention and number of the normal cells.
+        mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate: options of the normal cells.
     """
 
     embed_dims: int
@@ -85,7 +85,7 @@ COMMON = dict(
 
 
 def stage_options(stages: int, defaults: dict[str, Any], given: dict[str, Any]) -> list[StageOptions]:
-    """The options of each stage, of which one value may stand for all. Defaults may be those of more stages."""
+    """The options of each stage. A single value holds for all stages; defaults may list more stages than there are."""
     options = {**defaults, **given}
     if isinstance(options["token_dims"], int):
         options["token_dims"] = [options["token_dims"] << stage for stage in range(stages)]

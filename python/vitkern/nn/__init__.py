@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules round the ops, with the parameter names of the projects they come from."""
+"""Modules around the ops, with the parameter names of the original projects."""
 
 from vitkern.nn.adapter_bottleneck import AdapterBottleneck
 from vitkern.nn.ms_deform_attn import MSDeformAttn

@@ -10,20 +10,20 @@ from vitkern.functional import adapter_bottleneck
 
 
 class AdapterBottleneck(nn.Module):
-    """``x + scale * up(dropout(activation(down(x))))``: the trainable branch beside, or after, a frozen layer.
+    """``x + scale * up(dropout(activation(down(x))))``: a trainable branch beside, or after, a frozen layer.
 
-    Loads adapters of AdaptFormer checkpoints (``adaptmlp.down_proj.weight`` and so on). Its up projection starts at
-    zero, so that a new adapter changes nothing: it is exactly its residual.
+    Loads adapters of AdaptFormer checkpoints (``adaptmlp.down_proj.weight`` and so on). The up projection
+    starts at zero: a new adapter returns exactly its residual.
 
     Args:
         d_model: channels, C.
         bottleneck: hidden units, H.
-        dropout: probability with which hidden units are dropped in training.
-        init_option: ``"lora"``: Kaiming-uniform down, all else zero.
-        adapter_scalar: the scale, a number (or its text, as AdaptFormer's configurations have it), or
+        dropout: probability of dropping a hidden unit in training.
+        init_option: ``"lora"``: Kaiming-uniform down weight, everything else zero.
+        adapter_scalar: the scale: a number, a string of it as in AdaptFormer's configurations, or
             ``"learnable_scalar"`` for a parameter that starts at 1.
-        adapter_layernorm_option: ``"in"`` normalises what goes in, ``"out"`` what comes out before the residual is
-            added, ``"none"`` nothing.
+        adapter_layernorm_option: ``"in"`` normalises the input, ``"out"`` the output before the residual is added,
+            ``"none"`` neither.
         activation: ``"relu"``, ``"gelu"`` or ``"silu"``.
         backend: passed on to :func:`vitkern.adapter_bottleneck`.
     """
@@ -71,7 +71,7 @@ class AdapterBottleneck(nn.Module):
         """
         Args:
             x: ``[..., C]``.
-            add_residual: whether the residual is added to the result.
+            add_residual: whether to add the residual.
             residual: ``[..., C]``; None takes x.
         """
         residual = x if residual is None else residual

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSDeformAttn of Deformable-DETR and ViT-Adapter: same constructor, same parameters, same results."""
+"""MSDeformAttn of Deformable-DETR and ViT-Adapter: same constructor, parameters and results."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def _reset_parameters(self) -> None:
-        """Each head looks along its own direction on a square, point p at distance p + 1, with equal attention."""
+        """Initial offsets: each head has its own direction on a square, point p at distance p + 1; equal weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angles = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
@@ -117,7 +117,7 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Tensor | Sequence[int] | None = None,
         input_padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Where :meth:`forward` would sample, and how much each place weighs: for pictures.
+        """The sampling locations and attention weights of :meth:`forward`, for pictures.
 
         Returns:
             Locations ``[B, Q, M, L, P, 2]`` as (x, y), 0 to 1 across a level, and weights ``[B, Q, M, L, P]``.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token modules of Visual Transformers (arXiv 2006.03677): its equations (1) to (5) and its ablations' tokenizers.
+"""The token modules of Visual Transformers (arXiv 2006.03677): equations (1) to (5) and the ablations' tokenizers.
 
-The paper's equations have as many channels in the map as in the tokens. Where they differ, linear maps lead from one to
-the other: the tokens' values and, where the map changes its width, the shortcut of the projector. None has a bias.
+The paper's equations have as many channels in the map as in the tokens. If they differ, linear maps without bias
+project the tokens' values and, if the map changes its width, the projector's shortcut.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from vitkern.functional import token_pool, token_project
 
 
 def _channels(given: int, wanted: int | None) -> nn.Module:
-    """A linear map where the channels change."""
+    """A linear map if the channels change, else the identity."""
     return nn.Identity() if wanted is None or wanted == given else nn.Linear(given, wanted, bias=False)
 
 
 class FilterTokenizer(nn.Module):
-    """Equation (1): ``softmax over the pixels of (X W_A)``, transposed, times ``X``.
+    """Equation (1): ``softmax(X W_A)`` over the pixels, transposed, times ``X``.
 
     Args:
-        channels: of the map, C.
-        tokens: how many, T.
-        token_channels: of a token; None: C, and no map between.
+        channels: channels of the map, C.
+        tokens: number of tokens, T.
+        token_channels: channels of a token; None: C, without a linear map.
         backend: passed on to :func:`vitkern.token_pool`.
     """
 
@@ -43,16 +43,16 @@ class FilterTokenizer(nn.Module):
         return self.value(token_pool(x, self.attention.weight, backend=self.backend))
 
     def attention_map(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, N, T]
-        """Where each token looks: its weights of the pixels, which add up to 1."""
+        """The weights of the pixels for each token; they add up to 1."""
         return token_pool(x, self.attention.weight, return_attention=True, backend=self.backend)[1]
 
 
 class RecurrentTokenizer(nn.Module):
-    """Equation (2): the filter is made of the previous tokens, ``W_R = T_in W_TR``.
+    """Equation (2): the filter is computed from the previous tokens, ``W_R = T_in W_TR``.
 
     Args:
-        channels: of the map, C.
-        token_channels: of a token, coming in and going out; None: C.
+        channels: channels of the map, C.
+        token_channels: channels of a token, in and out; None: C.
         backend: passed on to :func:`vitkern.token_pool`.
     """
 
@@ -72,7 +72,7 @@ class RecurrentTokenizer(nn.Module):
 
 
 def _downsampled(x: Tensor, height: int, width: int, tokens: int) -> Tensor:
-    """A map [B, H W, C] as [B, T, C]: bilinear samples in rows and columns as nearly as many as T allows."""
+    """A map [B, H W, C], resized to [B, T, C]: bilinear, with rows and columns as nearly equal as T allows."""
     rows = max(rows for rows in range(1, math.isqrt(tokens) + 1) if tokens % rows == 0)
     maps = x.transpose(1, 2).unflatten(2, (height, width))
     maps = F.interpolate(maps, size=(rows, tokens // rows), mode="bilinear", align_corners=False)
@@ -80,12 +80,12 @@ def _downsampled(x: Tensor, height: int, width: int, tokens: int) -> Tensor:
 
 
 class PoolingTokenizer(nn.Module):
-    """The map made smaller, a token for each pixel that is left.
+    """The downsampled map: each of its pixels is a token.
 
     Args:
-        channels: of the map, C.
-        tokens: how many, T.
-        token_channels: of a token; None: C, and no map between.
+        channels: channels of the map, C.
+        tokens: number of tokens, T.
+        token_channels: channels of a token; None: C, without a linear map.
     """
 
     def __init__(self, channels: int, tokens: int, token_channels: int | None = None) -> None:
@@ -98,13 +98,13 @@ class PoolingTokenizer(nn.Module):
 
 
 class ClusteringTokenizer(nn.Module):
-    """Equation (1) with the centroids of the image's own pixels for W_A, which k-means finds on the unit sphere.
+    """Equation (1) with k-means centroids of the image's own pixels, on the unit sphere, as W_A.
 
     Args:
-        channels: of the map, C.
-        tokens: how many, T. The first centroids are the map made smaller.
-        token_channels: of a token; None: C, and no map between.
-        iterations: of k-means.
+        channels: channels of the map, C.
+        tokens: number of tokens, T. The initial centroids are the downsampled map.
+        token_channels: channels of a token; None: C, without a linear map.
+        iterations: iterations of k-means.
         backend: passed on to :func:`vitkern.token_pool`.
     """
 
@@ -141,14 +141,14 @@ class ClusteringTokenizer(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """Equations (3) and (4): tokens look at each other, ``T + softmax((T K)(T Q)^T) T``, then ``T + relu(T F1) F2``.
+    """Equations (3) and (4): tokens attend to each other, ``T + softmax((T K)(T Q)^T) T``, then ``T + relu(T F1) F2``.
 
     Args:
-        channels: of a token.
-        key_channels: of keys and queries; None: as many.
-        hidden_channels: between F1 and F2; None: as many.
-        scaled: whether products of keys and queries are divided by the root of their length, as elsewhere.
-        value_proj: whether tokens look at a linear map of the tokens, as elsewhere.
+        channels: channels of a token.
+        key_channels: channels of keys and queries; None: channels.
+        hidden_channels: channels between F1 and F2; None: channels.
+        scaled: whether to divide products of keys and queries by the root of key_channels, unlike the paper.
+        value_proj: whether the values are a linear map of the tokens, unlike the paper.
         backend: passed on to :func:`vitkern.token_project`.
     """
 
@@ -172,7 +172,7 @@ class TokenTransformer(nn.Module):
         self.backend = backend
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T, CT] -> [B, T, CT]
-        # The paper's K asks and its Q answers: the softmax runs over the tokens that Q made.
+        # The paper swaps the roles of K and Q: the softmax runs over the rows of T Q.
         asking, answering = self.scale * self.key(tokens), self.query(tokens)
         tokens = token_project(tokens, asking, answering, self.value(tokens), backend=self.backend)
         return tokens + self.fc2(self.fc1(tokens).relu())
@@ -182,11 +182,11 @@ class TokenProjector(nn.Module):
     """Equation (5): ``X + softmax over the tokens of ((X W_Q)(T W_K)^T) T``.
 
     Args:
-        channels: of the map, C.
-        token_channels: of a token; None: C.
-        out_channels: of the new map; None: C.
-        key_channels: of queries and keys; None: C.
-        scaled: whether their products are divided by the root of key_channels, as elsewhere.
+        channels: channels of the map, C.
+        token_channels: channels of a token; None: C.
+        out_channels: channels of the new map; None: C.
+        key_channels: channels of queries and keys; None: C.
+        scaled: whether to divide their products by the root of key_channels, unlike the paper.
         backend: passed on to :func:`vitkern.token_project`.
     """
 

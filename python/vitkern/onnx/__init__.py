@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX: this package's ops in standard operators, for both of torch's exporters, or as TensorRT's plugin.
+"""ONNX: this package's ops as standard operators or as TensorRT's plugin, for both of torch's exporters.
 
 >>> torch.onnx.export(model, args, dynamo=True, custom_translation_table=vitkern.onnx.translation_table())
 """
@@ -19,23 +19,23 @@ from vitkern.onnx.graph import Graph, LegacyGraph, ScriptGraph, Value
 
 __all__ = ["register_legacy", "translation_table"]
 
-# Of a graph and an op's arguments.
+# Called with a graph and the op's arguments.
 _Translation = Callable[..., Any]
 
 _FORMS = ("standard", "tensorrt")
-_FIRST_OPSET = 16  # that has GridSample
-_RENAMED = 20  # from here on its mode is "linear", which was "bilinear"
+_FIRST_OPSET = 16  # the first opset with GridSample
+_RENAMED = 20  # the opset that renames its mode "bilinear" to "linear"
 
 
 def translation_table(
     *, ms_deform_attn: str = "standard", plugin_version: str = "1"
 ) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What ``torch.onnx.export(..., dynamo=True)`` takes as its ``custom_translation_table``.
+    """The ``custom_translation_table`` for ``torch.onnx.export(..., dynamo=True)``.
 
     Args:
-        ms_deform_attn: ``"standard"`` writes multi-scale deformable attention in operators of opset 16, one GridSample
-            a level; ``"tensorrt"`` as one node of TensorRT's plugin MultiscaleDeformableAttnPlugin_TRT.
-        plugin_version: of that plugin. Versions ``"1"`` and ``"2"`` take and give the same.
+        ms_deform_attn: ``"standard"``: multi-scale deformable attention in operators of opset 16, one GridSample a
+            level; ``"tensorrt"``: one node of TensorRT's plugin MultiscaleDeformableAttnPlugin_TRT.
+        plugin_version: version of the plugin. ``"1"`` and ``"2"`` have the same inputs and outputs.
 
     Needs onnx and onnxscript: ``pip install onnx onnxscript``.
     """
@@ -49,7 +49,7 @@ def translation_table(
         def translate(*arguments: Any, _translation: _Translation = translation, **options: Any) -> Any:
             return _translation(graph, *arguments, **options)
 
-        # The exporter reads the names of the arguments here.
+        # The exporter takes the argument names from the signature.
         parameters = list(inspect.signature(translation).parameters.values())[1:]
         translate.__name__, translate.__annotations__ = op, {}
         translate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -58,10 +58,10 @@ def translation_table(
 
 
 def register_legacy(*, ms_deform_attn: str = "standard", plugin_version: str = "1") -> None:
-    """Teaches the exporter that goes through TorchScript, ``torch.onnx.export(..., dynamo=False)``, this package's ops.
+    """Registers this package's ops with the TorchScript exporter, ``torch.onnx.export(..., dynamo=False)``.
 
-    Arguments are those of :func:`translation_table`; what was registered before is replaced. TensorRT's plugin also
-    wants ``custom_opsets={"trt.plugins": 1}`` of that exporter.
+    Arguments are those of :func:`translation_table`; an earlier registration is replaced. TensorRT's plugin also needs
+    the exporter's argument ``custom_opsets={"trt.plugins": 1}``.
     """
     for op, translation in _translations(ms_deform_attn, plugin_version).items():
         for opset, bilinear in ((_FIRST_OPSET, "bilinear"), (_RENAMED, "linear")):

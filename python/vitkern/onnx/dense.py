@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """adapter_bottleneck, token_pool and token_project in standard ONNX operators.
 
-The second outputs of the first two are what their backward passes want: nobody asks an exported model for them, and the
-exporter drops their nodes.
+The second outputs of the first two are for backward only: an exported model leaves them unused, and the exporter drops
+their nodes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _activated(graph: Graph, activation: str, hidden: Value, dtype: int) -> Valu
         return graph.Relu(hidden)
     if activation == "silu":
         return graph.Mul(hidden, graph.Sigmoid(hidden))
-    # Exact: operator Gelu is there from opset 20 on only.
+    # Exact gelu in parts: operator Gelu needs opset 20.
     half, one, root = (graph.constant(number, dtype) for number in (0.5, 1.0, math.sqrt(0.5)))
     share = graph.Mul(graph.Add(graph.Erf(graph.Mul(hidden, root)), one), half)
     return graph.Mul(hidden, share)

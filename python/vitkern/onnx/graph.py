@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the translations of this package's ops are written against: either exporter's way of adding a node.
+"""The interface for the translations of this package's ops: adds nodes through either exporter.
 
 ``graph.GridSample(x, grid, mode="nearest")`` adds a node and returns its output. Whole numbers and lists of them among
 the inputs become constants. Dtypes are ONNX's own codes.
@@ -15,9 +15,9 @@ import torch
 FLOAT, INT32, INT64, DOUBLE = 1, 6, 7, 11  # of onnx.TensorProto
 _TORCH_DTYPES = {FLOAT: torch.float32, INT64: torch.int64, DOUBLE: torch.float64}
 
-Value = Any  # what an exporter has for a tensor
+Value = Any  # an exporter's representation of a tensor
 
-# ONNX Runtime's TensorRT provider looks for plugins here; TensorRT's own parser takes any domain.
+# ONNX Runtime's TensorRT provider finds plugins in this domain; TensorRT's own parser takes any domain.
 PLUGIN_DOMAIN = "trt.plugins"
 PLUGIN = "MultiscaleDeformableAttnPlugin_TRT"
 
@@ -29,7 +29,7 @@ def refuse(op: str, why: str) -> NoReturn:
 class Graph:
     """Adds nodes to the graph that an exporter builds."""
 
-    bilinear = "bilinear"  # what GridSample calls it, up to opset 19
+    bilinear = "bilinear"  # GridSample's name of the mode up to opset 19
 
     def __getattr__(self, op: str) -> Callable[..., Value]:
         raise NotImplementedError
@@ -38,23 +38,23 @@ class Graph:
         raise NotImplementedError
 
     def sizes(self, value: Value) -> list[int | None]:
-        """The shape of an argument of the op, None where an axis is dynamic."""
+        """The shape of an argument of the op; None for a dynamic axis."""
         raise NotImplementedError
 
     def dtype(self, value: Value) -> int:
-        """Of an argument of the op."""
+        """The dtype of an argument of the op."""
         raise NotImplementedError
 
     def plugin(self, version: str, *inputs: Value) -> Value:
-        """TensorRT's node of five inputs."""
+        """Adds a node of TensorRT's plugin, which has five inputs."""
         raise NotImplementedError
 
 
 class ScriptGraph(Graph):
-    """Of the exporter that goes through torch.export, by onnxscript."""
+    """The graph of the torch.export exporter, by onnxscript."""
 
     def __init__(self) -> None:
-        # The opset that torch's own translations are written in: the exporter converts to the one asked for.
+        # Torch's own translations are written in this opset; the exporter converts to the requested one.
         from onnxscript import opset18
 
         self._opset = opset18
@@ -97,11 +97,11 @@ class ScriptGraph(Graph):
 
 
 class LegacyGraph(Graph):
-    """Of the exporter that goes through TorchScript."""
+    """The graph of the TorchScript exporter."""
 
     def __init__(self, context: Any, bilinear: str, arguments: Sequence[Value]) -> None:
         self._context, self.bilinear = context, bilinear
-        # What was traced knows all sizes, where the exporter's own inference of shapes loses some.
+        # The traced value has all sizes; the exporter's own shape inference loses some.
         traced = context.original_node.inputs()
         self._traced = {id(argument): value for argument, value in zip(arguments, traced)}
 
@@ -119,7 +119,7 @@ class LegacyGraph(Graph):
 
     def sizes(self, value: Value) -> list[int | None]:
         sizes = list(self._traced[id(value)].type().varyingSizes())
-        # A trace does not tell whether batch and queries are to be dynamic.
+        # A trace does not record whether batch and queries are dynamic.
         return [None, None, *sizes[2:]] if len(sizes) > 3 else sizes
 
     def dtype(self, value: Value) -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ms_deform_attn and ms_deform_attn_fused in standard ONNX operators, one GridSample a level, or as TensorRT's plugin.
+"""ms_deform_attn and ms_deform_attn_fused as standard ONNX operators, one GridSample a level, or TensorRT's plugin.
 
-Equation numbers are those of ``docs/derivations/ms_deform_attn.md``. Sums are made in float32 (float64 for float64), as
-by the kernels. Spatial shapes may be constants, which the exporter's optimizer folds, or come when the model runs.
+Equation numbers are those of ``docs/derivations/ms_deform_attn.md``. Sums are in float32 (float64 for float64), as in
+the kernels. Spatial shapes may be constants, which the exporter's optimizer folds, or inputs of the model.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from vitkern.onnx.graph import DOUBLE, FLOAT, INT32, INT64, Graph, Value, refuse
 
-_OUTSIDE = 3.0  # of every level, in the units of a grid, where -1 and 1 are the edges: beyond 1 + 1 / size
-_LARGEST = 3.4028234663852886e38  # that float32 holds
+_OUTSIDE = 3.0  # beyond 1 + 1 / size, outside of every level: -1 and 1 are the edges in grid coordinates
+_LARGEST = 3.4028234663852886e38  # float32 number
 
 
 class Sampling(NamedTuple):
-    """What is sampled where: all that both forms of the op come down to."""
+    """The inputs of the plain form, to which both forms of the op are reduced."""
 
     op: str
     value: Value  # [B, S, M, D]
@@ -42,7 +42,7 @@ def ms_deform_attn(
     method: str = "bilinear",
     backend: str | None = None,
 ) -> Sampling:
-    """What vitkern::ms_deform_attn samples."""
+    """The sampling of vitkern::ms_deform_attn."""
     op, heads, queries = "ms_deform_attn", graph.sizes(value)[2], graph.sizes(sampling_locations)[1]
     points = _points(graph, op, spatial_shapes, sampling_locations, points_per_level)
     locations = _widened(graph, sampling_locations, value)
@@ -66,7 +66,7 @@ def ms_deform_attn_fused(
     method: str = "bilinear",
     backend: str | None = None,
 ) -> Sampling:
-    """What vitkern::ms_deform_attn_fused samples: softmax and locations first, eqs. (8) to (10)."""
+    """The sampling of vitkern::ms_deform_attn_fused: computes softmax and locations, eqs. (8) to (10)."""
     op, heads, queries = "ms_deform_attn_fused", graph.sizes(value)[2], graph.sizes(sampling_offsets)[1]
     points = _points(graph, op, spatial_shapes, sampling_offsets, points_per_level)
     weights = graph.Softmax(_widened(graph, attention_logits, value), axis=-1)
@@ -92,7 +92,7 @@ def ms_deform_attn_fused(
 
 
 def by_grid_sample(graph: Graph, sampling: Sampling) -> Value:  # [B, Q, M * D]
-    """The sum over the points of weight times sample, eq. (1), in operators that every runtime has."""
+    """The sum over the points of weight times sample, eq. (1), in standard operators."""
     op, value, shapes, starts, _, weights, _, points, method = sampling
     heads, channels = _heads(graph, op, value)
     total, queries = sum(points), _queries(graph, sampling)
@@ -128,7 +128,7 @@ def by_grid_sample(graph: Graph, sampling: Sampling) -> Value:  # [B, Q, M * D]
 def by_tensorrt(graph: Graph, sampling: Sampling, version: str) -> Value:  # [B, Q, M * D]
     """One node of TensorRT's plugin, which gives [B, Q, M, D].
 
-    It wants locations and weights in value's dtype. 16 bits do not address a pixel of a wide map, so all are float32.
+    It takes locations and weights in value's dtype only. 16 bits cannot address a pixel of a wide map: all are float32.
     """
     op, value, shapes, starts, locations, weights, _, points, method = sampling
     if method != "bilinear":
@@ -153,9 +153,9 @@ def by_tensorrt(graph: Graph, sampling: Sampling, version: str) -> Value:  # [B,
 
 
 def _grid(graph: Graph, sampling: Sampling) -> Value:
-    """GridSample's coordinates [B, Q, M, K, 2]; outside of all levels where a location adds nothing.
+    """GridSample's coordinates [B, Q, M, K, 2]; outside of all levels for a location that adds nothing.
 
-    GridSample itself turns coordinates that no integer holds into whatever its cast to integers gives.
+    GridSample casts coordinates to integers, and the result for numbers out of their range is undefined.
     """
     wide, locations = _wide(graph, sampling.value), sampling.locations
     half, one, two, outside = (graph.constant(number, wide) for number in (0.5, 1.0, 2.0, _OUTSIDE))
@@ -176,7 +176,7 @@ def _grid(graph: Graph, sampling: Sampling) -> Value:
 def _points(
     graph: Graph, op: str, shapes: Value, locations: Value, points_per_level: Sequence[int] | None
 ) -> tuple[int, ...]:
-    """Points of each level."""
+    """The number of points of each level."""
     levels, sizes = graph.sizes(shapes)[0], graph.sizes(locations)
     if levels is None or None in sizes[2:]:
         refuse(op, f"the numbers of heads, levels and points must be fixed, got locations of {sizes}")
@@ -187,12 +187,12 @@ def _points(
 
 
 def _queries(graph: Graph, sampling: Sampling) -> Value:
-    """Their number, asked for when the model runs where it is dynamic."""
+    """The number of queries; read from the shape when the model runs if it is dynamic."""
     return graph.Shape(sampling.weights, start=1, end=2) if sampling.queries is None else [sampling.queries]
 
 
 def _join(graph: Graph, *parts: Value) -> Value:
-    """A shape of known and of computed numbers."""
+    """A shape from known and computed numbers."""
     if all(isinstance(part, list) for part in parts):
         return [size for part in parts for size in part]
     known = (graph.constant(part, INT64) if isinstance(part, list) else part for part in parts)
@@ -200,7 +200,7 @@ def _join(graph: Graph, *parts: Value) -> Value:
 
 
 def _heads(graph: Graph, op: str, value: Value) -> tuple[int, int]:
-    """How many there are, and the channels of each."""
+    """The number of heads and the channels of each."""
     heads, channels = graph.sizes(value)[2:]
     if heads is None or channels is None:
         refuse(op, f"the numbers of heads and channels must be fixed, got value of {graph.sizes(value)}")
@@ -213,13 +213,13 @@ def _level_of_each(points: tuple[int, ...]) -> list[int]:
 
 
 def _sizes(graph: Graph, shapes: Value, points: tuple[int, ...], like: Value) -> Value:
-    """(width, height) of each point's level, [K, 2], or [1, 2] of the only one."""
+    """The (width, height) of each point's level, [K, 2], or [1, 2] for a single level."""
     sizes = graph.Cast(graph.Gather(shapes, [1, 0], axis=1), to=_wide(graph, like))
     return sizes if len(points) == 1 else graph.Gather(sizes, _level_of_each(points), axis=0)
 
 
 def _wide(graph: Graph, value: Value) -> int:
-    """What sums are made in."""
+    """The dtype of sums."""
     return DOUBLE if graph.dtype(value) == DOUBLE else FLOAT
 
 
