@@ -215,7 +215,7 @@ def fit(
         run.say(f"{label}: {first} of {epochs} epochs are done in {path}")
     steps = samples // batch_size
     if not steps:
-        raise SystemExit(f"--batch-size {batch_size} is more than the {samples} samples that there are")
+        raise SystemExit(f"--batch-size {batch_size} is more than the {samples} samples")
     progress = Progress(label, epochs * steps, first * steps, show=run.main)
     for epoch in range(first, epochs):
         torch.manual_seed((run.seed * 1000 + epoch) * run.world_size + run.rank)

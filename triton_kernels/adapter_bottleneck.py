@@ -5,7 +5,7 @@ Shapes: N rows, C channels, H hidden units. s of eq. (3) is `factor` times the n
 
 Work split: one program computes BLOCK_N rows. It loops over tiles of channels for z, keeps the BLOCK_H hidden units of
 its rows on the chip, and loops over the channels again for y.
-Memory: x is read once (and again where it is the residual, from L2), y written once; the weights come from L2.
+Memory: x is read once (again from L2 if it is the residual), y is written once; the weights come from L2.
 Offsets of rows are int64.
 Numerics: sums, bias, activation, scale and residual are float; the factors of products have the type of x. NaN passes
 relu and dropout as in torch.

@@ -6,7 +6,7 @@
 // chunk is small enough that the second pass reads x and grad_output from a cache.
 // Memory: scratch holds a and f of a chunk and running sums of the weights' gradients. grad_output is read three
 // times if the gradient of x includes it, else twice, one of these from memory; x once, or twice if z was not kept.
-// Numerics: every sum has a fixed order, whatever the threads and the split of the rows among them.
+// Numerics: the order of every sum is fixed; it depends neither on threads nor on how rows are split among them.
 #pragma once
 
 #include "adapter_bottleneck/cpu_forward.h"

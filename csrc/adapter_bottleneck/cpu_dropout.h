@@ -51,7 +51,7 @@ VITKERN_INLINE void philox(uint64_t key, uint64_t counter, Words (&output)[kWord
 // The length of an array for `count` factors.
 inline int64_t dropout_space(int64_t count) { return count + (kCounters + 1) * kWords; }
 
-// Writes factors to the array `to`; returns the address of those of the units first, first + 1, ...
+// Writes factors to the array `to`; returns the address of the factor of unit `first`, which the next ones follow.
 template <typename Acc>
 const Acc* dropout_factors(const Dropout& dropout, int64_t first, int64_t count, Acc* to) {
   const uint64_t key = static_cast<uint64_t>(*dropout.seed);

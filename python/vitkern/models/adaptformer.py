@@ -83,7 +83,7 @@ class AdaptFormer(TunedTransformer):
     ) -> None:
         super().__init__()
         if distilled:
-            raise ValueError("distilled must be False: AdaptFormer has no use of a distillation token")
+            raise ValueError("distilled must be False: AdaptFormer does not use a distillation token")
         if representation_size not in (None, 0, embed_dim):
             raise ValueError(
                 f"representation_size must be None or embed_dim={embed_dim}, got {representation_size}"

@@ -25,7 +25,7 @@ class Tuning:
     Args:
         ffn_adapt: whether blocks have adapters; None: only if there are no prompts.
         ffn_option: ``"parallel"`` to the feed-forward network, or ``"sequential"``, after it.
-        ffn_adapter_layernorm_option, ffn_adapter_init_option, ffn_adapter_scalar: of
+        ffn_adapter_layernorm_option, ffn_adapter_init_option, ffn_adapter_scalar: options of
             :class:`~vitkern.nn.AdapterBottleneck`.
         ffn_num: hidden units of an adapter; None: a twelfth of the channels.
         d_model: channels; None: the model's.

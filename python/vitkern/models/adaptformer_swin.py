@@ -15,8 +15,8 @@ class AdaptFormerSwin(SwinTransformer):
 
     Args:
         tuning_config: a dict, Namespace or object with attributes of
-            :class:`~vitkern.models.adaptformer_blocks.Tuning`, of which d_model has no effect. An ffn_num of None, and
-            so a dict without one, is the twelfth. None: a plain Swin.
+            :class:`~vitkern.models.adaptformer_blocks.Tuning`; d_model has no effect, and without ffn_num the hidden
+            units are a twelfth of the channels. None: a plain Swin.
         adapter_dropout: dropout of the adapters' hidden units.
         backend: passed on to :func:`vitkern.adapter_bottleneck`.
     """

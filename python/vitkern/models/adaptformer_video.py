@@ -79,7 +79,7 @@ class AdaptFormerVideo(TunedTransformer):
     Args:
         num_classes: number of classes; 0 returns the features.
         init_values: accepted for compatibility, without effect.
-        use_learnable_pos_emb: position embeddings instead of sines and cosines; they are those of a checkpoint and, as
+        use_learnable_pos_emb: position embeddings instead of sines and cosines; they come from a checkpoint and, as
             in the official code, get no gradient.
         init_scale: factor of the classifier's initial weights.
         all_frames, tubelet_size: frames of a video and of a token.

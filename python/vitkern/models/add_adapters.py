@@ -89,7 +89,7 @@ def add_adapters(
         model: the model, changed in place.
         bottleneck: hidden units; None: a twelfth of the block's channels, as for a Swin.
         option: ``"parallel"`` to the feed-forward network, or ``"sequential"``, after it.
-        scale, dropout, layer_norm, activation: of :class:`~vitkern.nn.AdapterBottleneck`.
+        scale, dropout, layer_norm, activation: options of :class:`~vitkern.nn.AdapterBottleneck`.
         layers: numbers of the blocks that get an adapter; None: all.
         backend: passed on to :func:`vitkern.adapter_bottleneck`.
 
@@ -102,7 +102,7 @@ def add_adapters(
     """
     blocks = find_blocks(model)
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no transformer blocks that add_adapters knows")
+        raise ValueError(f"{type(model).__name__} has no transformer blocks that add_adapters supports")
     if any(getattr(block, "adaptmlp", None) is not None for block in blocks):
         raise ValueError(f"{type(model).__name__} has adapters already")
     if option not in OPTIONS:

@@ -55,7 +55,7 @@ def read_checkpoint(path: str | Path) -> Any:
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and _is_of_torch(Path(path)):
             raise ValueError(
-                f"{path} holds more than tensors and plain values: if you trust whoever made it, read it with "
+                f"{path} holds more than tensors and plain values: if you trust its source, read it with "
                 "torch.load(path, weights_only=False) and give load_checkpoint its state dict"
             ) from error
         kind = type(error).__name__
@@ -218,7 +218,7 @@ def load_checkpoint(
     missing = [key for key in own if key not in tensors and not key.endswith(CONSTANTS)]
     unexpected = [key for key in tensors if key not in own]
     if strict and (missing or unexpected):
-        raise ValueError(f"{source} lacks {missing[:3]} and has besides {unexpected[:3]}")
+        raise ValueError(f"{source} lacks {missing[:3]} and has the unexpected {unexpected[:3]}")
     model.load_state_dict(tensors, strict=False)
     return Loaded(missing, unexpected)
 
@@ -237,7 +237,7 @@ def _leave_other_classes(model: nn.Module, tensors: StateDict, own: StateDict, s
     if others:
         warnings.warn(
             f"{source} has a classifier of other classes than the {model.num_classes} of {type(model).__name__}: "
-            f"{' and '.join(others)} stay as they are",
+            f"{' and '.join(others)} are not loaded",
             stacklevel=3,
         )
 

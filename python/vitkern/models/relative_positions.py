@@ -52,7 +52,7 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
     new, new_cls = _side(rows)
     if new_cls > old_cls:
         raise ValueError(
-            f"a table of {table.shape[0]} relative positions has none of the class token, {rows} needs them"
+            f"a table of {table.shape[0]} relative positions has no rows for the class token, {rows} needs them"
         )
     distances, cls = table[: old * old], table[old * old : old * old + new_cls]
     if old != new:
