@@ -80,8 +80,8 @@ CUDA_RACES = VITKERN_EMULATED_RACES="$$($(BIN)/python -m tests.emulated --races)
 races: setup  ## CUDA kernels, emulated: no two accesses race, SEEDS=3 schedules a call give the same bits
 	$(CUDA_RACES) -m "" tests/test_races.py tests/test_schedules.py $(PARALLEL) $(PYTEST_ARGS)
 
-# A sanitizer ends the process: what it has to say must not wait for the end of a test. What only calls the same kernels
-# again, or code that is not sanitized, is left out; and test_cuda_emulated.py has the attention of the emulated kernels.
+# A sanitizer ends the process, so its report is not captured until the end of a test. Tests that only call the same
+# kernels again, or code that is not sanitized, are left out; test_cuda_emulated.py has the emulated kernels' attention.
 NOT_SANITIZED := reference- or triton- or cpu-wide or -gradcheck- or -repeat- or test_drawn_ \
   or cuda-emulated-ordered or cuda-emulated-ms_deform
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
@@ -99,7 +99,7 @@ lint: $(VENV)/.requirements  ## Style of Python and C++, and what is wrong with 
 typecheck: setup  ## mypy, strict on the package
 	$(BIN)/mypy
 
-ci:  ## What has to pass before a merge, the tests last
+ci:  ## All checks before a merge, the tests last
 	$(MAKE) lint
 	$(MAKE) typecheck
 	$(MAKE) sanitize

@@ -63,7 +63,7 @@ def calls(device: str) -> dict[Row, Callable[[], object]]:
     for op, made_tensors in ops().items():
         tensors = tuple(tensor.to(device) for tensor in made_tensors)
         recorded = tuple(t.clone().requires_grad_() if t.is_floating_point() else t for t in tensors)
-        # The function asks for what backward wants to be kept; its op has to be told so.
+        # The function itself sets `keep`: forward saves results for backward. For its op it is an argument.
         more = {"seed": None, "scale": None, "residual": None, "keep": device == "cpu"}
         told = more if op == "adapter_bottleneck" else {}
         for way, module, options in (("function", vitkern, {}), ("torch.ops", torch.ops.vitkern, told)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.bench_ms_deform_attn_fused: all between the Linears of MSDeformAttn, fused against unfused.
 
-"usual": softmax and ``ref + off / size`` as everybody writes them, then our plain op. "flat": the best unfused form,
+"usual": softmax and ``ref + off / size`` in their usual form, then our plain op. "flat": the best unfused form,
 one ``addcmul`` over a flat last axis. Times are minima over interleaved rounds; a row is timed only if all agree.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks of adapter and token ops share: a table of times and memory against plain torch."""
+"""Shared by the benchmarks of adapter and token ops: a table of times and memory against plain torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts of this folder share: their arguments, and the line that says where their figures come from."""
+"""Shared by the scripts of this folder: their arguments, and the line that says where their figures come from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitkern.commands.doctor import cpu_model
 
 
 def arguments(description: str, *, seconds: float, compiles: bool = False) -> argparse.Namespace:
-    """What every benchmark is told; threads are set. `seconds` is the time limit of a row if none is given.
+    """The arguments of every benchmark; sets torch's threads. `seconds` is the default time limit of a row.
 
     compiles: whether torch.compile is among those compared.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.peers: which other implementations of ms_deform_attn are installed here, and whether right.
 
-Each is called as its documentation says, on the same inputs, and compared with the float64 oracle, output and all
-gradients, before anybody times it. What is absent, wrong, or does not take a case is said to be so.
+Each is called as its documentation says, on the same inputs. Before it is timed, its output and all gradients are
+compared with the float64 oracle. The table also names peers that are absent, wrong, or do not take a case.
 requirements/peers.txt lists what can be installed beside vitkern, in the versions that this knows.
 """
 
@@ -92,7 +92,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _results(attention: Attention, inputs: MsDeformAttnInputs) -> list[Tensor]:
-    """What RESULTS names; the gradient of locations is zero near the edges of cells."""
+    """The results that RESULTS names; the gradient of locations is zero near the edges of cells."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.differentiable()]
     output = attention(*leaves)
     grad_value, grad_locations, grad_weights = torch.autograd.grad(output.float().sum(), leaves)
@@ -157,7 +157,7 @@ def _by_grid_sample(function: Callable, inputs: MsDeformAttnInputs) -> Attention
 
 
 def _hub_kernel() -> Callable:
-    """What transformers loads from the hub for use_kernels=True: from its local cache, or over a network."""
+    """The kernel that transformers loads from the hub for use_kernels=True: from its local cache, or over a network."""
     layers = (
         importlib.import_module("kernels").get_kernel("kernels-community/deformable-detr", version=1).layers
     )

@@ -46,7 +46,7 @@ def committed() -> Record | None:
 
 
 def block(record: Record | None) -> str:
-    """What stands in the README between its marks."""
+    """The README's text between its marks."""
     return f"{BEGIN}\n{NOTHING if record is None else PICTURED}\n{END}"
 
 
@@ -58,7 +58,7 @@ def write(record: Record) -> None:
 
 
 def command() -> list[str]:
-    """What measures all that is shown, on a CPU and in float32."""
+    """The command that measures all lines shown, on a CPU and in float32."""
     words = ["bench", "run", "--device", "cpu", "--dtype", "fp32", "--backend", "cpu", "--backend", "torch"]
     for field, values in (("op", {op for op, _, _ in SHOWN}), ("case", {case for _, case, _ in SHOWN})):
         words += [word for value in sorted(values) for word in (f"--{field}", value)]
@@ -66,7 +66,7 @@ def command() -> list[str]:
 
 
 def ratios(record: Record) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
-    """Of each line that is shown, by pass: milliseconds of plain torch and of vitkern."""
+    """For each line shown, by pass: milliseconds of plain torch and of vitkern."""
     rows = {(row["op"], row["case"], row["pass"], row["backend"]): row for row in record["rows"]}
     for op, case, words in SHOWN:
         found = {}

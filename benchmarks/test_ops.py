@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pytest benchmarks: the rows of `vitkern bench run --quick` through pytest-benchmark, for those who keep its history.
 
-Of what is wrong there is no time: the test fails. `-k "token_pool and bf16"` takes some, `--benchmark-autosave` and
+A wrong result has no time: its test fails. `-k "token_pool and bf16"` takes some, `--benchmark-autosave` and
 `--benchmark-compare` are pytest-benchmark's own.
 """
 

@@ -136,7 +136,7 @@ def project(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixe
 
 
 def adapter(dtype: torch.dtype, channels: int, hidden: int, rows: int = 50176) -> None:
-    """What AdaptFormer trains with: everything wanted, dropout, the residual is x."""
+    """The training of AdaptFormer: all gradients needed, dropout, the residual is x."""
     inputs = triton_adapter_bottleneck.Inputs(
         x=empty(rows, channels, dtype=dtype),
         down_weight=empty(hidden, channels, dtype=dtype),

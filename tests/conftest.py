@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test may count on: interpreted Triton where there is no GPU, repeatable randomness, runners of kernels."""
+"""The setting of every test: interpreted Triton where there is no GPU, repeatable randomness, runners of kernels."""
 
 import os
 import sys
 
-# Read when torch loads its OpenMP. Threads that spin while they wait for others hold up whoever shares the machine, the
-# next worker of pytest-xdist first of all: many small calls, as gradcheck makes them, then take twenty times as long.
+# Read when torch loads its OpenMP. Threads that spin while they wait slow down other processes, first the next
+# worker of pytest-xdist: many small calls, as gradcheck makes them, then take twenty times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# What cuBLAS, which the oracle calls, needs in torch's deterministic mode. Read when it starts.
+# cuBLAS, which the oracle calls, needs this in torch's deterministic mode. Read when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Read when torch compiles. Its caches know an op by its name alone, and would bring back what was made of it when its

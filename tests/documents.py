@@ -16,7 +16,7 @@ _BLOCK = re.compile(
     r"^(?:<!-- (?P<note>[^>]*) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 
-# What a block needs that the package does not: where the text on the left stands, the packages on the right.
+# Packages that vitkern does not need, but a block with the text on the left does.
 _OPTIONAL = {
     "torch.onnx.export": ("onnx", "onnxscript"),
     "vitkern.onnx": ("onnx", "onnxscript"),

@@ -111,7 +111,7 @@ def module() -> ModuleType:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What a Python process needs to load a module built with SANITIZERS."""
+    """The variables of a Python process that loads a module built with SANITIZERS."""
     libraries = (
         subprocess.check_output(["c++", f"-print-file-name=lib{n}.so"], text=True) for n in ("asan", "ubsan")
     )

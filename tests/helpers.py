@@ -55,7 +55,7 @@ def trained(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def gradients_of(model: torch.nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """Of every parameter that is trained."""
+    """The gradient of every parameter that is trained."""
     model.zero_grad()
     loss_of(model(*inputs)).backward()
     return {key: parameter.grad.clone() for key, parameter in trained(model).items()}
@@ -76,8 +76,8 @@ def run_in_two_processes(example: str, *arguments: object) -> str:
     return done.stdout
 
 
-# Stricter than `vitkern check`, whose seeds are anybody's: float32 and float64 are what sums are made in, so the order
-# of the terms differs by some units of the result.
+# Stricter than `vitkern check`, which has to pass with any seed: sums are made in float32 and float64, so another order
+# of the terms changes the result by some units.
 UNITS = {**compare.UNITS, torch.float32: 8}
 
 

@@ -81,7 +81,7 @@ def _name(name: str, tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def _named_outputs() -> Iterator[None]:
-    """What a call allocates goes by its shape."""
+    """Names the tensors that a call allocates by their shapes."""
 
     def naming(allocate, what):
         def named(*args, **options):

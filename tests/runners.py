@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways in which the suite runs the kernels: those of `vitkern check`, and some that only a checkout has.
 
-What cannot run here is skipped with its reason.
+A runner that cannot run here is skipped with its reason.
 """
 
 from __future__ import annotations

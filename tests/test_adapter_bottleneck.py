@@ -123,7 +123,7 @@ class TestDropout:
     """The mask: which units fall, how many, and who decides."""
 
     def mask(self, p, *, backend="cpu", rows=400, hidden=256, training=True):
-        """What survives where every hidden unit is 1 and unit h is the h-th output."""
+        """The hidden units that are kept: every one is 1, and unit h is the h-th output."""
         x, down, up = torch.ones(rows, hidden), torch.eye(hidden), torch.eye(hidden)
         return vitkern.adapter_bottleneck(
             x, down, None, up, None, dropout_p=p, training=training, backend=backend

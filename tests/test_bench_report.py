@@ -34,7 +34,7 @@ def written(tmp_path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page would load, and whether its elements close in order."""
+    """The addresses a page would load, and whether its elements close in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

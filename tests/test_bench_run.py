@@ -247,7 +247,7 @@ def test_figures_without_verification_break_the_schema(tmp_path):
 
 
 def test_each_op_counts_what_it_moves_and_computes():
-    """Of token_pool [1, 11, 8] with 3 tokens: x, weight and tokens in float32; scores and sums."""
+    """For token_pool [1, 11, 8] with 3 tokens: x, weight and tokens in float32; scores and sums."""
     (subject,) = plan(Request(["token_pool"], dtypes=["fp32"], device="cpu"))
     costs = ceilings.cost(subject.op, subject.case, torch.float32)
     x, weight, tokens = (4 * count for count in (11 * 8, 3 * 8, 3 * 8))

@@ -139,7 +139,7 @@ GOOD = record(
     *(row(backend=backend, slower=slower) for backend, slower in (("cpu", 1.0), ("torch", 4.0))),
     row("vt-fpn", reason="off"),
 )
-GOOD["environment"] = {  # what is read of it
+GOOD["environment"] = {  # the fields that are read
     "cpu": {"model": "x86", "logical_cores": 2, "threads": 2, "chosen": "avx2"},
     "cuda": {"devices": [{"name": "GPU", "memory_gib": 80.0}]},
     "torch": {"version": "2"},

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that are not what they were: between the passes, in what forward kept, or in the memory behind them.
 
-Autograd sees what is changed in place. What is tried here it does not see: each change has to leave the gradient right,
-or be refused in words that name the op and the tensor. Without the checks most of these end the process.
+Autograd sees changes in place. It does not see the changes tried here: each has to leave the gradient right, or be
+refused in words that name the op and the tensor. Without the checks most of these end the process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vitkern.ops.op import forget_plans
 class Subject:
     name: str
     make: Callable[[], dict[str, Tensor]]  # the tensors by the names of the op's arguments
-    unsaved: str = ""  # the one that backward does not want
-    keeps: tuple[str, ...] = ()  # what the backward op calls the outputs that it wants
+    unsaved: str = ""  # the tensor that backward does not need
+    keeps: tuple[str, ...] = ()  # the backward op's names of the outputs that it needs
     options: tuple = (None,)  # of the op
 
     def tensors(self, device: str = "cpu") -> dict[str, Tensor]:

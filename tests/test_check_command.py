@@ -47,7 +47,7 @@ def check(*arguments: object) -> int:
 
 @pytest.fixture(autouse=True)
 def emulated_kernels(monkeypatch):
-    """Those that the suite builds."""
+    """The kernels that the suite builds."""
     if emulated.REASON is None:
         monkeypatch.setenv("VITKERN_EMULATED", emulated.module().__file__)
     yield

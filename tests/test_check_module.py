@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern check --module`: somebody's own op in each of the forms that people have it in, right and wrong."""
+"""`vitkern check --module`: a user's own op in each form that users have it in, right and wrong."""
 
 from __future__ import annotations
 
@@ -331,7 +331,7 @@ def test_what_ends_the_process_has_failed_and_is_in_the_report(name, failures, c
     status, said, _ = check(name, "--junit", str(tmp_path / "junit.xml"))
     assert status == int(bool(failures))
     assert "2 checks in" in said
-    assert ("here I am" in said) == (name == "leaves")  # what it prints is for who wrote it
+    assert ("here I am" in said) == (name == "leaves")  # its author sees its prints
     found = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("failure")
     told = [failure.get("message") for failure in found]
     assert [one.split(":")[0] for one in told] == failures

@@ -207,7 +207,7 @@ def compile_object(folder: Path, csrc: Path, op: str, file: str, *defines: str) 
 
 
 def stems(mutations: Sequence[Mutation]) -> list[str]:
-    """The folders of csrc/ that mutations are in. Those of what all ops share are compiled as the ops' own."""
+    """The folders of csrc/ that mutations are in. Mutations of shared code are compiled as the ops' own."""
     return sorted({mutation.op.removesuffix("_fused") for mutation in mutations})
 
 
@@ -236,7 +236,7 @@ def test_emulated_cuda(tmp_path):
 
 @pytest.fixture(scope="module")
 def cpu_objects(tmp_path_factory) -> Path:
-    """What mutants of the CPU kernels share: the bindings, and each op as it is, once it is asked for."""
+    """Shared by mutants of the CPU kernels: the bindings, and each op without a change, compiled on demand."""
     import pybind11
 
     folder = tmp_path_factory.mktemp("cpu")

@@ -45,7 +45,7 @@ TESTS.sort(key=lambda test: test[0])
 
 @pytest.mark.parametrize("tasks", [test for _, test in TESTS])
 def test_contract(tasks: list[Task], monkeypatch):
-    # Stricter than `vitkern check`, whose seeds are anybody's.
+    # Stricter than `vitkern check`, which has to pass with any seed.
     monkeypatch.setitem(compare.UNITS, torch.float32, 8)
     for task in tasks:
         with guarded_memory():

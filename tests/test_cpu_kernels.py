@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is the CPU kernels' own: vectors and their tails, tiles, the ways to split the work, element conversions.
+"""The CPU kernels' own parts: vectors and their tails, tiles, the ways to split the work, element conversions.
 
-What all backends promise is in tests/test_contract.py.
+The contract of all backends is in tests/test_contract.py.
 """
 
 from __future__ import annotations

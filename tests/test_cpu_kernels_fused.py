@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is the CPU kernels' own in the fused form: softmax, reference points and boxes, and the ways to split the work.
+"""The CPU kernels' own parts in the fused form: softmax, reference points and boxes, and the ways to split the work.
 
-What all backends promise is in tests/test_contract.py.
+The contract of all backends is in tests/test_contract.py.
 """
 
 from __future__ import annotations

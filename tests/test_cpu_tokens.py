@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is the own of the CPU kernels on pixels and tokens: how they split pixels, which parts meet in a merge.
+"""The CPU kernels' own parts for pixels and tokens: how they split pixels, which parts meet in a merge.
 
-What all backends promise is in tests/test_contract.py.
+The contract of all backends is in tests/test_contract.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CMakeLists.txt takes as architectures of the CUDA kernels, and what files and pages say of them."""
+"""The architectures of the CUDA kernels: the ones that CMakeLists.txt takes, and their names in files and pages."""
 
 from __future__ import annotations
 

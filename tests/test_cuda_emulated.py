@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only the CUDA kernels of ms_deform_attn could get wrong, emulated: their dispatch, teams and addresses.
+"""Faults that only the CUDA kernels of ms_deform_attn could have, emulated: their dispatch, teams and addresses.
 
 The contract of all backends is in test_contract.py, which runs the kernels here as well, with atomics and without.
 """
@@ -95,7 +95,7 @@ def test_any_number_of_points(points, channels, deterministic):
 @pytest.mark.parametrize("channels", [30, 32])
 @pytest.mark.parametrize("numbers", [0, 4], ids=["plain", "fused"])
 def test_each_gradient_alone_equals_all_together(channels, numbers):
-    """In the sanitized run, too, that no address is made of the null pointer of a gradient that nobody wants."""
+    """The sanitized run also checks that no address is made of the null pointer of a gradient not needed."""
     args, grad_output = make(channels, numbers=numbers), torch.randn(2, 9, 3 * channels)
     count = 4 if numbers else 3
     everything = ours(args, grad_output, needed=(True,) * count)[1:]

@@ -40,7 +40,7 @@ def program(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "scenario, told, contexts, current, launches, switches, limits_set",
     [
-        # What a thread has afterwards is what it had before, and no context comes about on GPU 0 by the way.
+        # A launch leaves the thread's context as it was, and makes no context on GPU 0 by the way.
         ("no_context", [], "1", "none", "1:-7", 1, 0),
         ("no_context_twice", [], "1", "none", "1:-7 1:-7", 2, 0),
         ("no_context_on_its_device", [], "0", "none", "0:-8", 1, 0),

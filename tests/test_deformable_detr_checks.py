@@ -68,7 +68,7 @@ def test_gradcheck_of_a_width_beyond_a_thread_block():
     "VITKERN_DEFORMABLE_DETR" not in os.environ, reason="VITKERN_DEFORMABLE_DETR names no checkout"
 )
 def test_its_own_test(tmp_path):
-    """But for the device, and the widths whose Jacobians no machine here has the memory for."""
+    """Except for the device, and the widths whose Jacobians need too much memory."""
     ops = Path(os.environ["VITKERN_DEFORMABLE_DETR"]) / "models" / "ops"
     text, widths = (ops / "test.py").read_text(encoding="utf-8"), "[30, 32, 64, 71, 1025, 2048, 3096]"
     assert widths in text and ".cuda()" in text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README and docs tell a reader to run, runs: Python as it stands, commands as far as their arguments."""
+"""The code of README and docs runs: Python as it stands, commands as far as their arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.layers_of_others import MSDeformAttn
 from vitkern.cli import make_parser
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # what exporters have to say of each other
+    pytest.mark.filterwarnings("ignore"),  # exporters warn of each other
     pytest.mark.skipif(
         torch.__version__ < torch.torch_version.TorchVersion("2.6") or sys.platform != "linux",
         reason="the pages are written for torch 2.6 and later on Linux",
@@ -41,7 +41,7 @@ def _pages(language: str) -> list:
 
 @pytest.fixture
 def names(monkeypatch, tmp_path):
-    """What a page's blocks share; `model` is a reader's own. Changes to other projects end with the page."""
+    """The names that a page's blocks share; `model` is a reader's own. Changes to other projects end with the page."""
     monkeypatch.chdir(tmp_path)
     yield {"__name__": "__main__", "model": nn.ModuleList([MSDeformAttn()])}
     vitkern.uninstall()

@@ -39,7 +39,7 @@ def site(tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page loads, its anchors, and its words outside of code and formulas."""
+    """The addresses a page loads, its anchors, and its words outside of code and formulas."""
 
     LOADING = ("src", "srcset", "data", "poster", "action")
 

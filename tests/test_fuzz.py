@@ -115,7 +115,7 @@ def _output_of(tensors: dict[str, np.ndarray]) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("offset, sides", [(0.0, 2), (0.25, 1)])
 def test_a_point_on_an_edge_may_have_either_slope(offset, sides):
-    """Of three pixels in a row, from a reference point of which rounding decides on which side of the middle it is."""
+    """Three pixels in a row: rounding decides on which side of the middle the reference point is."""
     value, slopes = np.array([1.0, 3.0, 11.0]), (2.0, 8.0)
     levels = [Level(1, 3, 0, slice(0, 1))]
     places = np.array([0.5, 0.5]), np.array([offset, 0.0])

@@ -25,7 +25,7 @@ from tools.fuzzing.call import routes
 pytestmark = pytest.mark.slow
 
 
-# What is planted reads in wrong places. A kernel that writes there may leave a process that neither goes on nor ends.
+# The planted faults read at wrong addresses. A kernel that writes there may hang its process.
 def _planted(op: str, file: str, right: str, wrong: str) -> Mutation:
     return Mutation(op, file, right, wrong, ())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a card can show, of every op and GPU backend: each dtype free and deterministic, streams, a second device,
+"""Tests that need a card, of every op and GPU backend: each dtype free and deterministic, streams, a second device,
 graphs, torch.compile. More inputs than here are in the other files, whose tests run on the card too (`-m gpu`)."""
 
 from __future__ import annotations

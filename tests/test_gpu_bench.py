@@ -156,7 +156,7 @@ def test_a_kill_loses_no_more_than_what_was_under_way(small, tmp_path, monkeypat
 
     def killed(self, subject):
         if self.record["rows"]:
-            assert store.read(self.path)["rows"]  # what is there now is what a kill leaves
+            assert store.read(self.path)["rows"]  # a kill leaves these rows
             raise KeyboardInterrupt
         return rows_of(self, subject)
 

@@ -84,7 +84,7 @@ def test_every_command_of_vitkern_is_known_with_its_arguments():
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_card_has_its_checks(op, monkeypatch):
-    """Of each op on each backend, with every kind and dtype; under a sanitizer few, and no finite differences."""
+    """Each op on each backend, with every kind and dtype; under a sanitizer few, and no finite differences."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(routes, "_objection", lambda backend: None)
     for step in correct.correct()[2:]:
@@ -241,7 +241,7 @@ def test_steps_go_on_where_they_stopped(tmp_path, capfd):
     assert (
         correct.run([steps[1], printing("three", f"{write}('3')")], tmp_path / "state", Budget(60)) == FAILED
     )
-    # What failed was tried again, after what had never run.
+    # The failed step ran again, after the step that had never run.
     assert log.read_text() == "1232"
     mended = [steps[0], printing("two", f"{write}('4')")]
     assert correct.run(mended, tmp_path / "state", Budget(60)) == DONE

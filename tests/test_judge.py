@@ -51,7 +51,7 @@ RIGHT_ORDERS = {
 
 
 def inputs(dtype: torch.dtype) -> list[np.ndarray]:
-    """As the dtype has them, and so for everybody."""
+    """Rounded to the dtype, the same for every product."""
     return [rounded(array, dtype).double().numpy() for array in (LEFT, RIGHT)]
 
 
@@ -146,7 +146,7 @@ def test_another_dtype_fails():
 def test_more_than_twice_the_error_of_plain_torch_and_the_units_fails(dtype):
     plain, exact = yardsticks(DTYPES[dtype])
     allowed = judge(plain, plain, exact).allowed
-    for factor, right in ((0.5, True), (2, False)):  # what is moved so far is rounded besides
+    for factor, right in ((0.5, True), (2, False)):  # the moved result is rounded too
         moved = (exact + factor * allowed).to(DTYPES[dtype])
         assert (judge(moved, plain, exact).complaint is None) is right
 

@@ -53,7 +53,7 @@ FEW = 100
 def row_inputs(
     op: str, dtype: torch.dtype, device: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Of two rows, or pixels: what has a row for each of them, and the rest."""
+    """For two rows, or pixels: the tensors with a row for each of them, and the rest."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -113,7 +113,7 @@ def check_rows(op: str, backend: str, device: str, count: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("op", ["adapter_bottleneck", "token_pool", "token_project"])
 def test_rows_among_a_few(op):
-    """What the next test asks of a card, of so few rows that it can be asked of a CPU."""
+    """The next test needs a card; this is the same with few enough rows for a CPU."""
     check_rows(op, "cpu", "cpu", FEW, torch.float32)
 
 

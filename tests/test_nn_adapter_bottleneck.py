@@ -8,7 +8,7 @@ from vitkern.nn import AdapterBottleneck
 
 
 def official(module: AdapterBottleneck, x, add_residual=True, residual=None):
-    """What AdaptFormer's Adapter computes, step by step."""
+    """The computation of AdaptFormer's Adapter, step by step."""
     residual = x if residual is None else residual
     if module.adapter_layernorm_option == "in":
         x = module.adapter_layer_norm_before(x)

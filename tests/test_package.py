@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is shipped: the source distribution builds the wheel, the wheel holds the package and imports anywhere."""
+"""The shipped files: the source distribution builds the wheel, the wheel holds the package and imports anywhere."""
 
 import importlib.metadata
 import os

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vitkern.patch replaces a layer that computes what the kernels compute, however it is written, and leaves any other.
 
-The layers are copies of Deformable-DETR's and mmcv's, changed in one place each: tests/changes.py. Those of
-tests/rewordings.py compute the same in other words.
+The layers are copies of Deformable-DETR's and mmcv's, changed in one place each: tests/changes.py. The
+layers of tests/rewordings.py compute the same in other words.
 """
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vitkern.patch of models with layers as others write them. Those of transformers are in tests/ecosystem."""
+"""vitkern.patch of models with layers as others write them. Tests of transformers' models are in tests/ecosystem."""
 
 import functools
 import pickle

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(races.REASON is not None, reason=str(races.REASO
 
 
 def reported(case: Case, **values: object) -> str:
-    """What the race detector says of a call, if anything."""
+    """The race detector's report of a call, if there is one."""
     call = case.make()
     try:
         with races.kernels(call.inputs, BLOCKS=case.blocks, **values):

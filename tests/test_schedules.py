@@ -17,7 +17,7 @@ SEEDS = int(os.environ.get("VITKERN_SEEDS", "3"))  # of a case; the cases of a k
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_every_schedule_gives_the_same_bits(number):
-    """But of what atomics sum up, which is as exact as plain torch's in each. No two cases have the same seeds."""
+    """Except sums by atomics, which are as exact as plain torch's in each. No two cases have the same seeds."""
     case = CASES[number]
     call = case.make()
     with races.kernels(BLOCKS=case.blocks, RACES=0):

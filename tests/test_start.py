@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What starting costs: the command line answers without torch, and the package brings little beside torch.
+"""The cost of a start: the command line answers without torch, and the package brings little beside torch.
 
 Modules are counted in the place of seconds, which a busy machine would decide.
 """

@@ -187,7 +187,7 @@ def test_tracing_with_sizes_as_numbers_leaves_nothing_behind(trace, backend):
 
     with contextlib.suppress(
         NotImplementedError, RuntimeError
-    ):  # what cannot be traced must do no harm either
+    ):  # a function that cannot be traced must do no harm either
         TRACES[trace](function, inputs.value)
     assert torch.equal(function(inputs.value, backend="cpu"), attend(*inputs))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels made of matrix products, compiled for cards that are not here: nothing spills, tensor cores work.
 
-What is launched for the shapes of tests/aot_compile_gemm.py is held in place. The limits are what Triton 3.9 gives,
-rounded up; other versions compile, and only have to compile.
+The kernels are compiled as for a launch with the shapes of tests/aot_compile_gemm.py. The limits are the figures of
+Triton 3.9, rounded up; with other versions the kernels only have to compile.
 """
 
 from __future__ import annotations

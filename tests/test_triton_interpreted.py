@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is Triton's own: branches of its kernels and launcher that the contract in test_contract.py passes by.
+"""Triton's own parts: branches of its kernels and launcher that the contract in test_contract.py does not reach.
 
 Interpreted, the price is per operation and program, so shapes have few heads and points.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is Triton's own in the kernels made of matrix products: splits, tiles and limits that the contracts pass by."""
+"""Triton's own parts in the kernels made of matrix products: splits, tiles and limits that contracts do not reach."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def script(step: str) -> str:
     ],
 )
 def test_vitkern_comes_from_where_the_workflow_comes_from(asked, told, installed, tmp_path):
-    """Or from where the caller says; never by its name alone, which is anybody's to register."""
+    """Or from where the caller says; never by its name alone, which anyone could register."""
     (tmp_path / "python").write_text(FAKE_PYTHON)
     (tmp_path / "python").chmod(0o755)
     said = tmp_path / "said"

@@ -32,7 +32,7 @@ from vitkern.commands.choices import chosen
 from vitkern.commands.errors import CommandError
 
 _OF_BENCH = ("op", "case", "dtype", "without")
-# Of each part, the options that it would not heed.
+# The options without effect, by part.
 WITHOUT_EFFECT = {
     "correct": (*_OF_BENCH, "check"),
     "sanitize": (*_OF_BENCH, "check"),

@@ -2,7 +2,7 @@
 """PART=bench: all shapes, ours against every contender, forward and a training step, in three dtypes.
 
 The work is that of `vitkern bench run`, op by op and case by case, with more contenders; the file is of its kind, so
-`vitkern bench report` and `compare` read it. What a file has is not measured again.
+`vitkern bench report` and `compare` read it. Rows that the file has are not measured again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def today() -> str:
 def subjects(
     ops: Sequence[str] = (), cases: Sequence[str] = (), dtypes: Sequence[str] = (), device: str = "cuda"
 ) -> list[Subject]:
-    """What to measure, the shapes that tell most first."""
+    """The subjects to measure, the most telling shapes first."""
     wanted = [ALL_OPS[name] for name in chosen("op", ops, tuple(ALL_OPS)) or ALL_OPS]
     dtypes = chosen("dtype", dtypes, USUAL_DTYPES) or USUAL_DTYPES
     cases_exist(cases, (name for op in wanted for name in op.cases))
@@ -147,7 +147,7 @@ class Bench:
         self.ended = STATE / f"{path.stem}.ended"
 
     def open(self, wanted: Sequence[Subject]) -> list[Subject]:
-        """What is not all there, with those who lack a row."""
+        """The subjects with missing rows, each with the backends that lack one."""
         there = {store.key(row) for row in self.record["rows"]}
         found = []
         for subject in wanted:
@@ -160,7 +160,7 @@ class Bench:
             ]
             if lacking:
                 found.append(replace(subject, backends=tuple(lacking)))
-        # What ended a process comes last, so that it cannot keep the rest from being measured.
+        # A subject that ended a process comes last, so that the others are measured before it.
         return sorted(found, key=lambda subject: label_of(subject) in self._ended())
 
     def _ended(self) -> list[str]:
@@ -176,7 +176,7 @@ class Bench:
         self.ended.write_text("".join(f"{label}\n" for label in before if label != label_of(subject)))
 
     def measure(self, wanted: Sequence[Subject]) -> list[Subject]:
-        """What the time did not suffice for."""
+        """Measures the subjects; returns those that the time did not suffice for."""
         left = self.open(wanted)
         if left:
             self.machine = Machine(left[0].device, [DTYPES[name] for name in USUAL_DTYPES])
@@ -267,7 +267,7 @@ def _elsewhere(work: Problem) -> Problem:
 
 
 def _measured(group: Group, work: Problem) -> None:
-    """What raises when it is timed, after it was right, spoils the pass for all who took turns."""
+    """If timing raises an error, no row of the group has figures for this pass, though results were right."""
     try:
         group.measure(work, SECONDS / VISITS, ROUNDS)
     except Exception as error:
@@ -283,7 +283,7 @@ def _is_broken(row: store.Row) -> bool:
 
 
 def best(one: Mapping | None, other: Mapping) -> dict:
-    """Of the rates of several sessions the highest."""
+    """The highest rates of several sessions."""
     if one is None:
         return {what: dict(rates) for what, rates in other.items()}
     return {

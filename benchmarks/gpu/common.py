@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all parts share: the card, the commit, the time limit, and what the process exits with."""
+"""Shared by all parts: the card, the commit, the time limit and the exit statuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitkern.commands.errors import CommandError
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 STATE = ROOT / "build" / "gpu"
-DONE, FAILED, REFUSED, LEFT = 0, 1, 2, 3  # what the process exits with
+DONE, FAILED, REFUSED, LEFT = 0, 1, 2, 3  # exit statuses of the process
 SECONDS = 540.0
 
 
@@ -61,7 +61,7 @@ def demand_a_card() -> None:
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
-    """Of vitkern bench, with the commit that the user names where no repository tells it."""
+    """The environment that vitkern bench records; the user names the commit if there is no repository."""
     found = facts_of_the_machine()
     if found["commit"] is None and commit:
         found["commit"] = {"id": commit, "dirty": False}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whom vitkern's kernels are compared with, beside plain torch: torch.compile, torch's fused attention, every peer.
+"""The contenders of vitkern's kernels beside plain torch: torch.compile, torch's fused attention, every peer.
 
 All take the inputs of a workload, and each is checked against the formula before it is timed.
 """
@@ -27,12 +27,12 @@ OTHER_PEERS = {name: peer for name, peer in PEERS.items() if not name.startswith
 
 
 def known() -> tuple[str, ...]:
-    """Whom `names` may find, of any op."""
+    """All contenders that `names` may find, of any op."""
     return COMPILED, OURS_COMPILED, ATTENTION, *OTHER_PEERS
 
 
 def names(op: Op, device: str, without: Sequence[str] = ()) -> tuple[dict[str, Peer | None], dict[str, str]]:
-    """Of an op: who there is, with the peer where it is one; and of the others, why not."""
+    """An op's usable contenders, each with its peer if it is one; and the reasons why others are not usable."""
     of_the_op = [COMPILED, OURS_COMPILED]
     if op.name in BY_ATTENTION:
         of_the_op.append(ATTENTION)
@@ -63,7 +63,7 @@ def _no_compiler(device: str) -> str | None:
 
 
 def functions(op: Op, case: Case, work: Problem, found: dict[str, Peer | None]) -> dict[str, Function]:
-    """Of the work's inputs. They may be kept for work that is made anew: inputs of a case are always the same."""
+    """The contenders' functions of the work's inputs. They fit work that is made anew: its inputs are the same."""
     torch.compiler.reset()
     made: dict[str, Function] = {}
     for name, peer in found.items():

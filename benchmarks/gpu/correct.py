@@ -50,7 +50,7 @@ def tests(*arguments: str) -> tuple[str, ...]:
 
 
 def correct() -> list[Step]:
-    """What is installed; every test that needs a card; outputs, gradients and repeatability of each op and backend."""
+    """The steps: doctor; every test that needs a card; outputs, gradients and repeatability of each op and backend."""
     checks = [
         Step(f"check {op} {route}", vitkern(*CHECK, "--op", op, "--backend", route))
         for op in OPS
@@ -98,7 +98,7 @@ def run(steps: Sequence[Step], folder: Path, budget: Budget) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "steps.json"
     outcomes: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    # What failed comes last, so that it cannot keep the rest from ever being run.
+    # Failed steps come last, so that the others run before them.
     for step in sorted(steps, key=lambda step: outcomes.get(step.name, "").startswith("FAILED")):
         if outcomes.get(step.name) == "passed":
             print(f"{step.name}: passed before")
@@ -151,7 +151,7 @@ def _outcome_of_tests(step: Step, log: Path, limit: float) -> str:
 
 
 def _status(step: Step, command: Sequence[str], limit: float) -> int | None:
-    """What the command exits with; None where it was stopped, it and all that it started, when its time was over."""
+    """The command's exit status; None if it and its child processes were stopped because the time was over."""
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **step.environment}, start_new_session=True
     )

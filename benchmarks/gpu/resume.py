@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """pytest -p benchmarks.gpu.resume --outcomes FILE --until TIME: goes on with the tests that have no outcome yet.
 
-FILE has lines of JSON for each test that ran, of which the last counts. What passed or was skipped is not run again;
-what failed, or ended the process, comes last. An error of the card itself makes all later tests of a process fail, so
-it ends the run: the next one has a new process.
+FILE has lines of JSON for each test that ran, of which the last counts. Tests that passed or were skipped do not run
+again; tests that failed, or ended the process, come last. An error of the card itself makes all later tests of a
+process fail, so it ends the run: the next one has a new process.
 """
 
 from __future__ import annotations

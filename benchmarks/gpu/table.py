@@ -52,7 +52,7 @@ def main(results: Path, *, check: bool = False) -> int:
 
 
 def committed() -> str:
-    """What stands in the page."""
+    """The tables in the page."""
     return PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
 
 
@@ -100,7 +100,7 @@ def _group(rows: Sequence[store.Row], op: str, case: str, dtype: str, what: str)
 
 
 def _cells(group: dict[str, store.Row], words: str) -> list[str]:
-    """Of a group of contenders a line; none where no kernel of ours has a time."""
+    """The line of a group of contenders; empty if no kernel of ours has a time."""
     ours = best_of(group, OURS)
     if ours is None:
         return []
@@ -130,7 +130,7 @@ def best_of(group: dict[str, store.Row], names: Sequence[str]) -> str | None:
 
 
 def _means(rows: Sequence[store.Row]) -> Iterator[str]:
-    """Of all shapes, not of the shown ones: how many times as long the best of the others takes."""
+    """How many times as long the best of the others takes, over all shapes, not only those in the table."""
     groups: dict[tuple[object, ...], dict[str, store.Row]] = {}
     for row in rows:
         groups.setdefault(store.key(row)[:-1], {})[row["backend"]] = row

@@ -83,7 +83,7 @@ TABLES = (
     Table("token_project", "token_project", "launch_table", True, _TILES),
     Table("token_project", "tiles", "products_table", True, _PRODUCTS),
 )
-# Of csrc/: what a build is made with.
+# Constants of csrc/, which are compiled in.
 COMPILED_IN = (
     *("kThreads", "kMinBlocks", "kAtOnce", "kFilingLanes"),
     *("kBlockThreads", "kColumns", "kChunkBytes", "kBlocksWanted", "kBlocksAtLeast"),

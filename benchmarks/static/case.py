@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: a kernel, how it is compiled, where its time goes, and what its figures must be."""
+"""A measured case: a kernel, how it is compiled, where its time goes, and what its figures must be."""
 
 from __future__ import annotations
 

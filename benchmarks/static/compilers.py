@@ -37,7 +37,7 @@ def compile_file(source: Path, arch: int, folder: Path) -> dict[str, sass.Kernel
     for kernel in kernels.values():
         kernel.shared -= (
             1024 if arch >= 90 else 0
-        )  # what the driver keeps of each block, counted from sm_90 on
+        )  # reserved by the driver in each block, counted from sm_90 on
     names = subprocess.check_output(["c++filt"], input="\n".join(kernels), text=True).splitlines()
     return {_short(name): kernel for name, kernel in zip(names, kernels.values())}
 
@@ -62,7 +62,7 @@ def _short(name: str) -> str:
 
 
 def compile_triton(source: Triton, arch: int) -> sass.Kernel:
-    """What Triton makes of a kernel that is launched with pointers to 16-byte boundaries."""
+    """Compiles a kernel for pointers that are aligned to 16 bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

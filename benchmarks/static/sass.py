@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the assembler made of a kernel, read from its cubin without a GPU: resources, accesses, loops.
+"""The machine code of a kernel, read from its cubin without a GPU: resources, accesses, loops.
 
 Instructions are counted along the longest path, so that of two alternatives the dearer one counts, and one behind the
 other both. Code that only a diverged warp runs is left out.

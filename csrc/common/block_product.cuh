@@ -3,7 +3,7 @@
 //
 // Work split: eight warps in strips of 16 rows, and side by side where there are fewer strips than warps.
 // Memory: both factors come through shared memory in chunks of 128 bytes of depth; while the warps multiply
-// one chunk the next is on its way. What lies outside of a matrix is zero, so no tail is a special case.
+// one chunk the next is on its way. Elements outside of a matrix are zero, so no tail is a special case.
 #pragma once
 
 #include "common/warp_product.cuh"
@@ -32,7 +32,7 @@ struct Matrix {
         vectors(aligned(at_) && columns_ % (kVectorBytes / sizeof(T)) == 0) {}
 };
 
-// Brings kRows x kWidth of the matrix to shared memory, by all threads. Whoever reads them waits for copies and
+// Brings kRows x kWidth of the matrix to shared memory, by all threads. A reader waits for copies and
 // passes a barrier first.
 template <int kRows, int kWidth, typename T>
 __device__ __forceinline__ void copy_tile(T* to, const Matrix<T>& from, int64_t first_row,
@@ -113,7 +113,7 @@ struct SharedRows {
   __device__ __forceinline__ Resident<T> factor() const { return {at, stride}; }
 };
 
-// Who owns which sums of a tile of kRows x kColumns.
+// The threads that own the sums of a tile of kRows x kColumns.
 template <int kRows>
 struct BlockTile {
   static constexpr int kStrips = kRows / kStrip, kBeside = kBlockWarps / kStrips;
@@ -159,7 +159,7 @@ __device__ __forceinline__ void block_product(const Left& left, const Right& rig
                                               Sums<Accumulator<T>> (&sums)[BlockTile<kRows>::kTiles],
                                               const WithLeft& with_left = {}) {
   if (depth == 0) return;
-  __syncthreads();  // nobody reads what was in the stage any more
+  __syncthreads();  // after the last read of the stage's old content
 #pragma unroll 1
   for (int64_t k = 0, which = 0;; k += kChunk<T>, which ^= 1) {
     if (k < depth) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ void block_product(const Left& left, const Right& rig
     }
     if (k >= depth) break;
     wait_for_copies();
-    __syncthreads();  // the chunk has arrived, and nobody reads the one before
+    __syncthreads();  // the chunk has arrived, and the one before is read no more
   }
 }
 
@@ -201,7 +201,7 @@ __device__ __forceinline__ void for_rows(Sums<Accumulator<T>> (&sums)[BlockTile<
   using A = Accumulator<T>;
   constexpr int kVector = kVectorBytes / sizeof(T), kPerRow = kColumns / kVector;
   A* all = reinterpret_cast<A*>(stage.bytes);
-  __syncthreads();  // nobody reads chunks any more
+  __syncthreads();  // after the last read of a chunk
   for_pairs<kRows>(sums, [&](int row, int column, A left, A right) {
     *reinterpret_cast<Vector<A, 2>*>(all + row * stage.kSumsStride + column) = {left, right};
   });

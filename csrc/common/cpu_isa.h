@@ -15,7 +15,7 @@ namespace vitkern {
 enum class CpuIsa { kBaseline, kAvx2, kAvx512 };
 
 std::vector<std::string> compiled_cpu_isas();
-std::vector<std::string> supported_cpu_isas();  // those of them that this chip runs
+std::vector<std::string> supported_cpu_isas();  // the subset that this chip runs
 
 // The set that the next call uses. Choosing one that is not supported throws std::invalid_argument.
 CpuIsa cpu_isa();

@@ -11,7 +11,7 @@ enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16
 // The type that sums are made in.
 constexpr DType accumulator(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
 
-// Of an element.
+// The size of an element.
 constexpr int64_t bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }

@@ -31,7 +31,7 @@ struct ExpConstants<double> {
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
 };
 
-// Of the Taylor series: 1 / k!
+// Coefficients of the Taylor series: 1 / k!
 template <typename T>
 struct Taylor {
   T coefficient[ExpConstants<T>::kDegree + 1];

@@ -39,7 +39,7 @@ template <typename Function>
 Function driver_function(const char* name) {
   void* address = nullptr;
 #if CUDART_VERSION >= 12050
-  constexpr unsigned kVersion = 11000;  // whose signature is meant
+  constexpr unsigned kVersion = 11000;  // the version of the function's signature
   check_cuda(cudaGetDriverEntryPointByVersion(name, &address, kVersion, cudaEnableDefault), name);
 #else
   check_cuda(cudaGetDriverEntryPoint(name, &address, cudaEnableDefault), name);
@@ -105,7 +105,7 @@ inline std::string launch_failure(const char* name, dim3 grid, dim3 block, size_
 
 inline int64_t blocks_of(int64_t items, int64_t of_block) { return (items + of_block - 1) / of_block; }
 
-constexpr int64_t kBlocksWanted = 512;  // what keeps the largest cards busy, if blocks are all that counts
+constexpr int64_t kBlocksWanted = 512;  // keeps the largest cards busy, if blocks are all that counts
 
 // For the first axis of a grid, the only one that can be long.
 inline unsigned grid_blocks(int64_t blocks) {
@@ -137,7 +137,7 @@ inline void allow_most_shared_bytes(const char* name, const void* kernel) {
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   if (allowed.count({kernel, device})) return;
-  const int most = static_cast<int>(most_shared_bytes());  // none of it is static in kernels that ask for it
+  const int most = static_cast<int>(most_shared_bytes());  // such kernels have no static shared memory
   const std::string doing = std::to_string(most) + " bytes of shared memory for kernel " + name;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), doing.c_str());
   allowed.insert({kernel, device});

@@ -72,7 +72,7 @@ VITKERN_INLINE void unrolled(const Body& body) {
   call_each(body, typename IndicesBelow<kCount>::Type{});
 }
 
-// Of kRows rows of A and kVectors vectors of columns of B, whose row k starts at b + k * b_step.
+// The sums of kRows rows of A and kVectors vectors of columns of B, whose row k starts at b + k * b_step.
 template <int kRows, int kVectors, typename Acc>
 VITKERN_INLINE Sums<kRows, kVectors, Acc> multiply(Strided<Acc> a, const Acc* b, int64_t b_step,
                                                    int64_t depth) {

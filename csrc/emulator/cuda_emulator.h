@@ -36,7 +36,7 @@ constexpr size_t kCopyBytes = 16;  // of cp.async
 
 enum class Waits { kForNothing, kForBlock, kForWarp, kEnded };
 
-// What a lane brings to an operation of its warp, and what it takes away.
+// A lane's input to an operation of its warp, and its result.
 struct Meeting {
   const char* operation;
   unsigned mask;
@@ -75,7 +75,7 @@ class Block {
     return block;
   }
 
-  Fiber* fiber = nullptr;  // who runs now
+  Fiber* fiber = nullptr;  // the running thread
   dim3 grid_dim, block_dim;
   uint3 index{};
   std::vector<char> dynamic_shared;
@@ -83,7 +83,7 @@ class Block {
   void run(const char* kernel, dim3 grid, dim3 block, uint3 block_index, size_t shared_bytes,
            const std::function<void()>& body) {
     kernel_ = kernel, grid_dim = grid, block_dim = block, index = block_index, body_ = &body;
-    // Exactly the size asked for, and NaN: overruns meet a red zone, and reading what nobody wrote shows.
+    // Exactly the requested size, and NaN: overruns meet a red zone, and reads of unwritten memory show.
     std::vector<char>(shared_bytes, '\xff').swap(dynamic_shared);
     threads_ = static_cast<int>(block.x * block.y * block.z);
     all_hold_ = true;

@@ -28,7 +28,7 @@
 
 namespace emulator {
 
-// Of the running thread.
+// The indices of the running thread, and its launch's extents.
 #ifdef VITKERN_RACES
 __attribute__((const)) uint3 thread_index();
 __attribute__((const)) uint3 block_index();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The types of CUDA's headers that the kernels use, for a compiler that knows none of them. Always used
+// The types of CUDA's headers that the kernels use, for a compiler that has none of them. Always used
 // by the emulator, toolkit or not, so that there is one path. The 16-bit types hold bits and convert as
 // the hardware does.
 #pragma once

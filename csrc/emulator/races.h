@@ -36,8 +36,8 @@ namespace races {
 
 enum class Access { kRead, kWrite, kUpdate };  // an update is atomic
 
-// What a thread is ordered after: all of its block before barrier `epoch`, and of its warp each lane up to a number,
-// which the lane itself raises where others can tell before from after. races.cpp has the argument.
+// A thread is ordered after all accesses of its block before barrier `epoch`, and after each lane of its warp up to a
+// number, which the lane itself raises where others can tell before from after. races.cpp has the argument.
 struct Clock {
   uint32_t block = 0, epoch = 0;
   int thread = 0;
@@ -48,7 +48,7 @@ struct Clock {
 std::mutex& one_launch();  // at a time
 std::vector<int64_t> order_of_blocks(int64_t count);
 void launch_begins(const char* kernel, const void* function, int64_t blocks);
-std::string launch_ends();  // what was found, or nothing
+std::string launch_ends();  // the races found, or nothing
 void block_begins(uint3 index, int threads, const void* dynamic_shared, size_t bytes);
 void names_dynamic_shared(const char* name);
 void thread_runs(int thread, const void* stack, size_t bytes);

@@ -14,10 +14,10 @@
 // So access (block, epoch, thread, own number n) is before a thread's present iff it is of the same block and
 // of an earlier epoch, or of the same epoch and warp and n <= lanes[its lane]. See ordered().
 //
-// What is kept of each two bytes: the last write, and the reads and atomic updates since then. A later access that is
+// The shadow of each two bytes: the last write, and the reads and atomic updates since then. A later access that is
 // ordered after the write is ordered after all that the write was ordered after, and where it was not, that is
-// reported already. Of reads one is kept of another warp or block, which no write of this block's epoch can be
-// ordered after, and beside it those of one warp's lanes. The same for updates. See Accesses.
+// reported already. The shadow keeps one read of another warp or block, which no write of this block's epoch can be
+// ordered after, and the reads of one warp's lanes. The same for updates. See Accesses.
 #pragma once
 
 #include <array>

@@ -9,7 +9,7 @@
 
 namespace emulator {
 
-// What the caller's lanes bring to an operation, by lane. Nobody may lay down the next before all have read.
+// The inputs of the caller's lanes to an operation, by lane. All lanes read them before the next are laid down.
 template <typename Held>
 const std::array<Held, kWarpLanes>& lay_down(const char* operation, const Held& held) {
   static thread_local std::array<std::array<Held, kWarpLanes>, 1024 / kWarpLanes> tables;

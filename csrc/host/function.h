@@ -15,7 +15,7 @@ namespace vitkern {
 struct TensorView;
 
 using Arguments = PyObject* const*;
-// Of the arguments, their number, and views of the tensors among them, if the caller has borrowed those already.
+// Takes the arguments, their number, and views of the tensors among them, if the caller has borrowed those already.
 using Positional = std::function<pybind11::object(Arguments, Py_ssize_t, const TensorView*)>;
 
 inline PyObject* call_positional(PyObject* self, Arguments arguments, Py_ssize_t count) {

@@ -9,8 +9,8 @@
 // type; grad_locations and grad_weights are written once, coalesced.
 // Fused form: (6) of a query's points waits in grad_weights until the sum in (11) is known; its lane
 // reads it again.
-// Numerics: only the order of the reductions into grad_value is left to chance. Those of floats flush subnormals,
-// below 1.2e-38, to zero.
+// Numerics: only the order of the reductions into grad_value is left to chance. Reductions of floats flush
+// subnormals, below 1.2e-38, to zero.
 #pragma once
 
 #include "common/atomics.cuh"

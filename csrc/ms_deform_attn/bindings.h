@@ -53,7 +53,8 @@ void read_forward(MsDeformAttnParams& p, const TensorView* in, const TensorView*
   p.output = out[0].address();
 }
 
-// The gradients are in the order of the tensors. That of the reference points is of the places that they lead to.
+// The gradients are in the order of the tensors. In place of the reference points' gradient
+// stands that of the locations.
 template <bool kFused>
 void read_backward(MsDeformAttnParams& p, const TensorView* in, const TensorView* out) {
   p.grad_output = in[0].address();

@@ -38,7 +38,7 @@ void check_sizes(const MsDeformAttnParams& p) {
   if (p.pixels > INT32_MAX) throw std::invalid_argument("ms_deform_attn: value has 2^31 pixels or more");
 }
 
-// Of rows without channels nothing depends on locations and weights.
+// If rows have no channels, nothing depends on locations and weights.
 void clear_point_gradients(const MsDeformAttnParams& p) {
   const size_t points = p.batch * p.queries * p.heads * p.points;
   if (p.grad_locations) memset(p.grad_locations, 0, 2 * points * bytes(p.coord_dtype));

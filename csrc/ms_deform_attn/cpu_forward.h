@@ -68,7 +68,7 @@ void gather_all(const AnyRows& rows, const Tile<Acc>& tile, int64_t first, int64
   for (; at < channels; at += N) gather<1, kUsed>(rows.from(at), tile, first, out + at);
 }
 
-// What a worker needs for itself.
+// The memory of one worker.
 template <typename T>
 struct ForwardWorker {
   using Acc = Accumulator<T>;

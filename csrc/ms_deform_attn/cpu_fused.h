@@ -16,13 +16,13 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-// What makes weights of logits: w = exp(z - maximum) * scale.
+// Turns logits into weights: w = exp(z - maximum) * scale.
 template <typename Acc>
 struct Softmax {
   Acc maximum, scale;
 };
 
-// What a worker needs beside its tile. Arrays are over the points of the tile if not said otherwise.
+// The memory of one worker beside its tile. Arrays are over the points of the tile if not said otherwise.
 template <typename Acc>
 struct Fusion {
   Acc* one;                  // the unit of x and y: offsets come out in pixels
@@ -32,7 +32,7 @@ struct Fusion {
   Acc *maximum, *scale;      // of each point's query
   Acc* places;               // [points, 2] gradients of locations
   Softmax<Acc>* softmax;     // [queries]
-  const Level* levels;       // whose points are in the tile
+  const Level* levels;       // the levels of the tile's points
   int64_t level_count;
   const Softmax<Acc>* known;  // [B, M, Q], or null: every tile holds all points of its queries
   Acc* grad_weights;          // [B, Q, M, K] gradients of the weights
@@ -134,7 +134,7 @@ void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDefo
   place(tile.y, fusion.reach_y, fusion.anchor_y, tile.height);
 }
 
-// Of one row of logits, which has a vector's room behind it.
+// The largest of a row of logits, which has a vector's room behind it.
 template <typename Acc>
 VITKERN_INLINE Acc largest_of(const Acc* logits, int64_t count) {
   constexpr int N = kLanes<Acc>;

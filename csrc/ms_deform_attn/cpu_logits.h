@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kRowsOfTask = 512;  // of logits, one row for each query and head
 
-// Of one row of logits. A NaN makes the scale NaN, as do infinities that have no softmax.
+// The softmax of a row of logits. A NaN makes the scale NaN, as do infinities that have no softmax.
 template <typename Acc>
 Softmax<Acc> softmax_of(const Acc* logits, int64_t count) {
   constexpr int N = kLanes<Acc>;

@@ -37,7 +37,7 @@ struct Tile {
   Acc *width, *height;
   Index *columns, *rows, *start;
 
-  // What a location of 1 stands for, in pixels: the level's size; in the fused form, one pixel.
+  // Pixels that a location of 1 stands for: the level's size; in the fused form, one pixel.
   const Acc *unit_x, *unit_y;
 
   // Locations and weight of each point. x and y become the shares of the right and bottom corners.

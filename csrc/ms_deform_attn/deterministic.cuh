@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// What a pixel takes of one point: a share of one row of grad_output.
+// The contribution of one point to a pixel: a share of one row of grad_output.
 template <typename A>
 struct alignas(16) Part {
   int64_t row;
@@ -91,7 +91,7 @@ __device__ __forceinline__ void add_run(const Task& task, const Level<A>* levels
         begin + lane < end &&
         part_of_pixel<T, kFused>(task, levels, __ldg(order + begin + lane), softmax, level, place, part);
     const unsigned takers = __ballot_sync(kWholeWarp, takes);
-    __syncwarp();  // nobody reads the last round's parts any more
+    __syncwarp();  // after the last read of the previous round's parts
     if (takes) parts[count_before(takers)] = part;
     __syncwarp();
     const int count = __popc(takers);

@@ -22,7 +22,7 @@ static_assert(kThreads % kWarpLanes == 0);
 template <typename T>
 constexpr int kMinBlocks = sizeof(Accumulator<T>) == 4 ? 4 : 2;
 
-// MsDeformAttnParams as the kernels want them, made by cuda.cu: sizes that were checked to fit 32 bits, and
+// MsDeformAttnParams in the kernels' form, made by cuda.cu: sizes that were checked to fit 32 bits, and
 // quotients that each thread would have to work out again. A Task that held the parameters themselves would be shorter,
 // and costs the fused gather_grad_value of floats 51 registers for 48 on sm_80, 53 for 48 on sm_90: 50 % of the threads
 // for 62 %.
@@ -109,7 +109,7 @@ __device__ __forceinline__ void store_coordinate(void* data, int64_t index, bool
   }
 }
 
-// What the levels may take of shared memory, beside what the kernels declare.
+// Shared memory that the levels may take, beside the arrays that the kernels declare.
 constexpr size_t kLevelBytes = 16 << 10;
 
 template <typename... Declared>

@@ -21,7 +21,7 @@ __device__ __forceinline__ int stage_touching(const Task& task, const Level<Accu
   const bool mine = point < (place.exists ? task.points : 0);
   const Sample<Accumulator<T>> sample = locate<T>(task, levels, form, mine, mine ? point : 0, nearest);
   const unsigned touching = team_ballot<kLanes>(sample.touches);
-  __syncwarp();  // nobody reads the last round's points any more
+  __syncwarp();  // after the last read of the previous round's points
   if (sample.touches) points[count_before(touching)] = corners_of(task, sample, nearest);
   __syncwarp();
   return __popc(touching);

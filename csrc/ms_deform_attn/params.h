@@ -56,7 +56,7 @@ struct MsDeformAttnParams : Target {
   Reference reference;            // fused form only
   const void* grad_output;        // [B, Q, M, D], backward only
 
-  // Outputs, all fully written unless said otherwise. A gradient that nobody wants is a null pointer.
+  // Outputs, all fully written unless said otherwise. A gradient that is not needed is a null pointer.
   void* output;          // [B, Q, M, D], forward only
   void* grad_value;      // [B, S, M, D]: cpu: value_dtype; cuda: accumulator type, zero-filled by the caller
   void* grad_locations;  // [B, Q, M, K, 2]

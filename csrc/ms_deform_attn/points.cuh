@@ -163,7 +163,7 @@ __device__ __forceinline__ Sample<A> locate(const Task& task, const Level<A>* le
   return {touches, weight, column, row, level};
 }
 
-// What the lanes of a team need of a point: how much of which pixels, eq. (1). Nearest uses the first only.
+// A point as the lanes of a team read it: how much of which pixels, eq. (1). Nearest uses the first only.
 // Offsets count from the first pixel of the image and head, in vectors of Team::kVector channels; in the
 // deterministic kernels, in pixels.
 template <typename A>

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lets packages be imported whose compiled parts are missing or not for this torch. Tests need none of them."""
+"""Makes packages importable whose compiled parts are missing or not for this torch. Tests need none of these parts."""
 
 import importlib.util
 

@@ -150,7 +150,7 @@ def build(family: str, **options: Any) -> nn.Module:
 
 
 def inputs(family: str) -> dict[str, Any]:
-    """Two images, the right quarter of the second one padding, where a model knows such a thing; and texts."""
+    """Two images, the right quarter of the second one padding if the model takes a mask; and texts."""
     pixels = seeded("pixels", (2, 3, SIZE, SIZE))
     given: dict[str, Any] = dict(pixel_values=pixels)
     mask = torch.ones(2, SIZE, SIZE, dtype=torch.long)

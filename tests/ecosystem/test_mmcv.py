@@ -140,7 +140,7 @@ def test_a_detector_trains_on_the_kernels():
 @pytest.mark.slow
 @pytest.mark.skipif("VITKERN_MMCV" not in os.environ, reason="VITKERN_MMCV names no checkout")
 def test_its_own_test(tmp_path):
-    """But for the device, and the width of 1025, whose Jacobian takes gigabytes."""
+    """Except for the device, and the width of 1025, whose Jacobian takes gigabytes."""
     source = Path(os.environ["VITKERN_MMCV"]) / "tests" / "test_ops" / "test_ms_deformable_attn.py"
     text = source.read_text(encoding="utf-8")
     for old, new in (

@@ -43,7 +43,7 @@ void print_product(const char* name) {
   std::printf("\n");
 }
 
-// What shared memory holds before and after the wait: a copy may arrive at any time between, so it is not a number.
+// Shared memory before and after the wait: a copy may arrive at any time between, so until then it is not a number.
 __global__ void copies(const float* in, float* out) {
   alignas(16) __shared__ float target[8];
   target[threadIdx.x] = -1;

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def backends_of(name: str | None) -> tuple[str, ...]:
-    """Those that can run here; says why others cannot."""
+    """The backends that can run here; says why others cannot."""
     from tools.fuzzing.call import left_out, routes
 
     asked = tuple(BACKENDS) if name is None else (name,)

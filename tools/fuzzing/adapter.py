@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapter_bottleneck computes: docs/derivations/adapter_bottleneck.md, whose equations are cited, in float64."""
+"""The formula of adapter_bottleneck in float64; the equations cited are in docs/derivations/adapter_bottleneck.md."""
 
 from __future__ import annotations
 

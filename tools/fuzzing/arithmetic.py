@@ -55,7 +55,7 @@ def either(one: Bounded, other: Bounded) -> Bounded:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What one operation may be off by: `unit` of its result, and `smallest` where results near zero are flushed."""
+    """The error bound of one operation: `unit` of its result, and `smallest` where results near zero are flushed."""
 
     name: str
     unit: float
@@ -193,5 +193,5 @@ OF = {each.name: each for each in (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)}
 
 
 def accumulator(dtype: str) -> Arithmetic:
-    """What kernels make their sums in."""
+    """The accumulator of kernels for a dtype."""
     return FLOAT64 if dtype == "float64" else FLOAT32

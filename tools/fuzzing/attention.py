@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ms_deform_attn and ms_deform_attn_fused compute, in float64: docs/derivations/ms_deform_attn.md."""
+"""The formulas of ms_deform_attn and ms_deform_attn_fused, in float64: docs/derivations/ms_deform_attn.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Results = dict[str, Bounded]
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the points of one level give: terms of the output and the gradients of each point."""
+    """The results of one level's points: terms of the output and the gradients of each point."""
 
     terms: Bounded  # [B, Q, M, P * C, D], of (1)
     weights: Bounded  # [B, Q, M, P], (6)
@@ -104,7 +104,7 @@ class Attention:
         return given.reshape(rows.size, channels), rows.reshape(-1)
 
     def _widened(self, at: Touched, other: Touched, w: Array) -> Wider:
-        """What changes where points lie in other cells."""
+        """The change of the results if points lie in other cells."""
         lost = np.abs(at.share.value - _matched(at, other)) * (at.pixel >= 0)
         moved = _unmatched(other, at)
         read, read_there = _read(self.value, at.pixel), _read(self.value, other.pixel)

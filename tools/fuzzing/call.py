@@ -31,7 +31,7 @@ def _known() -> list[Route]:
 
 
 def routes() -> dict[str, list[Route]]:
-    """Those that can run here."""
+    """The ways that can run here, by backend."""
     usable = [route for route in _known() if route.reason is None]
     return {name: [route for route in usable if route.backend == name] for name in BACKENDS}
 
@@ -111,7 +111,7 @@ def _numbers(tensor: Tensor, *dtypes: str) -> Array:
 
 
 def factors(case: Case) -> Arithmetic:
-    """What factors of a second product are brought to: tensor cores take the type of x."""
+    """The arithmetic that rounds the factors of a second product: tensor cores take the type of x."""
     if truncates(case):
         return TRUNCATED
     return OF[case.dtype] if case.backend in ("cuda", "triton") else accumulator(case.dtype)

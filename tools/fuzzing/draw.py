@@ -36,7 +36,7 @@ class Case:
     tables: tuple[Any, Any] = (None, None)  # the levels and their first pixels as they are given
     options: dict[str, Any] = field(default_factory=dict)
     grad_output: Tensor = field(default_factory=lambda: torch.empty(0))
-    wanted: tuple[str, ...] = ()  # whose gradients
+    wanted: tuple[str, ...] = ()  # the tensors whose gradients are needed
     isa: int = 0  # which of the instruction sets
     threads: int = 1
     deterministic: bool = False
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def first(self) -> Tensor:
-        """Whose type is that of the result."""
+        """The tensor whose type the result has."""
         return self.tensor(next(iter(self.tensors)))
 
     @property
@@ -63,7 +63,7 @@ class Case:
 
 
 class Draw:
-    """What the parts of a case are drawn with."""
+    """Draws the parts of a case."""
 
     def __init__(self, case: Case, rng: np.random.Generator) -> None:
         self.case, self.rng = case, rng
@@ -126,7 +126,7 @@ class Draw:
         self.case.tensors[name] = self.placed(self.numbers(shape, dtype))
 
     def finish(self, output: Sequence[int], dtype: str) -> Case:
-        """What comes after the op's own: grad_output, and whose gradients are wanted."""
+        """Adds grad_output, and the tensors whose gradients are needed, to the op's own parts."""
         case = self.case
         case.grad_output = self.placed(self.numbers(output, dtype))
         names = [name for name, tensor in case.tensors.items() if tensor is not None]

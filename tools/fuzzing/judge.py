@@ -71,7 +71,7 @@ def through(case: Case, name: str, known: Bounded, dtype: torch.dtype) -> Bounde
 
 
 def judge(case: Case, results: dict[str, Tensor], expected: dict[str, Bounded]) -> list[Wrong | str]:
-    """What is wrong, in words; nothing if nothing is."""
+    """The faults, in words; empty if there are none."""
     found: list[Wrong | str] = []
     shapes = {"output": case.grad_output, "attention": case.first}
     for name in ("output", *case.wanted, *(["attention"] if "attention" in results else [])):

@@ -69,7 +69,7 @@ def _attempt(
 
 
 def describe(case: Case) -> str:
-    """All of a case in words, for whoever looks into it."""
+    """The whole case in words."""
     levels = f", levels {case.levels} from {case.starts}" if case.levels else ""
     lines = [f"options {case.options}{levels}"]
     lines.append(f"gradients of {', '.join(case.wanted) or 'nothing'}; around the call: {case.mode}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What token_pool and token_project compute, in float64: the equations of their pages in docs/derivations."""
+"""The formulas of token_pool and token_project, in float64: the equations of their pages in docs/derivations."""
 
 from __future__ import annotations
 

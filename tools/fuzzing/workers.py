@@ -114,7 +114,7 @@ class Worker:
             pass
 
     def look(self) -> str | None:
-        """What happened to the process, after which the next one has begun; None if it is well."""
+        """The fault of the process, after which the next one has begun; None if there is none."""
         now, number = time.monotonic(), self.shared[_NUMBER]
         if number != self.seen[0]:
             self.seen = number, now
