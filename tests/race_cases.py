@@ -77,13 +77,20 @@ def attention(
     names = ("output", "grad_value", "grad_locations", "grad_weights", "grad_places")
     given = ("value", "spatial_shapes", "level_start_index", "locations", "weights", "reference_points")
     inputs = dict(zip(given, (*args[:5], args[7])))
+
+    def plain(wanted: torch.dtype | None) -> list[Tensor]:
+        results = test_cuda_emulated.plain(args, grad_output, wanted or dtype)
+        if wide and wanted is None:  # plain torch has the points in value's dtype
+            results = [*results[:2], *(result.float() for result in results[2:])]
+        return results
+
     return Call(
         {name: tensor for name, tensor in inputs.items() if tensor is not None}
         | {"grad_output": grad_output},
         lambda: test_cuda_emulated.ours(
             args, grad_output, needed=(True,) * (4 if numbers else 3), deterministic=deterministic
         ),
-        lambda wanted: test_cuda_emulated.plain(args, grad_output, wanted or dtype),
+        plain,
         names,
         "" if deterministic else "grad_value",
     )
@@ -128,7 +135,8 @@ def project(dtype, pixels, channels, tokens, keys) -> Call:
     tensors = test_token_project.make(TokenCase("", "", 2, pixels, channels, tokens), _CPU, dtype, keys=keys)
     ours, oracle = test_token_project.call("cuda"), test_token_project.call("reference")
     names = ("x", "query", "key", "tokens")
-    return _dense(dict(zip(names, tensors)), ours, oracle, test_token_project.NAMES)
+    results = ("output", *(f"grad_{name}" for name in names))
+    return _dense(dict(zip(names, tensors)), ours, oracle, results)
 
 
 def _of(dtype: torch.dtype) -> str:
