@@ -13,7 +13,7 @@ cuda_version: str | None
 cuda_architectures: str
 cuda_reason: str
 
-# Of the driver and of the runtime that the kernels are linked to: 12020 is 12.2, and 0 none.
+# Versions of the driver and of the runtime that the kernels are linked to: 12020 is 12.2, and 0 is none.
 def cuda_driver() -> tuple[int, int]: ...
 def compiled_cpu_isas() -> list[str]: ...
 def supported_cpu_isas() -> list[str]: ...
@@ -49,9 +49,9 @@ def fast_backward(
 
 # Shape of an output that a call allocates, its dtype (None: that of the first tensor), and whether it is zeros.
 Spec = tuple[Sequence[int], torch.dtype | None] | tuple[Sequence[int], torch.dtype | None, bool]
-# Of an op's tensors, None where there is none: its output, or a tuple of its outputs.
+# A function of an op's tensors, with None for absent ones. It returns the op's output, or a tuple of its outputs.
 Forward = Callable[..., Any]
-# Of a tuple that says which gradients are wanted, of grad_output and the tensors: the gradients, None where unwanted.
+# A function of the needed flags, grad_output and the tensors. It returns the gradients, None for those not needed.
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 class AdapterOptions(TypedDict):

@@ -42,7 +42,7 @@ __all__ = [
     "unpatch",
 ]
 
-# Where public names live. They are imported when used: the command line answers before torch would have loaded.
+# The modules of public names. They are imported on first use, so that the command line answers without loading torch.
 _HOMES = {
     "adapter_bottleneck": "vitkern.functional",
     "create_model": "vitkern.models",
@@ -69,16 +69,16 @@ def _load(name: str) -> object:
 
 
 def _register(torch: object) -> None:
-    """Defines torch.ops.vitkern, which exported programs look for, as soon as torch and vitkern are both imported."""
+    """Defines torch.ops.vitkern, which exported programs look for, once torch and vitkern are both imported."""
     imports.withdraw("torch")
     with contextlib.suppress(
         ImportError
-    ):  # `vitkern doctor` runs without; every other use says why it cannot
-        functions = vars(import_module("vitkern.functional"))  # or what is there if it is this import's cause
+    ):  # `vitkern doctor` runs without the ops; every other use raises the reason
+        functions = vars(import_module("vitkern.functional"))  # or a part of it, if its import is in progress
         globals().update({name: functions[name] for name in _HOMES if name in functions})
 
 
-if not TYPE_CHECKING:  # a checker is to see the names above and no others
+if not TYPE_CHECKING:  # a type checker must see only the names above
 
     def __getattr__(name: str) -> object:
         if name not in (*__all__, *_MODULES):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vitkern`. Only the subcommand that runs is imported: `doctor` has to work where nothing else does."""
+"""The command `vitkern`. Only the running subcommand is imported: `doctor` has to work where nothing else does."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """What the process is to exit with: 2 where what was asked for cannot be had."""
+    """Returns the exit status: 2 if a request cannot be met."""
     arguments = make_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if arguments.run is _run:
-            raise  # the script's own, with the line that it was at
+            raise  # from the script, with its own traceback
         print(f"vitkern {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return status

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The maths of every op in plain PyTorch: the oracle that the kernels are checked against.
 
-Written to be read: any dtype and device, no host reads, differentiable any number of times. It also serves calls that
-no kernel runs, and second derivatives. Equation numbers are those of ``docs/derivations``.
+The code is written to be read: any dtype and device, no host reads, differentiable any number of times. It also serves
+calls that no kernel runs, and second derivatives. Equation numbers are those of ``docs/derivations``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def ms_deform_attn(
     level_start_index: Tensor,  # [L]
     sampling_locations: Tensor,  # [B, Q, M, K, 2] as (x, y)
     attention_weights: Tensor,  # [B, Q, M, K]
-    points_per_level: tuple[int, ...],  # L numbers, K in all
+    points_per_level: tuple[int, ...],  # L numbers; their sum is K
     method: str = "bilinear",
 ) -> Tensor:  # [B, Q, M * D]
     """Sum over the points of weight times sample, eq. (1)."""
@@ -121,7 +121,7 @@ def ms_deform_attn_by_grid_sample(
     sampling_locations: Tensor,  # [B, Q, M, L, P, 2]
     attention_weights: Tensor,  # [B, Q, M, L, P]
 ) -> Tensor:  # [B, Q, M * D]
-    """The usual form without kernels: one ``grid_sample`` a level. The baseline of the benchmarks."""
+    """The usual form without kernels: one ``grid_sample`` per level. It is the baseline of the benchmarks."""
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # [B * M, Q, L, P, 2]
@@ -149,7 +149,7 @@ def adapter_bottleneck(
     up_bias: Tensor | None,  # [C]
     residual: Tensor | None = None,  # [..., C]
     scale: Tensor | float = 1.0,  # one number
-    seed: Tensor | None = None,  # [1] int64: dropout, of its mask
+    seed: Tensor | None = None,  # [1] int64: the dropout mask's
     dropout_p: float = 0.0,
     activation: str = "relu",
 ) -> Tensor:  # [..., C]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine can do, measured in the same run: how fast it copies, and how fast it multiplies matrices.
+"""The limits of the machine, measured in the same run: the rates of copies and of matrix products.
 
-A row's limit is the longer of two times: that of moving what has to be moved, inputs and results once each, at the rate
-of a copy, and that of the op's multiplications and additions at the rate of a matrix product. On a CPU the rate of a
-copy depends on which cache holds it, so it is measured at several sizes, and a row is held to that of its own size.
-Kernels that gather touch each pixel many times and never come near; the share says how much the op is worth, not the
-code.
+A row's limit is the longer of two times: that of moving its inputs and results once each, at the rate of a copy, and
+that of the op's multiplications and additions at the rate of a matrix product. On a CPU the rate of a copy depends on
+the cache that holds it, so it is measured at several sizes, and a row's limit uses the rate at the row's own size.
+Kernels that gather touch each pixel many times and stay far from the limit; their share depends on the op, not on the
+quality of the code.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vitkern.commands.choices import dtype_name
 
 Ceilings = dict[str, Any]
 COPIED = {"cpu": [2**20 * 4**n for n in range(5)], "cuda": [2**30]}  # bytes read and written, together
-PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns, of a product that is fast enough
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of a product that is large enough for the full rate
 
 
 class Machine:
-    """The best that a device has done in a run so far. It is asked again and again: a neighbour may spoil an answer."""
+    """The best rates of a device in a run so far, measured repeatedly: other processes may slow a measurement."""
 
     def __init__(self, device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
         self.clock = clock_of(device)
@@ -60,14 +60,14 @@ class Machine:
 
 
 def _copy(size: int, device: torch.device) -> Run:
-    # Of numbers: zeros that nobody has written lie in one page of memory, and cards do less work for them.
+    # Random numbers: untouched zeros all lie in one page of memory, and cards do less work for zeros.
     source = torch.randn(size // 8, device=device).view(torch.uint8)
     target = torch.zeros_like(source)
     return functools.partial(target.copy_, source)
 
 
 def _product_size(dtype: torch.dtype, device: torch.device) -> int:
-    """A processor without instructions for a dtype takes a hundred times as long: it is given less to do."""
+    """Rows and columns: fewer for a dtype that lacks instructions here and so takes a hundred times as long."""
     size = PRODUCT[device.type] // 4
     run = _product(size, dtype, device)
     clock = clock_of(device)
@@ -92,20 +92,20 @@ def copy_rate(ceiling: Ceilings, size: int) -> float:
 
 
 def product_rate(ceiling: Ceilings, dtype: str) -> float:
-    """GFLOP/s. 16-bit inputs may be multiplied as float32 where the machine is faster at that."""
+    """GFLOP/s. For 16-bit inputs, which may be multiplied as float32, it is the higher of the two rates."""
     rates: Mapping[str, float] = ceiling["product"]
     return rates[dtype] if dtype == "float64" else max(rates[dtype], rates["float32"])
 
 
 def limit(ceiling: Ceilings, dtype: str, moved: int, operations: int) -> tuple[float, str]:
-    """Milliseconds that the machine needs at least, and for what: "memory" or "arithmetic"."""
+    """The least milliseconds that the machine needs, and for what: "memory" or "arithmetic"."""
     memory = moved / copy_rate(ceiling, moved) / 1e6
     arithmetic = operations / product_rate(ceiling, dtype) / 1e6
     return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
 
 
 def cost(op: Op, case: Case, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """For each pass, bytes that have to be moved, inputs and results once each, and operations as torch counts them."""
+    """Bytes and operations of each pass: inputs and results once each, and operations as torch counts them."""
     work = op.workload(case, dtype, "meta")
     leaves = [tensor.requires_grad_() for tensor in work.inputs.values()]
     with FlopCounterMode(display=False) as counter:
@@ -126,8 +126,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 # Kernels of torch, of fixed size, that are timed in turn with each row, so that runs of different hours can be
-# compared: a neighbour or a warm processor slows both. Of like character: what slows gathers need not slow products.
-# They are small enough to stay in a core's own cache: out of the shared one, their own times would swing by half.
+# compared: other processes or a warm processor slow both. An anchor resembles the op, since products need not slow down
+# when gathers do. Anchors fit into a core's own cache: out of the shared one, their times would vary by half.
 ANCHORS = {
     "gather": "torch.nn.functional.grid_sample, float32, 32 channels, random places",
     "product": "torch.mm, float32, square",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of `vitkern bench`. What they start is imported when it starts, torch with it."""
+"""The arguments of `vitkern bench`. The code of each command, and torch with it, is imported when the command runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vitkern.commands.outputs import prove_file
 if TYPE_CHECKING:
     from vitkern.bench.plan import Request
 
-# What two runs of the same build differed by on a shared machine, and what two builds in turn did.
+# Differences between two runs of the same build on a shared machine, and between two builds in turn.
 SMALLEST = {False: 0.15, True: 0.05}
 LAUNCHES, ROUNDS = 7, 4
 FILTERS = ("ops", "cases", "backends", "dtypes", "passes", "device", "batch", "threads", "quick")
 
 
 def add_to(commands: Any) -> None:
-    """`vitkern bench` with its own commands, among those of vitkern."""
+    """Adds `vitkern bench` and its own commands to the commands of vitkern."""
     bench = commands.add_parser("bench", help="how fast the kernels are here, and how far from the limit")
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="command")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern bench compare`: row by row, whether B takes longer than A."""
+"""`vitkern bench compare`: whether B takes longer than A, row by row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitkern.commands.texts import readable
 
 @dataclass(frozen=True)
 class Compared:
-    """A row of both, with milliseconds of each; or why there is no verdict on it."""
+    """A row of both files with milliseconds of each, or the reason why it has no verdict."""
 
     key: tuple[Any, ...]
     verdict: str
@@ -42,7 +42,7 @@ HEADING = f"{store.HEADING}{'A ms':>10}{'B ms':>10}{'B / A':>25}  verdict"
 
 
 def compare_files(a: Path, b: Path, *, smallest: float, anyway: bool = False) -> list[Compared]:
-    """Print and return the verdicts on two files of `run --json`."""
+    """Prints and returns the verdicts on two files of `run --json`."""
     records = store.read(a), store.read(b)
     _same_machine(records, anyway)
     compared = compare_records(*records, smallest=smallest)
@@ -104,7 +104,7 @@ def _compared(key: tuple[Any, ...], a: store.Row, b: store.Row, smallest: float)
 
 
 def summary(compared: Iterable[Compared]) -> str:
-    """How many rows had which verdict."""
+    """The number of rows with each verdict."""
     verdicts = [row.verdict.partition(":")[0] for row in compared]
     counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "no rows"

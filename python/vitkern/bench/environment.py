@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and of what figures were taken: what `vitkern doctor` knows, and the commit."""
+"""The machine, software and commit of a record: the findings of `vitkern doctor`, and the commit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def commit(package: Path) -> dict[str, Any] | None:
         changed = _output("git", "-C", str(package), "status", "--porcelain", "--untracked-files=no", ":/")
         return {"id": _output("git", "-C", str(package), "rev-parse", "HEAD"), "dirty": bool(changed)}
     try:
-        # Written by pip where it installs from a repository (PEP 610).
+        # pip writes it when it installs from a repository (PEP 610).
         origin = importlib.metadata.distribution("vitkern").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         return None
@@ -36,7 +36,7 @@ def commit(package: Path) -> dict[str, Any] | None:
 
 
 def gpu_clocks() -> list[str]:
-    """A line for each card: what decides how fast it runs, which a driver may change."""
+    """A line for each card: its clocks and limits, which a driver may change."""
     answer = _output("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
     return answer.splitlines() if answer else []
 
@@ -50,7 +50,7 @@ def _output(*command: str) -> str | None:
 
 
 def machine(environment: Environment, device: str) -> tuple[str, ...]:
-    """What must be equal for times to be compared at all."""
+    """The facts that must be equal for times to be comparable."""
     if device == "cuda":
         return tuple(f"{gpu['name']}, {gpu['memory_gib']} GiB" for gpu in environment["cuda"]["devices"])
     cpu = environment["cpu"]
@@ -58,7 +58,7 @@ def machine(environment: Environment, device: str) -> tuple[str, ...]:
 
 
 def software(environment: Environment) -> dict[str, str]:
-    """What may differ, but then has to be said: the anchors run on it."""
+    """Versions that may differ but have to be reported, because the anchors run on them."""
     return {
         "torch": environment["torch"]["version"],
         "threads": str(environment["cpu"].get("threads")),

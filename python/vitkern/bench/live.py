@@ -30,7 +30,7 @@ Pairs = list[tuple[float, float]]  # milliseconds of A and B in a round
 
 @dataclass(frozen=True)
 class Build:
-    """An interpreter, and the folder where it is to find vitkern if not where it usually does."""
+    """An interpreter, and the folder with vitkern if it is not where the interpreter usually finds it."""
 
     name: str
     interpreter: str
@@ -54,7 +54,7 @@ class Build:
 
 
 class Process:
-    """A live_worker, asked by lines of JSON."""
+    """A live_worker process: questions and answers are lines of JSON."""
 
     def __init__(self, build: Build) -> None:
         self.build = build
@@ -89,7 +89,7 @@ class Process:
 def compare_builds(
     path_a: str, path_b: str, request: Request, *, launches: int, rounds: int, smallest: float
 ) -> list[Compared]:
-    """Print and return the verdicts. Interrupted, on what there is."""
+    """Prints and returns the verdicts; after an interruption, those on the rounds so far."""
     for option, count in (("--launches", launches), ("--rounds", rounds)):
         if count < 1:
             raise CommandError(f"{option} must be at least 1, got {count}")
@@ -112,7 +112,7 @@ def compare_builds(
 
 
 def _keys(request: Request) -> list[tuple[Any, ...]]:
-    """Rows of vitkern's own backends; plain torch is the same in both."""
+    """The keys of the rows of vitkern's own backends; plain torch is the same in both."""
     keys = []
     for subject in plan(request):
         for what in subject.passes:
@@ -131,7 +131,7 @@ def _launch(
     reasons: dict[tuple[Any, ...], str],
     progress: Progress,
 ) -> None:
-    """Every row once in two new processes."""
+    """Measures every row once in two new processes."""
     processes = [Process(build) for build in builds]
     try:
         for process in processes:
@@ -152,7 +152,7 @@ def _launch(
 
 
 def _open(processes: Sequence[Process], key: tuple[Any, ...], *, check: bool) -> str | int:
-    """Why one of the two cannot be timed, or how many calls make a sample, the same in both."""
+    """The reason why one of the two cannot be timed, or the number of calls of a sample, the same in both."""
     answers = [process.ask("open", key=key, check=check) for process in processes]
     for process, answer in zip(processes, answers):
         if answer["reason"] is not None:
@@ -161,7 +161,7 @@ def _open(processes: Sequence[Process], key: tuple[Any, ...], *, check: bool) ->
 
 
 def _rounds(processes: Sequence[Process], rounds: int, calls: int) -> Pairs:
-    """A B B A, then B A A B: whatever grows or shrinks steadily adds the same to both."""
+    """Times A B B A, then B A A B: steady growth or decline adds the same to both."""
     pairs = []
     for count in range(rounds):
         times: tuple[list[float], list[float]] = ([], [])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of the two processes of `vitkern bench compare --live`: python live_worker.py HARNESS [FOLDER].
 
-It imports vitkern from FOLDER, or where its interpreter finds it, but the packages that measure from HARNESS, the
+It imports vitkern from FOLDER, or from where its interpreter finds it, and the packages that measure from HARNESS, the
 package that was called: both builds are measured by the same code. It answers each line of JSON with one, and works
 only between the two.
 """
@@ -21,7 +21,7 @@ MEASURING = ("bench", "cases", "commands")
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Before all others: those of editable installs would go to the build that the interpreter has."""
+    """An import hook before all others: those of editable installs would find the build of the interpreter."""
 
     def __init__(self, harness: str, folder: str | None) -> None:
         self.harness = harness
@@ -39,7 +39,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 class Worker:
-    """What it is told to open it runs as often as it is told to."""
+    """The row that is open now, and its calls."""
 
     def __init__(self) -> None:
         self.run: Any = None
@@ -56,7 +56,7 @@ class Worker:
         return {"package": vitkern.__file__, "compiled": _C.__file__, "words": in_words(environment())}
 
     def open(self, key: list[Any], check: bool) -> dict[str, Any]:
-        """The reason why it cannot be timed, or how many calls make a sample."""
+        """The reason why the row cannot be timed, or the number of calls of a sample."""
         from vitkern.bench import run as bench
         from vitkern.bench.measure import clock_of
         from vitkern.bench.plan import one
@@ -77,20 +77,20 @@ class Worker:
         return {"reason": None, "calls": self.clock.calls(self.run)}
 
     def sample(self, calls: int) -> dict[str, Any]:
-        # Until the other process's threads are asleep and the caches are ours.
+        # Warms up until the other process's threads are asleep and the caches hold our data.
         for _ in range(1 + calls // 4):
             self.run()
         return {"milliseconds": self.clock.milliseconds(self.run, calls)}
 
 
 def main() -> None:
-    # Ctrl-C is for the process that asks; this one ends when nothing is left to read.
+    # Ctrl-C is for the parent process; this one ends when its input ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Python puts the folder of this file first, where `import report` would find ours.
+    # Python puts the folder of this file first in sys.path, where `import report` would find our report.py.
     del sys.path[0]
     sys.meta_path.insert(0, Finder(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed must not get between the answers
+    os.dup2(2, 1)  # other output must not get between the answers
     worker = Worker()
     for line in sys.stdin:
         question = json.loads(line)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing on machines that others use too: variants in turn, many rounds, the minimum of each, ratios within one run."""
+"""Timing on shared machines: variants in turn, many rounds, the minimum of each, ratios within one run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLE_SECONDS = 20e-3
 
 
 class Clock(Protocol):
-    """How long a call takes on a device. A sample is a number of calls, the same in every round."""
+    """The time of a call on a device. A sample is a number of calls, the same in every round."""
 
     def calls(self, run: Run) -> int: ...
 
@@ -24,8 +24,8 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """A sample is as many calls as take 20 ms: no variant then pays for the caches that the one before has filled, or
-    for waking the thread pool, any more than it would in a loop of its own.
+    """A sample is the number of calls that take 20 ms. A variant then pays no more for the caches that the one before
+    has filled, or for waking the thread pool, than it would in a loop of its own.
     """
 
     def __init__(self, seconds: float = SAMPLE_SECONDS) -> None:
@@ -46,8 +46,8 @@ class HostClock:
 class CudaClock:
     """Events before and after each call; a sample is the median of some calls.
 
-    Twice the L2 cache is written before each call, so that none finds its inputs there, as in a network none would.
-    While that goes on the host runs ahead, so the events lie round the kernels and not round their launches.
+    Twice the L2 cache is written before each call, so that no call finds its inputs there, as none would in a network.
+    The host runs ahead during that write, so the events enclose the kernels and not their launches.
     """
 
     CALLS = 5
@@ -90,7 +90,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met.
 
-    `least`: so many rounds in any case. `calls`: of a sample of each, found out where it does not say, and kept there.
+    `least`: the rounds to run in any case. `calls`: the calls of a sample; missing ones are found and added.
     """
     clock, calls = clock or HostClock(), {} if calls is None else calls
     for name, run in variants.items():
@@ -117,7 +117,7 @@ def forward_backward(function: Callable[..., torch.Tensor], inputs: tuple[torch.
 
 
 def backward_alone(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> Run:
-    """A call that runs the backward pass of a forward pass that has been made once."""
+    """A call that runs the backward pass of one forward pass."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     output = function(*inputs)
     grad_output = torch.ones_like(output)
@@ -125,12 +125,12 @@ def backward_alone(function: Callable[..., torch.Tensor], inputs: tuple[torch.Te
 
 
 def peak_megabytes(run: Run, device: torch.device | None = None) -> float:
-    """By how much a call raises the memory that is taken, at most. NaN where the system has no say.
+    """The most memory that a call adds; NaN where the system does not report it.
 
-    On the host that is the memory of this process, whoever allocates it; what a call before left to the allocator is
+    On the host it is the memory of this process, from any allocator. Memory that earlier calls left to the allocator is
     given back first, so that it does not hide what this call takes. On a GPU it is what torch's allocator hands out.
     """
-    run()  # what is made once stays: threads, plans, scratch
+    run()  # threads, plans and scratch are made once and stay
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -139,7 +139,7 @@ def peak_megabytes(run: Run, device: torch.device | None = None) -> float:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts again from what is resident now
+            file.write("5")  # the peak starts again from the resident memory
     except (OSError, AttributeError):
         return float("nan")
     resident = _status("VmRSS")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the user asks for to the rows that are measured."""
+"""The rows that a request measures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitkern.commands.errors import CommandError
 from vitkern.ops import backends
 
 PASSES = ("forward", "backward", "both")
-# Plain torch is no backend of vitkern: it is what one would write without it.
+# Plain torch is no backend of vitkern: it is the code without vitkern.
 BACKENDS = (*backends.BACKENDS, "torch")
 
 
@@ -28,7 +28,7 @@ class Request(Filters):
 
 @dataclass(frozen=True)
 class Subject:
-    """An op on a case in a dtype: checked once, then measured in each pass, all backends in turn."""
+    """An op on a case in a dtype: checked once, then measured in each pass, with all backends in turn."""
 
     op: Op
     case: Case
@@ -81,7 +81,7 @@ def _cases(op: Op, request: Request) -> list[str]:
 
 
 def _with_batch(case: Case, batch: int | None, device: torch.device) -> tuple[Case, int]:
-    """As asked for; else an image at a time on a CPU, and on a GPU what the case's source trains with."""
+    """The case with the requested batch, by default 1 on a CPU; on a GPU that of training in the case's source."""
     batch = batch or (1 if device.type == "cpu" else case.batch)
     return case.with_batch(batch), batch
 

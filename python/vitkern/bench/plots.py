@@ -12,7 +12,7 @@ from vitkern.bench.store import Record, Row, milliseconds, short
 from vitkern.bench.svg import Canvas, Log, number
 
 BACKEND_COLOURS = {"cpu": "c0", "cuda": "c2", "triton": "c1", "reference": "c3", "torch": "plain"}
-COLOUR_OF_OTHERS = "c4"  # which are told apart by pointing at them
+COLOUR_OF_OTHERS = "c4"  # the mark's tooltip tells them apart
 OP_COLOURS = ("c0", "c1", "c2", "c3", "c4")
 
 
@@ -37,7 +37,7 @@ def colours_of_ops(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def says(row: Row) -> str:
-    """What a mark tells who points at it."""
+    """The tooltip of a mark."""
     return (
         f"{row['op']} {row['case']} x{row['batch']}, {short(row['dtype'])}, {row['pass']}, {row['backend']}: "
         f"{milliseconds(row):.3g} ms, {row['share']:.0%} of the limit ({row['bound']})"
@@ -45,7 +45,7 @@ def says(row: Row) -> str:
 
 
 def speedup_bars(rows: Sequence[Row]) -> list[Canvas]:
-    """For each op and dtype, a bar for each case, backend and pass: how many times as fast as plain torch."""
+    """For each op and dtype, a bar for each case, backend and pass: the speed-up over plain torch."""
     ratios = {id(row): speedup(row, rows) for row in rows}
     known = [ratio for ratio in ratios.values() if ratio is not None]
     pictures = []
@@ -86,7 +86,7 @@ def _speedup_panel(
 
 
 def time_against_size(rows: Sequence[Row]) -> list[Canvas]:
-    """For each op and pass, lines over the cases by their operations: a backend in a dtype each, and the limit."""
+    """For each op and pass, a line over the cases by their operations for each backend and dtype, and the limit."""
     panels = [(op, what) for op in distinct(rows, "op") for what in distinct(rows, "pass")]
     return [_time_panel(op, what, found) for op, what in panels if (found := of(rows, op=op, what=what))]
 
@@ -116,7 +116,7 @@ def _time_panel(op: str, what: str, rows: Sequence[Row]) -> Canvas:
 
 
 def roofline(record: Record) -> Canvas | None:
-    """Operations a second over operations a byte, under what copies and products of the same run allow."""
+    """Operations per second over operations per byte, below the limits of copies and products in the same run."""
     rows = of(record["rows"])
     shown = [row for row in rows if row["flops"] > 0 and row["gflop_per_s"] > 0]
     if not shown or not record["ceilings"]:

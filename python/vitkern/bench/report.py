@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern bench report`: a run as a page that needs nothing but itself, and as Markdown with pictures beside it."""
+"""`vitkern bench report`: a run as a self-contained page, and as Markdown with pictures beside it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOW = (
 
 
 def write_reports(path: Path, output: Path | None) -> list[Path]:
-    """The files that were written."""
+    """Writes the report and returns the files."""
     record = store.read(path)
     outputs = [output] if output else [path.with_suffix(".html"), path.with_suffix(".md")]
     written = []
@@ -71,7 +71,7 @@ def pictures(record: store.Record) -> dict[str, Canvas]:
 
 
 def steady(rows: Sequence[store.Row]) -> list[store.Row]:
-    """Those that were not held up by other work: no average or plot is made of the others."""
+    """The rows that other work did not hold up. Averages and plots use only these."""
     held_up = store.held_up(rows)
     return [row for row in rows if store.key(row) not in held_up]
 
@@ -92,7 +92,7 @@ def averages(rows: Sequence[store.Row]) -> dict[tuple[str, str], dict[str, float
 
 
 def cells(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[Any, ...]]) -> list[str]:
-    """Of the table; as run.line."""
+    """The cells of a row of the table; the arguments are those of run.line."""
     names = [
         row["op"],
         f"{row['case']} x{row['batch']}",
@@ -119,7 +119,7 @@ def cells(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[A
 
 
 def facts(record: store.Record) -> list[str]:
-    """What stands at the head of a report, a sentence each."""
+    """The sentences at the head of a report."""
     told = [in_words(record["environment"]) + "."]
     if record["ceilings"]:
         copies = [
@@ -139,7 +139,7 @@ def facts(record: store.Record) -> list[str]:
 
 
 def _figure(rows: Sequence[store.Row]) -> str:
-    """What store.milliseconds takes."""
+    """The name of the figure that store.milliseconds takes."""
     return "median" if any(row["device"] == "cuda" for row in rows) else "least"
 
 
@@ -175,7 +175,7 @@ def page(record: store.Record) -> str:
     }
     backends = plots.distinct(rows, "backend")
     legends = {
-        "speedup": _legend([name for name in backends if name != "torch"]),  # which has no bars
+        "speedup": _legend([name for name in backends if name != "torch"]),  # plain torch has no bars
         "time": _legend(backends),
     }
     sections = [

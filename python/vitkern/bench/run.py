@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern bench run`: check, time, and write down."""
+"""`vitkern bench run`: checks, times and records."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from vitkern.cases.record import Problem
 from vitkern.commands.choices import dtype_name
 from vitkern.commands.progress import Progress
 
-# A row is measured in several visits, minutes apart, on inputs made anew: a slow moment, or memory that happens to lie
-# badly, is then no property of the row.
+# A row is measured in several visits, minutes apart, on new inputs each time, so that a slow moment or an unlucky
+# address of the memory does not decide the row.
 VISITS = 3
-ROUNDS = 50  # at most, of a visit
+ROUNDS = 50  # of a visit, at most
 LEAST_ROUNDS = 2
 ROUNDS_OF_CEILINGS = 5  # at the start; one more after each case
-SECONDS = {True: 1.0, False: 4.0}  # of all visits, backends and the anchor, in a quick run and otherwise
+SECONDS = {True: 1.0, False: 4.0}  # of all visits, backends and the anchor: in a quick run, and otherwise
 
 
 def run(
     request: Request, *, file: store.File | None, seconds: float | None, command: Sequence[str]
 ) -> store.Record:
-    """All that is asked for. Interrupted, it ends in order with what there is."""
+    """Measures all that the request names. After an interruption it ends in order with the rows so far."""
     subjects = plan(request)
     seconds = SECONDS[request.quick] if seconds is None else seconds
     started = time.monotonic()
@@ -67,7 +67,7 @@ def run(
     try:
         for _ in _steps(subjects, seconds / VISITS, record):
             save("running")
-    except BaseException as error:  # whatever ends it, what was measured is there
+    except BaseException as error:  # the rows measured so far are saved after any error
         save("interrupted")
         if not isinstance(error, KeyboardInterrupt):
             raise
@@ -84,7 +84,7 @@ def run(
 
 
 def _steps(subjects: Sequence[Subject], seconds: float, record: store.Record) -> Iterator[None]:
-    """Fill the record; after each step it could be written."""
+    """Fills the record, which can be written after each step."""
     machine = Machine(subjects[0].device, {subject.dtype for subject in subjects})
     groups: dict[Subject, list[Group]] = {}
     with Progress(1 + sum(1 + VISITS * len(subject.passes) for subject in subjects)) as progress:
@@ -109,13 +109,13 @@ def _steps(subjects: Sequence[Subject], seconds: float, record: store.Record) ->
 
 @dataclass(frozen=True)
 class Check:
-    """Of one backend: errors by result, or why there are none."""
+    """The result of one backend: errors by result, or the reason why there are none."""
 
     errors: dict[str, float]
     reason: str | None = None
 
     def of(self, what: str) -> dict[str, float]:
-        """The errors of what a pass computes."""
+        """The errors of the results of a pass."""
         return {
             name: error
             for name, error in self.errors.items()
@@ -130,10 +130,10 @@ class Group:
     subject: Subject
     what: str
     rows: list[store.Row]
-    calls: dict[str, int] = field(default_factory=dict)  # of a sample, the same in all visits
+    calls: dict[str, int] = field(default_factory=dict)  # of a sample; the same in all visits
 
     def measure(self, work: Problem, seconds: float, rounds: int | None = None) -> None:
-        """Another visit, of those that are right; the first asks for memory too."""
+        """Makes another visit to the rows that are right; the first visit measures memory too."""
         right = [row for row in self.rows if row["verified"]]
         if not right:
             return
@@ -161,7 +161,7 @@ class Group:
 def checked_groups(
     subject: Subject, work: Problem, costs: dict[str, tuple[int, int]] | None = None
 ) -> list[Group]:
-    """Of each pass, with what was found out about every backend and what the pass costs, where that is not known."""
+    """A group for each pass, with the checks of every backend and the pass's cost, computed here if not given."""
     checks = check(subject, work)
     costs = costs or cost(subject.op, subject.case, subject.dtype)
     groups = []
@@ -175,7 +175,7 @@ def checked_groups(
 
 
 def check(subject: Subject, work: Problem) -> dict[str, Check]:
-    """Each backend against the formula in float64; whatever one of them raises is its own failure."""
+    """Checks each backend against the formula in float64; an exception is a failure of that backend only."""
     try:
         exact = exact_results(work)
     except Exception as error:
@@ -208,7 +208,7 @@ def checked_row(subject: Subject, what: str, backend: str, check: Check) -> stor
 
 
 def call(work: Problem, backend: str, what: str) -> Run:
-    """What is timed: a pass without arguments."""
+    """A pass without arguments, as it is timed."""
     function = work.implementation(backend)
     leaves = tuple(tensor.detach().requires_grad_(what != "forward") for tensor in work.inputs.values())
     if what == "forward":
@@ -217,7 +217,7 @@ def call(work: Problem, backend: str, what: str) -> Run:
 
 
 def summarize(row: store.Row, ceiling: Ceilings) -> None:
-    """What follows from samples, and from what the machine has been seen to do so far."""
+    """Computes the figures of a row from its samples and from the machine's best rates so far."""
     times = [time for visit in row["samples_ms"] for time in visit]
     low, *_, high = statistics.quantiles(times, n=5)
     row["ms"] = {"min": min(times), "p20": low, "p50": statistics.median(times), "p80": high}
@@ -235,7 +235,7 @@ def advice(held_up: Collection[object]) -> str:
 
 
 def line(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[Any, ...]]) -> str:
-    """Of the table; `rows`: those measured together with it; `held_up`: keys of store.held_up."""
+    """A line of the table. `rows`: the rows measured together with it; `held_up`: keys of store.held_up."""
     text = store.in_words(store.key(row))
     if not row["verified"]:
         return f"{text}  FAILED: {row['reason']}"
@@ -248,11 +248,11 @@ def line(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[An
 
 
 def speedup(row: store.Row, rows: Sequence[store.Row]) -> float | None:
-    """How many times as fast as plain torch in the same rounds; None for plain torch, or where that has no time."""
+    """The speed-up over plain torch in the same rounds; None for plain torch, or if plain torch has no time."""
     if row["backend"] == "torch" or not row["verified"]:
         return None
     wanted = store.key(row)[:-1]
-    # The cheap comparisons first: there may be thousands of rows.
+    # Cheap comparisons come first: there may be thousands of rows.
     plain = (other for other in rows if other["backend"] == "torch" and other["case"] == row["case"])
     same = next((other for other in plain if other["verified"] and store.key(other)[:-1] == wanted), None)
     if same is None:

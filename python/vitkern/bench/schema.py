@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schema of a results file: every field that a report or a comparison reads, type by type.
 
-Readers of a record that keeps to this need no checks of their own: names are printable, and numbers are finite, as are
-their quotients and logarithms.
+Readers of a valid record need no checks of their own: names are printable, and numbers are finite, as are their
+quotients and logarithms.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _table_of(check: Check, is_key: Check = _is_name) -> Check:
 
 
 def _is_size(value: Any) -> bool:
-    """A number of bytes, which is a name in JSON."""
+    """Whether it is a number of bytes, which is a name in JSON."""
     return _is_name(value) and value.isascii() and value.isdigit() and len(value) < 20
 
 
@@ -93,7 +93,7 @@ _ENVIRONMENT: dict[str, dict[str, Check]] = {
 _OF_CPU: dict[str, Check] = {
     "threads": _maybe(_is_count),
     "chosen": _maybe(_is_text),
-}  # which it need not have
+}  # optional fields
 _DEVICE: dict[str, Check] = {"name": _is_text, "memory_gib": _is_number}
 _COMMIT: dict[str, Check] = {"id": _is_text, "dirty": _is_flag}
 _CEILINGS: dict[str, Check] = {
@@ -123,7 +123,7 @@ _FIGURES: dict[str, Check] = {
 
 
 def complaint(record: Any) -> str | None:
-    """None where the record keeps to the schema, else what is wrong with it."""
+    """None if the record keeps to the schema, else what is wrong with it."""
     if not isinstance(record, dict) or "schema" not in record:
         return "it does not say its schema"
     if record["schema"] != SCHEMA or isinstance(record["schema"], bool):
@@ -141,7 +141,7 @@ def complaint(record: Any) -> str | None:
 
 
 def _short(value: Any) -> str:
-    return reprlib.repr(value)  # of whatever depth and length
+    return reprlib.repr(value)  # of any depth and length
 
 
 def _name_of(row: Any, number: int) -> str:
@@ -152,7 +152,7 @@ def _name_of(row: Any, number: int) -> str:
 
 
 def _against(what: str, part: Any, checks: dict[str, Check]) -> str | None:
-    """None where `part` is an object that has all these fields, each as its check wants it."""
+    """None if `part` is an object that has all these fields and each passes its check."""
     if not isinstance(part, dict):
         return f"{what} is no object"
     missing = _listed(set(checks) - set(part))

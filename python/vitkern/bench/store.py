@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a run: written after every group of rows, so that whatever ends a run, what was measured is there."""
+"""The file of a run. It is written after every group of rows, so a run that ends early loses no finished rows."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from vitkern.bench import schema
 from vitkern.commands.errors import CommandError, in_one_line
 
 _NONE = "no file of `vitkern bench run --json`"
-HELD_UP = 1.5  # times an anchor's best: threads and caches make tens of percent, others on the cores far more
+HELD_UP = 1.5  # times an anchor's best: threads and caches add tens of percent, other processes on the cores far more
 Row = dict[str, Any]
 Record = dict[str, Any]
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What makes two rows of two files the same measurement."""
+    """The fields that identify a measurement: rows of two files with equal keys are the same measurement."""
     return tuple(row[name] for name in schema.KEY)
 
 
 def milliseconds(row: Row) -> float:
-    """The figure that stands for a row: on a CPU the least, which neighbours can only add to; on a GPU the median."""
+    """The figure of a row: on a CPU the least, since other processes can only add to it; on a GPU the median."""
     return float(row["ms"]["min" if row["device"] == "cpu" else "p50"])
 
 
 def held_up(rows: Iterable[Row]) -> set[tuple[Any, ...]]:
-    """Keys of the rows whose anchor took far longer than at its best in the same run: they did, too."""
+    """Keys of the rows whose anchor took far longer than its best in the same run: the rows took longer too."""
     least: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}  # of each row, by anchor
     for row in rows:
         if row["verified"]:
@@ -59,14 +59,14 @@ def short(dtype: str) -> str:
 
 
 class File:
-    """Where a run writes its record, as often as it likes."""
+    """The file that a run writes its record to repeatedly."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._written: tuple[int, int] | None = None
 
     def write(self, record: Record) -> None:
-        """If another run has written there since, its file stays, and this run goes on in one beside it."""
+        """Writes the record. A file that another run has put there since stays; this run then uses one beside it."""
         there = _identity(self.path)
         if self._written is not None and there is not None and there != self._written:
             own = self.path.with_name(f"{self.path.stem}-{os.getpid()}{self.path.suffix}")
@@ -78,7 +78,7 @@ class File:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """The state of a file as it was put in place; None where there is none."""
+    """The state of a file as it was put in place; None if there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -87,10 +87,10 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def write(path: Path, record: Record) -> None:
-    """In one step: a reader, or a kill in the middle, never meets half a file."""
-    if os.path.isdir(path):  # an empty name is one, too
+    """Writes in one step: a reader, or a kill in the middle, never meets half a file."""
+    if os.path.isdir(path):  # the empty name is a folder too
         raise CommandError(f"cannot write {path}: it is a folder")
-    # Others may write a file of this name at the same moment.
+    # Other processes may write a file of this name at the same moment.
     beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def write(path: Path, record: Record) -> None:
 
 
 def _text(record: Record) -> str:
-    """A row a line: files of thousands of them stay small, quick to write, and their differences can be read."""
+    """The record with one row per line: files of thousands of rows stay small, fast to write, and readable in diffs."""
     rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
     head = json.dumps({**record, "rows": []}, indent=1)
     before, _, after = head.rpartition('"rows": []')
@@ -111,7 +111,7 @@ def _text(record: Record) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """The value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -124,7 +124,7 @@ def read(path: Path) -> Record:
         record = json.loads(path.read_text())
     except RecursionError:
         raise CommandError(f"{path} is {_NONE}: it is nested too deeply") from None
-    except (OSError, ValueError) as error:  # of what is no text, no JSON, or a number without end
+    except (OSError, ValueError) as error:  # not text, not JSON, or a number without end
         raise CommandError(f"{path} is {_NONE}: {in_one_line(error)}") from None
     objection = schema.complaint(record)
     if objection is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a report looks, by day and by night. Colours are told apart by people who see fewer of them, too."""
+"""The style of a report by day and by night. The colours also suit colour-blind readers."""
 
 _DAY = """--ink:#16202c;--muted:#5b6776;--grid:#e3e8ee;--page:#ffffff;--card:#f7f9fb;--edge:#dfe5ec;--bad:#b42318;
 --c0:#0b6bcb;--c1:#d9730d;--c2:#0f8a6a;--c3:#b23a8e;--c4:#7a5af5;--plain:#8a96a5;--limit:#98a4b3"""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Just enough of SVG for the plots of a report: a canvas and logarithmic axes. Colours are classes of style.py."""
+"""The part of SVG that the plots of a report need: a canvas and logarithmic axes. Colours are classes of style.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitkern.commands.texts import in_html
 
 
 def number(value: float) -> str:
-    """As short as a tick or a label can be: 0.5, 12, 3.4k."""
+    """A number as short as a tick or a label can be: 0.5, 12, 3.4k."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
             return f"{value / size:.3g}{unit}"
@@ -37,7 +37,7 @@ class Log:
         return self.start + share * (self.end - self.start)
 
     def ticks(self, most: int = 6) -> list[float]:
-        """Round numbers, of as fine a series as leaves room for labels."""
+        """Round numbers, from the finest series that leaves room for labels."""
         tens = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for series in ((1, 2, 5), (1, 3), (1,)):
             found = [step * 10.0**ten for ten in tens for step in series]
@@ -59,7 +59,7 @@ class Canvas:
     def text(
         self, x: float, y: float, words: str, look: str = "", anchor: str = "start", turned: float = 0.0
     ) -> None:
-        """`turned`: by so many degrees round its start, counted as on a clock."""
+        """Adds a text. `turned`: degrees clockwise round its start."""
         turn = f' transform="rotate({turned:.1f} {x:.1f} {y:.1f})"' if turned else ""
         self.parts.append(
             f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{in_html(words)}</text>'
@@ -86,7 +86,7 @@ class Canvas:
         self.parts.append(f"<{kind} {attributes}>{tip}</{kind}>")
 
     def axes(self, x: Log, y: Log, x_name: str, y_name: str) -> None:
-        """Grid and labels of a plot that fills the rectangle between the two axes."""
+        """Adds grid and labels of a plot that fills the rectangle between the two axes."""
         for value in x.ticks(5):
             self.line([(x(value), y.start), (x(value), y.end)], "grid")
             self.text(x(value), y.start + 15, number(value), "tick", "middle")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two sets of times differ: ratios of what was timed side by side, a bootstrap interval, and a verdict.
+"""Whether two sets of times differ: ratios of times taken side by side, a bootstrap interval, and a verdict.
 
-Times on a shared machine drift with the hour, so what is compared are ratios: to an anchor that was timed in turn, or
-to the other build. The interval comes from drawing the samples again, not from an assumption about their distribution.
+Times on a shared machine drift with the hour, so ratios are compared: to an anchor that was timed in turn, or to the
+other build. The interval comes from drawing the samples again, not from an assumption about their distribution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Factor:
-    """By which B takes longer than A, and what it may as well be."""
+    """The factor by which B takes longer than A, and its interval."""
 
     middle: float
     low: float
@@ -34,12 +34,12 @@ class Factor:
         return "no difference"
 
 
-# Times taken in turn: [visits][rounds] pairs of what is divided by and what is divided.
+# Times taken in turn: [visits][rounds] pairs of divisor and dividend.
 Visits = Sequence[Sequence[tuple[float, float]]]
 
 
 def factor_by_anchor(a: Visits, b: Visits) -> Factor:
-    """Of two runs, pairs (of the anchor, of the row) each: by what factor the row's share of its anchor has grown."""
+    """The factor by which the ratio of the row to its anchor has grown from run A to run B; pairs are (anchor, row)."""
     (middle_of_a, drawn_of_a), (middle_of_b, drawn_of_b) = (
         _middles(visits, seed) for seed, visits in enumerate((a, b))
     )
@@ -47,15 +47,15 @@ def factor_by_anchor(a: Visits, b: Visits) -> Factor:
 
 
 def factor_of_pairs(launches: Visits) -> Factor:
-    """Of two builds in turn, pairs (of A, of B)."""
+    """The factor between two builds timed in turn; pairs are (A, B)."""
     return _factor(*_middles(launches, 0))
 
 
 def _middles(visits: Visits, seed: int) -> tuple[Tensor, Tensor]:
-    """The logarithm of the ratio, and [RESAMPLES] that it may as well have been.
+    """The logarithm of the ratio, and [RESAMPLES] values that it may have as well.
 
-    In a visit the least of each counts, which neighbours can only add to. Visits differ by more than that, as memory
-    lies elsewhere in each: the middle one counts, and visits are drawn again first, then rounds of each.
+    The least of a visit counts, since other processes can only add to it. Visits differ by more, as the memory lies
+    elsewhere in each: the middle visit counts. The bootstrap draws visits first, then rounds of each.
     """
     generator = torch.Generator().manual_seed(seed)
     rounds = min(map(len, visits))

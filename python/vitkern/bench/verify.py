@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether results are those of the formula in float64: no figure is given of what is wrong."""
+"""Whether results are those of the formula in float64: wrong results get no figures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from vitkern.cases import Function, results
 from vitkern.cases.record import Problem
 
-# Of the greatest value of a result. Kernels are held to plain torch's own error by the tests; this is the check that
-# fits into a benchmark, of a right kernel on any input, and wrong maths misses it by an order of magnitude.
+# As a share of the largest value of a result. The tests hold kernels to plain torch's own error. This check fits into
+# a benchmark: a right kernel passes on any input, and wrong maths fails by an order of magnitude.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The greatest difference, as a share of the greatest value that is wanted. Infinite for what is not finite."""
+    """The largest difference, as a share of the largest expected value. Infinite for results that are not finite."""
     if got.shape != want.shape or not got.isfinite().all():
         return float("inf")
     if want.numel() == 0:
@@ -32,7 +32,7 @@ def results_in(kind: torch.dtype, function: Function, inputs: Sequence[Tensor]) 
     """Output and the gradient of each input, computed in `kind`."""
 
     def grad_output(output: Tensor) -> Tensor:
-        # Rounded to what the inputs are, so that all kinds start from the same numbers.
+        # Rounded to the dtype of the inputs, so that all kinds start from the same numbers.
         ramp = torch.linspace(-1, 1, output.numel(), device=output.device)
         return ramp.view(output.shape).to(inputs[0].dtype)
 
@@ -44,9 +44,9 @@ def exact_results(work: Problem) -> list[Tensor]:
 
 
 def _formula(work: Problem) -> Function:
-    """Heads do not meet, and one at a time takes a fraction of the memory: [B, ., M, ...] each, [B, Q, M * D].
+    """Heads are independent, and one at a time takes a fraction of the memory: [B, ., M, ...] each, [B, Q, M * D].
 
-    On a card, of which memory is the scarce part, what one needs for its gradients is computed again.
+    On a card, which has less memory, the intermediate results for a head's gradients are computed again.
     """
     whole = work.implementation("reference")
     if not work.with_heads:
@@ -77,7 +77,7 @@ def errors_of(function: Function, work: Problem, exact: Sequence[Tensor]) -> dic
 
 
 def complaint(errors: Mapping[str, float], dtype: torch.dtype) -> str | None:
-    """None where all is right, else what is not."""
+    """None if all is right, else what is not."""
     name, worst = max(errors.items(), key=lambda item: item[1])
     if worst <= LIMITS[dtype]:
         return None

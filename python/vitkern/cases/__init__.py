@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes that people run, as data, and inputs made of them: the same for correctness, gradients and timing."""
+"""The shapes that users run, as data, and inputs of these shapes: the same for correctness, gradients and timing."""
 
 from __future__ import annotations
 

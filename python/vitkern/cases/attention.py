@@ -54,7 +54,7 @@ _BEV = ((116, 200), (58, 100), (29, 50), (15, 25))
 
 
 def _vit_adapter() -> list[MsDeformAttnCase]:
-    """Injectors ask the pyramid from the ViT's grid, extractors ask that grid from the pyramid."""
+    """Injectors, where the ViT's grid samples the pyramid, and extractors, where the pyramid samples the grid."""
     variants = {"T": (6, 32), "S": (6, 64), "B": (12, 32), "L": (16, 32)}
     cases = []
     for size, names in ((512, "TSBL"), (640, "BL"), (896, "BL"), (1024, "SBL")):

@@ -13,7 +13,7 @@ from torch import Tensor
 from vitkern.cases.attention import MsDeformAttnCase, Size
 
 # Pixels from a cell's edge, where gradients of locations jump and two dtypes may round to either side. Inputs made for
-# proofs keep MARGIN; of others, what is nearer than EDGE is not compared.
+# proofs keep MARGIN. Points of other inputs that are nearer than EDGE are not compared.
 MARGIN, EDGE = 0.15, 1e-2
 
 
@@ -56,7 +56,7 @@ def make_inputs(
     seed: int = 0,
 ) -> MsDeformAttnInputs:
     """Random inputs. "uniform": locations anywhere in [0, 1], worst for a cache. "near": each query's own point of the
-    grid plus Deformable-DETR's initial offsets, one direction a head and 1 to P pixels far, as layers start.
+    grid plus Deformable-DETR's initial offsets, one direction per head and 1 to P pixels long, as layers start.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, heads, levels, points = case.batch, case.heads, len(case.levels), case.points
@@ -83,8 +83,8 @@ def levels_of(case: MsDeformAttnCase, device: str) -> tuple[Tensor, Tensor]:
 def off_edge_inputs(
     case: MsDeformAttnCase, *, device: str = "cpu", seed: int = 0, spread: float = 1.4
 ) -> MsDeformAttnInputs:
-    """In float64, with locations anywhere in maps, `spread` times as wide, but so far from the edges of cells that all
-    dtypes agree on the cell.
+    """Inputs in float64, with locations anywhere in maps, `spread` times as wide, at such a distance from the edges of
+    cells that all dtypes agree on the cell.
     """
     inputs = make_inputs(case, locations="uniform", dtype=torch.float64, device=device, seed=seed)
     width_height = inputs.spatial_shapes.flip(-1).double()[:, None]
@@ -100,7 +100,7 @@ def off_edges(locations: Tensor, width_height: Tensor) -> Tensor:
 
 
 def inside_a_cell(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
-    """Which of [..., L, P, 2] lie so far from a cell's edge that all agree on the cell: [..., L, P, 1]."""
+    """Whether each of [..., L, P, 2] is so far from a cell's edge that dtypes agree on the cell: [..., L, P, 1]."""
     pixel = locations.double() * spatial_shapes.flip(1)[:, None] - 0.5  # (x, y), as locations are
     return ((pixel - pixel.round()).abs() > EDGE).all(-1, keepdim=True)
 
@@ -108,8 +108,8 @@ def inside_a_cell(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
 def fused_inputs(
     inputs: MsDeformAttnInputs, points: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the fused form: the same value, these reference points [B, Q, L, 2], offsets from there to the same locations,
-    random logits.
+    """Inputs of the fused form: the same value, these reference points [B, Q, L, 2], offsets from there to the same
+    locations, random logits.
     """
     sizes = inputs.spatial_shapes.flip(-1)[:, None]
     offsets = (inputs.sampling_locations - points[:, :, None, :, None]) * sizes
@@ -119,7 +119,7 @@ def fused_inputs(
 
 
 def locations_of(points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
-    """Of the fused form, as everybody writes it: [B or 1, Q, L or 1, 2 or 4] and [B, Q, M, L, P, 2]."""
+    """Locations of the fused form in the usual formula: points [B | 1, Q, L | 1, 2 | 4], offsets [B, Q, M, L, P, 2]."""
     points = points[:, :, None, :, None]
     if points.shape[-1] == 2:
         return points + offsets / spatial_shapes.flip(-1)[:, None]

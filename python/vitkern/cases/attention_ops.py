@@ -32,7 +32,7 @@ def ms_deform_attn(
     points_per_level: Sequence[int] = (),
     **options: Any,
 ) -> Problem:
-    """`locations`: those of networks, see make_inputs, in the place of locations off the edges of cells."""
+    """The problem of a case. `locations`: a kind of make_inputs instead of locations off the edges of cells."""
     if locations:
         inputs = make_inputs(case, locations=locations, dtype=torch.float64, device=device, seed=seed)
     else:
@@ -70,7 +70,7 @@ def _sizes(shapes: Tensor, points_per_level: Sequence[int]) -> Tensor:
 
 
 def _by_grid_sample(sizes: list[tuple[int, int]], *tensors: Tensor) -> Tensor:
-    """16 bits cannot address a pixel, so here as under autocast grid_sample works in float32."""
+    """The formula by grid_sample, in float32 for 16-bit inputs as under autocast: 16 bits cannot address a pixel."""
     dtype = tensors[0].dtype
     wide = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in tensors)
     return reference.ms_deform_attn_by_grid_sample(next(wide), sizes, *wide).to(dtype)
@@ -94,9 +94,9 @@ def ms_deform_attn_fused(
     points_per_level: Sequence[int] = (),
     **options: Any,
 ) -> Problem:
-    """Reference points anywhere in the middle, offsets from there to the places of the plain form.
+    """The problem of a case: reference points anywhere in the middle, offsets from there to the plain form's locations.
 
-    With `locations` those of networks, and reference points, as an encoder has them, that are no parameters.
+    With `locations`, they are those of networks, and the reference points need no gradient, as in an encoder.
     """
     if locations:
         return _near_fused(case, device, seed, **options)
@@ -136,7 +136,7 @@ def ms_deform_attn_fused(
 def near_fused_inputs(
     case: MsDeformAttnCase, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """Reference points at the middle of each query's near locations, in float32 as networks have them; and levels."""
+    """Reference points at the middle of each query's near locations, in float32 as in networks, and the levels."""
     inputs = make_inputs(case, dtype=torch.float64, device=device, seed=seed)
     middle = inputs.sampling_locations.mean((2, 4))  # [B, Q, L, 2]
     value, points, *rest = fused_inputs(inputs, middle, torch.Generator().manual_seed(0))

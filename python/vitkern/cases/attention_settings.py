@@ -54,21 +54,21 @@ def _denormal(places: Tensor) -> None:
 
 
 def _nan_pixels(value: Tensor) -> None:
-    """Corners and the middle, each of another head, next to pixels of another level."""
+    """Sets corners and the middle to NaN, each of another head, next to pixels of another level."""
     heads = value.shape[2]
     for head, pixel in enumerate((0, 17, 34, -1)):
         value[:, pixel, head % heads] = NAN
 
 
 def _edges(locations: Tensor) -> None:
-    """Exactly on edges and centres of pixels whose number is a power of two, in the map and beside it."""
+    """Moves locations exactly to edges and centres of pixels, in maps of 2^n pixels and beside them."""
     exact = torch.tensor([0.0, 1.0, -0.125, 0.125, 0.5, 0.375, 1.125, 0.875], dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(exact, exact, indexing="ij"), -1).flatten().to(locations.device)
     locations.copy_(grid.repeat(locations.numel() // len(grid) + 1)[: locations.numel()].view_as(locations))
 
 
 def _empty_level(size: tuple[int, int], start: int, at: int) -> Callable[[Problem], None]:
-    """Of this size, from this pixel on; nothing of it is weighed."""
+    """Sets the size and first pixel of an empty level, and some of its attention weights to NaN."""
 
     def twist(problem: Problem) -> None:
         shapes, starts = problem.tables
@@ -91,7 +91,7 @@ def _nan_logit(logits: Tensor) -> None:
 
 
 def _nowhere(bad: float) -> Callable[[Problem], None]:
-    """Eq. (12) has a product of the one in the gradient of the other, and 0 times infinity is no 0."""
+    """Sets sizes of boxes and offsets to `bad`: they are factors in gradients, eq. (12), and 0 * inf is NaN."""
 
     def twist(problem: Problem) -> None:
         boxes, offsets = problem.inputs["reference_points"], problem.inputs["offsets"]
@@ -122,7 +122,7 @@ OWN_POINTS = ((3, 6, 3), (1, 0, 2), (0, 0, 5))
 
 
 def _attention_settings(places: str, *more: Setting) -> dict[str, Setting]:
-    """`places`: the input that says where is sampled."""
+    """The settings of an op. `places`: the input that holds the locations or offsets."""
     nearest = {"method": "nearest"}
     levels = [[(4, 4), (2, 2)] for _ in ANYWHERE]
     for given, (_, _, at) in zip(levels, ANYWHERE.values()):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-KEYS = 64  # numbers of a query of token_project
+KEYS = 64  # channels of a query of token_project
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AdapterBottleneckCase:
     def make(
         self, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
     ) -> dict[str, Tensor]:
-        """x, weights and biases as large as trained ones are, a residual and a scale."""
+        """x, weights and biases of the size of trained ones, a residual and a scale."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*size: int) -> Tensor:

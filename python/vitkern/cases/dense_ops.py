@@ -31,7 +31,7 @@ def adapter_bottleneck(
     residual: str = "",
     **options: Any,
 ) -> Problem:
-    """`without`: optional inputs that are absent; `residual="x"`: the residual is x itself."""
+    """The problem of a case. `without`: optional inputs that are absent; `residual="x"`: the residual is x itself."""
     inputs = case.make(dtype=torch.float64, device=device, seed=seed)
     for name in (*without, *(("residual",) if residual else ())):
         del inputs[name]
@@ -46,7 +46,7 @@ def adapter_bottleneck(
 
     def call(*tensors: Tensor, backend: str | None, tables: tuple[Tensor, ...] | None = None) -> Tensor:
         if options.get("training"):
-            torch.manual_seed(seed)  # the same dropout each time
+            torch.manual_seed(seed)  # the same dropout at each call
         first, others = arguments(tensors)
         return vitkern.adapter_bottleneck(*first, **others, backend=backend)
 

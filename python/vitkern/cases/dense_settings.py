@@ -121,7 +121,7 @@ _TOKENS_QUICK = ("vt-resnet18", "odd-channels", "huge", "no-batch")
 
 
 def _huge(problem: Problem) -> None:
-    """Logits of hundreds: a softmax that does not take the greatest away overflows."""
+    """Makes logits of hundreds: a softmax that does not subtract the largest overflows."""
     for name in ("query", "key") if "query" in problem.inputs else ("x", "weight"):
         problem.inputs[name][..., 0] = 16
 
@@ -137,7 +137,7 @@ def _token_settings(*more: Setting, **options: Any) -> dict[str, Setting]:
         *more,
         Setting("small", _TOKENS),
         Setting("odd-channels", replace(_TOKENS, channels=71)),
-        Setting("huge", _TOKENS, _huge, luck=64),  # roundings of a few great logits
+        Setting("huge", _TOKENS, _huge, luck=64),  # roundings of a few large logits
         Setting("nan-row", _TOKENS, _fill("x", 1, slice(None), NAN), ordinary=False),
         Setting("nan-gradient", _TOKENS, gradient=with_nan, ordinary=False),
         Setting("strided", _TOKENS, layout=every_other),

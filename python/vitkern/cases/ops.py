@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of the package, each with its record. What stands here is checked, timed and tested, on a GPU too.
+"""The ops of the package, each with its record. All of them are checked, timed and tested, on a GPU too.
 
 A new op needs a case (its shapes), a `make` that builds a Problem from one, and an Op that names its settings.
 """

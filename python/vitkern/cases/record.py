@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of an op: one description that checks, benchmarks and tests all read. cases/ops.py has them.
 
-An op's `make` builds a Problem from a case. A Setting is a case with what makes it hard; `vitkern check` and
-tests/test_contract.py run all settings, `vitkern bench` times the cases themselves.
+An op's `make` builds a Problem from a case. A Setting is a case made hard; `vitkern check` and tests/test_contract.py
+run all settings, `vitkern bench` times the cases themselves.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Problem:
 
     inputs: dict[str, Tensor]
     call: Function  # of the inputs and backend=; tables= replaces the tables
-    by_torch: Function  # what one writes without vitkern, and benchmarks time
+    by_torch: Function  # the usual code without vitkern, which benchmarks time
     other: Function | None = (
-        None  # by yet other functions of torch, if by_torch is the reference, which is held to it
+        None  # by other functions of torch if by_torch is the reference, which is checked against it
     )
-    tables: tuple[Tensor, ...] = ()  # what the op takes besides and gives no gradient
+    tables: tuple[Tensor, ...] = ()  # further arguments of the op, which get no gradient
     wide: tuple[str, ...] = ()  # inputs that stay float32 beside 16-bit ones
-    with_heads: tuple[str, ...] = ()  # inputs whose third dimension are heads, which do not meet
-    # Results that are one long sum: plain torch's error in one number is a matter of luck, so the magnitude of the
-    # terms, as a function of the output, has a say too.
+    with_heads: tuple[str, ...] = ()  # inputs whose third dimension is heads, which are independent
+    # Results that are one long sum. Plain torch's error in an element is a matter of luck, so the magnitude of the
+    # terms, as a function of the output, sets the limit too.
     sums: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    # Inputs whose gradients only some elements of can be compared: a mask, as a function of all inputs.
+    # Inputs with gradients that can be compared in some elements only: a mask, as a function of all inputs.
     comparable: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = field(default_factory=dict)
     others: Mapping[str, Function] = field(default_factory=dict)  # further contenders of a benchmark
 
@@ -47,7 +47,7 @@ class Problem:
         return self.other or self.by_torch
 
     def implementation(self, backend: str) -> Function:
-        """The op on a backend, "torch" and the others among them."""
+        """The op on a backend, or by "torch" or one of the others."""
         if backend == "torch":
             return self.by_torch
         if backend in self.others:
@@ -64,22 +64,20 @@ def as_it_is(anything: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Inputs that an op is checked on."""
+    """The inputs of a check of an op."""
 
     name: str
     case: Case
     twist: Callable[[Problem], object] = as_it_is  # makes the inputs worse, in place
     options: Mapping[str, Any] = field(default_factory=dict)  # of the op's `make`
     dtypes: tuple[str, ...] = ()  # the only ones, if any
-    coordinates: torch.dtype | None = None  # of the inputs that are wide, in the place of float32 or better
+    coordinates: torch.dtype | None = None  # of the inputs that are wide, instead of float32 or better
     layout: Callable[[Tensor], Tensor] = as_it_is  # the same numbers at other addresses
-    gradient: Callable[[Tensor], Tensor] = (
-        as_it_is  # what comes in the place of a random gradient of the output
-    )
-    same_as: str | None = None  # a setting before it that takes the same way through the kernels
+    gradient: Callable[[Tensor], Tensor] = as_it_is  # instead of a random gradient of the output
+    same_as: str | None = None  # an earlier setting that takes the same way through the kernels
     heavy: bool = False  # too much for kernels that are emulated or interpreted
     ordinary: bool = True  # finite numbers, none of the sizes 0
-    luck: float = 1.0  # so many times the usual error is allowed, where plain torch's is a matter of luck
+    luck: float = 1.0  # the factor on the allowed error, where plain torch's error is a matter of luck
 
     @property
     def plain(self) -> bool:
@@ -100,14 +98,14 @@ class Setting:
 class Op:
     name: str
     make: Callable[..., Problem]  # of a case, a device, a seed and options: inputs in float64
-    cases: Mapping[str, Any]  # the shapes that people run
-    settings: Mapping[str, Setting]  # what is checked
+    cases: Mapping[str, Any]  # the shapes that users run
+    settings: Mapping[str, Setting]  # the inputs that are checked
     quick: tuple[str, ...]  # settings of a quick check
-    again: tuple[str, ...]  # settings that must give the same bits again, and each gradient alone
+    again: tuple[str, ...]  # settings that must give the same bits at each call, and each gradient alone
     tiny: Mapping[str, Setting]  # for finite differences
-    usual: tuple[str, ...]  # cases that are timed where none is asked for
-    brief: tuple[str, ...]  # and in a quick benchmark: small, and of several sizes
-    anchor: str  # what is timed beside it, see bench/ceilings.py
+    usual: tuple[str, ...]  # cases that are timed by default
+    brief: tuple[str, ...]  # cases of a quick benchmark: small, and of several sizes
+    anchor: str  # the kernel of torch that is timed in turn with it, see bench/ceilings.py
     timed: Mapping[str, Any] = field(default_factory=dict)  # options of `make` when it is timed
 
     def problem(self, setting: Setting, *, device: str, seed: int, tiny: bool = False) -> Problem:
@@ -118,12 +116,12 @@ class Op:
         return problem
 
     def workload(self, case: Case, dtype: torch.dtype, device: str) -> Problem:
-        """What a benchmark runs: inputs as networks have them, in `dtype`."""
+        """The problem that a benchmark runs: inputs as in networks, in `dtype`."""
         return self.make(case, device, 0, **self.timed).to(dtype)
 
 
 def _smaller(case: Case) -> Case:
-    """For the interpreter: one image and head are enough for its arithmetic."""
+    """A smaller case for the interpreter: one image and head are enough for its arithmetic."""
     if isinstance(case, MsDeformAttnCase):
         batch, heads, queries = min(case.batch, 1), min(case.heads, 1), min(case.query_count, 6)
         return replace(case, batch=batch, heads=heads, queries=queries)
@@ -137,7 +135,7 @@ def by_name(*settings: Setting) -> dict[str, Setting]:
 
 
 def shrunk(cases: Mapping[str, Any], dispatch: Callable[[Any], object], **options: Any) -> list[Setting]:
-    """Cases made small. Those of one `dispatch` take the same way through the kernels."""
+    """The cases made small; cases of one `dispatch` take the same way through the kernels."""
     first: dict[object, str] = {}
     found = []
     for name, case in cases.items():
@@ -159,7 +157,7 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def first_of_all(tensor: Tensor) -> Tensor:
-    """The first image in the place of all, in the memory of one."""
+    """The first image in all images' places, in the memory of one."""
     return tensor[:1].expand_as(tensor)
 
 
@@ -169,7 +167,7 @@ def one_number(tensor: Tensor) -> Tensor:
 
 
 def with_nan(tensor: Tensor) -> Tensor:
-    """A gradient with one NaN, and where there are more rows another in another."""
+    """A gradient with one NaN, and another one in another row if there are more rows."""
     tensor = tensor.clone()
     tensor.view(-1, tensor.shape[-1])[-2:, -1] = float("nan")
     return tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a function makes of inputs, and of the gradient of its output."""
+"""The results of a function: its output and its gradients."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def results(
     inputs: Sequence[Tensor],
     grad_output: Tensor | Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor]:
-    """[output, *gradient of each input]. `grad_output`, or what it makes of the output, or ones, in the output's dtype.
+    """[output, *gradient of each input]. The output's gradient is `grad_output`, or its result for the output, or ones.
 
-    A gradient that is not there is one of zeros, which are missed where the formula has others.
+    It is cast to the output's dtype. A missing gradient is one of zeros, which fails where the formula has others.
     """
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]  # a clone would have other strides
     output = function(*leaves)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern check`: outputs and gradients of every kernel, or of anybody's own, against the formula in float64.
+"""`vitkern check`: outputs and gradients of every kernel, or of a user's own, against the formula in float64.
 
-``settings`` says what each op is checked on and ``problems`` how it is called, ``routes`` how kernels can run and
-``plan`` what of all that was asked for; ``examine`` makes a check, with ``compare`` as its judge, and ``report`` tells.
-``theirs`` does the same with an implementation of the user's, whose usual ``mistakes`` it knows. Nothing is imported
-here: the command line has to work without torch.
+``vitkern.cases`` has the problems; ``routes`` lists how kernels can run, and ``plan`` the checks that were requested.
+``examine`` makes a check, ``compare`` judges it, and ``report`` prints the results. ``theirs`` does the same with a
+user's implementation, and ``mistakes`` finds the usual mistakes in it. Nothing is imported here: the command line has
+to work without torch.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks in a process of their own, which may end as it likes: what it has not told of has failed.
+"""Checks in a process of their own, which may end in any way: tasks without an outcome have failed.
 
 Triton decides when it is imported whether it interprets; and code of others can end the process that it runs in.
 """
@@ -24,7 +24,7 @@ from vitkern.check.examine import Outcome, examine
 from vitkern.check.plan import Request, Task, plan
 from vitkern.commands.errors import CommandError
 
-# Ctrl-C is for the process that waits, which ends this one.
+# Ctrl-C is for the parent process, which ends this one.
 _START = """
 import sys
 sys.path[:] = filter(None, sys.path)  # a file of the working folder is no module of Python's
@@ -37,10 +37,10 @@ work(*sys.argv[2:])
 
 
 class Apart:
-    """The tasks run beside those of this process, from here to the end of the block.
+    """Runs the tasks beside those of this process until the end of the block.
 
     `source` is the module whose ``examined(request)`` yields the outcomes, in the order of the tasks. A `silent`
-    process prints nothing, but its last line is told if it fails.
+    process prints nothing; only its last line is reported if it fails.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Apart:
         self.folder = tempfile.TemporaryDirectory(prefix="vitkern-check-")
         self.path, self.log = (Path(self.folder.name) / name for name in ("told", "log"))
         told = [json.dumps(part) for part in ([*map(str, sys.path)], dataclasses.asdict(request))]
-        # Nothing that it printed is lost when it crashes, and it tells where.
+        # A crash loses no output, and a traceback is printed.
         python = [sys.executable, *(() if silent else ("-u", "-X", "faulthandler"))]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -92,7 +92,7 @@ class Apart:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def outcomes(self) -> list[Outcome]:
-        """Of all tasks: one of which nothing was heard has failed."""
+        """The outcomes of all tasks; a task without a message has failed."""
         how, heard = _in_words(self.wait()), self.heard()
         lines = self.log.read_text(errors="replace").strip().splitlines()
         failure = f"its process ended with {how}{f': {lines[-1]}' if lines else ''}"
@@ -106,7 +106,7 @@ class Apart:
         return heard
 
     def all(self) -> Iterator[Outcome]:
-        """The outcomes, once the process has ended; after Ctrl-C those that there are."""
+        """The outcomes, once the process has ended; after Ctrl-C, those so far."""
         try:
             self.wait()
         except KeyboardInterrupt:
@@ -116,7 +116,7 @@ class Apart:
 
 
 def _in_words(status: int) -> str:
-    """As subprocess has it: the negative number of a signal."""
+    """The exit status, or the name of the signal, which subprocess gives as a negative number."""
     try:
         return signal.Signals(-status).name if status < 0 else str(status)
     except ValueError:
@@ -128,7 +128,7 @@ def examined(request: Request) -> Iterator[Outcome]:
 
 
 def work(request: str, source: str, path: str) -> None:
-    """The other side."""
+    """Runs in the child process: writes each outcome to the file at `path`."""
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     with Path(path).open("w") as file:
         try:
@@ -141,7 +141,7 @@ def work(request: str, source: str, path: str) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """If that one were killed, this one could go on for ever."""
+    """Ends this process if the parent is killed, because it could go on for ever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of `vitkern check`. What they start is imported when it starts, torch with it."""
+"""The arguments of `vitkern check`. The checks, and torch with them, are imported when the command runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitkern.commands.outputs import prove_file
 
 
 def add_to(commands: Any) -> None:
-    """`vitkern check`, among the commands of vitkern."""
+    """Adds `vitkern check` to the commands of vitkern."""
     parser = commands.add_parser(
         "check", help="are outputs and gradients right here? of all kernels, or of yours"
     )

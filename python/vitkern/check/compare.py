@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 TIMES = 2.0
-# Units in the last place of the greatest value that are granted besides: where plain torch happens to be exact a
+# Units in the last place of the largest value that are allowed too: where plain torch happens to be exact a
 # rounding is no mistake, and sums of the same terms in another order differ by some units of the accumulator.
 UNITS = {torch.float64: 32, torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
-# Of the greatest gradient; a zero in the place of a greater one is a gradient that was forgotten.
+# As a share of the largest gradient: a zero instead of a larger one is a missing gradient.
 MISSING = 1e-3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On a result of an op: the output, or the gradient of one input."""
+    """The verdict on a result of an op: the output, or the gradient of one input."""
 
     error: float
     allowed: float
@@ -29,7 +29,7 @@ class Verdict:
 
     @property
     def ratio(self) -> float:
-        """The error in units of plain torch's own and of the rounding that is granted besides; `times` is the limit."""
+        """The error in units of plain torch's own error and of the allowed rounding; `times` is the limit."""
         return self.times * self.error / self.allowed if self.error else 0.0
 
 
@@ -49,7 +49,7 @@ def judge(
     granted: float = 0.0,
     gradient: bool = False,
 ) -> Verdict:
-    """`actual` beside plain torch in the same dtype and the formula in float64; `luck` times as much is allowed."""
+    """Compares `actual` with plain torch in the same dtype and the formula in float64; `luck` multiplies the limit."""
 
     def wrong(complaint: str) -> Verdict:
         return Verdict(math.inf, 1.0, complaint)
@@ -83,8 +83,9 @@ def _count(where: Tensor) -> str:
 
 
 def missing(actual: Tensor, plain: Tensor, exact: Tensor, least: float = MISSING) -> int:
-    """How many zeros there are in the place of greater gradients, and where plain torch has none: terms of 16 bits may
-    cancel. Of anybody's kernels what is below a rounding of the greatest may, too, so `least` is that or more.
+    """The number of zeros instead of larger gradients, where plain torch has none: terms of 16 bits may cancel.
+
+    In a user's kernels, gradients below a rounding of the largest may cancel too, so `least` is that or more.
     """
     if exact.numel() == 0:
         return 0

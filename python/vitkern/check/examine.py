@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One check: an op on a case in a dtype by a route, held against float64, finite differences or itself."""
+"""One check: an op on a case in a dtype by a route, compared with float64, finite differences or itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ResultError(Exception):
 
 @dataclass(frozen=True)
 class Expected:
-    """The formula in float64, and plain torch in the dtype that is checked, on the same numbers."""
+    """The formula in float64, and plain torch in the dtype of the check, on the same inputs."""
 
     problem: Problem
     setting: Setting
@@ -95,7 +95,7 @@ def examine(task: Task, times: float = TIMES) -> Outcome:
 
 @contextlib.contextmanager
 def timed(outcome: Outcome) -> Iterator[None]:
-    """Whatever the kernels raise is a failure of theirs."""
+    """Times a check; an exception in it is a failure of the kernels."""
     started = time.perf_counter()
     try:
         yield
@@ -110,14 +110,14 @@ def timed(outcome: Outcome) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=12)  # dtypes, on routes that take all, little or other functions
 def _expected(op: str, case: str, dtype: str, seed: int, device: str, tiny: bool, by_other: bool) -> Expected:
-    """All routes of a device are compared with the same."""
+    """The expected results, which all routes of a device share."""
     setting = OPS[op].settings[case]
     return Expected.by_reference(OPS[op], setting, DTYPES[dtype], seed, device, tiny=tiny, by_other=by_other)
 
 
 def _expected_of(task: Task) -> Expected:
     route = task.route
-    # The reference is held to other functions of torch, where those compute the same.
+    # The reference is compared with other functions of torch if these compute the same.
     by_other = route.backend == "reference" and _others_agree(task.setting)
     return _expected(task.op, task.case, task.dtype, task.seed, route.device, route.tiny, by_other)
 
@@ -136,7 +136,7 @@ def _oracle(task: Task, outcome: Outcome, times: float) -> None:
 
 
 def compare(known: Expected, actual: list[Tensor], outcome: Outcome, times: float, where: str = "") -> None:
-    """Say in the outcome how far the results are off, and which of them too far."""
+    """Records in the outcome how far the results are off, and which exceed the limit."""
     for name, a, p, e in zip(known.names, actual, known.plain, known.exact):
         terms = known.problem.sums.get(name)
         granted = 0.0 if terms is None else terms(known.exact[0]).item() * torch.finfo(torch.float32).eps
@@ -163,8 +163,9 @@ def _gradcheck(task: Task, outcome: Outcome, times: float) -> None:
 
 
 def _repeat(task: Task, outcome: Outcome, times: float) -> None:
-    """Kernels promise the same bits in torch's deterministic mode, which fills new memory with NaN besides; and those
-    of a CPU always."""
+    """Compares repeated calls: kernels are bitwise reproducible in torch's deterministic mode, which also fills new
+    memory with NaN, and CPU kernels always.
+    """
     known = _expected_of(task)
     modes = (True, False) if task.route.backend in ("cpu", "reference") else (True,)
     for mode in modes if task.route.device == "cpu" else (True,):
@@ -181,7 +182,7 @@ def _repeat(task: Task, outcome: Outcome, times: float) -> None:
 
 
 def _subset(task: Task, outcome: Outcome, times: float) -> None:
-    """Gradients one by one, and all but one, are those that come where all are asked for."""
+    """Compares gradients one by one, and all but one, with those of a call where all are needed."""
     known = _expected_of(task)
     ours, count = _ours(task, known.problem), len(known.tensors)
     _, *together = known.results(ours)
@@ -203,7 +204,7 @@ def _subset(task: Task, outcome: Outcome, times: float) -> None:
 
 @contextlib.contextmanager
 def _threads(task: Task) -> Iterator[None]:
-    """Those of torch only for what runs in threads of its own: small calls would but wait for each other."""
+    """Keeps torch's threads for the CPU kernels only: small calls of torch would wait for each other."""
     before = torch.get_num_threads()
     if task.route.backend != "cpu" or task.kind == "gradcheck":
         torch.set_num_threads(1)
@@ -215,7 +216,7 @@ def _threads(task: Task) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic(mode: bool) -> Iterator[None]:
-    """Torch's deterministic mode, on or off inside."""
+    """Turns torch's deterministic mode on or off inside a ``with`` block."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(mode)
     try:

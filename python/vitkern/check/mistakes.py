@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the usual mistakes an output comes from. Each is the formula at other places."""
+"""The usual mistakes behind an output. Each is the formula at other locations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vitkern.cases import Function
 from vitkern.check.compare import judge
 from vitkern.check.examine import Expected
 
-# From locations and the levels' (width, height) to where is sampled by mistake.
+# From locations and the levels' (width, height) to the locations that are sampled by mistake.
 MISTAKES: dict[str, Function] = {
     "x and y exchanged": lambda places, sizes: places.flip(-1),
     "align_corners=True": lambda places, sizes: (places * (sizes - 1) + 0.5) / sizes,
@@ -18,7 +18,7 @@ MISTAKES: dict[str, Function] = {
 
 
 def mistake_in(output: Tensor, known: Expected, spatial_shapes: Tensor, times: float) -> str | None:
-    """What the output of a wrong ms_deform_attn comes with, if that is one of the above."""
+    """The mistake that explains the output of a wrong ms_deform_attn, if it is one of the above."""
     wide = [tensor.double() for tensor in known.tensors]
     for name, moved in MISTAKES.items():
         plain, exact = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the user asks for to the checks that run, and to what does not run and why."""
+"""The checks of a request that run, and those that do not run and why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitkern.check.routes import Route, all_routes
 from vitkern.commands.choices import DTYPES, Filters, cases_exist, chosen, matches
 from vitkern.commands.errors import CommandError
 
-# Against float64; finite differences; twice the same bits; each gradient alone, and all but each.
+# Against float64; finite differences; the same bits at each call; each gradient alone, and all but each.
 KINDS = ("oracle", "gradcheck", "repeat", "subset")
 
 
@@ -25,7 +25,7 @@ class Request(Filters):
     kinds: Sequence[str] = ()
     seed: int = 0
     times: float = TIMES
-    module: str | None = None  # somebody's own implementation in the place of the kernels
+    module: str | None = None  # a user's own implementation instead of the kernels
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Task:
 @dataclass(frozen=True)
 class Plan:
     tasks: list[Task]
-    left_out: list[tuple[str, str]]  # what, and why
+    left_out: list[tuple[str, str]]  # a description, and the reason
 
 
 def plan(request: Request, routes: Sequence[Route] | None = None) -> Plan:
-    """On all routes that there are here, or on these."""
+    """The plan for all routes on this machine, or for these."""
     ops = [OPS[name] for name in chosen("op", request.ops, tuple(OPS)) or OPS]
     kinds = chosen("kind", request.kinds, KINDS) or KINDS
     chosen("dtype", request.dtypes, tuple(DTYPES))
@@ -114,7 +114,7 @@ def _rows(op: Op, request: Request, kinds: Sequence[str]) -> Iterator[tuple[str,
 
 
 def _passed_over(op: Op, case: str, dtype: str, kind: str, route: Route, request: Request) -> str | None:
-    """Why a case is not worth its time on a route; one that the user names always is."""
+    """The reason why a case is not worth its time on a route; cases that the user names always run."""
     if request.cases or kind == "gradcheck":
         return None
     if route.tiny and kind != "oracle" and case != op.again[0]:

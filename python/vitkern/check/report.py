@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came out: the table of errors, each failure with the command that repeats it, and JUnit's XML."""
+"""The results: the table of errors, each failure with the command that repeats it, and JUnit's XML."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def conclude(
     *,
     limit: float,
 ) -> int:
-    """Wait for the checks and say it all; what the process is to exit with: 1 if one failed, 130 after Ctrl-C."""
+    """Waits for the checks and prints the results. Returns the exit status: 1 if one failed, 130 after Ctrl-C."""
     started = time.monotonic()
     outcomes, interrupted = _until_interrupted(checks)
     seconds = time.monotonic() - started
@@ -46,7 +46,7 @@ def conclude(
 
 
 def _until_interrupted(checks: Iterable[Outcome]) -> tuple[list[Outcome], bool]:
-    """Those that are done, which the user's Ctrl-C is not to lose, and whether it came."""
+    """The finished checks, which Ctrl-C must not lose, and whether Ctrl-C came."""
     outcomes = []
     try:
         for outcome in checks:
@@ -64,7 +64,7 @@ def print_left_out(left_out: Sequence[tuple[str, str]]) -> None:
 
 
 def table(outcomes: Iterable[Outcome]) -> list[str]:
-    """A line for each op, backend and dtype: how many checks, and the greatest ratio of each result."""
+    """A line for each op, backend and dtype: the number of checks, and the largest ratio of each result."""
     groups: dict[tuple[str, str, str], list[Outcome]] = {}
     for outcome in outcomes:
         task = outcome.task
@@ -87,7 +87,7 @@ def table(outcomes: Iterable[Outcome]) -> list[str]:
 
 
 def command(task: Task, request: Request) -> str:
-    """What repeats one check, to be pasted into a shell."""
+    """The command that repeats one check, to be pasted into a shell."""
     one = replace(request, cases=[task.case], dtypes=[task.dtype], quick=False)
     if request.module is None:
         one = replace(one, ops=[task.op], backends=[task.route.name], kinds=[task.kind])
@@ -137,7 +137,7 @@ def write_junit(
         ElementTree.SubElement(test, "skipped", message=reason)
     whole = ElementTree.Element("testsuites")
     whole.append(suite)
-    for element in whole.iter():  # messages of compilers have colours, which are no XML
+    for element in whole.iter():  # messages of compilers have colours, which XML does not allow
         element.text = element.text and readable(element.text)
         element.attrib.update({name: readable(text) for name, text in element.items()})
     try:

@@ -30,8 +30,8 @@ class Route:
     reason: str | None  # why it cannot run here, if it cannot
     enter: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     slow: bool = False  # one case of each dispatch
-    tiny: bool = False  # and that smaller still: each program of the kernel costs seconds
-    apart: bool = False  # in a process of its own, which has the variable of INTERPRET
+    tiny: bool = False  # and a smaller one: each program of the kernel costs seconds
+    apart: bool = False  # in a process of its own, which sets the variable of INTERPRET
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -43,14 +43,14 @@ class Route:
             op.forget_plans()
 
     def lacks(self, dtype: torch.dtype) -> str | None:
-        """Why the backend cannot run this dtype, if it cannot."""
+        """The reason why the backend cannot run this dtype, if so."""
         if self.backend == "triton" and dtype == torch.float64:
             return "the Triton kernels have no float64"
         return None
 
 
 def all_routes(device: str | None) -> list[Route]:
-    """Those of a device; of all devices that there are where none is named."""
+    """The routes of a device, by default of all devices on this machine."""
     on_gpu = device_of(device) == "cuda"
     routes = []
     if device != "cuda":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern check`: runs what was planned and says what came out."""
+"""`vitkern check`: runs the planned checks and prints the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vitkern.commands.progress import Progress
 
 
 def run(request: Request, *, junit: Path | None = None, only_list: bool = False) -> int:
-    """Returns what the process is to exit with: 1 if a check failed."""
+    """Returns the exit status: 1 if a check failed."""
     planned = plan(request)
     if only_list:
         for task in planned.tasks:
@@ -33,14 +33,14 @@ def run(request: Request, *, junit: Path | None = None, only_list: bool = False)
             "no check fits all that was asked for; --list shows what there is, and what cannot run here and why"
         )
     if torch.cuda.is_available():
-        # cuBLAS, which the reference uses on a GPU, repeats its bits only with a workspace of fixed size.
+        # cuBLAS, which the reference calls on a GPU, repeats its bits only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     checks = _checks(planned.tasks, request)
     return report.conclude(checks, planned.left_out, request, junit, limit=request.times)
 
 
 def _checks(tasks: Sequence[Task], request: Request) -> Iterator[Outcome]:
-    """Each outcome as soon as it is there; those of the other process at the end."""
+    """Each outcome when it is ready; those of the other process come at the end."""
     here = [task for task in tasks if not task.route.apart]
     apart = [task for task in tasks if task.route.apart]
     if not apart:

@@ -17,16 +17,16 @@ from vitkern.check.routes import all_routes
 from vitkern.commands.errors import CommandError
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-FOUND = 9  # what the sanitizer exits with when it has something to say
+FOUND = 9  # the exit status of a sanitizer with findings
 ENVIRONMENT = {
-    # Each tensor an allocation of its own, or an overrun lands in the pool and is not seen.
+    # Each tensor has an allocation of its own, or an overrun lands in the pool and is not seen.
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     "CUDA_LAUNCH_BLOCKING": "1",
 }
 
 
 def sanitize(request: Request) -> int:
-    """Returns what the process is to exit with: 1 if a tool has found something."""
+    """Returns the exit status: 1 if a tool has findings."""
     if request.device == "cpu":
         raise CommandError("--sanitize is for kernels on a GPU, so --device has to be cuda")
     if not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def sanitize(request: Request) -> int:
 
 
 def affordable(request: Request) -> Request:
-    """Kernels take a hundred times as long: small cases and no finite differences unless they are named."""
+    """The request cut to small cases without finite differences unless named: kernels take a hundred times as long."""
     small = replace(request, device="cuda", quick=request.quick or not request.cases)
     if request.module is not None:
         return small
@@ -49,7 +49,7 @@ def affordable(request: Request) -> Request:
 
 
 def _backends() -> list[str]:
-    """Those that can run; plain torch is not on trial."""
+    """The routes that can run; plain torch is not on trial."""
     own = [route for route in all_routes("cuda") if route.backend != "reference"]
     able = [route.name for route in own if route.reason is None]
     if not able:
@@ -59,7 +59,7 @@ def _backends() -> list[str]:
 
 
 def command(tool: str, arguments: Sequence[str]) -> list[str]:
-    """`vitkern` with these arguments, so that the tool sees every launch: an op of others has a process of its own."""
+    """`vitkern` with these arguments, so that the tool sees every launch: a user's op has a process of its own."""
     targets = "all" if "--module" in arguments else "application-only"
     launcher = ["compute-sanitizer", f"--tool={tool}", f"--target-processes={targets}"]
     return [*launcher, f"--error-exitcode={FOUND}", sys.executable, "-m", "vitkern", *arguments]

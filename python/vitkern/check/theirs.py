@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern check --module`: somebody's own multi-scale deformable attention, held to the same formula."""
+"""`vitkern check --module`: a user's own multi-scale deformable attention, compared with the same formula."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ FORMS = (
 
 
 def check_module(request: Request, *, junit: Path | None) -> int:
-    """Returns what the process is to exit with: 1 if a check failed."""
+    """Returns the exit status: 1 if a check failed."""
     checks = _in_a_process_of_its_own(_tasks(request), request)
     return report.conclude(checks, [], request, junit, limit=_limit(request))
 
 
 def _limit(request: Request) -> float:
-    return 2 * request.times  # who computes in another order than plain torch may round more often
+    return 2 * request.times  # another order of operations than plain torch's may round more often
 
 
 def _tasks(request: Request) -> list[Task]:
@@ -60,13 +60,13 @@ def _tasks(request: Request) -> list[Task]:
 
 
 def _in_a_process_of_its_own(tasks: list[Task], request: Request) -> Iterator[Outcome]:
-    """Theirs may end it, by a signal or with a status that says that all is right."""
+    """Runs the tasks in another process, which user code may end by a signal or with a status of success."""
     with Apart(tasks, request, __name__) as theirs:
         yield from theirs.all()
 
 
 def examined(request: Request) -> Iterator[Outcome]:
-    """Each outcome as soon as it is there, in this process."""
+    """Each outcome when it is ready, in this process."""
     forms = "package.module:Name or file.py:Name"
     theirs = named.load(str(request.module), option="--module", forms=forms)
     for task in _tasks(request):
@@ -74,7 +74,7 @@ def examined(request: Request) -> Iterator[Outcome]:
 
 
 def _is_for(setting: Setting, dtype: str, request: Request) -> bool:
-    """What every implementation is for; what is odd or empty only if it is asked for."""
+    """Whether a setting is for every implementation; unusual and empty ones run only on request."""
     if request.cases:
         return matches(setting.name, request.cases)
     # In 16 bits torch's own grid_sample is wrong at 1e30, and finds another pixel on an edge.
@@ -109,7 +109,7 @@ def _same(now: Tensor, before: Tensor) -> bool:
 
 
 def _judged(call: Function, expected: Tensor) -> Function:
-    """The same, for outputs that have gradients to compare."""
+    """The same function, for outputs that have gradients to compare."""
 
     def run(*tensors: Tensor) -> Tensor:
         output = call(*tensors)
@@ -125,7 +125,7 @@ def _judged(call: Function, expected: Tensor) -> Function:
 
 
 def _of_function(theirs: Any, task: Task) -> Problem:
-    """The op's problem with theirs in the place of the kernels, held to the formula."""
+    """The op's problem with the user's function instead of the kernels, compared with the formula."""
     op = OPS[task.op]
     problem = op.problem(task.setting, device=task.route.device, seed=task.seed)
     levels = _levels(task)
@@ -138,7 +138,7 @@ def _of_function(theirs: Any, task: Task) -> Problem:
         return output
 
     formula = in_its_own_dtype(functools.partial(problem.call, backend="reference"))
-    # Others take all tensors in one dtype; that coordinates stay float32 is a contract of vitkern's own kernels.
+    # Other functions take all tensors in one dtype; float32 coordinates are a contract of vitkern's own kernels.
     return replace(problem, call=ours, by_torch=formula, other=None, wide=())
 
 
@@ -153,7 +153,7 @@ def _case(task: Task) -> MsDeformAttnCase:
 
 
 def adapted(theirs: Any) -> Function:
-    """A function of the op's five tensors from any form that people have it in."""
+    """A function of the op's five tensors from any of the usual forms."""
     function: Function
     if inspect.isclass(theirs) and issubclass(theirs, torch.autograd.Function):
         taken, function = len(inspect.signature(theirs.forward).parameters) - 1, theirs.apply
@@ -172,7 +172,7 @@ def adapted(theirs: Any) -> Function:
 
 
 def _positional(function: Any) -> int:
-    """How many arguments it is to be given: those without a default, and whoever takes any number can take five."""
+    """The number of arguments to pass: those without a default, or five if it takes any number."""
     parameters = inspect.signature(function).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
@@ -180,11 +180,11 @@ def _positional(function: Any) -> int:
 
 
 def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
-    """The layer and our own, in plain torch, with the same random parameters, which are inputs like others."""
+    """The user's layer and our own, in plain torch, with the same random parameters, which are inputs like others."""
     case, device = _case(task), task.route.device
     formula, layer = _layers(theirs, case, device)
     # On edges of cells two roundings have two gradients: reference points are middles of pixels, offsets lead well into
-    # a cell, and none follows the query.
+    # a cell, and no offset depends on the query.
     fixed = {"sampling_offsets.weight": formula.sampling_offsets.weight.detach()}
     parameters = {name: parameter for name, parameter in formula.named_parameters() if name not in fixed}
     generator = torch.Generator().manual_seed(task.seed)
@@ -225,7 +225,7 @@ def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
 def _layers(
     theirs: type[nn.Module], case: MsDeformAttnCase, device: str
 ) -> tuple[vitkern.nn.MSDeformAttn, nn.Module]:
-    """Ours on plain torch, and theirs, which has to take the same parameters."""
+    """Our layer on plain torch and the user's, which has to take the same parameters."""
     arguments = (max(case.heads * case.channels, 1), len(case.levels), case.heads, case.points)
     formula = vitkern.nn.MSDeformAttn(*arguments, backend="reference").to(device)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments that several commands take. No torch in here: the command line has to work without."""
+"""Arguments that several commands take. Torch is not imported here: the command line has to work without it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from vitkern.commands.errors import CommandError
 
-# Options that may be repeated, by the field of a request that collects them; all others are called like their field.
+# Options that may be repeated, and the fields of a request that collect them; all others have the name of their field.
 REPEATED = {
     "ops": "--op",
     "cases": "--case",
@@ -20,7 +20,7 @@ REPEATED = {
 }
 
 
-# What some of them take, known here without torch: a typo is told at once. A test holds it to what there is.
+# Values that some of them take, known without torch so that a typo is reported at once; a test checks them.
 NAMES = {
     "ops": ("ms_deform_attn", "ms_deform_attn_fused", "adapter_bottleneck", "token_pool", "token_project"),
     "dtypes": ("fp32", "bf16", "fp16", "fp64"),
@@ -49,7 +49,7 @@ def add_repeated(parser: argparse.ArgumentParser, field: str, says: str) -> None
 def add_filters(
     parser: argparse.ArgumentParser, *, case: str, backend: str, device: str, quick: str, when: str = ""
 ) -> None:
-    """The fields of vitkern.commands.choices.Filters, with what the help says where commands differ."""
+    """Adds the fields of vitkern.commands.choices.Filters, with the parts of the help that differ between commands."""
     add_repeated(parser, "ops", f"{when}only this op; may be repeated, as the next ones")
     add_repeated(parser, "cases", f"{when}{case}")
     add_repeated(parser, "backends", f"{when}{backend}")
@@ -59,13 +59,13 @@ def add_filters(
 
 
 def positive(option: str, value: float | None) -> None:
-    """None: it was not given."""
+    """Refuses a value that is not positive and finite; None means that it was not given."""
     if value is not None and not 0 < value < math.inf:
         raise CommandError(f"{option} must be more than 0, got {value:g}")
 
 
 def refuse(arguments: argparse.Namespace, fields: Iterable[str], why: str) -> None:
-    """What would have no effect must not be given: silence would look like consent."""
+    """Refuses arguments that would have no effect: to ignore them would look like consent."""
     for field in fields:
         value = getattr(arguments, field)
         if value or (value == 0 and value is not False):  # 0 was given, False was not

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command can be asked for, and the sentence that refuses what there is not."""
+"""The choices that a command offers, and the sentences that refuse unknown ones."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ DTYPES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As torch calls it: float32."""
+    """The dtype's name in torch: float32."""
     return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What the command line asks for; empty: what is usual."""
+    """The choices on the command line; empty ones stand for the default."""
 
     ops: Sequence[str] = ()
     cases: Sequence[str] = ()  # names, or patterns such as injector-*
@@ -40,7 +40,7 @@ class Filters:
     quick: bool = False
 
     def words(self) -> list[str]:
-        """The arguments that ask for this."""
+        """The arguments that make this request."""
         words: list[str] = []
         for field in dataclasses.fields(self):
             value, option = getattr(self, field.name), option_of(field.name)
@@ -56,13 +56,13 @@ Request = TypeVar("Request", bound=Filters)
 
 
 def requested(kind: type[Request], arguments: argparse.Namespace) -> Request:
-    """A request from the arguments that are called as its fields; what was not given is as the request has it."""
+    """A request from the arguments with the names of its fields; missing ones keep the request's defaults."""
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in given.items() if value is not None})
 
 
 def chosen(what: str, asked: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Those of the known ones that are asked for, in their order."""
+    """The known names that were requested, in their order."""
     for name in asked:
         if name not in known:
             raise CommandError(f"no {what} is called {name}; there are {', '.join(known)}")
@@ -74,7 +74,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def cases_exist(patterns: Iterable[str], known: Iterable[str]) -> None:
-    """`known` of all ops that are asked for: each has other cases, and a name is wrong only if none has it."""
+    """Refuses a pattern that matches none of `known`, the cases of all requested ops, since each op has other cases."""
     names = sorted(set(known))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -82,7 +82,7 @@ def cases_exist(patterns: Iterable[str], known: Iterable[str]) -> None:
 
 
 def device_of(name: str | None) -> str:
-    """The device that is asked for; else cuda where there is one."""
+    """The requested device; by default cuda if there is one."""
     if torch.cuda.is_available():
         return name or "cuda"
     if name == "cuda":

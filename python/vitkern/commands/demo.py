@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vitkern demo`: an encoder layer of Deformable-DETR, checked against plain torch and timed against it.
 
-The plain side is what one writes without a kernel: one ``grid_sample`` a level, then the weighted sum. A time is
+The plain side is the usual code without a kernel: one ``grid_sample`` per level, then the weighted sum. A time is
 printed only if output and gradients of the two sides have agreed in this run. Where torch sees a card, the same
 attention runs there (demo_card.py). A picture shows where queries sample.
 """
@@ -34,11 +34,11 @@ IMAGES = ((256, 256), (512, 512), (800, 1333))  # height, width
 # where it crosses a pixel centre's row or column: of millions of locations some dozens lie so close to one that the two
 # sides round them apart, each to a right answer, which makes up to 5e-3. Wrong maths makes 1e-1 and more of both.
 TOLERANCE = {"forward": 1e-5, "forward + backward": 1e-2}
-SECONDS_OF_TIMING = 2.5  # for a row of the table, but two rounds in any case
+SECONDS_OF_TIMING = 2.5  # for a row of the table, and two rounds in any case
 
 
 class PlainMSDeformAttn(vitkern.nn.MSDeformAttn):
-    """The same module with nothing but torch in it."""
+    """The same module in plain torch."""
 
     def forward(  # type: ignore[override]
         self,
@@ -113,12 +113,12 @@ def comparisons(image: tuple[int, int]) -> list[Comparison]:
     """The attention alone and in its layer, over the feature pyramid of an image of this size."""
     torch.manual_seed(0)
     shapes, starts = pyramid(image)
-    # Every pixel of every level is a query, and looks round the same place on each level: [1, S, L, 2].
+    # Every pixel of every level is a query with the same reference point on each level: [1, S, L, 2].
     reference = pixel_centres(shapes.tolist()).float()[None, :, None].expand(-1, -1, LEVELS, -1)
     queries = reference.shape[1]
 
     ours = EncoderLayer(vitkern.nn.MSDeformAttn(CHANNELS, LEVELS, HEADS, POINTS))
-    # As after some training: where a query looks, and how much it cares, depends on the query.
+    # As after some training: sampling points and attention weights depend on the query.
     nn.init.normal_(ours.attention.sampling_offsets.weight, std=0.05)
     nn.init.normal_(ours.attention.attention_weights.weight, std=0.05)
     plain = EncoderLayer(PlainMSDeformAttn(CHANNELS, LEVELS, HEADS, POINTS))
@@ -157,7 +157,7 @@ def difference(ours: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
 
 
 def time_in_turn(runs: Sequence[Callable[[], object]]) -> list[float]:
-    """The best of several rounds for each, in milliseconds. They take turns: a slow moment of the machine hits both."""
+    """The best time of each over several rounds, in milliseconds. They take turns: a slow moment affects both."""
     best = [math.inf] * len(runs)
     deadline = time.perf_counter() + SECONDS_OF_TIMING
     for done in range(100):
@@ -171,7 +171,7 @@ def time_in_turn(runs: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def table(images: Sequence[tuple[int, int]]) -> bool:
-    """Print check and times row by row; whether every check passed."""
+    """Prints check and times row by row; returns whether every check passed."""
     heading = (
         f"{'image':<11}{'queries':>7}  {'what':<10}{'pass':<19}{'torch ms':>10}{'vitkern ms':>12}{'ratio':>8}"
     )
@@ -222,7 +222,7 @@ def main(*, output: Path, threads: int | None = None, quick: bool = False) -> in
 
 
 def _on_the_card(images: Sequence[tuple[int, int]]) -> bool:
-    """Print the card's table, or a line that there is no card; whether all kernels were right."""
+    """Prints the card's table, or a line that there is no card; returns whether all kernels were right."""
     from vitkern.commands import demo_card
 
     found = demo_card.card()

@@ -2,8 +2,8 @@
 """The card's half of `vitkern demo`: every backend that runs there against grid_sample, as it is and compiled.
 
 Attention alone, on the inputs of the CPU's rows, in float32 and bfloat16; locations and weights are float32 in both, as
-networks under autocast have them. A time is printed only of what agreed with grid_sample in this run. Events lie round
-the calls while the host runs ahead, and the median is the figure. The device and its clock are arguments.
+in networks under autocast. A contender has a time only if it agreed with grid_sample in this run. Events enclose the
+calls while the host runs ahead, and the median is the figure. The device and its clock are arguments.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def table(
     compiler: Callable[[Function], Function] = torch.compile,
     seconds: float | None = None,
 ) -> bool:
-    """Print a row for each image, dtype, pass and contender; whether every kernel was right."""
+    """Prints a row for each image, dtype, pass and contender; returns whether every kernel was right."""
     ours = _that_run(names, device)
     print(
         f"{'image':<11}{'dtype':<6}{'pass':<19}{'':<22}{'ms':>9}{'ratio':>9}{'peak MB':>9}   equal to within"
@@ -105,7 +105,7 @@ def _contenders(
 def _calls(
     contenders: dict[str, Function], inputs: Sequence[Tensor], backward: bool
 ) -> dict[str, Callable[[], list[Tensor]]]:
-    """Of each contender a call without arguments: the output, and with `backward` all gradients."""
+    """A call without arguments for each contender: the output, and with `backward` all gradients."""
     inputs = [tensor.detach().requires_grad_(backward) for tensor in inputs]
     with torch.no_grad():
         towards = torch.randn_like(contenders[EAGER](*inputs))
@@ -126,16 +126,16 @@ def _rows(
     clock: Clock,
     seconds: float | None,
 ) -> tuple[list[str], bool]:
-    """A line for each contender, and whether all kernels were right. grid_sample as it is is the yardstick."""
+    """A line for each contender, and whether all kernels were right. The yardstick is grid_sample, not compiled."""
     expected = calls[EAGER]()
     apart: dict[str, float] = {}
-    said: dict[str, str] = {}  # of those that have no time, why
+    said: dict[str, str] = {}  # the reasons of contenders without a time
     for name, call in calls.items():
         try:
             apart[name] = demo.difference(
                 [each.float() for each in call()], [each.float() for each in expected]
             )
-        except Exception as error:  # of a compiler, a launch, the card's memory: the other contenders go on
+        except Exception as error:  # of a compiler, a launch or the card's memory: the other contenders go on
             said[name] = f"raised {type(error).__name__}: {in_one_line(error)}"
             continue
         if not apart[name] <= most:

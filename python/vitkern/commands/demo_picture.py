@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of `vitkern demo`: where queries sample, before and after their sampling points were fitted.
 
-No trained detector is at work. A few queries on a photograph start from the star of points that ``MSDeformAttn``
+No trained detector is involved. A few queries on a photograph start from the star of points that ``MSDeformAttn``
 begins with. Gradient descent through the op's own backward then moves the points, and shifts their attention weights,
-until what a head samples has the colour at its query.
+until the samples of a head have the colour at its query.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import vitkern
 
 HEADS, POINTS, STEPS = 8, 4, 200
 STRIDES = (4, 8, 16, 32)
-# What the queries sit on, and where on the photograph, in pixels (x, y).
+# The object under each query, and the query's place on the photograph, in pixels (x, y).
 QUERIES = {"cheek": (217, 268), "cap": (184, 69), "flag": (113, 322), "jacket": (330, 520)}
 QUERY_COLOURS = ("#ffd400", "#00e5ff", "#ff4fd8", "#7cff4f")
 
@@ -68,7 +68,7 @@ class Sampler:
         return self.logits.softmax(-1).unflatten(-1, (len(STRIDES), POINTS))
 
     def fit(self) -> list[float]:
-        """Move points and weights; the error at each step."""
+        """Moves points and weights; returns the error at each step."""
         optimizer = torch.optim.Adam(
             [{"params": [self.offsets], "lr": 0.1}, {"params": [self.logits], "lr": 0.02}]
         )
@@ -86,7 +86,7 @@ class Sampler:
 
 
 def draw(folder: Path) -> Path:
-    """Fit, draw, and say where the picture is."""
+    """Fits, draws, and prints the path of the picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,7 +125,7 @@ def draw(folder: Path) -> Path:
 
 
 def _photograph(axes: Any, photo: Tensor, locations: Tensor, weights: Tensor) -> None:
-    """All points of all levels over the photograph."""
+    """Draws all points of all levels over the photograph."""
     height, width = photo.shape[1:]
     axes.imshow((photo.permute(1, 2, 0) * 0.72).numpy(), extent=(0, width, height, 0))
     for query, (name, colour) in enumerate(zip(QUERIES, QUERY_COLOURS)):
@@ -139,7 +139,7 @@ def _photograph(axes: Any, photo: Tensor, locations: Tensor, weights: Tensor) ->
 
 
 def _level(axes: Any, photo: Tensor, level: int, before: Tensor, after: Tensor, weights: Tensor) -> None:
-    """One level at its own resolution, and the ways of its points."""
+    """Draws one level at its own resolution, and the paths of its points."""
     height, width = photo.shape[1:]
     pixels = F.avg_pool2d(photo[None], STRIDES[level])[0]
     axes.imshow(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vitkern doctor`: what is installed, what can run on this machine, and what cannot and why.
 
-``examine`` collects facts as plain data (``--json`` prints it), ``report`` lays them out. Both must get through where
-the compiled module, torch or triton is missing or broken: that is when they are asked.
+``examine`` collects facts as plain data (``--json`` prints it), ``report`` lays them out. Both must work if the
+compiled module, torch or triton is missing or broken: the command exists for these cases.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ENVIRONMENT = (
 
 
 def cpu_model() -> str:
-    """The processor's name for people, as far as the system tells."""
+    """The name of the processor, if the system reports it."""
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return (
@@ -55,7 +55,7 @@ def cpu_model() -> str:
 
 
 def examine() -> Facts:
-    """Everything the report says, as JSON-able data."""
+    """The facts of the report, as data for JSON."""
     torch, torch_error = _load("torch")
     # After torch, whose OpenMP library and C++ runtime the compiled module shares.
     native, native_error = _load("vitkern._C")
@@ -71,14 +71,14 @@ def examine() -> Facts:
         "triton": _triton(),
         "cpu": cpu,
         "cuda": _cuda(torch, native),
-        # Where the instruction set that the user names cannot be had, every call of the CPU kernels raises.
+        # If the instruction set that the user names is not available, every call of the CPU kernels raises.
         "backends": _backends() | ({"cpu": cpu["error"]} if "error" in cpu else {}),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
 
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
-    """A module or, in words, what happened instead. A broken library may raise anything, so anything is caught."""
+    """A module, or a description of the failure. A broken library may raise anything, so anything is caught."""
     try:
         return importlib.import_module(name), None
     except Exception as error:
@@ -119,7 +119,7 @@ def _cpu(torch: Any, native: Any) -> Facts:
         facts |= {"compiled": native.compiled_cpu_isas(), "supported": native.supported_cpu_isas()}
         try:
             facts["chosen"] = native.cpu_isa()
-        except ValueError as error:  # VITKERN_CPU_ISA names one that is not there
+        except ValueError as error:  # VITKERN_CPU_ISA names a missing one
             facts |= {"chosen": None, "error": str(error)}
     return facts
 
@@ -154,7 +154,7 @@ def _cuda(torch: Any, native: Any) -> Facts:
 
 
 def _driver(native: Any) -> Facts:
-    """Which CUDA the driver and the kernels' runtime are of, and why the one does not serve the other."""
+    """The CUDA versions of the driver and of the kernels' runtime, and the reason if they do not fit."""
     backends: Any = _load("vitkern.ops.backends")[0]
     if backends is None or native.cuda_version is None:
         return {}
@@ -267,7 +267,7 @@ def _cuda_rows(cuda: Facts) -> list[tuple[str, str]]:
 
 
 def main(*, as_json: bool = False) -> int:
-    """Print the report; 1 where vitkern itself cannot be used."""
+    """Prints the report; returns 1 if vitkern itself cannot be used."""
     facts = examine()
     print(json.dumps(facts, indent=2) if as_json else report(facts))
     return 1 if facts["vitkern"]["error"] or facts["torch"]["error"] else 0

@@ -44,7 +44,7 @@ def _of_config(path: Path) -> nn.Module:
 
 
 def main(name: str, *, as_json: bool = False) -> int:
-    """Print the table; 1 where the model has no layer to replace."""
+    """Prints the table; returns 1 if the model has no layer to replace."""
     try:
         table = patch(model_of(name))
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user names on the command line: something of theirs in a module or a file."""
+"""An object that a user names on the command line, in a module or a file of theirs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitkern.commands.errors import CommandError, in_one_line
 
 
 def load(name: str, *, option: str, forms: str) -> Any:
-    """What package.module:name or file.py:name is. `option` takes `forms`, says the sentence that refuses another."""
+    """The object at package.module:name or file.py:name. Errors say that `option` takes `forms`."""
     source, _, attribute = name.rpartition(":")
     if not (source and attribute):
         raise CommandError(f"{option} takes {forms}; got {name!r}")
@@ -22,7 +22,7 @@ def load(name: str, *, option: str, forms: str) -> Any:
         module = _of_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # theirs is run: anything can happen
+    except BaseException as error:  # user code runs: anything can happen
         why = f"{type(error).__name__}: {in_one_line(error)}"
         raise CommandError(f"{option} {name}: {source} cannot be imported: {why}") from error
     if not hasattr(module, attribute):
@@ -31,7 +31,7 @@ def load(name: str, *, option: str, forms: str) -> Any:
 
 
 def _of_file(path: Path) -> ModuleType:
-    """Imported as python runs a script: its folder is where it finds its neighbours."""
+    """The module of a file, imported as python runs a script: its folder is on the path, so it finds its neighbours."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

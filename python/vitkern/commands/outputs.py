@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places that a command will write to, proved before it measures: an hour must not be lost to a wrong path."""
+"""Checks of the paths that a command will write to, before it measures: a wrong path must not cost an hour."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vitkern.commands.errors import CommandError
 
 
 def prove_file(path: Path | None) -> None:
-    """None: nothing will be written."""
+    """Checks that a file can be written; None means that nothing will be written."""
     if path is None:
         return
-    if path.is_dir():  # an empty name is one, too
+    if path.is_dir():  # the empty name is a folder too
         raise CommandError(f"cannot write {path}: it is a folder")
     _prove(path, path.parent)
     if path.exists():
@@ -28,7 +28,7 @@ def prove_folder(path: Path) -> None:
 
 
 def _prove(what: Path, folder: Path) -> None:
-    """Makes the folder, and a file there that is gone at once."""
+    """Makes the folder, and a file there that is removed at once."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

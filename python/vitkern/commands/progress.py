@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is: a bar with the time left on a terminal where rich is installed, else lines."""
+"""The progress of a run: on a terminal with rich a bar with the time left, else lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Progress:
-    """Steps of about equal length. All on standard error: standard output is for results."""
+    """Steps of about equal length. The output goes to standard error: standard output is for results."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -33,7 +33,7 @@ class Progress:
             self.bar.stop()
 
     def step(self, what: str) -> None:
-        """What the next step is; the one before is done."""
+        """Starts the step `what`; the one before is done."""
         if self.bar is not None:
             self.bar.update(self.task, description=what, completed=self.done)
         else:

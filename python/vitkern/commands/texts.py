@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from elsewhere, such as a compiler's message, made fit for the files that we write."""
+"""Text from elsewhere, such as a compiler's message, made fit for our files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _NOT_OF_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def readable(text: str) -> str:
-    r"""Without a terminal's colours, and with what XML 1.0 does not allow as Python writes it: ``\x00``."""
+    r"""The text without a terminal's colours, and with characters outside of XML 1.0 in Python's form: ``\x00``."""
     return _NOT_OF_XML.sub(lambda found: ascii(found[0])[1:-1], _ANSI.sub("", text))
 
 
 def in_html(text: str) -> str:
-    """As text of HTML or SVG, or within an attribute's quotes."""
+    """The text for HTML or SVG, or for an attribute's quotes."""
     return html.escape(readable(text))
 
 
 def in_markdown(text: str) -> str:
-    """As text of a line, or of a cell of a table: neither HTML nor links, pictures, pipes or ends of lines."""
+    """The text for a line or for a cell of a table: without HTML, links, pictures, pipes or ends of lines."""
     marked = re.sub(r"([\\`*\[\]|~#])", r"\\\1", " ".join(readable(text).split()))
     return html.escape(marked, quote=False)

@@ -4,8 +4,8 @@
 The import of ``mmdet``, ``mmseg`` or ``timm`` from here fills the registry of that project; neither timm nor mmengine
 looks for plug-ins, so a script or the custom_imports of a config has to.
 
-``deformable_detr`` and ``mmcv`` hold what these projects define. ``install`` puts it in their place as it is imported,
-which ``imports`` hears of; ``run`` does so for a script. ``patching`` is for layers that are built: ``forms`` knows
-them by their code, ``layers`` has the forwards they get, ``transformers`` is what that library asks for besides. Both
-give back a ``table``. ``kernels`` is for the package of that name.
+``deformable_detr`` and ``mmcv`` hold the definitions of these projects. ``install`` puts them in place on import, by
+the hooks of ``imports``; ``run`` does so for a script. ``patching`` is for built layers: ``forms`` recognises them by
+their code, ``layers`` has the forwards they get, and ``transformers`` has the extra parts for that library. Both
+return a ``table``. ``kernels`` is for the package of that name.
 """

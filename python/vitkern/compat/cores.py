@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of other projects that sample: tried as layers are, for ``holders`` to replace in those that call them."""
+"""Functions of other projects that sample. They are tried like layers; ``holders`` replaces them in their callers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _ROLES = {
     "points_list": "num_points_list points_list",
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
-_METHODS = ("method", "mode")  # of sampling, by which name it may be given
+_METHODS = ("method", "mode")  # the names of the argument for the sampling method
 
 
 class Core(NamedTuple):
-    """A function that may sample, with what a partial gives it."""
+    """A function that may sample, and the arguments that a partial fixes."""
 
     function: FunctionType
     fixed: tuple[tuple[str, Any], ...] = ()
@@ -64,7 +64,7 @@ def core_of(value: Any) -> Core | None:
 
 
 class Replacement(NamedTuple):
-    """A core and what takes its place."""
+    """A core and its replacement."""
 
     proof: Proof
     function: Function
@@ -75,7 +75,7 @@ _lock = threading.RLock()
 
 
 def replacement_of(core: Core) -> Replacement:
-    """The result of its trial, once a process."""
+    """The replacement of a core after a trial, which runs once per process."""
     key = (core, core.function.__code__)
     with _lock:
         if key not in _known:
@@ -102,7 +102,7 @@ def _form(core: Core, channels_first: bool) -> forms.Form:
     ragged = "points_list" in names
 
     def sizes(module: nn.Module, _: Any) -> Sizes:
-        """More of each than any small number that the code names."""
+        """Sizes larger than any small number that the code names."""
         above = functions.largest_constant(functions.reachable(module, type(module)))
         many = max(3, min(above + 1, 8))
         points = (1, 3, 2, *[many] * (many - 2)) if ragged else (many,) * (many + 1)
@@ -112,14 +112,14 @@ def _form(core: Core, channels_first: bool) -> forms.Form:
 
 
 def _method(core: Core) -> str:
-    """How it samples, by the argument that says so: "default" is bilinear."""
+    """The sampling method, from the argument's value: "default" is bilinear."""
     given = inspect.signature(core.function).parameters
     found = (dict(core.fixed).get(name, given[name].default) for name in _METHODS if name in given)
     return "discrete" if next(found, "") == "discrete" else "default"
 
 
 def _as_layer(core: Core, channels_first: bool) -> nn.Module:
-    """A module whose forward is the function, and which gives it a list of levels if it wants one."""
+    """A module whose forward is the function; it passes a list of levels if the function needs one."""
     function, fixed = core.function, dict(core.fixed)
     names = {role: name for name, role in core.roles.items()}
 
@@ -144,7 +144,7 @@ def _as_layer(core: Core, channels_first: bool) -> nn.Module:
 
 
 def _sampling(core: Core, module: nn.Module, proof: Proof, channels_first: bool) -> Function:
-    """The function on the kernel; itself where anything has changed, and for calls that no trial has covered."""
+    """The function on the kernel; the original runs after changes, and for calls that no trial has covered."""
     original = functools.partial(core.function, **dict(core.fixed)) if core.fixed else core.function
 
     name = next(each for each, role in core.roles.items() if role == "value")
@@ -155,9 +155,7 @@ def _sampling(core: Core, module: nn.Module, proof: Proof, channels_first: bool)
     @functools.wraps(core.function)
     def sample(*positional: Any, **named: Any) -> Any:
         value = positional[index] if len(positional) > index else named.get(name)
-        if (
-            isinstance(value, Tensor) == channels_first
-        ):  # a list where it takes a tensor, or the other way round
+        if isinstance(value, Tensor) == channels_first:  # a list instead of a tensor, or the other way round
             return original(*positional, **named)
         what = proof.changed(module)
         if what is None:
@@ -180,7 +178,7 @@ class Functions:
         self._name = name
 
     def _places(self) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-        """Each name by which a module of the same project knows a core of this one."""
+        """Each name for a core of this module in a module of the same project."""
         own = {id(functions.undone(each)) for each in vars(sys.modules[self._name]).values() if core_of(each)}
         project = self._name.partition(".")[0]
         for name, module in sorted(sys.modules.items()):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op of Deformable-DETR under its own names, which ViT-Adapter, Mask2Former, DINO and many others have copied.
 
-``MSDeformAttn``, ``MSDeformAttnFunction`` and ``ms_deform_attn_core_pytorch`` are what their ``ops`` packages define;
-``ms_deform_attn_forward`` and ``ms_deform_attn_backward``, what their module MultiScaleDeformableAttention holds.
+``MSDeformAttn``, ``MSDeformAttnFunction`` and ``ms_deform_attn_core_pytorch`` are the names in their ``ops`` packages;
+``ms_deform_attn_forward`` and ``ms_deform_attn_backward``, those in their module MultiScaleDeformableAttention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OPTIONS = (None, "bilinear", None)  # points_per_level, method, backend
 
 
 class MSDeformAttnFunction:
-    """``apply`` as that of the autograd function: the op itself, which knows its gradients, autocast and compilers."""
+    """The interface of the autograd function: ``apply`` is the op, with its own gradients, autocast and compilation."""
 
     @staticmethod
     def apply(
@@ -46,7 +46,7 @@ class MSDeformAttnFunction:
 def ms_deform_attn_core_pytorch(
     value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """The formula in plain torch, one grid_sample a level. Never a kernel: it is what kernels are compared with."""
+    """The formula in plain torch, one grid_sample per level. It never runs a kernel: kernels are compared with it."""
     sizes = [(int(height), int(width)) for height, width in value_spatial_shapes]
     return reference.ms_deform_attn_by_grid_sample(value, sizes, sampling_locations, attention_weights)
 
@@ -60,7 +60,7 @@ def ms_deform_attn_forward(
     attn_weight: Tensor,
     im2col_step: int | Tensor = 64,
 ) -> Tensor:
-    """As the compiled function: no autograd, and no autocast; the result has value's dtype."""
+    """The same as the compiled function: no autograd, and no autocast; the result has value's dtype."""
     return ms_deform_attn(value, spatial_shapes, level_start_index, sampling_loc, attn_weight, *_OPTIONS)
 
 
@@ -83,7 +83,7 @@ def ms_deform_attn_backward(
 
 
 def _backward_of_reference(inputs: tuple[Tensor, ...], grad_output: Tensor) -> list[Tensor]:
-    """Where no kernel runs: the forward pass again, for torch to differentiate."""
+    """The gradients if no kernel runs: torch differentiates the forward pass, run again."""
     leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
     with torch.enable_grad():
         output = ms_deform_attn(*leaves, *_OPTIONS)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which other projects write multi-scale deformable attention: arguments, sizes, and what takes its place.
+"""The forms of multi-scale deformable attention in other projects: arguments, sizes, and replacements.
 
-A form is a suggestion: names of arguments and attributes say which roles they have. Whether the kernel then computes
-what the layer computes is for the trial to find out.
+A form is a suggestion: names of arguments and attributes give their roles. The trial then decides whether the kernel
+computes the same as the layer.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Channels = Mapping[str, int]  # that each child takes
 
 
 class Form(NamedTuple):
-    """One way in which projects write the layer, or its core."""
+    """One form of the layer, or of its core, in other projects."""
 
     name: str
-    forward: Function  # that takes the place of theirs: of the layer, and their arguments by name
-    kernel: str  # which function of this package it calls
+    forward: Function  # the replacement, called with the layer and its arguments by name
+    kernel: str  # the function of this package that it calls
     roles: Mapping[str, str]  # of the arguments
     sizes: Callable[
         [Any, Channels], Sizes
     ]  # of a layer. Raises AttributeError if it is written in another way
-    is_core: bool = False  # whether it has no weights, and samples where it is told to
-    attends_itself: bool = False  # whether value may be left out, and is the query then
+    is_core: bool = False  # whether it has no weights, and samples at given locations
+    attends_itself: bool = False  # whether value may be left out, and the query takes its place
 
     def roles_in(self, function: Function) -> dict[str, str] | None:
-        """The roles of a forward's arguments; None unless it has those that this form needs."""
+        """The roles of a forward's arguments, or None if it lacks arguments that this form needs."""
         names = inspect.signature(function).parameters
         found = {name: role for name, role in self.roles.items() if name in names}
         needed = {"value", "weights", "locations"} if self.is_core else {"query", "points", "value"}
@@ -102,7 +102,7 @@ FORMS = (
 
 
 class Candidate(NamedTuple):
-    """A form that a layer may have, and the layer's roles and sizes by it."""
+    """A form that a layer may have, with the layer's roles and sizes in that form."""
 
     form: Form
     roles: dict[str, str]
@@ -140,15 +140,15 @@ def is_ours(function: Function) -> bool:
 
 
 def is_such_a_layer(module: nn.Module) -> bool:
-    """Whether a module of another project has what makes this layer, however its forward may be written."""
+    """Whether a module of another project has the children of this layer, in any form of forward."""
     if type(module).__module__.partition(".")[0] == "vitkern":
         return False
-    own = {name for name, _ in module.named_children()}  # a wrapper may lend those of what it wraps
+    own = {name for name, _ in module.named_children()}  # a wrapper may expose those of the wrapped module
     return {"sampling_offsets", "attention_weights"} <= own
 
 
 def is_such_a_core(module: nn.Module) -> bool:
-    """Whether a module of another project is code alone whose arguments are those of the sampling."""
+    """Whether a module of another project is only code, with arguments like those of the sampling."""
     if type(module).__module__.partition(".")[0] in ("vitkern", "torch") or not is_bare(module):
         return False
     return any(form.is_core and form.roles_in(type(module).forward) is not None for form in FORMS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that no form has, or which do more than this op: the function that samples for them runs on a kernel, unfused.
+"""Layers of no known form, or that do more than this op: their sampling function runs on a kernel, unfused.
 
 Such a layer gets a subclass with copies of its methods, whose globals are their own: another model keeps its function.
 """
@@ -28,7 +28,7 @@ Function = Callable[..., Any]
 
 
 class Held(NamedTuple):
-    """The cores that a layer holds, by the names under which it does."""
+    """The cores that a layer holds, and their names in it."""
 
     of_code: tuple[tuple[str, Core], ...]  # in the globals and defaults of its methods
     own: tuple[tuple[str, Core], ...]  # in its attributes
@@ -57,7 +57,7 @@ def _defaults(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 class _Swapped(Copies):
-    """Copies of what leads to a core, which find what takes its place."""
+    """Copies of the functions that lead to a core; the copies find its replacement."""
 
     def __init__(self, replaced: Mapping[Core, Function]) -> None:
         super().__init__()
@@ -66,9 +66,9 @@ class _Swapped(Copies):
         self.scopes: list[Scope] = []
 
     def leads(self, function: FunctionType) -> bool:
-        """Whether a function of the user's may call a core, so that it has to be copied."""
+        """Whether a function of the user's project may call a core, so that it has to be copied."""
         if id(function) not in self._leading:
-            self._leading[id(function)] = False  # if it comes back to itself, no other way has led there
+            self._leading[id(function)] = False  # a recursive call alone does not lead to a core
             scope = function.__globals__
             values = [scope.get(name) for name in names_of(function.__code__)]
             values += [functions.content(cell) for cell in function.__closure__ or ()]
@@ -93,12 +93,12 @@ class _Swapped(Copies):
             raise NoCopyError(reason)
         self.scopes.append(Scope(theirs, {name: theirs.get(name, ABSENT) for name in names_of(code)}))
         ours = super()._globals_of(function)
-        ours.pop("__name__", None)  # by which dynamo would look in the module itself
+        ours.pop("__name__", None)  # dynamo would use it to look in the module itself
         return ours
 
 
 class NoCopyError(Exception):
-    """Code that would do something else in a copy."""
+    """Code that would behave differently in a copy."""
 
 
 def _depends_on_module(code: CodeType) -> str | None:
@@ -112,7 +112,7 @@ def _depends_on_module(code: CodeType) -> str | None:
 
 
 def _methods_on_kernels(layer: nn.Module, held: Held, replaced: Mapping[Core, Function]) -> dict[str, Any]:
-    """The namespace of a subclass whose methods call what takes the place of cores."""
+    """The namespace of a subclass whose methods call the replacements of cores."""
     kind: Any = type(layer)
     copies = _Swapped(replaced)
     methods = {name: copies.function(each) for name, each in functions.methods_of(kind) if copies.leads(each)}
@@ -128,7 +128,7 @@ def _methods_on_kernels(layer: nn.Module, held: Held, replaced: Mapping[Core, Fu
 
 
 def _guarded(kind: Any, name: str, copied: Function, scopes: list[Scope]) -> Function:
-    """A method of the copies; the class's own where a global is not as it was."""
+    """A method of the copies; the class's own runs if a global has changed."""
 
     @functools.wraps(copied)
     def method(self: nn.Module, *positional: Any, **named: Any) -> Any:
@@ -159,7 +159,7 @@ def _warn(kind: Any, name: str) -> None:
 
 
 def _property(name: str, tried: Any, sample: Function) -> property:
-    """An attribute that holds a core: the layer keeps it, and its code finds the kernel as long as it does."""
+    """An attribute that holds a core: the layer keeps it, and its code gets the kernel until the attribute changes."""
 
     def get(self: nn.Module) -> Any:
         now = self.__dict__[name]
@@ -183,7 +183,7 @@ _classes: dict[tuple[Any, Held], Any] = {}
 def class_on_kernels(
     layer: nn.Module, held: Held, replaced: Mapping[Core, Function], reduce: Function
 ) -> Any:
-    """The subclass that a layer becomes whose cores are replaced."""
+    """The subclass of a layer in which cores are replaced."""
     kind: Any = type(layer)
     if (kind, held) not in _classes:
         namespace = {
@@ -200,7 +200,7 @@ def class_on_kernels(
 
 
 def remade(kind: Any, name: str, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
-    """A copy of a layer whose cores are replaced; in another process the layer as it was."""
+    """A copy of a layer with replaced cores; in another process, the layer as it was."""
     layer = make(*arguments)
     made = next((each for each in _classes.values() if each.cores_of == name), None)
     if made is not None and type(layer) is kind:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an import finds: modules that this package supplies, and changes to modules of others once they are there."""
+"""Import hooks: modules that this package supplies, and changes to modules of others after their import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Act = Callable[[ModuleType], None]
 
 
 class Supply(NamedTuple):
-    """How a module of ours is made, and whether it comes before one of others, and is a package."""
+    """The function that fills a module of ours, and whether it precedes one of others, and is a package."""
 
     fill: Act
     first: bool
@@ -32,7 +32,7 @@ class _Supplier(Loader):
 
 
 class _Follower(Loader):
-    """Lets another loader make a module that is followed. What asks the module for its loader finds the other."""
+    """Wraps the loader of a followed module. The module's own attributes show the wrapped loader."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -48,12 +48,12 @@ class _Follower(Loader):
         if module.__name__ in _finder.followed:  # and not withdrawn since it was found
             _finder.followed[module.__name__](module)
 
-    def __getattr__(self, name: str) -> Any:  # runpy and pkgutil ask a loader for the code
+    def __getattr__(self, name: str) -> Any:  # runpy and pkgutil request the code from a loader
         return getattr(self._loader, name)
 
 
 class _Finder(MetaPathFinder):
-    """First in sys.meta_path, so that it hears of every import; yet what others find comes before what it supplies."""
+    """A finder before all others, so it sees every import. Modules of others still come before the supplied ones."""
 
     def __init__(self) -> None:
         self.supplied: dict[str, Supply] = {}
@@ -84,7 +84,7 @@ _finder = _Finder()
 
 
 def _give_way(package: ModuleType) -> Sequence[str] | None:
-    """Makes a package that we stand in for the real one, if that has come since. Returns where its modules lie."""
+    """Turns a stand-in package into the real one, if that is installed by now. Returns the folders of its modules."""
     theirs = _ask_others(package.__name__, None)
     if theirs is None or theirs.submodule_search_locations is None:
         return None
@@ -94,13 +94,13 @@ def _give_way(package: ModuleType) -> Sequence[str] | None:
         try:
             theirs.loader.exec_module(package)
         except BaseException:
-            del sys.modules[package.__name__]  # as any package whose import fails
+            del sys.modules[package.__name__]  # as with any package whose import fails
             raise
     return package.__path__
 
 
 def find_spec(name: str) -> ModuleSpec | None:
-    """How a module of no package is imported, with what this file does about it."""
+    """The spec by which a module outside of packages is imported, including the changes of this file."""
     return _finder.find_spec(name, None)
 
 
@@ -114,7 +114,7 @@ def _ask_others(name: str, path: Sequence[str] | None, target: ModuleType | None
 
 
 def find_elsewhere(name: str) -> ModuleSpec | None:
-    """How a module would be imported without this file, if at all. Its packages are found but not imported."""
+    """The spec of a module without this file, or None. Its packages are found but not imported."""
     spec, path, parts = None, None, name.split(".")
     for end in range(1, len(parts) + 1):
         spec = _ask_others(".".join(parts[:end]), path)
@@ -135,13 +135,13 @@ def comes_first(name: str) -> bool:
 
 
 def supply(name: str, fill: Act, *, first: bool = False, is_package: bool = False) -> None:
-    """An import of this name gets a module that `fill` has filled, unless others have one and ours is not `first`."""
+    """Makes imports of this name get a module that `fill` has filled. A module of others comes first unless `first`."""
     _finder.supplied[name] = Supply(fill, first, is_package)
     _listen()
 
 
 def follow(name: str, act: Act) -> None:
-    """`act` on this module: now if it is imported, and after any later import or reload of it."""
+    """Calls `act` on this module: now if it is imported, and after any later import or reload of it."""
     _finder.followed[name] = act
     _listen()
     if name in sys.modules:
@@ -153,7 +153,7 @@ def is_followed(name: str) -> bool:
 
 
 def withdraw(name: str) -> bool:
-    """Undoes what `supply` and `follow` did about a name; those who hold the module keep it.
+    """Undoes `supply` and `follow` for a name; code that holds the module keeps it.
 
     Returns whether there was anything to undo.
     """

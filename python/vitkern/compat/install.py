@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vitkern.install``: who imports a compiled deformable attention of their own gets this package's kernels instead."""
+"""``vitkern.install``: imports of a compiled deformable attention get this package's kernels instead."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from torch import nn
 from vitkern.compat import deformable_detr, forms, imports, mmcv, proofs, samples
 from vitkern.compat.table import Left, Table
 
-_LAYER = "MultiScaleDeformableAttention"  # the class, wherever there is one
+_LAYER = "MultiScaleDeformableAttention"  # the class, if there is one
 _MODULE = "compiled module"
 _POSITIONAL = (deformable_detr.ms_deform_attn_forward, deformable_detr.ms_deform_attn_backward)
 
 
 class Ecosystem(NamedTuple):
-    """What a project imports, and what of it becomes ours."""
+    """The imports of a project, and their replacements."""
 
     serves: str
     extension: str  # the compiled module
-    functions: tuple[Callable[..., Any], ...] = _POSITIONAL  # that it gets from us
+    functions: tuple[Callable[..., Any], ...] = _POSITIONAL  # the replaced functions
     home: str = ""  # the module that defines the class _LAYER
     importers: tuple[str, ...] = ()  # modules that do without the class if its import fails
     relatives: tuple[str, ...] = ()  # other ecosystems with the same functions
 
     @property
     def package(self) -> str:
-        """That the compiled module lies in, if any."""
+        """The package of the compiled module, if any."""
         return self.extension.rpartition(".")[0]
 
 
@@ -73,7 +73,7 @@ _R = TypeVar("_R")
 
 
 def _one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Two at once would replace a forward that the other has just replaced."""
+    """Serialises calls: two at once would replace a forward that the other has just replaced."""
 
     @functools.wraps(function)
     def locked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -85,17 +85,17 @@ def _one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @_one_at_a_time
 def install(name: str, *, override: bool = False) -> Table:
-    """Code that imports its own compiled deformable attention finds this package's from then on.
+    """Makes later imports of a compiled deformable attention find this package's kernels.
 
     Args:
         name: ``"deformable_detr"``: the module ``MultiScaleDeformableAttention``, which Deformable-DETR, ViT-Adapter,
             Mask2Former, DINO and others compile, and the next two; ``"groundingdino"``: ``groundingdino._C``;
             ``"detrex"``: ``detrex._C``; ``"mmcv"``: ``mmcv._ext``, which mmcv-lite is without. In the last three, the
             class MultiScaleDeformableAttention also gets a ``forward`` of ours, for every device.
-        override: ours too where such a module is installed; what else that one holds stays in reach.
+        override: ours too if such a module is installed; its other names stay available.
 
     Returns:
-        A table of the modules and classes that are ours from now on; ``left`` has what stays, and why.
+        A table of the modules and classes that are ours from now on; ``left`` has those that stay, and why.
 
     Raises:
         RuntimeError: the module is installed and there is no class to change instead, or it is imported already.
@@ -122,10 +122,10 @@ def install(name: str, *, override: bool = False) -> Table:
 
 @_one_at_a_time
 def uninstall(name: str | None = None) -> Table:
-    """Undoes :func:`install`, of one name or of all. Modules that hold what they imported in between keep it.
+    """Undoes :func:`install`, for one name or for all. Modules that imported something from ours in between keep it.
 
     Returns:
-        A table of the modules that were changed back: empty where there was nothing to undo.
+        A table of the modules that were changed back: empty if there was nothing to undo.
     """
     names = list(ECOSYSTEMS) if name is None else [name, *_ecosystem("uninstall", name).relatives]
     undone = []
@@ -135,14 +135,14 @@ def uninstall(name: str | None = None) -> Table:
         imports.withdraw(part.package)
         for layer in [layer for layer in _switched if layer.__module__ == part.home]:
             _switched.remove(layer)
-            if forms.is_ours(layer.forward):  # nobody changed it since
+            if forms.is_ours(layer.forward):  # it was not changed since
                 layer.forward = layer.forward.replaces
     return Table(undone)
 
 
 @_one_at_a_time
 def switch(parts: list[Ecosystem], *, override: bool) -> Table:
-    """Ecosystems, as their modules come to be imported. Only in the first may ours come before what is installed."""
+    """Replaces modules of ecosystems on import. Only in the first may ours come before an installed one."""
     rows, left = [], []
     for part in parts:
         first = override and part is parts[0]
@@ -152,7 +152,7 @@ def switch(parts: list[Ecosystem], *, override: bool) -> Table:
         else:
             imports.supply(part.extension, partial(_fill, part), first=first)
             rows.append((part.extension, _MODULE, "ms_deform_attn"))
-        # A copy may use it without the package; mmcv's, nobody.
+        # A copy of the project may use the module without the package; this does not apply to mmcv's.
         if part.package and part.functions is _POSITIONAL:
             imports.supply(part.package, _stand_in, is_package=True)
         if part.home:
@@ -169,7 +169,7 @@ def _ecosystem(caller: str, name: str) -> Ecosystem:
 
 
 def _installed(extension: str) -> str:
-    """Where a compiled module that is not ours comes from, or nothing."""
+    """The origin of a compiled module that is not ours, or nothing."""
     module = sys.modules.get(extension)
     if module is not None:
         origin = getattr(module, "__file__", "an unknown place")
@@ -179,7 +179,7 @@ def _installed(extension: str) -> str:
 
 
 def _check_not_too_late(part: Ecosystem) -> None:
-    """Some projects replace the class by a dummy, or go without, where their compiled module does not import."""
+    """Raises if a project has a dummy instead of the class, or none, because its compiled module was missing."""
     for name in (part.home, *part.importers):
         if name in sys.modules and not _is_layer(getattr(sys.modules[name], _LAYER, None)):
             raise RuntimeError(
@@ -202,7 +202,7 @@ def _give_forward(part: Ecosystem, module: ModuleType) -> None:
     if forms.is_ours(layer.forward):
         return
     proof = proofs.proof_of(samples.mmcv(layer))
-    if not proof.holds:  # an import must not fail for it
+    if not proof.holds:  # an import must not fail because of this
         warnings.warn(
             f"vitkern.install leaves the forward of {part.home}.{_LAYER}: {proof.reason}", stacklevel=2
         )
@@ -216,7 +216,7 @@ def _stand_in(module: ModuleType) -> None:
 
 
 def _fill(part: Ecosystem, module: ModuleType) -> None:
-    """Makes a module the compiled one: our functions, and for other names the installed one's, or a refusal."""
+    """Fills a module as the compiled one: our functions, and for other names the installed one's, or a refusal."""
     theirs = imports.find_elsewhere(part.extension)
     others: list[ModuleType] = []
 
@@ -241,7 +241,7 @@ def _load(spec: ModuleSpec) -> ModuleType:
 
 
 def _missing(part: Ecosystem, name: str) -> Callable[..., Any]:
-    """Found, since mmcv asks for all functions when it is imported; not to be called."""
+    """A function that can be imported, as mmcv looks all functions up on import, but not called."""
 
     def refuse(*_: Any, **__: Any) -> None:
         supplied = ", ".join(function.__name__ for function in part.functions)

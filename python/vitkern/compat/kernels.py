@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's ``kernels``: after ``register()``, ``use_kernels=True`` and ``kernelize`` pick the layer that is here.
+"""Hugging Face's ``kernels``: after ``register()``, ``use_kernels=True`` and ``kernelize`` pick this package's layer.
 
-Nothing is downloaded. Models of transformers whose deformable attention is marked as
-"MultiScaleDeformableAttention" (Deformable-DETR, GroundingDINO, RT-DETR and others) run it then, on CPUs and on GPUs.
+Nothing is downloaded. The layer then runs in models of transformers whose deformable attention is marked as
+"MultiScaleDeformableAttention" (Deformable-DETR, GroundingDINO, RT-DETR and others), on CPUs and on GPUs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vitkern.functional import ms_deform_attn
 
 NAME = "MultiScaleDeformableAttention"
 
-# Of transformers, by device, as register() found them.
+# The defaults of transformers, by device, as register() found them.
 _theirs: dict[str, Any] | None = None
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """What stands in for the forward of layers of that name. kernels allows it no state and no other method."""
+    """The replacement for the forward of layers of that name. kernels allows it no state and no other method."""
 
     can_torch_compile = True
     has_backward = True
@@ -44,7 +44,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
 
 class Repository:
-    """Where kernels finds the layer."""
+    """The repository in which kernels finds the layer."""
 
     layer_name = NAME
 
@@ -62,12 +62,12 @@ class Repository:
 
 
 def mapping() -> dict[str, dict[str, Repository]]:
-    """For ``kernels.use_kernel_mapping``, which takes it for a while, where :func:`register` takes it for good."""
+    """The mapping for ``kernels.use_kernel_mapping``, which is temporary; :func:`register` is permanent."""
     return {NAME: {device: Repository() for device in ("cpu", "cuda")}}
 
 
 def register() -> None:
-    """Makes ours the layer of that name, in kernels and among the defaults of transformers, where that is imported.
+    """Registers our layer under that name, in kernels and, if transformers is imported, among its defaults.
 
     Call it after ``import transformers`` and before a model is built with ``use_kernels=True``.
     """
@@ -75,7 +75,7 @@ def register() -> None:
     kernels.register_kernel_mapping(mapping())
     defaults = _defaults_of_transformers()
     if defaults is not None and _theirs is None:
-        # transformers registers its defaults again for each model, over all else.
+        # transformers registers its defaults again for each model, over all others.
         _theirs = defaults.get(NAME, {})
         defaults[NAME] = _theirs | mapping()[NAME]
 

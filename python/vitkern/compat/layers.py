@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forwards that take the place of those of other projects: same arguments by name, same results.
+"""The forwards that replace those of other projects: same arguments by name, same results.
 
-Each gives NotImplemented where only the original forward knows what to do: it then runs, and says what is wrong if so.
+Each returns NotImplemented for cases that only the original forward handles: it then runs, and raises if needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def transformers(
     spatial_shapes_list: Any = None,
     **_: Any,
 ) -> Any:
-    """Softmax runs once more than needed: the weights are given back, and who will read them cannot be known."""
+    """The layer of transformers. It runs softmax once more than needed, since it returns the weights, used or not."""
     shapes = _shapes(spatial_shapes_list, spatial_shapes)
     if shapes is None or not _are_reference_points(reference_points):
         return NotImplemented
@@ -59,7 +59,7 @@ def transformers_v2(
     spatial_shapes_list: Any = None,
     **_: Any,
 ) -> Any:
-    """RT-DETR v2, D-FINE and DEIM v2. Not fused: how far offsets reach is in a buffer that checkpoints bring along."""
+    """RT-DETR v2, D-FINE and DEIM v2. Not fused: the factor of the offsets is in a buffer that checkpoints contain."""
     v2 = hasattr(layer, "n_points_list")
     points = layer.n_points_list if v2 else layer.num_points_list
     reach = layer.n_points_scale if v2 else layer.num_points_scale
@@ -103,7 +103,7 @@ def deformable_detr(
 
 
 def mmcv(
-    adds: bool,  # whether what was given is added to the result, after dropout
+    adds: bool,  # whether the identity is added to the result, after dropout
     layer: Layer,
     query: Any = None,  # [Q, B, C], or [B, Q, C] with batch_first
     key: Tensor | None = None,
@@ -116,7 +116,7 @@ def mmcv(
     level_start_index: Tensor | None = None,
     **others: Any,
 ) -> Any:
-    deprecated = "residual" in others  # what mmcv once called identity
+    deprecated = "residual" in others  # mmcv's earlier name for identity
     if query is None or spatial_shapes is None or deprecated or not _are_reference_points(reference_points):
         return NotImplemented
     inputs = (query, value, query_pos, key_padding_mask, reference_points, spatial_shapes, level_start_index)
@@ -148,7 +148,7 @@ def sampling(
     layer: Layer,
     **given: Any,
 ) -> Any:
-    """A function of another project that samples, whatever its arguments are called."""
+    """A function of another project that samples, for any names of its arguments."""
     roles = ("value", "shapes", "locations", "weights", "points_list")
     found: list[Any] = [given.get(names.get(role, "")) for role in roles]
     value, shapes, where, weights, counts = found
@@ -168,7 +168,7 @@ def sampling(
     autocast = torch.is_autocast_enabled(value.device.type)
     wide = torch.promote_types(value.dtype, where.dtype)
     if where.dtype != wide or (wide != torch.float32 if autocast else {value.dtype, weights.dtype} != {wide}):
-        return NotImplemented  # grid_sample refuses these, or rounds in ways that no trial has seen
+        return NotImplemented  # grid_sample refuses these, or rounds in ways that no trial has covered
     if method == "discrete":  # no gradient at all
         where = where.detach()
     inputs = value.to(wide), shapes, None, where, weights.to(wide)
@@ -191,7 +191,7 @@ def core_v2(
     num_points_list: Sequence[int],
     method: str = "default",
 ) -> Tensor:
-    """The core of RT-DETR v2, whose levels may have their own numbers of points."""
+    """The core of RT-DETR v2, whose levels may have different numbers of points."""
     if method == "discrete":  # no gradient at all: an optimizer would also decay what receives zeros
         sampling_locations = sampling_locations.detach()
     with _no_autocast(value.device.type):
@@ -215,7 +215,7 @@ def attend_as_mmcv(
     spatial_shapes: Any,  # [L, 2]
     level_start_index: Tensor | None,  # [L]
 ) -> Tensor:  # [Q, B, C]
-    """What the layers of mmcv, detrex and GroundingDINO have in common: all but dropout and the identity."""
+    """The common part of the layers of mmcv, detrex and GroundingDINO: all except dropout and the identity."""
     value = query if value is None else value
     if query_pos is not None:
         query = query + query_pos
@@ -246,7 +246,7 @@ def _attend(
 
 
 def _no_autocast(device: str) -> torch.autocast:
-    """Cores that call grid_sample give float32 under autocast, too."""
+    """A context without autocast, as cores that call grid_sample return float32 under autocast too."""
     return torch.autocast(device, enabled=False)
 
 
@@ -259,7 +259,7 @@ def _are_reference_points(given: Any, last: tuple[int, ...] = (2, 4)) -> bool:
 
 
 def _shapes(listed: Any, tensor: Any) -> Any:
-    """Numbers on the host are quickest, but a graph would hold them; with the tensor it is good for other sizes."""
+    """The levels, as pairs or a tensor. Pairs are faster, but a graph would fix them; a tensor allows other sizes."""
     if listed is None or (tensor is not None and torch.compiler.is_compiling()):
         return tensor
     return listed

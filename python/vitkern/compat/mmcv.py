@@ -2,7 +2,7 @@
 """mmcv's layer and functions of multi-scale deformable attention, under mmcv's names; mmcv itself is not needed.
 
 ``vitkern.install("mmcv")`` gives mmcv's own class another ``forward``, so that registries, layers built before and
-every isinstance stay right, and supplies ``mmcv._ext`` where mmcv came without: mmcv-lite.
+every isinstance stay right, and supplies ``mmcv._ext`` where mmcv lacks it: mmcv-lite.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class MultiScaleDeformableAttention(MSDeformAttn):
         self.num_levels, self.num_points = num_levels, num_points
         self.dropout = nn.Dropout(dropout)
         self.batch_first, self.norm_cfg, self.init_cfg = batch_first, norm_cfg, init_cfg
-        self.is_init = True  # mmengine then leaves the parameters as they are
+        self.is_init = True  # mmengine then leaves the parameters unchanged
 
     def init_weights(self) -> None:
         self._reset_parameters()
@@ -112,7 +112,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int | Tensor = 64,
 ) -> None:
-    """As in mmcv._ext: writes the gradients into the last three tensors."""
+    """Writes the gradients into the last three tensors, as mmcv._ext does."""
     inputs = (
         value,
         value_spatial_shapes,
@@ -126,7 +126,7 @@ def ms_deform_attn_backward(
 
 
 def get_compiler_version() -> str:
-    """mmcv.utils.collect_env asks its compiled module for this."""
+    """The compiler's version, which mmcv.utils.collect_env reads from its compiled module."""
     return f"none: vitkern {metadata.version('vitkern')} in place of mmcv._ext"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mmseg's and mmdet's registries are given."""
+"""The backbones for mmseg's and mmdet's registries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vitkern.models.checkpoints import load_pretrained
 
 
 def _with(build: Callable[..., nn.Module], **defaults: Any) -> Callable[..., nn.Module]:
-    """A function, which every version of a registry takes."""
+    """The constructor with defaults, as a function, which every version of a registry accepts."""
 
     def built(**options: Any) -> nn.Module:
         return build(**{**defaults, **options})
@@ -37,7 +37,7 @@ def _vitaev2(
     frozen_stages: int = -1,
     **options: Any,
 ) -> nn.Module:
-    """The official backbone: all maps where a config says nothing, and of published weights the moving averages."""
+    """The official backbone: by default it returns all maps, and loads the moving averages of published weights."""
     if frozen_stages > 0:
         raise ValueError(
             f"frozen_stages must be -1, got {frozen_stages}: requires_grad_(False) freezes stages"
@@ -48,10 +48,10 @@ def _vitaev2(
 
 
 def register_backbones(registry: Any, variant: str) -> None:
-    """Backbones under their official names, and all models that return feature maps under this package's.
+    """Registers backbones under their official names, and all models with feature maps under this package's names.
 
     Args:
-        variant: the form of ViT-Adapter where a config names none.
+        variant: the default form of ViT-Adapter.
     """
     for kind in (ViTAdapter, BEiTAdapter, UniPerceiverAdapter):
         registry.register_module(name=kind.__name__, module=_with(kind, variant=variant))

@@ -2,7 +2,7 @@
 """``vitkern.patch``: the kernels of this package in models that were built by other projects, and out of them again.
 
 A layer of a built model gets another class, a subclass of its own whose forward calls the kernels: it stays the same
-object, with its parameters, buffers, hooks and place in the model. Everything is worked out before anything changes.
+object, with its parameters, buffers, hooks and place in the model. All changes are prepared before the first is made.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from vitkern.compat.table import Left, Table
 from vitkern.compat.trial.functions import belongs, subclass
 from vitkern.nn import MSDeformAttn
 
-# What has parts of its own to patch: a module with `patch` and `unpatch`.
+# Libraries with parts of their own to patch: modules with `patch` and `unpatch`.
 LIBRARIES = {"transformers": transformers}
 
 Target = nn.Module | str
 
-_lock = threading.RLock()  # two at once would patch what the other has just patched
+_lock = threading.RLock()  # two at once would patch a layer that the other has just patched
 
 
 def patch(target: Target, *, strict: bool = False, dry_run: bool = False) -> Table:
-    """Run multi-scale deformable attention of a built model, or of a library, on this package's kernels.
+    """Runs multi-scale deformable attention of a built model, or of a library, on this package's kernels.
 
     Args:
         target: a model of any project, wrapped or not. Its layers are found by the names of their children and
@@ -43,19 +43,19 @@ def patch(target: Target, *, strict: bool = False, dry_run: bool = False) -> Tab
             transformers, and their copies. In layers of another form the function that samples is replaced, for this
             model alone. Or ``"transformers"``: all its models, those built before and those built later. Or an
             imported module, ``"package.module"``: its functions that sample, for the whole process.
-        strict: raise if a layer has to be left, and change nothing.
-        dry_run: change nothing; the table is the same.
+        strict: raises if a layer has to be left, and changes nothing.
+        dry_run: changes nothing; the table is the same.
 
     Returns:
-        A table of what was replaced, to be printed: empty where there was nothing, or nothing left to do.
+        A table of the replaced layers, to be printed: empty if there was nothing, or nothing left to do.
 
     Raises:
         RuntimeError: with ``strict``, the reasons why layers are left.
 
     A layer is replaced only on proof: a copy of it with drawn weights runs beside the kernel, and outputs, gradients
     and calls of its children must agree under all conditions that its code tells apart. Weights are not read. A layer
-    that fails stays, and the table says why. What was tried is compared before each call; where an attribute or a
-    function has changed since, the original runs and a warning says which.
+    that fails stays, and the table says why. The tried code and configuration are compared before each call; if an
+    attribute or a function has changed since, the original runs and a warning names it.
 
     Weights, ``state_dict``, hooks and optimizers stay valid. If anything fails, nothing has changed.
     ``vitkern.unpatch`` undoes it.
@@ -73,7 +73,7 @@ def patch(target: Target, *, strict: bool = False, dry_run: bool = False) -> Tab
 
 
 def unpatch(target: Target) -> Table:
-    """Undo :func:`patch`, for the same model or library. Returns a table of what was taken out."""
+    """Undoes :func:`patch`, for the same model or library. Returns a table of the removed kernels."""
     with _lock:
         if isinstance(target, nn.Module):
             return _unpatch(_patched_modules(target))
@@ -82,7 +82,7 @@ def unpatch(target: Target) -> Table:
 
 @contextmanager
 def patched(target: Target) -> Iterator[Table]:
-    """Patched inside a ``with`` block. What was patched before stays patched after."""
+    """Patches inside a ``with`` block. Layers that were patched before stay patched after it."""
     with _lock:
         before = _patched_modules(target)
         table = patch(target)
@@ -91,7 +91,7 @@ def patched(target: Target) -> Iterator[Table]:
         yield table
     finally:
         with _lock:
-            _unpatch(ours)  # which the model may have lost meanwhile, or moved
+            _unpatch(ours)  # the model may have lost or moved some of them meanwhile
             if table and not isinstance(target, nn.Module):
                 unpatch(target)
 
@@ -141,7 +141,7 @@ def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
 
 
 def _plan(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Proof]], list[Left], bool]:
-    """The layers to replace with their proofs, those to leave, and whether there is any, replaced ones included."""
+    """The layers to replace with their proofs, those to leave, and whether there are any, replaced ones included."""
     plan: list[tuple[str, nn.Module, Proof]] = []
     left: list[Left] = []
     found = False
@@ -209,13 +209,13 @@ def _obstacle(module: nn.Module) -> str | None:
     """Why the class of a layer must not be changed, or None."""
     if _has_forward_of_its_own(module):
         return "its forward was set on the layer itself: patch before whatever did that"
-    if is_parametrized(module):  # which changes the class, and undone it looks for what it put there
+    if is_parametrized(module):  # this changes the class, and its undoing needs that class
         return "a tensor of its own is parametrized: patch before that"
     return None
 
 
 def _has_forward_of_its_own(module: nn.Module) -> bool:
-    """Who wraps the forward of a layer for a while may leave its own method behind in its attributes: that is none."""
+    """Whether a forward was set on the layer. A temporary wrapper may leave the class's method there: that is none."""
     own = vars(module).get("forward")
     function = type(module).forward
     return own is not None and not (
@@ -229,7 +229,7 @@ def _change_class(module: nn.Module, kind: Any) -> None:
 
 
 def _make_patched_class(kind: Any, proof: Proof | None) -> Any:
-    """The subclass that a layer of this class becomes. It keeps the name, by which others look layers up.
+    """The subclass for layers of this class. It keeps the name, because others look layers up by it.
 
     Without a proof its layers are tried at their first call.
     """
@@ -251,7 +251,7 @@ _patched_class: Callable[[Any, Proof | None], Any] = functools.cache(_make_patch
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Pickled as the class that it comes from and the wish to be patched: no file can name a class made on the fly."""
+    """The pickle of a patched layer: its original class and its proof's name, as no file can name a class made here."""
     kind = type(module).patched_from  # type: ignore[attr-defined]
     proof = type(module).patched_by  # type: ignore[attr-defined]
     reduced: Any = super(type(module), module).__reduce_ex__(protocol)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The results of trials, kept for the process: a proof holds for the code and the configuration that were tried.
 
-Before each call of a replaced layer the two are compared with what they were. Where one has changed the original runs.
+Before each call of a replaced layer both are compared with their earlier state. If one has changed, the original runs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Proof:
             (name, type(child)) for name, child in children if child is not None and is_core(child)
         )
         self._missing = tuple(name for name, child in children if child is None)
-        # A kernel calls whatever child there is; a refusal may have been for one of them.
+        # A kernel calls any child that the layer has; a refusal may have been because of one of them.
         self._children = None if self.holds else {name: type(child) for name, child in children}
         self._codes = tuple((each, each.__code__) for each in judgement.functions)
         self._warned: set[str] = set()
@@ -80,7 +80,7 @@ class Proof:
         by_role = {role: name for name, role in roles.items()}
         self._points, self._mask = by_role.get("points"), by_role.get("mask", "")
         self._kinds, self._takes_mask = judgement.kinds, judgement.takes_mask
-        if sizes.levels == 1:  # a reference point a level is one for all
+        if sizes.levels == 1:  # a single level's reference point is one for all levels
             self._kinds |= {(boxes, True) for boxes, _ in judgement.kinds}
 
     @property
@@ -88,7 +88,7 @@ class Proof:
         return self.reason is None
 
     def changed(self, layer: nn.Module) -> str | None:
-        """The name of an attribute or function that is not as it was tried, or None."""
+        """The name of an attribute or function that has changed since the trial, or None."""
         if torch.compiler.is_compiling():
             return self._changed_while_compiling(layer)
         try:
@@ -115,7 +115,7 @@ class Proof:
         return self._changed_child(layer) if self._missing or self._cores else None
 
     def _changed_scope(self) -> str | None:
-        """The first name of a scope with another value, if it is not this package's own doing."""
+        """The first name of a scope with another value, unless this package has changed it."""
         for scope in self._scopes:
             if name := scope.changed():
                 return name
@@ -137,7 +137,7 @@ class Proof:
         return None
 
     def _changed_while_compiling(self, layer: nn.Module) -> str | None:
-        """The same in words that dynamo follows, and whose guards it keeps."""
+        """The same checks in code that dynamo follows and turns into guards."""
         for name, value in self.attributes.items():
             if getattr(layer, name) != value:
                 return name
@@ -172,7 +172,7 @@ class Proof:
         return self._forward(layer, **given)
 
     def _ignores(self, given: dict[str, Any]) -> bool:
-        """Whether the original has no use for the arguments that have no role."""
+        """Whether the original ignores the arguments that have no role."""
         others = given.keys() - self._known
         return self._looked_at is not None and others.isdisjoint({*self._arguments, *self._looked_at})
 
@@ -192,7 +192,7 @@ class Proof:
         return (boxes, one) in self._kinds
 
     def warn(self, layer: nn.Module, what: str = "") -> None:
-        """Say once why a layer's own forward runs: what has changed, or else what the trial found."""
+        """Warns once that a layer's own forward runs: because of a change, or else because of the trial's result."""
         if what in self._warned:
             return
         self._warned.add(what)
@@ -208,13 +208,13 @@ def _all_plain(layer: nn.Module) -> dict[str, Any]:
 
 
 def original_of(kind: Any) -> Function:
-    """A class's forward, without ours."""
+    """The class's forward, without ours."""
     found: Function = undone(kind.forward)
     return found
 
 
 def proof_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Proof:
-    """The proof for a layer as it is: one that is known, or that of a trial."""
+    """The proof for a layer in its present state: a known one, or the result of a new trial."""
     kind = kind or type(layer)
     key = (kind, original_of(kind))
     known = known_proof(layer, kind)
@@ -242,7 +242,7 @@ def named(name: str) -> Proof | None:
 
 
 def forward_by(proof: Proof, kind: Any) -> Function:
-    """The forward of layers of a class for which a proof holds. Else that of the class runs, as it is by then."""
+    """The forward for layers of a class with a proof. If the proof does not hold, the class's current forward runs."""
     original = original_of(kind)
 
     @functools.wraps(original)
@@ -288,7 +288,7 @@ def _kind_of(layer: nn.Module) -> Any:
 
 
 def _is_recorded() -> bool:
-    """Whether a compiler, an exporter or a graph records what runs: no place for a trial."""
+    """Whether a compiler, an exporter or a graph records the call, so that no trial can run."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

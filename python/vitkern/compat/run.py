@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vitkern run SCRIPT``: a script as it is, and the processes that it starts, with this package's kernels installed.
 
-Python itself runs the script, so its arguments, paths, exit status and tracebacks are what they always are. The folder
-``startup`` is on PYTHONPATH, and its sitecustomize does what ``vitkern.install`` does, in this process and in those
-below: workers of data loaders, torchrun's, whatever the script starts.
+Python itself runs the script, so its arguments, paths, exit status and tracebacks are the usual ones. The folder
+``startup`` is on PYTHONPATH, and its sitecustomize does the same as ``vitkern.install``, in this process and in those
+below: workers of data loaders, torchrun's, and all others that the script starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STARTUP = Path(__file__).parent / "startup"
 
 
 def main(command: Sequence[str], *, override: bool) -> int:
-    """Becomes Python with this command line."""
+    """Replaces this process by Python with this command line."""
     if sys.flags.ignore_environment or sys.flags.no_site:
         print(
             "vitkern run: python -E, -I and -S keep it from preparing the script: leave them out",
@@ -34,13 +34,13 @@ def main(command: Sequence[str], *, override: bool) -> int:
     environment = {**os.environ, "PYTHONPATH": path, "VITKERN_RUN": options}
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     line = [sys.executable, *flags, *command]
-    if os.name != "nt":  # there, the shell would not wait
+    if os.name != "nt":  # there the shell would not wait
         os.execve(sys.executable, line, environment)
     return subprocess.call(line, env=environment)
 
 
 def find_switched(package: str, *, override: bool) -> ModuleSpec | None:
-    """The spec of a package that is being imported, once all that vitkern changes about it is in place."""
+    """The spec of a package that is being imported, after vitkern's changes to it are in place."""
     for part in ECOSYSTEMS.values():
         if part.extension.partition(".")[0] == package:
             for left in switch([part], override=override).left:

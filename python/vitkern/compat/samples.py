@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small layer of a class of another project, made without its constructor: for a trial before there is a model."""
+"""A small layer of a class of another project, made without its constructor: for a trial before a model exists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _add_children(layer: nn.Module, *, projected: bool = True) -> None:
 
 
 def deformable_detr(kind: Any, core: Any = None) -> nn.Module:
-    """As Deformable-DETR names its attributes, and most of transformers, whose layers have a core besides."""
+    """A layer with the attributes of Deformable-DETR, or of most of transformers, whose layers have a core too."""
     sizes = {"d_model": CHANNELS, "n_heads": HEADS, "n_levels": LEVELS, "n_points": POINTS}
     layer: nn.Module = _bare(kind, im2col_step=64, **sizes)
     _add_children(layer)

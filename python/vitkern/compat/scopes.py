@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names outside of a layer that its code reads: a proof rests on what they had as values when it was made."""
+"""The names outside of a layer that its code reads: a proof depends on their values at the time of the trial."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ABSENT = object()
 
 
 class Scope:
-    """Names in a namespace that a proof rests on: values that they must have, and names that must be missing."""
+    """Names in a namespace that a proof depends on: values that they must have, and names that must be missing."""
 
     def __init__(self, owner: Any, values: dict[str, Any]) -> None:
         self.owner = owner
@@ -46,7 +46,7 @@ class Scope:
 
 
 def _nothing(_: Any) -> None:
-    """No value of any namespace."""
+    """The values of no names."""
 
 
 def scopes_of(layer: nn.Module, judgement: Judgement) -> Iterator[Scope]:
@@ -85,7 +85,7 @@ def scopes_of(layer: nn.Module, judgement: Judgement) -> Iterator[Scope]:
 
 
 def looked_at(function: Function) -> set[str] | None:
-    """The keyword arguments of other names that a forward looks at; None if that may be any.
+    """The keyword arguments of other names that a forward looks at; None if these may be any.
 
     Decorators of known libraries look at those that they rename, which their closures hold.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``vitkern.patch`` and ``install`` give back: what now runs on which kernel, and what does not and why."""
+"""The results of ``vitkern.patch`` and ``install``: replaced layers with their kernels, and others with reasons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """Layers of one class, at places that differ in numbers alone; or a module."""
+    """Layers of one class, at places that differ only in numbers; or a module."""
 
     place: str  # "model.encoder.layers.*.self_attn"
     was: str  # a class or function
@@ -18,12 +18,12 @@ class Row(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        """Whether softmax and locations are worked out in the kernel, too."""
+        """Whether the kernel computes softmax and locations too."""
         return self.now.endswith("_fused")
 
 
 class Left(NamedTuple):
-    """What could be replaced by its looks but stays as it is."""
+    """A layer that looks replaceable and stays unchanged."""
 
     path: str
     was: str
@@ -34,9 +34,9 @@ class Left(NamedTuple):
 
 
 class Table:
-    """What was replaced, row by row; ``left`` has what was not, and why. Without rows it is false.
+    """The replacements, row by row; ``left`` has the others, and why. A table without rows is false.
 
-    ``taken``: compiled functions that a trial could not run here, and took by their name as the published ones.
+    ``taken``: compiled functions that a trial could not run here, and accepted by name as the published ones.
     """
 
     def __init__(

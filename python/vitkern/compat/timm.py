@@ -16,7 +16,7 @@ from vitkern.models.registry import create_model, list_models
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    """What timm calls for a name, with its own arguments and then the model's."""
+    """The function that timm calls for a name, with its own arguments and then the model's."""
 
     def build(
         pretrained: bool = False,
@@ -33,7 +33,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     return build
 
 
-# timm adds each name to the __all__ of the module that its function comes from, which therefore has to have it.
+# timm adds each name to the __all__ of the module that its function comes from, so that module needs one.
 __all__: list[str] = []
 for _name in list_models():
     globals()[_name] = register_model(_entrypoint(_name))

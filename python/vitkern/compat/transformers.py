@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vitkern.patch("transformers")``: the classes and functions of the library itself, so that all its models follow.
 
-What is imported already is changed at once, the rest when it is imported: transformers loads each family by itself.
+Imported modules are changed at once, the others on import: transformers loads each family by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vitkern.compat.table import Table
 
 KNOWN_RELEASES = "4.57 to 5.23"
 
-# What each family calls its layer, less "MultiscaleDeformableAttention".
+# The name of each family's layer, less "MultiscaleDeformableAttention".
 FAMILIES = {
     "d_fine": "DFine",
     "deformable_detr": "DeformableDetr",
@@ -67,7 +67,7 @@ class Change(NamedTuple):
 
 
 def _changes_of(module: ModuleType) -> list[Change]:
-    """All that changes in a family's module, each class after a trial. Raises if one of them fails."""
+    """The changes in a family's module, each class after a trial. Raises if one of them fails."""
     family = _FAMILY_OF[module.__name__]
     kind = _named(module, _layer_of(family))
     changes = []
@@ -109,14 +109,14 @@ def _release() -> str:
 
 
 def refuse_unknown(kind: type, reason: str) -> None:
-    """Raise if a class whose forward is of no known form is one of the layers of FAMILIES, of a release not known."""
+    """Raises if a class of no known form is one of the layers of FAMILIES, from an unknown release."""
     definer = next(each for each in kind.__mro__ if "forward" in vars(each))
     family = _FAMILY_OF.get(definer.__module__)
     if family is not None and definer.__name__ in (_layer_of(family), _CORE_CLASS):
         raise _unknown(f"{definer.__name__}: {reason}")
 
 
-_undo: list[tuple[Change, Any]] = []  # each with the value it had
+_undo: list[tuple[Change, Any]] = []  # each with its earlier value
 
 
 def patch(*, dry_run: bool = False) -> Table:
@@ -147,7 +147,7 @@ def unpatch() -> Table:
     rows = []
     while _undo:
         change, old = _undo.pop()
-        if vars(change.owner).get(change.name) is change.new:  # nobody changed it since
+        if vars(change.owner).get(change.name) is change.new:  # it was not changed since
             setattr(change.owner, change.name, old)
             rows.append((change.place, f"{change.label} on {change.kernel}", change.label))
     return Table(reversed(rows))
@@ -160,7 +160,7 @@ def _is_patched() -> bool:
 def _change(module: ModuleType) -> None:
     try:
         changes = _changes_of(module)
-    except RuntimeError as error:  # whoever imports it did not ask for anything
+    except RuntimeError as error:  # an import must not fail because of this
         warnings.warn(str(error), stacklevel=2)
         return
     for change in changes:

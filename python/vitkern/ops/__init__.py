@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where torch meets the kernels: schemas, fake implementations, autograd formulas and launches, one file per op."""
+"""The ops in torch: schemas, fake implementations, autograd formulas and launches, one file per op."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.ops.vitkern.adapter_bottleneck: what it asks of its arguments, and its launches.
+"""torch.ops.vitkern.adapter_bottleneck: the checks of its arguments, and its launches.
 
 The public, documented function is in ``vitkern.functional``. Here the scale is ``factor`` times the tensor ``scale``, a
-seed means dropout, ``residual_is_x`` spares the second pass over a gradient of x's size, and ``keep`` asks forward to
-keep z, eq. (1), for backward, which works it out again where it is not given.
+seed means dropout, ``residual_is_x`` saves the second pass over a gradient of x's size, and with ``keep`` forward keeps
+z, eq. (1), for backward, which otherwise computes z again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return math.prod(self.x.shape[:-1])  # Size.numel() would fix a size that is to be dynamic
+        return math.prod(self.x.shape[:-1])  # Size.numel() would fix a dynamic size
 
     @property
     def hidden(self) -> int:
@@ -64,7 +64,7 @@ def call(
     activation: str,
     backend: str | None,
 ) -> Tensor:
-    """The op, after a seed was drawn, and with z kept where a backward pass may follow.
+    """Calls the op after a seed was drawn; z is kept if a backward pass may follow.
 
     A residual of another dtype than x is added afterwards, as torch adds it.
     """
@@ -91,7 +91,7 @@ def _wants_kept(*tensors: Tensor | None) -> bool:
     """Whether to keep z: a backward pass on the CPU may follow, where recomputing z costs more than keeping it."""
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
-            # A trace is for both: torch.jit.trace checks one that was made with grad mode on without it.
+            # A trace serves both: torch.jit.trace makes it with grad mode on and checks it without.
             return tensor.is_cpu and (torch.compiler.is_compiling() or not torch.jit.is_tracing())
     return False
 

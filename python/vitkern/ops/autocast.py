@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dtype that autocast asks of a call. The public functions cast; the ops below them ignore autocast."""
+"""The dtype of a call under autocast. The public functions cast; the ops below them ignore autocast."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def autocast_dtype(value: Tensor, *others: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context for tensors that have been cast already, or must not be."""
+    """A context without autocast, for tensors that have been cast already, or must not be."""
     if any_autocast() and _knows_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
-@private.assume_constant_result  # torch 2.4 cannot trace the question
+@private.assume_constant_result  # torch 2.4 cannot trace this call
 def _knows_autocast(device_type: str) -> bool:
-    """Asking a device type without autocast ("meta", others in older releases) for its state would raise."""
+    """Whether a device type has autocast; else ("meta", others in older releases) a query of its state would raise."""
     return torch.amp.is_autocast_available(device_type)

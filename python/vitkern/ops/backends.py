@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backends: their names, the predicate whether one can run, the choice, and its explanation.
 
-``can_run`` is asked for everything: the automatic choice takes the first backend without an objection, a backend that
-the user named but that has one raises it, and ``vitkern doctor`` prints it.
+``can_run`` decides all: the automatic choice takes the first backend without an objection, a backend that the user
+named raises its objection, and ``vitkern doctor`` prints it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vitkern.ops import native, private
 
 logger = logging.getLogger("vitkern")
 
-# In order of preference. `reference` is plain torch: it runs wherever torch does, and never goes unnoticed.
+# In order of preference. `reference` is plain torch: it runs wherever torch does, and its use is always visible.
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where `backend` serves tensors of this device and dtype, else the reason why it does not."""
+    """None if `backend` serves tensors of this device and dtype, else the reason against it."""
     if dtype not in DTYPES:
         return f"no kernel for {dtype}"
     return _PREDICATES[backend](device, dtype)
@@ -50,16 +50,16 @@ def _can_run_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _no_cuda() -> str | None:
-    """Why this build's CUDA kernels run on no card of this machine, if they do not."""
+    """The reason why this build's CUDA kernels run on no card of this machine, or None."""
     if native._C.cuda_version is None:
         return f"this build of vitkern has no CUDA kernels: {native._C.cuda_reason}"
     return driver_objection(*native._C.cuda_driver())
 
 
 def driver_objection(driver: int, runtime: int) -> str | None:
-    """None if a driver serves what is linked to a CUDA runtime; 12020 is version 12.2, a driver of 0 is none.
+    """None if a driver serves programs linked to a CUDA runtime; 12020 is version 12.2, a driver of 0 is none.
 
-    From CUDA 11 on every driver of a major version serves each runtime of it, and of the earlier ones.
+    Since CUDA 11 every driver of a major version serves each runtime of that version and of earlier ones.
     """
     if driver // 1000 >= runtime // 1000:
         return None
@@ -73,7 +73,7 @@ def driver_objection(driver: int, runtime: int) -> str | None:
 
 
 def cuda_version(number: int) -> str:
-    """12.2 for 12020."""
+    """The version as text: 12.2 for 12020."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -81,7 +81,7 @@ LOWEST_CARD = 80  # sm_80 brought the instructions that the CUDA kernels are mad
 
 
 def _no_image_for(capability: tuple[int, int], architectures: str, *, ptx: bool = True) -> str | None:
-    """None if machine code or, where the driver compiles it, PTX of `architectures` runs on a card.
+    """None if machine code or, with a recent enough driver, PTX of `architectures` runs on a card.
 
     They are as in "80-real 90 100-real 120". A driver older than nvcc does not compile its PTX.
     """
@@ -131,7 +131,7 @@ _PREDICATES = {
 }
 
 
-Refusals = tuple[tuple[str, str], ...]  # backends that an op's tensors are beyond, and why
+Refusals = tuple[tuple[str, str], ...]  # backends that an op's tensors exceed, and why
 
 
 @functools.lru_cache(maxsize=4096)
@@ -190,7 +190,7 @@ def explain(
         elif gpu is not None:
             reasons[backend] = can_run(backend, gpu, dtype)
         else:
-            # Without a GPU the build's own objection is the more useful one.
+            # Without a GPU the build's own objection is more useful.
             reasons[backend] = (
                 can_run(backend, torch.device("cuda:0"), dtype) if backend == "triton" else _no_cuda()
             )

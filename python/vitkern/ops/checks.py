@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of arguments. Each message names op and argument, the value that is needed and the value that came."""
+"""The checks of arguments. Each message names op and argument, the expected value and the actual one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def check_types(op: str, arguments: Sequence[str], given: Sequence[object]) -> None:
-    """Checks the types of tensors and names; `arguments` as a schema writes them."""
+    """Checks the types of tensors and names; `arguments` are in a schema's form."""
     for argument, one in zip(arguments, given):
         kind, name = argument.split("=")[0].split()
         types, expected = _TYPES.get(kind, ((object,), ""))
@@ -44,8 +44,8 @@ def refuse_changes(
 ) -> None:
     """Checks that the tensors are those that forward saw.
 
-    Autograd sees what is changed in place. It does not see ``tensor.data = other``, which is how ``module.half()``
-    works, nor hooks that unpack another tensor than they packed.
+    Autograd detects changes in place. It does not detect ``tensor.data = other``, as in ``module.half()``, or hooks
+    that unpack another tensor than they packed.
     """
     for name, was, now in zip(names, before, seen(tensors)):
         if was != now:
@@ -82,7 +82,7 @@ def check_memory(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]
 
 
 class Contract:
-    """The checks of one op. They read no elements, and so serve real and fake tensors alike."""
+    """The checks of one op. They read no elements, and so work for real and fake tensors alike."""
 
     def __init__(self, op: str, leader: str) -> None:
         self.op, self.leader = op, leader  # the argument whose device all others must share
@@ -91,7 +91,7 @@ class Contract:
         raise ValueError(f"{self.op}: {argument} must be {expected}, got {got}")
 
     def refuse(self, argument: str, expected: str, got: object) -> NoReturn:
-        """As fail(), for a wrong type."""
+        """Raises as fail(), for a wrong type."""
         raise TypeError(f"{self.op}: {argument} must be {expected}, got {got}")
 
     def check_dense(self, name: str, tensor: Tensor, like: Tensor) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of an op: what its forward pass keeps, what its backward pass gets, and that the two are the same."""
+"""The gradient of an op: the tensors that forward keeps and backward gets, and the check that these are the same."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from vitkern.ops.plan import Gradients, Needed, Record, Spec, Tensors, schema_of
 
 
 def _never(*_: object) -> None:
-    """No fast path."""
+    """Stands for a missing fast path: returns None."""
 
 
 class Recorded(NamedTuple):
     """The facts about a forward pass that its backward needs."""
 
     options: tuple[object, ...]
-    saved: tuple[Seen | None, ...]  # shapes, dtypes and devices of the tensors that backward wants again
-    # Takes the flags of the wanted gradients, grad_output and these tensors; None where the plan does not serve.
+    saved: tuple[Seen | None, ...]  # shapes, dtypes and devices of the tensors that backward needs again
+    # Takes the flags of the needed gradients, grad_output and these tensors; None if the plan does not serve.
     fast: Callable[..., Gradients | None] = _never
     rounds: bool = True  # whether kernels may give gradients of other dtypes than the tensors'
 
 
 class Derivative(Generic[Record]):
-    """The half of an op that is about its gradient: see vitkern.ops.op.Op."""
+    """The half of an op for its gradient: see vitkern.ops.op.Op."""
 
     _launchable: Callable[[Record], fast_path.Planned]
 
@@ -46,7 +46,7 @@ class Derivative(Generic[Record]):
     ) -> None:
         self.name, self._inputs, self._check = name, inputs, check
         tensors, options, self._defaults = schema_of(inputs)
-        self._tensors, self._arguments = len(tensors), [*tensors, *options]  # as the schema has them
+        self._tensors, self._arguments = len(tensors), [*tensors, *options]  # in the schema's form
         self._saved = slice(0 if keeps_result else 1, 1 + kept)  # of the outputs, those that backward gets
         saved = ["result", *(f"kept_{index}" for index in range(kept))][self._saved]
         # Names of the tensors that backward gets: the inputs, and those that forward kept.
@@ -54,7 +54,7 @@ class Derivative(Generic[Record]):
         self._differentiable = tuple(self._names.index(each) for each in differentiable)
         self._passed_on = None if passed_on is None else self._names.index(passed_on)
         beside = () if self._passed_on is None else (self._passed_on,)
-        self._recorded = tuple(sorted((*self._differentiable, *beside)))  # positions that may want a gradient
+        self._recorded = tuple(sorted((*self._differentiable, *beside)))  # positions that may need a gradient
         self._kept, self._keeps_result = kept, keeps_result
 
     def _arguments_of_backward(self) -> list[str]:
@@ -65,24 +65,24 @@ class Derivative(Generic[Record]):
         return ["Tensor grad_output", f"bool[{len(self._differentiable)}] needed", *tensors, *saved, *options]
 
     def _complete(self, inputs: tuple[Any, ...]) -> Record:
-        """All arguments, where the dispatcher leaves defaults out and has lists of numbers for tuples."""
+        """All arguments as a record: the dispatcher leaves defaults out, and has lists of numbers instead of tuples."""
         options = (tuple(each) if isinstance(each, list) else each for each in inputs[self._tensors :])
         return self._inputs(*inputs[: self._tensors], *options)
 
     def _keep(self, ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The outputs for autograd to save: not the result, which could then not be changed in place."""
+        """The outputs for autograd to save, without the result, which could then not be changed in place."""
         if self._keeps_result:
             alias = outputs[0].detach()  # counts the changes of the result
             ctx.result = alias, alias._version
         return outputs[1:]
 
     def _recall(self, ctx: Any, options: tuple[object, ...]) -> tuple[Any, ...]:
-        """The tensors that backward wants again."""
-        saved: tuple[Any, ...] = ctx.saved_tensors  # under activation checkpointing, to be asked for once
+        """The tensors that backward needs again."""
+        saved: tuple[Any, ...] = ctx.saved_tensors  # under activation checkpointing, only one read works
         if not self._keeps_result:
             return saved
         (result, version), inputs = ctx.result, saved[: self._tensors]
-        if result._version != version:  # it has been changed in place: once more
+        if result._version != version:  # it has been changed in place, so it is computed again
             with torch.no_grad():
                 result = getattr(torch.ops.vitkern, self.name)(*inputs, *options)[0]
         return (*inputs, result, *saved[self._tensors :])
@@ -93,7 +93,7 @@ class Derivative(Generic[Record]):
         fakes = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs]
         tensors = fast_path.without(inputs[: self._tensors], self._passed_on)
         saved = (*tensors, *fakes[self._saved])
-        # A gradient may be contiguous or not, saved tensors are what they were.
+        # A gradient may be contiguous or not; saved tensors are unchanged.
         gradients = fakes[0], fakes[0].new_empty(()).expand(fakes[0].shape)
         signatures = (fast_path.sign((gradient, *saved)) for gradient in gradients)
         usual = [signature for signature in signatures if signature is not None]
@@ -108,9 +108,9 @@ class Derivative(Generic[Record]):
     def _received(
         self, grad_output: Tensor, needed: Sequence[bool], inputs: tuple[Any, ...]
     ) -> tuple[Record, Tensors, Needed]:
-        """The arguments of the forward pass; the tensors of the backward pass, those and what was kept; what is needed.
+        """The record of the forward pass; the tensors of the backward pass, with the kept ones; the needed flags.
 
-        Of a tensor that was not saved, grad_output has all that may be asked for.
+        grad_output stands for a tensor that was not saved: it has the same shape, dtype and device.
         """
         count, tensors = self._tensors, inputs[: len(self._names)]
         saved = list(tensors[:count])
@@ -142,7 +142,7 @@ class Derivative(Generic[Record]):
         return tuple(forward[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
     def _rounded(self, gradients: Gradients, tensors: tuple[Any, ...]) -> Gradients:
-        """The gradients in the dtypes of the tensors that they are of."""
+        """The gradients in the dtypes of their tensors."""
         return [
             gradient
             if gradient is None or gradient.dtype == tensors[at].dtype

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fast path into a kernel, for calls that nothing but autograd watches.
+"""The fast path into a kernel, for calls that only autograd watches.
 
-The dispatcher's path to an op that is written in Python costs several times what a small kernel takes. Compilers,
-exporters, tracers, transforms, profilers and tensor subclasses need it. Where none of them is at work, an op calls its
-kernel itself, under an ``autograd.Function`` if a gradient is wanted. Both paths share the kernel and its gradient.
+The dispatcher's path to an op that is written in Python costs several times as much as a small kernel. Compilers,
+exporters, tracers, transforms, profilers and tensor subclasses need it. If none of them is active, an op calls its
+kernel itself, under an ``autograd.Function`` if a gradient is needed. Both paths share the kernel and its gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitkern.ops.plan import Gradients, Outputs, Tensors
 
 is_compiling = torch.compiler.is_compiling
 _watchers, _forward_ad = private.watchers(), private.forward_ad()
-# None where torch cannot be asked whether something watches: then every call takes the dispatcher's path.
+# None if this torch cannot report whether something watches: then every call takes the dispatcher's path.
 watched: _C.Watch | None = None
 if _forward_ad is not None and None not in _watchers:
     watched = _C.Watch(tuple(_watchers), _forward_ad)
@@ -31,7 +31,7 @@ sign = _C.Signer(private.borrow(), private.room(), Tensor, Parameter)
 
 
 def nothing_traces() -> bool:
-    """Whether tensors made now are plain: no compiler, tracer or transform is at work."""
+    """Whether tensors made now are plain: no compiler, tracer or transform is active."""
     modes, _, _, tracing, transform = _watchers
     if is_compiling() or modes is None or tracing is None or transform is None:
         return False
@@ -44,7 +44,7 @@ def nothing_watches() -> bool:
 
 
 def refuse_transforms(op: str) -> None:
-    """Derivatives that the kernels do not have would come back as zeros or None in some releases."""
+    """Raises for derivatives that the kernels lack: some releases would return zeros or None."""
     if _forward_ad is not None and _forward_ad.get("_current_level", -1) >= 0:
         raise NotImplementedError(f"vitkern.{op} has no forward-mode derivative; backend='reference' has one")
     if is_compiling() or _watchers.transform is None:
@@ -57,13 +57,13 @@ def refuse_transforms(op: str) -> None:
 
 
 class Planned(NamedTuple):
-    """How calls of one signature run. csrc/host/fast_path.h reads the first three."""
+    """The functions for calls of one signature. csrc/host/fast_path.h reads the first three."""
 
     run: Callable[..., Outputs]  # of the tensors
     record: Callable[
         ..., Outputs
-    ]  # of those that may want a gradient, and of all in a tuple: gives the result
-    record_all: Callable[..., Outputs]  # the same, gives all outputs
+    ]  # of those that may need a gradient, and of all in a tuple: returns the result
+    record_all: Callable[..., Outputs]  # the same, returns all outputs
     backward: Callable[..., Gradients]
 
 
@@ -82,12 +82,12 @@ def recorder(
 ) -> Callable[..., Outputs]:
     """Forward and gradient of one plan without the dispatcher between them: see Planned.
 
-    differentiate: of ctx and grad_output; returns gradients of the tensors that may want one.
-    unsaved: position of a tensor that the backward pass does not want.
+    differentiate: of ctx and grad_output; returns gradients of the tensors that may need one.
+    unsaved: position of a tensor that the backward pass does not need.
     keep: of ctx and the outputs, those that autograd saves; None: there is one output, which is not saved.
     """
 
-    # Each tensor among its arguments costs, and so does each attribute of ctx: all tensors come in a tuple.
+    # Each tensor among the arguments costs time, and so does each attribute of ctx: all tensors come in a tuple.
     def forward(ctx: Any, *inputs: Any) -> Outputs:
         tensors = inputs[-1]
         outputs = run(*tensors)

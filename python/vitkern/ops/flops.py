@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations of each op for torch's FlopCounterMode: two for each multiplication and its addition.
 
-As torch counts its own ops: products and sums of products, no softmax, no coordinates. A backward pass counts twice its
-forward pass. Imported for its effect.
+Operations are counted as for torch's own ops: products and sums of products, no softmax, no coordinates. A backward
+pass counts twice its forward pass. The module is imported for its effect.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CORNERS = 4  # pixels that a bilinear sample blends
 
 
 def _samples(value: Any, locations: Any) -> int:
-    """[B, S, M, D] and [B, Q, M, ..., 2]: each point blends its corners, D channels of them."""
+    """Operations on [B, S, M, D] and [B, Q, M, ..., 2]: each point blends its corners, D channels each."""
     return 2 * CORNERS * value[-1] * math.prod(locations[:-1])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The levels of a pyramid, from the forms that callers give to the tensors and numbers that the ops take."""
+"""The levels of a pyramid: converts the callers' forms to the tensors and numbers that the ops take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_levels(
     level_start_index: Tensor | Sequence[int] | None,
     value: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes and first pixels of the levels as int64 tensors, without reading any element on the host."""
+    """Shapes and first pixels of the levels as int64 tensors, without host reads."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: value must be a tensor, got {type(value).__name__}")
     if level_start_index is not None and not isinstance(level_start_index, Tensor):
@@ -45,7 +45,7 @@ def as_levels(
     spatial_shapes = _as_int64(spatial_shapes)
     if level_start_index is None:
         if spatial_shapes.dim() != 2:
-            return spatial_shapes, spatial_shapes.new_zeros(0)  # the op says what is wrong
+            return spatial_shapes, spatial_shapes.new_zeros(0)  # the op raises the error
         pixels = spatial_shapes.prod(-1)
         return spatial_shapes, pixels.cumsum(0) - pixels
     return spatial_shapes, _as_int64(level_start_index)
@@ -67,14 +67,14 @@ def _as_starts(op: str, level_start_index: Sequence[int], device: torch.device) 
 
 
 def _as_int64(tensor: Tensor) -> Tensor:
-    """Whole numbers of any type; others stay what they are, for the op to refuse."""
+    """Converts whole numbers of any type to int64; other types stay unchanged, for the op to refuse."""
     if tensor.dtype == torch.int64 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         return tensor
     return tensor.long()
 
 
 def _to_be_int64(*numbers: int) -> None:
-    """Torch's own message for others names no argument. Symbols, which a trace has for numbers, are not asked."""
+    """Refuses numbers beyond int64, as torch's own message names no argument. A trace's symbols are not tested."""
     if fast_path.nothing_traces() and any(not -(2**63) <= number < 2**63 for number in numbers):
         raise OverflowError
 

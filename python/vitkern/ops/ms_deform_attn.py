@@ -21,7 +21,7 @@ from vitkern.ops.plan import Gradients, Needed, Outputs, Plan, Spec
 
 
 def _coordinate_dtype(inputs: Attention) -> torch.dtype:
-    """The dtype that kernels read locations and weights in: value's, or float32 or float64."""
+    """The dtype in which kernels read locations and weights: value's, or float32 or float64."""
     if inputs.locations.dtype == inputs.weights.dtype == inputs.value.dtype:
         return inputs.value.dtype
     return native.accumulator(inputs.value.dtype)
@@ -38,7 +38,7 @@ def _dtypes(inputs: Attention) -> dict[str, torch.dtype]:
 
 
 def _limits(backend: str, inputs: Attention) -> str | None:
-    """The kernels count in 32 bits."""
+    """Why sizes exceed the kernels' limits, such as 32-bit indices, or None."""
     value, locations = inputs.value, inputs.locations
     pixels, heads, levels = value.shape[1], value.shape[2], inputs.spatial_shapes.shape[0]
     rows = max(locations.shape[1], pixels) * heads
@@ -73,7 +73,7 @@ def _plan(backend: str, inputs: Attention, outputs: Sequence[Spec]) -> Plan:
 
 
 def kernels(backend: str, inputs: Attention, outputs: Sequence[Spec], *, checks_levels: bool = True) -> Plan:
-    """The plan for contiguous tensors. Its gradient of reference points is that of the places that they lead to."""
+    """The plan for contiguous tensors. Its gradient of reference points is that of the locations computed from them."""
     if backend == "triton":
         from vitkern.ops import triton_ms_deform_attn as triton
 
@@ -93,7 +93,7 @@ def kernels(backend: str, inputs: Attention, outputs: Sequence[Spec], *, checks_
         (value.shape, total, True) if on_gpu else (value.shape, value.dtype),  # atomics add to zeros
         *[(locations.shape, total)] * fused,
         (locations.shape, coordinates),
-        (weights.shape, total if on_gpu and fused else coordinates),  # where (6) of all points waits for (11)
+        (weights.shape, total if on_gpu and fused else coordinates),  # all of (6) is kept here until (11)
     )
     forward = host.ms_deform_attn_forward(native.specs(value.dtype, *outputs), **options)
     backward: Callable[..., Gradients] = host.ms_deform_attn_backward(gradients, **options)
@@ -105,11 +105,11 @@ def kernels(backend: str, inputs: Attention, outputs: Sequence[Spec], *, checks_
 def _reproducible(
     host: _C.Host, backward: Callable[..., Gradients], inputs: Attention, options: _C.AttentionOptions
 ) -> Callable[..., Gradients]:
-    """The backward pass that torch.use_deterministic_algorithms asks for: points sorted by pixel, then summed."""
+    """The backward pass under torch.use_deterministic_algorithms: sorts points by pixel, then sums them."""
     value, weights, fused = inputs.value, inputs.weights, isinstance(inputs, Fused)
     batch, pixels, heads, _ = value.shape
     total = native.accumulator(value.dtype)
-    # Greatest logit and 1 / sum of each image, query and head.
+    # Largest logit and 1 / total of each image, query and head.
     softmax = [((*weights.shape[:3], 2), total)] * fused
     cells = host.ms_deform_attn_cells([((weights.numel(),), torch.int64), *softmax], **options)
     gather = host.ms_deform_attn_gather_grad_value([(value.shape, total)], **options)
@@ -127,7 +127,7 @@ def _reproducible(
 
 
 def sort_by_cell(cells: Tensor, cell_bound: int) -> tuple[Tensor, Tensor]:
-    """Sampling points in the order of the cells they fall in, and where each cell's points begin."""
+    """Sampling points in the order of their cells, and the first point of each cell."""
     sorted_cells, order = torch.sort(cells, stable=True)
     first = torch.searchsorted(sorted_cells, torch.arange(cell_bound + 1, device=cells.device))
     return order, first
@@ -138,7 +138,7 @@ def _op_of(inputs: Attention) -> str:
 
 
 def _validated(inputs: Attention, plan: Plan) -> Plan:
-    """With a look at the levels before, where no kernel takes one."""
+    """The plan with a check of the levels before it, for kernels without one."""
     op = _op_of(inputs)
 
     def forward(*tensors: Tensor) -> Outputs:
@@ -155,7 +155,7 @@ def _validated(inputs: Attention, plan: Plan) -> Plan:
 def _gradient_of_reference(
     grad_places: Tensor, offsets: Tensor, shape: torch.Size, points: tuple[int, ...]
 ) -> Tensor:
-    """Eq. (12): the gradients of all places that came of a reference point, [B, Q, M, K, 2], summed to its shape."""
+    """Eq. (12): the gradients of all locations from a reference point, [B, Q, M, K, 2], summed to its shape."""
     if not points:
         return grad_places.new_zeros(shape)
     if len(set(points)) == 1 and shape[-1] == 2:
@@ -167,7 +167,7 @@ def _gradient_of_reference(
     levels = grad_places.sum(2).split(points, -2)  # L times [B, Q, P, 2]
     gradient = torch.stack([level.sum(-2) for level in levels], -2)
     if shape[-1] == 4:
-        # A place that adds nothing may have an offset that is not finite: its gradient is 0, and so is its share.
+        # The offset of a location without a contribution may not be finite: its gradient is 0, and its share must be 0.
         moved = torch.where(grad_places == 0, 0, grad_places * offsets)
         levels = moved.sum(2).split(points, -2)
         shares = [level.sum(-2) / (2 * max(count, 1)) for level, count in zip(levels, points)]
@@ -176,9 +176,9 @@ def _gradient_of_reference(
 
 
 def _reference(inputs: Attention) -> Tensor:
-    """The same function as plain torch code, for backend="reference": differentiable any number of times."""
+    """The same function in plain torch, for backend="reference": differentiable any number of times."""
     value, shapes, starts, *tensors = (each for each in inputs if isinstance(each, Tensor))
-    if fast_path.nothing_traces():  # else there may be no elements to read
+    if fast_path.nothing_traces():  # a trace may have no elements to read
         check_levels(_op_of(inputs), value, shapes, starts)
     points, method = points_of(inputs), inputs.method
     formula: Callable[..., Tensor] = reference.ms_deform_attn

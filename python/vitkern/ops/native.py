@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled kernels: where their calls run, and the specifications of outputs."""
+"""The compiled kernels: the device and stream of their calls, and the specifications of outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _workspace(like: Tensor, size: int) -> Tensor:
 
 
 def host(backend: str, device: torch.device) -> _C.Host:
-    """Makes the calls of a backend's kernels on a device."""
+    """The object that calls a backend's kernels on a device."""
     borrow = private.borrow()
     if backend == "cpu":
         return _C.Host(cuda=False, borrow=borrow, device=0, where=torch.get_num_threads, workspace=_workspace)

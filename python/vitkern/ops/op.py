@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op: registration with torch, fakes, plans, and both paths to a kernel.
 
-An op brings a record of its arguments, a check and a plan. This file makes a full member of torch's library of it:
+An op brings a record of its arguments, a check and a plan. This file registers it completely with torch's library:
 ``torch.ops.vitkern.X`` passes opcheck, compiles, exports, and trains after export; its backward is an op too, whose own
 derivative raises. A call goes ``functional -> Op -> plan -> kernel``, by the fast path or by the dispatcher's.
 """
@@ -24,14 +24,14 @@ from vitkern.ops.plan import Gradients, Needed, Outputs, Plan, Record, Spec, Ten
 
 _library = torch.library.Library("vitkern", "FRAGMENT")
 
-_MOST_PLANS = 4096  # of an op; then it starts afresh
+_MOST_PLANS = 4096  # of an op; then all are forgotten
 
 
 class Op(Derivative[Record], Generic[Record]):
     """torch.ops.vitkern.<name>. Calling the object is the same, through a fast path that skips the dispatcher.
 
-    There is a plan for each signature: for the types, devices, shapes and contiguity of the tensors, and the options.
-    An argument that changes from call to call, such as a seed, has to be a tensor.
+    There is a plan for each signature: the dtypes, devices, shapes and contiguity of the tensors, and the options. An
+    argument that changes from call to call, such as a seed, has to be a tensor.
 
     Args:
         name: of the op; its backward is <name>_backward.
@@ -40,14 +40,14 @@ class Op(Derivative[Record], Generic[Record]):
         check: of real or fake arguments: raises if one is wrong, without reading elements, and returns shape and dtype
             of each output. The first output is the result; others are kept for backward.
         plan: of the backend, the arguments and the outputs.
-        limits: of a backend and the arguments: why its kernels cannot take them, with the size that they have and the
-            size that they may have; None if they can.
+        limits: of a backend and the arguments: the reason why its kernels cannot take them, with the actual size and
+            the allowed size; None if they can.
         dtypes: of the arguments: the dtype that kernels read a tensor in; others are read in that of the first.
         reference: of the arguments: the result by differentiable torch code.
-        kept: how many outputs follow the result.
-        keeps_result: whether the backward wants the result too, before the others.
-        passed_on: a tensor, of the result's shape and dtype, that is added to the result as it is: grad_output itself
-            is its gradient. It is not saved, and None in the backward pass.
+        kept: the number of outputs after the result.
+        keeps_result: whether the backward needs the result too, before the others.
+        passed_on: a tensor of the result's shape and dtype that is added to the result unchanged: its gradient is
+            grad_output itself. It is not saved, and None in the backward pass.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Op(Derivative[Record], Generic[Record]):
         torch.library.register_fake(f"vitkern::{name}", fake, lib=_library)
 
     def _register_autograd(self) -> None:
-        """As torch.library.register_autograd; where torch allows it, with the fast path before it."""
+        """Registers as torch.library.register_autograd does; if torch allows it, with the fast path before it."""
         make = private.find("_library.autograd.make_autograd_impl")
         info = private.find("_library.autograd.Info")
         if make is None or info is None:
@@ -125,7 +125,7 @@ class Op(Derivative[Record], Generic[Record]):
             output: Tensor | None = self._fast(*inputs)
             if output is not None:
                 return output
-        check_types(self.name, self._arguments, inputs)  # before plans are looked up by what must be hashable
+        check_types(self.name, self._arguments, inputs)  # before the lookup of plans, which hashes arguments
         record, tensors = self._inputs(*inputs), inputs[: self._tensors]
         if fast_path.nothing_watches():
             if fast_path.sign(tensors) is None:
@@ -143,9 +143,9 @@ class Op(Derivative[Record], Generic[Record]):
     def _through_the_dispatcher(self, inputs: Record) -> Tensor:
         compiling = fast_path.is_compiling()
         refusals: backends.Refusals = ()
-        # A limit that is asked while tracing would bound sizes that are to be dynamic.
+        # A limit that is tested while tracing would bound sizes that are to be dynamic.
         if not compiling:
-            self._check(inputs)  # limits are asked of tensors that fit one another
+            self._check(inputs)  # limits are tested only for tensors that fit one another
             refusals = self._refusals(inputs)
         if backends.falls_to_reference(inputs[0].device, inputs[0].dtype, inputs[-1], refusals):
             if compiling:
@@ -157,7 +157,7 @@ class Op(Derivative[Record], Generic[Record]):
         return result
 
     def _planned(self, inputs: Record) -> Planned | None:
-        """The plan of a call's signature; None where the reference runs."""
+        """The plan of a call's signature; None if the reference runs."""
         tensors: Tensors = inputs[: self._tensors]
         signature = fast_path.sign(tensors)
         key = (signature, *inputs[self._tensors :])
@@ -188,7 +188,7 @@ class Op(Derivative[Record], Generic[Record]):
         return Planned(plan.forward, record, record_all, plan.backward)
 
     def _prepared(self, plan: Plan, inputs: Record) -> Plan:
-        """The plan for tensors as they come: contiguous or not, of the dtypes that kernels read or of others."""
+        """The plan for tensors as they come: contiguous or not, in the kernels' dtypes or in others."""
         count, dtypes = self._tensors, self._dtypes(inputs)
 
         def ready(tensors: Tensors) -> Tensors:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""backend="reference": a formula of plain torch on what the kernels make their sums in, rounded once as theirs are."""
+"""backend="reference": a formula in plain torch, computed in the kernels' accumulator and rounded once like theirs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def accumulated(formula: Formula, first: Tensor, *others: Tensor | None) -> Tens
     if not _widens and kinds <= {first.dtype}:
         return formula(first, *others)
     leader = first.to(wide) if _widens else first
-    with without_autocast(first.device.type):  # which would make products in 16 bits again
+    with without_autocast(first.device.type):  # autocast would make products in 16 bits again
         output = formula(leader, *(None if tensor is None else tensor.to(wide) for tensor in others))
     return output.to(first.dtype)
 

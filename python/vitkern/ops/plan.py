@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of an op as one record, and how calls with such arguments run."""
+"""The arguments of an op as one record, and the plan for calls with such arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = TypeVar("Record", bound=Inputs)
 Tensors = tuple[Tensor | None, ...]
 Outputs = Tensor | tuple[Tensor, ...]
 Spec = tuple[Sequence[int], torch.dtype]  # of an output
-Needed = tuple[bool, ...]  # a flag for each gradient: whether it is wanted
+Needed = tuple[bool, ...]  # a flag for each gradient: whether it is needed
 Gradients = Sequence[Tensor | None]
 
 _KINDS: dict[Any, str] = {
@@ -30,7 +30,7 @@ _KINDS: dict[Any, str] = {
 
 
 def schema_of(record: Callable[..., Inputs]) -> tuple[list[str], list[str], tuple[object, ...]]:
-    """Tensors and options as torch.library writes them, and the defaults of the options."""
+    """Tensors and options in the form of torch.library, and the defaults of the options."""
     kinds, fields = get_type_hints(record), inspect.signature(record).parameters.values()
     options = [field for field in fields if field.default is not field.empty]
     return (
@@ -41,10 +41,10 @@ def schema_of(record: Callable[..., Inputs]) -> tuple[list[str], list[str], tupl
 
 
 class Plan(NamedTuple):
-    """How calls of one signature run, on contiguous tensors of the dtypes that the op asks for."""
+    """The functions for calls of one signature, on contiguous tensors of the dtypes that the kernels read."""
 
     forward: Callable[..., Outputs]  # of the tensors
-    # Takes the flags of the wanted gradients, a contiguous grad_output, the tensors and the kept outputs; returns a
+    # Takes the flags of the needed gradients, a contiguous grad_output, the tensors and the kept outputs; returns a
     # gradient or None for each differentiable tensor.
     backward: Callable[..., Gradients]
 
@@ -55,7 +55,7 @@ def plan_of(
     forward: Callable[[Record], Outputs],
     backward: Callable[..., Gradients],
 ) -> Plan:
-    """The plan of launchers that read their arguments by name; backward's come before what forward kept."""
+    """The plan of launchers that read their arguments by name; backward's come before forward's kept outputs."""
     record: Callable[..., Record] = type(inputs)
     options = inputs[tensors:]
 

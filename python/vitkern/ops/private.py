@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch's private symbols, all that this package touches. A torch without one of them costs speed, not the import."""
+"""All of torch's private symbols that this package uses. A torch without one of them costs speed, not the import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Question = Callable[[], Any]
 
 
 def find(path: str) -> Any:
-    """A symbol of torch by its dotted name; None where this release has none."""
+    """A symbol of torch by its dotted name; None if this release lacks it."""
     found: Any = torch
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -25,7 +25,7 @@ def find(path: str) -> Any:
 
 
 class Watchers(NamedTuple):
-    """Questions whose true answers mean that the dispatcher has to see a call; None where torch has none such."""
+    """Queries that are true if the dispatcher has to see a call; None if torch lacks one."""
 
     dispatch_modes: Question | None
     function_modes: Question | None
@@ -57,7 +57,7 @@ def any_autocast() -> Question:
 
 
 def current_stream(device: int) -> Callable[[], int]:
-    """A function that gives a GPU's current stream."""
+    """A function that returns a GPU's current stream."""
     raw = find("_C._cuda_getCurrentRawStream")
     if raw is None:
         return lambda: torch.cuda.current_stream(device).cuda_stream
@@ -65,7 +65,7 @@ def current_stream(device: int) -> Callable[[], int]:
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Its apply, without the first step that looks for torch.func's wrappers: on the fast path there are none."""
+    """The function's apply, without its first step, which looks for torch.func's wrappers: the fast path has none."""
     apply = getattr(super(torch.autograd.Function, function), "apply", None)
     return apply or function.apply
 
@@ -77,12 +77,12 @@ def is_gradient(interpreter: Any) -> bool:
 
 
 def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compiler.assume_constant_result sets this mark, too, after an import of the whole compiler: seconds."""
+    """Sets the mark of torch.compiler.assume_constant_result without its import of the compiler, which is slow."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-# Device types, and type codes and bits, as DLPack counts them.
+# Device types, and type codes and bits, in DLPack's numbering.
 _DEVICES = {"cpu": 1, "cuda": 2}
 _TYPES = {
     torch.int64: (0, 64),
@@ -103,7 +103,7 @@ def describe(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def borrow() -> Any:
-    """How compiled code borrows a tensor: DLPack's C exchange API, or a function for older releases."""
+    """The way in which compiled code borrows a tensor: DLPack's C exchange API, or a function for older releases."""
     return getattr(Tensor, "__dlpack_c_exchange_api__", describe)
 
 
@@ -113,11 +113,11 @@ def room_by_python(tensor: Tensor) -> int:
 
 
 def room() -> Any:
-    """How compiled code asks for the same: two addresses of torch's C functions, or the function above."""
+    """The same for compiled code: two addresses of torch's C functions, or the function above."""
     names = "aoti_torch_get_storage_size", "aoti_torch_get_storage_offset"
     for library in ("libtorch_cpu.so", "libtorch_cpu.dylib") if hasattr(Tensor, "_cdata") else ():
         path = Path(torch.__file__).parent / "lib" / library
         with contextlib.suppress(AttributeError, OSError):
-            loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)  # torch's own, or none
+            loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)  # only torch's loaded library
             return tuple(ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0 for name in names)
     return room_by_python

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.ops.vitkern.token_pool: what it asks of its arguments, and its launches.
+"""torch.ops.vitkern.token_pool: the checks of its arguments, and its launches.
 
-The public, documented function is in ``vitkern.functional``. The second output is m and l of eq. (4) over all pixels,
-which backward needs, as it needs the tokens.
+The public, documented function is in ``vitkern.functional``. The second output is m and l of eq. (4) over all pixels;
+backward needs it, and the tokens.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def _check(inputs: Inputs) -> list[Spec]:
         contract.fail("x", "[B, N, C]", list(x.shape))
     batch, _, channels = x.shape
     contract.check_floating("weight", weight, x)
-    images = weight.shape[:-2]  # none, or each with a weight of its own
+    images = weight.shape[:-2]  # none, or one with a weight for each image
     tokens = weight.shape[-2] if weight.dim() > 1 else 0
-    # Compared length first: an axis of unknown size is not to be held against another axis.
+    # The length is compared first: an axis of unknown size must not be compared with another axis.
     if len(images) > 1 or weight.shape != (*((batch,) if images else ()), tokens, channels):
         expected = f"[T, C] or [B, T, C] with B={batch}, C={channels}"
         contract.fail("weight", expected, list(weight.shape))

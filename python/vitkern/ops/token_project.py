@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.ops.vitkern.token_project: what it asks of its arguments, and its launches.
+"""torch.ops.vitkern.token_project: the checks of its arguments, and its launches.
 
 The public, documented function is in ``vitkern.functional``.
 """

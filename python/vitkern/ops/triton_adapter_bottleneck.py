@@ -24,7 +24,7 @@ def _blocks(inputs: Inputs, backward: bool = False) -> dict[str, int]:
 
 
 def _numbers(inputs: Inputs) -> tuple[float, int, float, int]:
-    """Factor of the scale, the two numbers that dropout compares and multiplies with, and rows."""
+    """Factor of the scale, the two numbers with which dropout compares and multiplies, and rows."""
     p = inputs.dropout_p
     return inputs.factor, reference.dropout_threshold(p), reference.dropout_rescale(p), inputs.rows
 
@@ -39,7 +39,7 @@ def _constants(inputs: Inputs) -> dict[str, object]:
 
 
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The output, and z for backward: without rows unless it is kept."""
+    """The output, and z for backward, which has no rows if z is not kept."""
     from vitkern.triton_kernels import adapter_bottleneck as kernels
 
     x, rows = inputs.x, inputs.rows
@@ -68,7 +68,7 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _backward(needed: Needed, grad_output: Tensor, inputs: Inputs, kept: Tensor) -> Gradients:
-    """Gradients of x, both weights and biases, and the scale; those of parameters are float."""
+    """Gradients of x, both weights and biases, and the scale; those of parameters are float32."""
     x = inputs.x
     if x.numel() == 0:
         likes = (*inputs[:5], inputs.scale)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the launches of all Triton kernels."""
+"""The code that the launches of all Triton kernels share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the current device: make it the tensor's."""
+    """A context with the tensor's device as the current one, where launches go."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -20,7 +20,7 @@ from vitkern.ops.native import accumulator
 from vitkern.ops.plan import Gradients, Needed, Plan, plan_of
 from vitkern.ops.triton_common import cdiv, on
 
-# Queries, or pixels, of one program while interpreting: there the price is per operation, whatever the block size.
+# Queries, or pixels, of one program while interpreting: there the cost is per operation, for any block size.
 _INTERPRETED_BLOCK = 64
 # Elements of an image up to which an offset fits 32 bits, one row of pixels beyond either end included.
 _INT32_OFFSETS = 2**30
@@ -31,14 +31,14 @@ def plan(inputs: Attention) -> Plan:
 
 
 def _sizes(call: Attention) -> tuple[int, int, int, int, int]:
-    """B, S, M, D, Q."""
+    """The sizes B, S, M, D and Q."""
     batch, pixels, heads, channels = call.value.shape
     return batch, pixels, heads, channels, call.weights.shape[1]
 
 
 @functools.cache
 def _groups(points_per_level: tuple[int, ...], device: torch.device) -> tuple[int, int, Tensor | None]:
-    """Runs of points that share a level: how many, points of one, and, unless run and level agree, a table.
+    """Runs of points that share a level: their number, the points of one, and a table if runs and levels differ.
 
     The table holds the level of each run and then the number of points of each level.
     """
@@ -89,7 +89,7 @@ def _blocks(call: Attention, backward: bool = False) -> dict[str, int]:
     value = call.value
     blocks = kernels.launch_table(value.shape[3], value.element_size(), backward)
     if torch.version.hip:
-        blocks.pop("maxnreg", None)  # an option of NVIDIA's compiler alone
+        blocks.pop("maxnreg", None)  # an option that only NVIDIA's compiler has
     return blocks if value.is_cuda else blocks | {"BLOCK_Q": _INTERPRETED_BLOCK}
 
 
@@ -126,7 +126,7 @@ def _forward(call: Attention) -> Tensor:
 
 
 def _new_gradients(call: Attention, needed: Sequence[bool]) -> list[Tensor | None]:
-    """Uninitialised gradients: of value, in the fused form of the places sampled, of locations and of weights."""
+    """Uninitialised gradients of value, of the sampled locations in the fused form, of locations and of weights."""
     likes, total = [call.value, call.locations, call.weights], accumulator(call.value.dtype)
     wanted = [like if need else None for like, need in zip(likes, (needed[0], *needed[-2:]))]
     gradients = [None if like is None else torch.empty_like(like) for like in wanted]
@@ -136,7 +136,7 @@ def _new_gradients(call: Attention, needed: Sequence[bool]) -> list[Tensor | Non
 
 
 def _backward(needed: Needed, grad_output: Tensor, call: Attention) -> Gradients:
-    """The gradients of value, of the places sampled in the fused form, of locations and of weights."""
+    """The gradients of value, of the sampled locations in the fused form, of locations and of weights."""
     if call.value.numel() == 0 or call.weights.numel() == 0:
         return [None if each is None else each.zero_() for each in _new_gradients(call, needed)]
 
@@ -153,7 +153,7 @@ def _backward(needed: Needed, grad_output: Tensor, call: Attention) -> Gradients
 
 
 def _scatter(call: Attention, grad_output: Tensor, gradients: list[Tensor | None]) -> None:
-    """Adds to the gradient of value, writes the others; those that are None are not wanted."""
+    """Adds to the gradient of value, writes the others; those that are None are not needed."""
     from vitkern.triton_kernels import ms_deform_attn_backward as kernels
 
     batch, pixels, heads, channels, queries = _sizes(call)

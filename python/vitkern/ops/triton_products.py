@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the launchers of Triton kernels made of matrix products: types of factors, splits, sums over rows."""
+"""The code that launchers of matrix products share: types of factors, parts, sums over rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitkern.ops.triton_common import cdiv, on
 # Programs to split sums over rows or pixels into: some rounds for any card. A constant, so that results do not depend
 # on the card's size.
 _PROGRAMS = 512
-# Rows below which a split costs more than it gains: its partial sums are written and read once.
+# Rows below which more parts cost more than they gain: their partial sums are written and read once.
 _LEAST_ROWS = 256
 
 
@@ -31,7 +31,7 @@ def product_constants(tensor: Tensor) -> dict[str, object]:
 
 
 def parts_of(rows: int, block: int, others: int) -> int:
-    """Into how many parts to split the rows, given that `others` programs work on each part."""
+    """The number of parts for the rows, if `others` programs work on each part."""
     most = max(1, _PROGRAMS // max(others, 1))
     parts = min(most, cdiv(rows, max(_LEAST_ROWS, block)))
     blocks = cdiv(cdiv(rows, block), max(parts, 1))  # of one part; the last part may have fewer, but not none

@@ -23,19 +23,19 @@ def _blocks(x: Tensor, weight: Tensor, backward: bool = False) -> dict[str, int]
 
 
 def _weight_stride(weight: Tensor) -> int:
-    """From the weight of one image to that of the next."""
+    """The distance from the weight of one image to that of the next."""
     return weight[0].numel() if weight.dim() == 3 and len(weight) else 0
 
 
 def _parts(x: Tensor, blocks: dict[str, int]) -> tuple[int, int]:
-    """Parts that the pixels of an image are split into, and tiles of channels."""
+    """Parts of the pixels of an image, and tiles of channels."""
     batch, pixels, channels = x.shape
     tiles = cdiv(channels, blocks["BLOCK_C"])
     return parts_of(pixels, blocks["BLOCK_N"], batch * tiles), tiles
 
 
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T, C], and of each one [B, 2, T] the greatest logit and the sum of exponentials."""
+    """Tokens [B, T, C], and the largest logit and the total of each, [B, 2, T]."""
     from vitkern.triton_kernels import token_pool as kernels
 
     x, weight, _ = inputs
@@ -83,7 +83,7 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _backward(
     needed: Needed, grad_output: Tensor, inputs: Inputs, tokens: Tensor, statistics: Tensor
 ) -> Gradients:
-    """Gradients of x and, float, of the weight."""
+    """Gradients of x and, in float32, of the weight."""
     from vitkern.triton_kernels import token_pool as kernels
 
     x, weight, _ = inputs

@@ -17,7 +17,7 @@ def plan(inputs: Inputs) -> Plan:
 
 
 def _arguments(query: Tensor, key: Tensor, tokens: Tensor) -> tuple[int, dict[str, object]]:
-    """How many programs, and what they are specialised on."""
+    """The number of programs, and the constants that they are specialised on."""
     from vitkern.triton_kernels import token_project as kernels
 
     (batch, pixels, keys), (_, count, channels) = query.shape, tokens.shape
@@ -40,7 +40,7 @@ def _forward(inputs: Inputs) -> Tensor:
 
 
 def _backward(needed: Needed, grad_output: Tensor, inputs: Inputs) -> Gradients:
-    """Gradients of query and, float, of key and tokens; that of x is grad_output."""
+    """Gradients of query and, in float32, of key and tokens; that of x is grad_output."""
     from vitkern.triton_kernels import token_project as kernels
 
     _, query, key, tokens, _ = inputs

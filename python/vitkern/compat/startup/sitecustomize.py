@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python runs this when it starts, in the processes that `vitkern run` starts and in theirs: see vitkern.compat.run."""
+"""Python runs this module at startup in the processes of `vitkern run` and in their children: see compat/run.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.util import module_from_spec
 
 
 class _Wait(MetaPathFinder):
-    """Lets vitkern in when a package is asked for that it has to do with: it brings torch, which few processes need."""
+    """Imports vitkern when a package of ECOSYSTEMS is imported: vitkern imports torch, which few processes need."""
 
     def __init__(self) -> None:
         self.packages = {"MultiScaleDeformableAttention", "detrex", "groundingdino", "mmcv"}
@@ -29,7 +29,7 @@ options = os.environ.get("VITKERN_RUN", "").split(",")
 if "install" in options:
     sys.meta_path.insert(0, _Wait())
 
-# As if this folder had never been in the way: off the path, and another module of this name has its turn.
+# This folder leaves the path, and another module of this name runs, as if the folder had never been on the path.
 sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(__file__)]
 _other = PathFinder.find_spec("sitecustomize")
 if _other is not None and _other.loader is not None:

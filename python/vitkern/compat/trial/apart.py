@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that nothing of the caller reaches, and that leaves nothing behind."""
+"""Work that no setting of the caller reaches, and that leaves no traces."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _T = TypeVar("_T")
 
 
 def in_a_thread(work: Callable[[], _T]) -> _T:
-    """The result of work in a thread of its own, which no mode, tracer or autocast of the caller reaches."""
+    """Returns the result of work in a thread of its own, which no mode, tracer or autocast of the caller reaches."""
     results: list[_T] = []
     errors: list[BaseException] = []
 
     def target() -> None:
         default, threads, collects = torch.get_default_dtype(), torch.get_num_threads(), gc.isenabled()
         try:
-            gc.disable()  # Python calls the user's gc.callbacks in the middle of any code, as if it had called them
-            torch.set_num_threads(1)  # small operations would wait for one another
+            gc.disable()  # Python calls the user's gc.callbacks in the middle of any code, as if that code did
+            torch.set_num_threads(1)  # the threads of small operations would wait for one another
             if default != torch.float32:
                 torch.set_default_dtype(torch.float32)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 results.append(work())
-        except BaseException as error:  # for the caller to see
+        except BaseException as error:  # raised again in the caller's thread
             errors.append(error)
         finally:
             if collects:
@@ -46,7 +46,7 @@ def in_a_thread(work: Callable[[], _T]) -> _T:
     if errors:
         if isinstance(errors[0], Exception):
             raise errors[0]
-        raise UnfitError(f"its forward raises in a trial: {said(errors[0])}")  # SystemExit, say
+        raise UnfitError(f"its forward raises in a trial: {said(errors[0])}")  # for example SystemExit
     return results[0]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of functions with globals of their own: what their code finds there may be replaced, and no module changes."""
+"""Copies of functions with their own globals: values in them may be replaced, and no module changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitkern.compat.trial.purity import names_of
 
 
 class Copies:
-    """Copies of the user's functions, each made once. Those of one module share their globals, as there."""
+    """Copies of the user's functions, each made once. Copies from one module share their globals, as originals do."""
 
     def __init__(self) -> None:
         self._globals: dict[int, dict[str, Any]] = {}
@@ -20,7 +20,7 @@ class Copies:
         self._kept: list[Any] = []  # objects whose ids are keys above
 
     def function(self, function: Any) -> Any:
-        """The same code in this world."""
+        """A copy of the function, if it is the user's."""
         function = undone(function)
         if not isinstance(function, FunctionType) or not (is_theirs(function) or self._wraps(function)):
             return function
@@ -55,7 +55,7 @@ class Copies:
         return CellType(self.function(inner)) if isinstance(inner, FunctionType) else cell
 
     def _globals_of(self, function: FunctionType) -> dict[str, Any]:
-        """The globals of the function's module, once for all its functions, with what the code names replaced."""
+        """The globals of the function's module, shared by its functions, with the values that code names replaced."""
         theirs = function.__globals__
         if id(theirs) not in self._globals:
             self._kept.append(theirs)
@@ -70,9 +70,9 @@ class Copies:
         return ours
 
     def _missing(self, name: str) -> dict[str, Any]:
-        """What stands for a name that a module has not."""
+        """Substitutes for a name that a module lacks."""
         return {}
 
     def _value(self, value: Any, name: str = "") -> Any:
-        """What stands for a value that code finds."""
+        """The substitute for a value in the globals, defaults or closure of code."""
         raise NotImplementedError

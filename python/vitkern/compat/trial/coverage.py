@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coverage of a trial: code that no trial ran is not proved to do what the kernel does.
+"""Coverage of a trial: code that no trial ran is not proved to do the same as the kernel.
 
-A way that no trial took is harmless where it only raises, where it only warns, and where its condition is settled: then
-what it reads is the same in each later call. All else is a gap.
+A way that no trial took is harmless if it only raises, if it only warns, or if its condition is settled: the values
+that the condition reads are the same in each later call. All others are gaps.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from vitkern.compat.trial.stack import UNKNOWN, Read, operands_of
 
 Tracer = Callable[[FrameType, str, Any], Any]
 JUMPS = frozenset(number for op, number in dis.opmap.items() if NAMES.get(op, op) in CONDITIONAL)
-ANNOTATIONS = "__annotate__"  # CPython 3.14 calls it when annotations are asked for
+ANNOTATIONS = "__annotate__"  # CPython 3.14 calls it for the annotations
 
 
 class Leaf(NamedTuple):
-    """One thing that a condition reads."""
+    """A value that a condition reads."""
 
-    kind: str  # "attribute" of self, "global", "local", "optional": a local that is asked for None, "other"
+    kind: str  # "attribute" of self, "global", "local", "optional": a local compared with None, "other"
     name: str  # self.method.x -> "method"; a global with its attributes, "torch.cuda.is_available"; a local
-    types: frozenset[type] = frozenset()  # of a local: those seen there; object where one was not seen
+    types: frozenset[type] = frozenset()  # of a local: those seen there; object if one was not seen
 
 
 class Gap(NamedTuple):
-    """Code that no trial ran, and that may do anything."""
+    """Code that no trial ran, and that may have any effect."""
 
     code: CodeType
     line: int
@@ -47,12 +47,12 @@ class _Ran:
     def __init__(self, code: CodeType) -> None:
         self.code = code
         self.pairs: set[tuple[int, int]] = set()  # offsets of instructions that ran one after the other
-        # Offset of a conditional jump -> local -> its types there. Caches look like jumps, and nothing stops there.
+        # Offset of a conditional jump -> local -> its types there. Caches look like jumps, but nothing stops there.
         raw = code.co_code
         self.types: dict[int, dict[str, set[type]]] = {
             offset: {} for offset in range(0, len(raw), 2) if raw[offset] in JUMPS
         }
-        for offset in [*self.types]:  # CPython stops at what extends the argument of a jump, not at the jump
+        for offset in [*self.types]:  # CPython stops at the EXTENDED_ARG before a jump, not at the jump
             before = offset - 2
             while before >= 0 and raw[before] == dis.EXTENDED_ARG:
                 self.types[before] = self.types[offset]
@@ -83,9 +83,9 @@ class _Ran:
 
 
 class Coverage:
-    """Which instructions and which ways out of each jump ran, over all frames that belong.
+    """The instructions and the ways out of each jump that ran, over all frames that belong.
 
-    It may be entered many times: what ran adds up. It sees the thread that entered it.
+    It may be entered many times, and adds up all runs. It traces the thread that entered it.
     """
 
     def __init__(self, belongs: Callable[[FrameType], bool]) -> None:
@@ -96,7 +96,7 @@ class Coverage:
 
     def __enter__(self) -> Coverage:
         self._earlier.append(sys.gettrace())
-        # CPython 3.12 looks at this frame when it decides whether there are events for instructions.
+        # CPython 3.12 reads this frame's flag when it decides whether there are events for instructions.
         sys._getframe().f_trace_opcodes = True
         sys.settrace(self._called)
         return self
@@ -116,12 +116,12 @@ class Coverage:
             self.codes[code] = frame.f_globals
         frame.f_trace_lines = False
         frame.f_trace_opcodes = True
-        # CPython 3.13 would set it after this call only, and then have no events for instructions in a first call.
+        # CPython 3.13 would set it only after this call, and then have no events for instructions in a first call.
         frame.f_trace = tracer = ran.follow(frame.f_lasti)
         return tracer
 
     def update(self, other: Coverage) -> None:
-        """Add what ran elsewhere."""
+        """Adds the coverage of other runs."""
         for key, ran in other._ran.items():
             self._ran.setdefault(key, _Ran(ran.code)).add(ran)
         self.codes.update(other.codes)
@@ -130,7 +130,7 @@ class Coverage:
         """The first line of each way that no trial took and that is not harmless.
 
         `raised`: runs that ended in an exception. Ways that only these took are harmless to a caller who never takes
-        them; so is what would have come next.
+        them; so is the code after them.
         """
         found: dict[tuple[int, int], Gap] = {}
         for key, ran in self._ran.items():
@@ -147,7 +147,7 @@ def text_of(code: CodeType, line: int) -> str:
 
 @lru_cache(maxsize=512)
 def conditions(code: CodeType) -> dict[int, frozenset[Read]]:
-    """The step of each conditional jump -> what its condition reads."""
+    """The values that the condition of each conditional jump reads, by the step of the jump."""
     operands = operands_of(code)
     found = {}
     for index, step in enumerate(flow_of(code).steps):
@@ -167,7 +167,7 @@ class _Report:
         self.flow = flow_of(ran.code)
         self.entered = any(self.flow.at[offset] == 0 for _, offset in ran.pairs)
         self.taken, self.reached = _taken(self.flow, ran.pairs)
-        self.ended: dict[int, int] = {}  # how far each block ran before an exception
+        self.ended: dict[int, int] = {}  # the last step of each block before an exception
         if ended is not None:
             taken, self.ended = _taken(self.flow, ended.pairs)
             self.taken |= taken
@@ -192,7 +192,7 @@ class _Report:
 
     def _never_called(self, first: int, last: int) -> Iterator[tuple[int, str]]:
         for step in self.flow.steps[first : last + 1]:
-            # Not step.value: the steps may be those of an equal code object.
+            # Not step.value: the steps may come from an equal code object.
             inner = self.code.co_consts[step.arg or 0] if step.op == "LOAD_CONST" else None
             if isinstance(inner, CodeType) and id(inner) not in self.others and inner.co_name != ANNOTATIONS:
                 yield inner.co_firstlineno, f"no trial called {inner.co_name}"
@@ -204,7 +204,7 @@ class _Report:
         step = flow.steps[block.last]
         if step.op not in CONDITIONAL:
             return False
-        # A loop that never came to its end may do so for more than what it loops over.
+        # A loop that ended in no run may end because of more than the values that it loops over.
         ends = step.op == "FOR_ITER" and way != block.ways[0]
         if (not ends and self._settled(block.last)) or self._taken_in_copy(number, way):
             return True
@@ -225,14 +225,14 @@ class _Report:
         return True
 
     def _asks_for_none(self, jump: int) -> bool:
-        """Whether a condition is that a local is None, or is not."""
+        """Whether a condition compares a local with None."""
         test = [op for op, _ in _test(self.code, jump) or ()]
         if self.flow.steps[jump].op.endswith("_NONE"):
             return len(test) == 1 and test[0].startswith("LOAD_FAST")
         return len(test) == 3 and test[0].startswith("LOAD_FAST") and test[1:] == ["LOAD_CONST", "IS_OP"]
 
     def _taken_in_copy(self, number: int, way: int) -> bool:
-        """CPython writes the condition of a while loop twice, before and after the body."""
+        """Whether a copy of the condition took the way: CPython writes a while loop's before and after the body."""
         flow, block = self.flow, self.flow.blocks[number]
         line, test = flow.steps[block.last].line, _test(self.code, block.last)
         for copy, other in enumerate(flow.blocks):
@@ -255,13 +255,13 @@ class _Report:
         return self._line(self.flow.blocks[way].first)
 
     def _handler_line(self, handler: int) -> int:
-        """The first instruction has the line of `try`, or none."""
+        """The line of a handler. Its first instruction has the line of `try`, or none."""
         first = self.flow.blocks[handler].first
         return self._line(first + (self.flow.steps[first].op == "PUSH_EXC_INFO"))
 
 
 def _test(code: CodeType, jump: int) -> tuple[Any, ...] | None:
-    """The instructions that make the condition of a jump, where they are known."""
+    """The instructions that compute the condition of a jump, if they are known."""
     steps, items = flow_of(code).steps, operands_of(code)[jump]
     if not items or items[-1].start < 0:
         return None
@@ -269,7 +269,7 @@ def _test(code: CodeType, jump: int) -> tuple[Any, ...] | None:
 
 
 def _taken(flow: Flow, pairs: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], dict[int, int]]:
-    """The ways between blocks that were taken, and for each block that ran how far it did."""
+    """The ways between blocks that were taken, and the last step that ran in each block."""
     taken: set[tuple[int, int]] = set()
     reached: dict[int, int] = {}
     for before, offset in pairs:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytecode of a function as blocks with the ways between them, alike for all versions of CPython."""
+"""The bytecode of a function as blocks with the ways between them, the same for all versions of CPython."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def words(text: str) -> frozenset[str]:
 
 ALWAYS = frozenset({"JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"})
 RETURNS = frozenset({"RETURN_VALUE", "RETURN_CONST"})
-# CLEANUP_THROW stands in what CPython adds to `yield from`, for an exception that is thrown into it.
+# CPython adds CLEANUP_THROW to `yield from`, for an exception that is thrown into it.
 RAISES = frozenset({"RAISE_VARARGS", "RERAISE", "CLEANUP_THROW"})
-# These do nothing here, and tracers do not see all of them. CPython jumps over END_FOR, unless a generator ends.
+# These have no effect here, and tracers do not see all of them. CPython jumps over END_FOR, unless a generator ends.
 IDLE = words(
     "CACHE EXTENDED_ARG NOP NOT_TAKEN END_FOR RESUME RETURN_GENERATOR GEN_START MAKE_CELL COPY_FREE_VARS"
 )
 LEAVE_POP = frozenset({"RETURN_GENERATOR", "END_FOR"})  # after these POP_TOP belongs to them
-# Names that say more than is of interest here.
+# Names with more detail than is needed here.
 NAMES = {
     "LOAD_FAST_BORROW": "LOAD_FAST",
     "LOAD_FAST_CHECK": "LOAD_FAST",
@@ -44,7 +44,7 @@ PROTECTS = frozenset({"SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH"})  # CPy
 
 
 class Step(NamedTuple):
-    """One instruction. Those that load or store two locals at once are two steps."""
+    """One instruction. An instruction that loads or stores two locals at once becomes two steps."""
 
     op: str
     arg: int | None
@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
     @property
     def does(self) -> tuple[str, Any]:
-        """The same for steps that do the same. Constants differ by number: 1, 1.0 and True are equal."""
+        """A key that is equal for steps with the same effect. Constants differ by index: 1, 1.0 and True are equal."""
         return self.op, self.value if self.op.endswith("_FAST") else self.arg
 
 
@@ -74,7 +74,7 @@ class Flow(NamedTuple):
     code: CodeType
     steps: tuple[Step, ...]
     blocks: tuple[Block, ...]
-    at: dict[int, int]  # offset of an instruction -> its step, or the next one where it does nothing
+    at: dict[int, int]  # offset of an instruction -> its step, or the next one if it has no effect
     block_of: tuple[int, ...]  # step -> its block
     yielded: dict[int, int]  # offset where a generator resumes -> the step that yielded
 
@@ -145,7 +145,7 @@ def _ways(steps: list[Step], at: dict[int, int], first: int, last: int, swallows
         return [_target(step, at)]
     if step.op not in CONDITIONAL:
         return [last + 1] if last + 1 < len(steps) else []
-    # A context manager that swallows exceptions has code of its own that does so, unless it is contextlib's.
+    # A context manager that swallows exceptions has its own code for that, unless it is contextlib's.
     if not swallows and any(steps[i].op == "WITH_EXCEPT_START" for i in range(first, last)):
         return [last + 1]
     return [last + 1, _target(step, at)]
@@ -176,7 +176,7 @@ def _guards(code: CodeType, steps: list[Step], at: dict[int, int]) -> dict[int, 
 
 
 def _guards_on_stack(steps: list[Step], at: dict[int, int]) -> dict[int, tuple[int, ...]]:
-    """CPython 3.10 keeps the handlers on a stack: the one on top at each step. None stands for a running handler."""
+    """The guards in CPython 3.10, which keeps the handlers on a stack. None stands for a running handler."""
     guards: dict[int, tuple[int, ...]] = {}
     seen: set[int] = set()
     todo: list[tuple[int, tuple[int | None, ...]]] = [(0, ())]

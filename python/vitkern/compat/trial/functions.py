@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of the user's project that a layer's forward may call, and what can be told from their code alone."""
+"""The functions of the user's project that a layer's forward may call, and the properties that their code shows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vitkern.compat.trial.flow import instructions
 from vitkern.compat.trial.purity import impurity, names_of
 
 FORWARD, BACKWARD = "ms_deform_attn_forward", "ms_deform_attn_backward"  # of the op's compiled module
-EXTENSIONS = frozenset({"MSDA", "_C", "_ext", "ext_module"})  # by which projects know that module
+EXTENSIONS = frozenset({"MSDA", "_C", "_ext", "ext_module"})  # names of that module in projects
 
 _FOREIGN = frozenset({"torch", "numpy", "einops", "vitkern", "typing_extensions", "_distutils_hack"})
 
-# Decorators and checks of known libraries: they rename arguments, warn and check, and return what they were given.
+# Decorators and checks of known libraries: they rename arguments, warn and check, and return their arguments.
 _HARMLESS = frozenset(
     {
         "mmcv.utils.misc",
@@ -46,7 +46,7 @@ def belongs(module: object) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _is_foreign(package: str) -> bool:
-    """Whether a package is Python's, torch's or another whose functions do as they are documented to."""
+    """Whether a package is Python's, torch's or another whose functions do as documented."""
     if package in sys.stdlib_module_names:  # a project may have taken such a name
         file = getattr(sys.modules.get(package), "__file__", None)
         return file is None or file.startswith(sysconfig.get_path("stdlib"))
@@ -58,7 +58,7 @@ def frame_belongs(frame: FrameType) -> bool:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Whether an import runs the frame: torch imports parts of itself in first calls, through all hooks."""
+    """Whether an import runs the frame: torch imports parts of itself in first calls, and all import hooks run."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -67,7 +67,7 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def undone(value: Any) -> Any:
-    """A function, or the one that this package has put it in the place of."""
+    """A function, or the one that it replaces, if this package has replaced one."""
     return getattr(value, "replaces", value) if isinstance(value, FunctionType) else value
 
 
@@ -81,7 +81,7 @@ def is_theirs(function: Any) -> bool:
 
 
 def is_extension(name: str, value: Any) -> bool:
-    """Whether a global is the compiled module of the op, or stands where it could not be imported."""
+    """Whether a global is the compiled module of the op, or its substitute after a failed import."""
     known = name in EXTENSIONS and (value is None or isinstance(value, ModuleType))
     return known or (not isinstance(value, type) and hasattr(value, FORWARD))
 
@@ -106,7 +106,7 @@ def methods_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
 
 
 def is_core(module: nn.Module) -> bool:
-    """Whether a child is code alone, as the sampling of most layers of transformers is."""
+    """Whether a child is only code, as the sampling of most layers of transformers is."""
     if type(module).__module__.partition(".")[0] == "torch" or "forward" in vars(module):
         return False
     if module._parameters or module._buffers or module._modules:
@@ -116,7 +116,7 @@ def is_core(module: nn.Module) -> bool:
 
 
 def reachable(layer: nn.Module, kind: type[nn.Module]) -> Iterator[FunctionType]:
-    """The functions that a layer's forward may call, as far as names tell; the forward itself comes first."""
+    """The functions that a layer's forward may call, according to names; the forward itself comes first."""
     methods = dict(methods_of(kind))
     waiting: list[Any] = [each for each in vars(layer).values() if callable(each)]
     waiting += [type(child).forward for child in layer.children() if is_core(child)]
@@ -141,7 +141,7 @@ def reachable(layer: nn.Module, kind: type[nn.Module]) -> Iterator[FunctionType]
 
 
 def code_of(function: Any) -> CodeType | None:
-    """The code of a function, without what decorates it."""
+    """The code of a function, without its decorators."""
     return getattr(inspect.unwrap(function), "__code__", None)
 
 
@@ -159,7 +159,7 @@ def names_in(code: CodeType) -> set[str]:
 
 
 def impurity_of(function: FunctionType) -> str | None:
-    """Why a function is not pure, or None. The op's compiled module is: a trial has its published form."""
+    """Why a function is not pure, or None. The op's compiled module counts as pure: a trial has its published form."""
     closure = dict(zip(function.__code__.co_freevars, map(content, function.__closure__ or ())))
     scope = {name: each for name, each in function.__globals__.items() if not is_extension(name, each)}
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
@@ -167,7 +167,7 @@ def impurity_of(function: FunctionType) -> str | None:
 
 
 def largest_constant(functions: Iterable[FunctionType]) -> int:
-    """The largest number up to 4096 that the code names: the sizes of a trial have to pass it."""
+    """The largest number up to 4096 that the code names: the sizes of a trial have to exceed it."""
     numbers = [each for function in functions for each in _numbers(function)]
     return max((each for each in numbers if each <= 4096), default=0)
 
@@ -192,12 +192,12 @@ def makes_strings(code: CodeType) -> bool:
 
 
 def makes_tables(code: CodeType) -> bool:
-    """Whether code makes a dictionary, of which a trial would have to look up all."""
+    """Whether code makes a dictionary, all of whose keys a trial would have to look up."""
     return any(each.opname in _MAKE_TABLES and each.arg for each in instructions(code))
 
 
 def is_argument(code: CodeType, name: str) -> bool:
-    """Whether a local is an argument that the code gives no other value."""
+    """Whether a local is an argument that the code never assigns."""
     stored = {each.argval for each in instructions(code) if each.opname.startswith(("STORE_", "DELETE_"))}
     return name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] and name not in stored
 
@@ -210,7 +210,7 @@ _PADDING = frozenset(
 
 
 def free_comparison(code: CodeType) -> int | None:
-    """The line of a comparison whose result is a number to compute with, rather than a way to take or a check."""
+    """The line of a comparison whose result is a number to compute with, rather than a condition or a check."""
     for each in codes_in(code):
         steps = [step for step in instructions(each) if step.opname not in _PADDING]
         checks = sum(step.argval in _CHECKS for step in steps if step.opname.startswith("LOAD_"))
@@ -229,7 +229,7 @@ def free_comparison(code: CodeType) -> int | None:
 
 
 def subclass(kind: Any, namespace: dict[str, Any]) -> Any:
-    """A subclass of which no registry of the user's project hears: its bases are set after it was made."""
+    """A subclass that the user's registries do not see: its bases are set after it was made."""
     made = type.__new__(
         type(kind), kind.__name__, (nn.Module,), {"__qualname__": kind.__qualname__, **namespace}
     )
@@ -238,7 +238,7 @@ def subclass(kind: Any, namespace: dict[str, Any]) -> Any:
 
 
 def parts_of(function: FunctionType) -> Iterator[str]:
-    """The names that a function's code reads off modules of the user's project, one step deep."""
+    """The names that a function's code reads from modules of the user's project, one step deep."""
     for name in names_of(function.__code__):
         value = function.__globals__.get(name)
         if isinstance(value, ModuleType) and (

@@ -18,13 +18,13 @@ from vitkern.compat.trial.stack import (
 
 LOGGERS = frozenset({"warnings", "logging", "logger", "_logger", "LOGGER", "_LOGGER", "log", "LOG"})
 FUNCTIONS = frozenset({"warn", "print"})
-# A message may be built with these.
+# Code may build a message with these.
 BUILTINS = words(
     "bool dict float format getattr hasattr int isinstance len list max min repr round set sorted "
     "str sum tuple type"
 )
 METHODS = frozenset({"format", "join", "size", "dim", "numel", "element_size", "is_contiguous"})
-# These read, and change nothing.
+# These only read.
 READING = (
     (LOADS - {"LOAD_FAST_AND_CLEAR"})
     | CONSTANTS
@@ -58,7 +58,7 @@ def only_raises(flow: Flow, start: int) -> bool:
 
 
 def only_warns(flow: Flow, start: int, goal: int) -> bool:
-    """Whether each way from one block leads to the other, and does nothing but to warn, log or print."""
+    """Whether each way from one block leads to the other, and only warns, logs or prints."""
     seen: set[int] = set()
     todo = [start]
     while todo:
@@ -83,7 +83,7 @@ def only_warns(flow: Flow, start: int, goal: int) -> bool:
 
 
 def same_ways(flow: Flow, some: tuple[int, ...], others: tuple[int, ...]) -> bool:
-    """Whether these blocks do the same as those, whatever their order: CPython copies short ends of functions."""
+    """Whether the two groups of blocks do the same, in any order: CPython copies short ends of functions."""
 
     def among(way: int, ways: tuple[int, ...]) -> bool:
         return any(_same_code(flow, flow.blocks[way].first, flow.blocks[to].first) for to in ways)
@@ -92,7 +92,7 @@ def same_ways(flow: Flow, some: tuple[int, ...], others: tuple[int, ...]) -> boo
 
 
 def _same_code(flow: Flow, one: int, two: int, depth: int = 8) -> bool:
-    """Whether the same is done from either step on. At most so many conditions are looked at."""
+    """Whether the code from either step on is the same. `depth` limits the conditions that are compared."""
     for _ in flow.steps:
         one, two = _landing(flow, one), _landing(flow, two)
         if one == two:
@@ -114,7 +114,7 @@ def _same_code(flow: Flow, one: int, two: int, depth: int = 8) -> bool:
 
 
 def _decided(flow: Flow, jump: int) -> dict[str, int]:
-    """Where a conditional jump leads: the step for either outcome."""
+    """The step after a conditional jump, for either outcome."""
     step = flow.steps[jump]
     test, _, outcome = step.op.rpartition("IF_")
     other = OPPOSITES.get(outcome)
@@ -124,7 +124,7 @@ def _decided(flow: Flow, jump: int) -> dict[str, int]:
 
 
 def _landing(flow: Flow, index: int) -> int:
-    """Where a chain of jumps leads to."""
+    """The target of a chain of jumps."""
     for _ in flow.steps:
         if index >= len(flow.steps) or flow.steps[index].op not in ALWAYS:
             break
@@ -133,7 +133,7 @@ def _landing(flow: Flow, index: int) -> int:
 
 
 def _after_warnings(flow: Flow, first: int, last: int) -> int:
-    """The step after the statements that only warn, with which this range begins."""
+    """The step after the statements at the start of this range that only warn."""
     operands = operands_of(flow.code)
     height, done, calls = 0, first, []
     for index in range(first, last + 1):

@@ -3,7 +3,7 @@
 
 Sampling points must keep away from the edges of cells, where the gradient of a location jumps: both sides would round
 to different cells. So reference points lie in the middle between four pixels, inside, at the border and outside, and
-offsets lead whole pixels away, give or take a quarter.
+offsets are whole pixels, plus or minus a quarter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def level_sizes(setting: Setting, levels: int) -> list[tuple[int, int]]:
 
 
 def aim(child: Child, sizes: Sizes, draws: Draws) -> None:
-    """Weights with which offsets are whole numbers, give or take little."""
+    """Sets weights for offsets that are nearly whole numbers."""
     parts, outputs = child._master["weight"].shape
     child._master["weight"] = draws.uniform(parts, outputs, low=0.02, high=0.05) / parts
     whole = draws.integers(outputs, low=-1, high=2).float() * (2 if sizes.scaled else 1)
@@ -52,7 +52,7 @@ def aim(child: Child, sizes: Sizes, draws: Draws) -> None:
 
 
 def reference_points(setting: Setting, queries: int, sizes: Sizes, draws: Draws) -> Tensor:
-    """[B, Q, L | 1, 2 | 4]: between four pixels, those before the first and behind the last included."""
+    """Reference points [B, Q, L | 1, 2 | 4], each between four pixels, also before the first and behind the last."""
     extent = torch.tensor(level_sizes(setting, sizes.levels), device="cpu").flip(-1)  # (width, height)
     largest = extent
     if (
@@ -88,7 +88,7 @@ def layer_inputs(
     shapes = torch.tensor(levels, dtype=torch.int64, device="cpu")
     starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
     mask = draws.uniform(batch, pixels) > 0.6
-    mask[:, starts] = True  # of each level at least one
+    mask[:, starts] = True  # at least one per level
 
     def sequence(length: int, channels: int) -> Tensor:
         drawn = draws.uniform(batch, length, channels, low=-0.5, high=0.5)
@@ -111,7 +111,7 @@ def layer_inputs(
         elif role == "mask":
             value = mask
         elif role == "ignored":
-            value = object()  # anything that is done with it fails
+            value = object()  # any use of it fails
         else:
             raise UnfitError(f"no input is known for the role {role!r}")
         left_out = (
@@ -125,7 +125,7 @@ def layer_inputs(
 
 
 def _marked(value: Tensor, setting: Setting, draws: Draws) -> Tensor:
-    """With some numbers that are none, if the setting asks for them."""
+    """The value with NaN at some places, if the setting has them."""
     if setting.poisoned:
         value = torch.where(draws.uniform(*value.shape) > 0.9, torch.nan, value)
     return value

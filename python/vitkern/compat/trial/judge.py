@@ -26,13 +26,13 @@ from vitkern.compat.trial.world import World
 
 Kind = tuple[bool, bool]  # of reference points: boxes, and one for all levels
 
-# Names by which code may do as a setting says, without a way of its own.
+# Names by which code may depend on a setting without a way of its own.
 _DECIDED_BY = {"dtype": {"dtype"}, "card": {"is_cuda", "cuda"}, "on_card": {"is_cuda", "cuda"}}
 _trials = 0
 
 
 def count() -> int:
-    """How many trials have run in this process."""
+    """The number of trials in this process."""
     return _trials
 
 
@@ -42,7 +42,7 @@ class Judgement(NamedTuple):
     reason: str | None  # why the layer is left, or None
     candidate: forms.Candidate | None = None
     kinds: frozenset[Kind] = frozenset()  # of reference points that were tried; for others the original runs
-    takes_mask: bool = False  # whether a mask was, too
+    takes_mask: bool = False  # whether a mask was tried too
     attributes: tuple[tuple[str, Any], ...] = ()  # that the code reads, with their values
     codes: tuple[tuple[CodeType, dict[str, Any]], ...] = ()  # that ran, with the globals of each
     reads: frozenset[str] = frozenset()  # all names that were looked up on the layer
@@ -56,7 +56,7 @@ def judge(
     seed: int = 0,
     known: tuple[forms.Form, ...] = forms.FORMS,
 ) -> Judgement:
-    """Try a layer on the CPU, as one of another class if that is given, against the forms that it may have."""
+    """Tries a layer on the CPU, as one of class `kind` if given, with the forms that it may have."""
     global _trials
     _trials += 1
     kind = kind or type(layer)
@@ -140,7 +140,7 @@ class Trial:
         )
 
     def _configuration(self) -> dict[str, Any]:
-        """The plain attributes that the code has read, or names in a way that it has not taken."""
+        """The plain attributes that the code has read, or that it names in a way that no run has taken."""
         return {**dict(self.specimen.attributes()), **self._named_attributes()}
 
     def _names(self) -> set[str]:
@@ -151,7 +151,7 @@ class Trial:
         return {name: each for name, each in own if name in named and is_own(name) and is_plain(each)}
 
     def _limits(self) -> list[int]:
-        """Whole numbers among the attributes that may limit sizes: not those of channels."""
+        """Whole numbers among the attributes that may limit sizes, except the numbers of channels."""
         widths = {size for child in self.specimen.children.values() for size in child._sizes or ()}
         numbers = (each for each in self._named_attributes().values() if isinstance(each, int))
         return [each for each in numbers if each <= 4096 and each not in widths]
@@ -194,7 +194,7 @@ class Trial:
         return self.original_run(setting.in_float64(), inputs, torch.float64)
 
     def _basic(self, setting: Setting) -> None:
-        """A run that every layer is put to. Kinds of reference points that it cannot take, and masks, are left out."""
+        """Makes a run for every layer. It leaves out masks and kinds of reference points that the layer cannot take."""
         if not self.takes_mask:
             setting = setting._replace(masked=False)
         kind = (setting.boxes, setting.one_point)
@@ -214,7 +214,7 @@ class Trial:
         self.failed[kind] = error
 
     def _attempt(self, setting: Setting) -> Exception | None:
-        """A run of the original to be kept, or what it raises."""
+        """Makes a run of the original and keeps it; returns the exception if it raises one."""
         inputs, seen = self._inputs(setting), Coverage(functions.frame_belongs)
         try:
             exact = self._exact(setting, inputs)
@@ -246,7 +246,7 @@ class Trial:
             self.specimen.misses, self.specimen.writes = before
 
     def compare(self, candidate: forms.Candidate, run: Run) -> str | None:
-        """How a candidate's kernel differs from a run of the original, or None."""
+        """The difference between a candidate's kernel and a run of the original, or None."""
         try:
             ours = self._ours(candidate, run.setting, run.inputs)
         except Exception as error:
@@ -255,7 +255,7 @@ class Trial:
         return None if reason is None else f"its forward {reason}, with {run.setting}"
 
     def _best(self) -> forms.Candidate:
-        """The candidate that agrees everywhere."""
+        """The candidate that agrees in all runs."""
         reasons: list[tuple[int, str]] = []
         for candidate in self.candidates:
             found = ((number, self.compare(candidate, each)) for number, each in enumerate(self.runs))
@@ -266,7 +266,7 @@ class Trial:
         raise UnfitError(max(reasons, key=lambda pair: pair[0])[1])
 
     def _further(self, candidate: forms.Candidate) -> None:
-        """Ways that no run has taken: they are sought under further conditions, and must agree there, too."""
+        """Searches ways that no run has taken under further conditions; the runs must agree there too."""
         base = self.runs[0].setting._replace(
             optional=True
         )  # else the query may be all pixels, which takes longer
@@ -283,7 +283,7 @@ class Trial:
                     outcome = self.original_run(setting, inputs)
             except UnfitError:
                 raise
-            except Exception:  # it cannot run like that: nothing is proved by this
+            except Exception:  # it cannot run like that: this proves nothing
                 continue
             self._complain()
             if reason := self.compare(candidate, Run(setting, inputs, outcome, exact)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a trial could have failed. One whose inputs move nothing, or that a wrong kernel passes, proves nothing."""
+"""Whether a trial could have failed. If its inputs have no effect, or a wrong kernel passes, it proves nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def require_sensitive(trial: Trial) -> None:
-    """Every input and child moves the result, in runs of which kernel and original agree."""
+    """Requires that every input and child changes the result, in runs where kernel and original agree."""
     called = {name for each in trial.runs for name, inputs in each.theirs.calls.items() if inputs}
     for name, child in trial.specimen.children.items():
         if child._sizes is not None and name not in called:
@@ -41,7 +41,7 @@ def require_sensitive(trial: Trial) -> None:
 
 
 def _moves(trial: Trial, name: str) -> bool:
-    """Whether another value of an input or of a child's bias changes the result, of the kernel as of the original."""
+    """Whether another input, or another bias of a child, changes the result, in the kernel as in the original."""
     each = next(each for each in trial.runs if each.setting.exact and name in each.theirs.gradients)
     inputs, child = (
         each.inputs,
@@ -71,11 +71,11 @@ def _mask_moves(trial: Trial) -> bool:
         without = {name: value for name, value in each.inputs.items() if trial.roles[name] != "mask"}
         if _differs(each, trial.original_run(each.setting, without)):
             return True
-    return not masked  # it takes none
+    return not masked  # without masked runs there is nothing to show
 
 
 def _quickest_first(trial: Trial) -> list[Run]:
-    """The runs in float32, those whose children had the least numbers to map first."""
+    """The runs in float32; runs whose children had the fewest numbers to map come first."""
     return sorted((each for each in trial.runs if each.setting.exact), key=_amount)
 
 
@@ -84,7 +84,7 @@ def _amount(run: Run) -> int:
 
 
 def require_wrong_forms_to_fail(trial: Trial, candidate: Candidate) -> None:
-    """The inputs tell seven wrong kernels from the right one."""
+    """Requires that the inputs tell seven wrong kernels from the right one."""
     for name in wrong.NAMES:
         if name in _alike(trial):
             continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a function may give other results for the same arguments, or leave traces: read off its bytecode."""
+"""Whether a function may give other results for the same arguments, or leave traces, according to its bytecode."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BUILTINS = words(
     "len list map max min object pow print range repr reversed round set slice sorted str sum "
     "super tuple type zip NotImplemented Ellipsis property staticmethod classmethod"
 )
-# By these a function writes without an instruction that does.
+# Code writes by these without an instruction that writes.
 WRITERS = words("__setattr__ __delattr__ __setitem__ __delitem__ __dict__ __globals__ __closure__")
 GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 FIXED = (
@@ -60,7 +60,7 @@ MADE_OF_PARTS = (
 TORCH_VALUES = frozenset({"dtype", "device", "layout", "memory_format"})
 FREE_STORES = {"STORE_DEREF": "writes", "DELETE_DEREF": "deletes"}
 GLOBAL_STORES = {"STORE_GLOBAL": "writes", "DELETE_GLOBAL": "deletes"}
-# Where the object stands that is written to, among the values that the instruction takes.
+# The position of the object that is written to, among the values that the instruction takes.
 TARGETS = {"STORE_ATTR": 1, "DELETE_ATTR": 0, "STORE_SUBSCR": 1, "STORE_SLICE": 1, "DELETE_SUBSCR": 0}
 
 
@@ -70,13 +70,13 @@ def impurity(
     closure: Mapping[str, Any] | None = None,
     defaults: tuple[Any, ...] = (),
 ) -> str | None:
-    """Why a function is not pure, in a sentence, or None.
+    """The reason why a function is not pure, in a sentence, or None.
 
     Args:
-        code: of the function. Those that are nested in it count as well.
+        code: of the function. Nested functions count as well.
         namespace: its globals.
         closure: its free variables that have a value.
-        defaults: of its parameters, those by keyword as well.
+        defaults: of its parameters, keyword-only ones as well.
     """
     if code.co_flags & GENERATOR:
         return "is a generator"
@@ -90,7 +90,7 @@ def impurity(
 
 
 def names_of(code: CodeType) -> tuple[str, ...]:
-    """The globals that a function and those nested in it read."""
+    """The globals that a function and its nested functions read."""
     found = {step.value: None for step in flow_of(code).steps if step.op == "LOAD_GLOBAL"}
     for inner in _nested(code):
         found |= dict.fromkeys(names_of(inner))
@@ -98,7 +98,7 @@ def names_of(code: CodeType) -> tuple[str, ...]:
 
 
 def is_fixed(value: object) -> bool:
-    """Whether this is the same at each call, unless its name is bound to something else."""
+    """Whether a value is the same at each call, unless its name is bound to another one."""
     kind = type(value)
     if isinstance(value, FIXED):
         return True
@@ -175,7 +175,7 @@ class _Reader:
         return None
 
     def _chain(self, kind: str, value: Any, steps: tuple[Step, ...], index: int) -> str | None:
-        """A name, and the plain attributes that follow it."""
+        """The reason why a name, or the plain attributes that follow it, are not pure, or None."""
         path = [steps[index].value]
         while True:
             if reason := self.from_elsewhere(value):
@@ -194,7 +194,7 @@ class _Reader:
             (value,) = found
 
     def from_elsewhere(self, value: object) -> str | None:
-        """Modules, functions and classes that are neither of the project nor known to be pure."""
+        """Why a module, function or class is refused: it is neither the project's nor known to be pure. Else None."""
         if isinstance(value, ModuleType):
             return self._module(value.__name__)
         if isinstance(value, BuiltinFunctionType) and value.__module__ == "builtins":
@@ -210,7 +210,7 @@ class _Reader:
         return None
 
     def _imported(self, steps: tuple[Step, ...], index: int) -> str | None:
-        """An import inside the function. Before it stand how many packages up it begins, and what is taken."""
+        """Why an import inside the function is not pure, or None. The steps before it load its level and names."""
         name, level = steps[index].value, steps[index - 2].value
         if level:
             package = str(self.namespace.get("__package__") or self.namespace.get("__name__", ""))
@@ -242,7 +242,7 @@ def _builtin(name: str) -> str | None:
 
 
 def _attribute_of(owner: object, name: str) -> tuple[Any] | None:
-    """An attribute without running code for it: of a module, a class or a function, if it has that."""
+    """An attribute of a module, a class or a function, if it has one. No code of the owner runs for it."""
     spaces = owner.__mro__ if isinstance(owner, type) else (owner,)
     if not isinstance(owner, type | ModuleType | FunctionType):
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code that is more than a function of its inputs, as far as reading it tells: no trial could prove it."""
+"""Refuses code that is more than a function of its inputs, as far as its text shows: no trial could prove it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WARN = {"warn", "warning", "print", "debug", "info", "error"}
 
 
 def require_readable(trial: Trial) -> None:
-    """Refuse code that is more than a function of its inputs, as far as reading it tells."""
+    """Refuses code that is more than a function of its inputs, as far as its text shows."""
     if not functions.is_theirs(inspect.unwrap(trial.original)):
         raise UnfitError("its forward is of no module that can be told, so that its code cannot be followed")
     if device := functions.foreign_autocast(trial.original):
@@ -51,7 +51,7 @@ def require_readable(trial: Trial) -> None:
 
 
 def require_plain_class(trial: Trial) -> None:
-    """Refuse code that reads anything of its class but functions and values that cannot change."""
+    """Refuses code that reads anything from its class except functions and values that cannot change."""
     for name in trial.specimen.reads - vars(trial.layer).keys():
         owner = next((base for base in trial.kind.__mro__ if name in vars(base)), object)
         value = vars(owner).get(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of a forward with its gradients, and how two of them are compared."""
+"""One run of a forward with its gradients, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ OUTPUT, GRADIENT = 1e-5, 1e-4
 
 
 class Outcome(NamedTuple):
-    """All that a run has given."""
+    """The results of a run."""
 
     shape: str  # of the result: a tensor, or a tuple or list of how many
     outputs: list[Any]
     gradients: dict[str, Tensor | None]  # of inputs, own parameters and what children returned
-    calls: dict[str, list[Tensor]]  # what each child was called with
+    calls: dict[str, list[Tensor]]  # the inputs of each child's calls
 
 
 class Run(NamedTuple):
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     exact: Outcome | None  # in float64, where the setting rounds to 16 bits
 
     def without_gradients(self) -> Run:
-        """Its outputs alone."""
+        """The run's outputs without gradients."""
         setting = self.setting._replace(gradients=False)
         return self._replace(setting=setting, theirs=self.theirs._replace(gradients={}, calls={}))
 
@@ -49,7 +49,7 @@ def run(
     setting: Setting,
     dtype: torch.dtype,
 ) -> Outcome:
-    """Run forward(module, **inputs) and differentiate a fixed weighted sum of what it gives."""
+    """Runs forward(module, **inputs) and differentiates a fixed weighted sum of the results."""
     specimen.steep = (4.0 if setting.autocast else 20.0) if setting.steep else 0.0  # 16 bits of 20 say little
     leaves = specimen.prepare(dtype, setting.training)
     given: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def _require_unchanged(
 
 def _same(now: Any, before: Tensor) -> bool:
     now = _plain(now)
-    if before.is_floating_point():  # as bits, of which NaN has the same
+    if before.is_floating_point():  # as bits, which are equal for NaN
         now, before = (each.view(_BITS[each.element_size()]) for each in (now, before))
     return torch.equal(now, before)
 
@@ -139,7 +139,7 @@ def _gradients(outputs: list[Any], leaves: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def difference(theirs: Outcome, ours: Outcome, exact: Outcome | None, rounding: float) -> str | None:
-    """How two runs differ, or None. `exact` is the original's run in float64, for settings that round to 16 bits."""
+    """The difference of two runs, or None. `exact` is the original's run in float64, if settings round to 16 bits."""
     if theirs.shape != ours.shape:
         return f"returns {theirs.shape}, the kernel {ours.shape}"
     for index, (a, b) in enumerate(zip(theirs.outputs, ours.outputs)):
@@ -166,7 +166,7 @@ def _apart(theirs: Any, ours: Any, exact: Any, tolerance: float, rounding: float
     if exact is None:
         return _differs(theirs, ours, tolerance)
     errors = [float((each.double() - exact).square().mean().sqrt()) for each in (theirs, ours)]
-    # Some units of the 16 bits besides: where one happens to round well, twice nothing is nothing.
+    # Some units of the 16 bits are allowed too: if one side happens to round well, twice nothing is nothing.
     unit = rounding * float(exact.square().mean().sqrt())
     if errors[1] > 2 * errors[0] + unit / 2:
         return f"is {errors[1] / max(errors[0], 1e-30):.2g} times as far from float64 as the original's"
@@ -187,7 +187,7 @@ def _differs(theirs: Tensor, ours: Tensor, tolerance: float) -> str | None:
 
 
 def _largest(tensor: Tensor) -> float:
-    """Its largest number without the sign, NaN if one is NaN, 0 if it has none."""
+    """Its largest absolute value, NaN if one is NaN, 0 if it is empty."""
     if not tensor.numel():
         return 0.0
     low, high = tensor.aminmax()

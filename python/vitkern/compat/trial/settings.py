@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-# How large each level is, as (height, width), by name. A layer of more levels than are listed repeats them.
+# The sizes of the levels, as (height, width), by name. A layer with more levels than are listed repeats them.
 LEVELS = {
     "uneven": ((4, 6), (2, 3), (6, 3)),
     "pixel": ((3, 5), (1, 1), (4, 2)),
@@ -17,7 +17,7 @@ LEVELS = {
 
 
 class Setting(NamedTuple):
-    """One run of a trial. The first eight are combined, the others answer to code that decides by them."""
+    """One run of a trial. The first eight fields are combined; the others are for code that decides by them."""
 
     batch: int = 3
     levels: str = "uneven"
@@ -30,14 +30,14 @@ class Setting(NamedTuple):
     steep: bool = False  # logits up to 20, under autocast to 4
     queries: int = 10
     magnitude: float = 1.0  # of value
-    poisoned: bool = False  # whether some of value is not a number
-    least: int = 0  # pixels that the first level has at the least
+    poisoned: bool = False  # whether some elements of value are NaN
+    least: int = 0  # the least number of pixels in the first level
     dtype: torch.dtype = torch.float32
     gradients: bool = True
-    card: bool = False  # torch says that there is a card
-    on_card: bool = False  # tensors say that they are on it
+    card: bool = False  # torch reports a card
+    on_card: bool = False  # tensors report that they are on it
     compiled_core: bool = True  # a compiled module that is missing is taken as published
-    traced: bool = False  # torch says that it is compiling
+    traced: bool = False  # torch reports that it is compiling
 
     @property
     def exact(self) -> bool:
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
 
     @property
     def rounding(self) -> float:
-        """The step between one and the next number, of the type that is calculated in."""
+        """The step between two neighbouring numbers in the dtype of the calculation."""
         return torch.finfo(torch.bfloat16 if self.autocast else self.dtype).eps
 
     def in_float64(self) -> Setting:
@@ -85,7 +85,7 @@ def _table() -> tuple[Setting, ...]:
     made += [
         {"batch": 2, "levels": "large", "boxes": False},
         {"batch": 1, "levels": "large", "boxes": True, "one_point": True, "masked": False},
-        # Numbers that a clamp or a test for overflow would change.
+        # Values that a clamp or a test for overflow would change.
         {"batch": 2, "magnitude": 1e7, "boxes": True},
         {"batch": 1, "poisoned": True, "gradients": False, "masked": False},
         {"batch": 1, "poisoned": True, "gradients": False, "masked": False, "boxes": True, "one_point": True},
@@ -97,13 +97,13 @@ BASIC = _table()
 
 
 def fitted(setting: Setting, points: int, above: int) -> Setting:
-    """With queries enough for a layer of so many points a query; in the large setting more of all than a number."""
+    """The setting with enough queries for a layer's points; in the large setting, with more of each than `above`."""
     if setting.levels == "large":
         return setting._replace(queries=max(32, above + 1), least=above + 1)
     return setting._replace(queries=min(10, max(4, -(-640 // points))))
 
 
-# Tried in turn as long as some way through the code has not been taken.
+# Settings that are tried in turn until every way through the code has been taken.
 FURTHER = (
     {"card": True},
     {"card": True, "on_card": True},

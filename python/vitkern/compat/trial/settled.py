@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conditions that turn out in each later call as they did in a trial: the way that they do not take is no gap."""
+"""Conditions with the same outcome in each later call as in a trial: the way that they do not take is no gap."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CALCULATE = {"isinstance", "len", "int", "float", "bool", "str", "list", "tuple
 
 
 def is_settled(trial: Trial, code: CodeType, leaf: Leaf) -> bool:
-    """Whether a condition reads what is compared at each call, so that it turns out as in the trial."""
+    """Whether a condition reads only values that are compared at each call, so its outcome is that of the trial."""
     if leaf.kind == "attribute":
         known = {name for name, _ in trial.specimen.attributes()}
         return code in trial.methods and leaf.name in known | {"training", *trial.specimen.missing()}
@@ -36,10 +36,10 @@ def is_settled(trial: Trial, code: CodeType, leaf: Leaf) -> bool:
 
 
 def _is_always_given(trial: Trial, code: CodeType, leaf: Leaf) -> bool:
-    """Whether an argument is as in the trial in all calls that the kernel takes: given, or not.
+    """Whether an argument is given, or left out, in all calls on the kernel as it was in the trial.
 
-    The forward's own are given and left out by the settings. Then what helpers get depends on ways of the forward,
-    all of which have been taken.
+    The settings give and leave out the forward's own arguments. Arguments of helpers then depend on ways through the
+    forward, all of which have been taken.
     """
     if not functions.is_argument(code, leaf.name):
         return False

@@ -2,7 +2,7 @@
 """The copy of a layer that a trial runs: its code and sizes, but drawn weights on the CPU and plain children.
 
 No weight of the layer is read, so it may be on a card, on meta, sharded or quantised. Children are called, not read:
-each is a stand-in that notes its calls, and to read anything of it is noted, too.
+each is a stand-in that records its calls, and records any read of its attributes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _CODE = (types.FunctionType, types.BuiltinFunctionType)
 
 
 class UnfitError(Exception):
-    """A layer cannot be tried, or must not be replaced: the message says why."""
+    """The layer cannot be tried, or must not be replaced: the message says why."""
 
 
 class Draws:
-    """Random numbers of a generator of their own: torch's is left alone."""
+    """Random numbers from a generator of their own; torch's generator is not used."""
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ class Child(nn.Module):
     """Stands in for a linear child, or for one that keeps the shape (half as much again of x).
 
     The code under trial calls it and cannot look inside, so a cheap map serves: each output is a weighted sum of the
-    inputs whose number agrees with its own modulo the outputs, plus a bias. Dtypes are those of a linear layer.
+    inputs with the same index modulo the outputs, plus a bias. Dtypes are those of a linear layer.
     """
 
     def __init__(self, name: str, sizes: tuple[int, int] | None, draws: Draws) -> None:
@@ -63,7 +63,7 @@ class Child(nn.Module):
             self._master["bias"] = draws.uniform(outputs, low=-0.5, high=0.5)
         self._now = dict(self._master)
 
-    def __call__(self, x: Tensor) -> Tensor:  # past the hooks of all modules
+    def __call__(self, x: Tensor) -> Tensor:  # without the global module hooks
         self._calls.append(x.detach())
         self._outputs.append(self._mapped(x))
         return self._outputs[-1].clone()  # the code may write into it
@@ -87,7 +87,7 @@ class Child(nn.Module):
 
     @contextlib.contextmanager
     def shifted(self) -> Iterator[None]:
-        """With another bias."""
+        """Sets another bias inside a ``with`` block."""
         kept = self._master["bias"]
         self._master["bias"] = kept + 1
         try:
@@ -95,7 +95,7 @@ class Child(nn.Module):
         finally:
             self._master["bias"] = kept
 
-    def __getattr__(self, name: str) -> Any:  # asked for what the stand-in has not
+    def __getattr__(self, name: str) -> Any:  # called for attributes that the stand-in lacks
         if not name.startswith("_"):
             self._reads.append(name)
         raise AttributeError(f"{self._name} of a trial has no {name}")
@@ -120,11 +120,11 @@ def _keeps_shape(module: nn.Module) -> bool:
 
 
 class Specimen:
-    """A module to run, its stand-ins, and what its code has read and written."""
+    """A module to run, its stand-ins, and a record of reads and writes by its code."""
 
     def __init__(self, layer: nn.Module, kind: type[nn.Module], seed: int = 0) -> None:
         self.listening = False
-        self.heads, self.steep = 1, 0.0  # how large logits are, 0: as drawn
+        self.heads, self.steep = 1, 0.0  # the size of logits; 0: as drawn
         self.draws = Draws(seed)
         self.reads: set[str] = set()
         self.misses: set[str] = set()
@@ -139,7 +139,7 @@ class Specimen:
         self._attributes = {name: value for name, value in vars(layer).items() if is_own(name)}
 
     def enter(self, methods: Mapping[str, Any]) -> None:
-        """Give the module these methods of its class."""
+        """Gives the module these methods of its class."""
         self.module.__class__ = _recorded(self._kind, methods, self)
 
     def _copy(self, layer: nn.Module) -> nn.Module:
@@ -162,7 +162,7 @@ class Specimen:
             core = _bare(_without_hooks(type(child)))
             vars(core).update({key: _copied(value) for key, value in vars(child).items() if is_own(key)})
             forward = getattr(type(child).forward, "replaces", None)
-            if forward is not None:  # this package's kernel is no proof of itself
+            if forward is not None:  # this package's kernel cannot prove itself
                 vars(core)["forward"] = types.MethodType(forward, core)
             return core
         sizes = None if _keeps_shape(child) else _linear_sizes(child)
@@ -183,7 +183,7 @@ class Specimen:
         return self.draws.integers(*buffer.shape, low=1, high=3).to(torch.float32) / 2
 
     def prepare(self, dtype: torch.dtype, training: bool) -> dict[str, Tensor]:
-        """Fresh leaves of all weights in a dtype. Returns the layer's own by name."""
+        """Makes fresh leaves of all weights in a dtype. Returns the layer's own by name."""
         leaves: dict[str, Tensor] = {}
         for name, child in self.children.items():
             child._calls.clear()
@@ -201,7 +201,7 @@ class Specimen:
         return leaves
 
     def _steep(self, bias: Tensor) -> Tensor:
-        """Large logits. The larger half of each head's are equal: a weight of one has no gradient but rounding."""
+        """Large logits; the larger half of each head's are equal, since a weight of 1 has only rounding as gradient."""
         logits = (bias * 2 * self.steep).view(self.heads, -1)
         return logits.minimum(logits.median(1, keepdim=True).values).flatten()
 
@@ -227,7 +227,7 @@ class Specimen:
         return {name: list(child._calls) for name, child in self.children.items()}
 
     def outputs(self) -> dict[str, Tensor]:
-        """The outputs of children, by name. The gradients of their weights come through these alone."""
+        """The outputs of children, by name. The gradients of their weights depend only on these."""
         return {
             f"{name}'s output" + f" {number}" * (number > 1): each
             for name, child in self.children.items()
@@ -235,7 +235,7 @@ class Specimen:
         }
 
     def complaint(self) -> str | None:
-        """A sentence about what the code has done to the layer and a replacement would not do, or None."""
+        """A sentence about an effect of the code on the layer that a replacement would not have, or None."""
         for name, child in self.children.items():
             if child._reads:
                 return f"its forward reads {name}.{child._reads[0]} instead of calling {name}"
@@ -278,7 +278,7 @@ def _bare(kind: type[nn.Module]) -> nn.Module:
 
 
 def _without_hooks(kind: Any) -> Any:
-    """A subclass whose calls no hook of all modules hears of."""
+    """A subclass whose calls run no global module hook."""
     namespace = {
         "__module__": kind.__module__,
         "__call__": lambda self, *args, **named: self.forward(*args, **named),
@@ -291,7 +291,7 @@ def _copied(value: Any) -> Any:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value can only change by being replaced, or by its items being replaced."""
+    """Whether a value changes only if it, or one of its items, is replaced."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(is_plain, value))
     if isinstance(value, dict):
@@ -304,7 +304,7 @@ def _is_partial(value: Any) -> bool:
 
 
 def _recorded(kind: Any, methods: Mapping[str, Any], record: Specimen) -> Any:
-    """A subclass whose instances tell the specimen what their code reads and writes."""
+    """A subclass whose instances record in the specimen the reads and writes of their code."""
     inherited, inherited_set = kind.__getattribute__, kind.__setattr__
 
     def __getattribute__(self: nn.Module, name: str) -> Any:  # noqa: N807

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each value that an instruction takes comes from: the stack of the bytecode, without running it."""
+"""The origin of each value that an instruction takes: the stack of the bytecode, without running it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMBINES = words(
     "COMPARE_OP IS_OP CONTAINS_OP FORMAT_VALUE FORMAT_SIMPLE FORMAT_WITH_SPEC CONVERT_VALUE TO_BOOL LIST_TO_TUPLE "
     "GET_ITER CALL_INTRINSIC_1 MAKE_FUNCTION SET_FUNCTION_ATTRIBUTE"
 )
-EXTENDS = frozenset({"LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE", "DICT_MERGE"})  # what lies below
+EXTENDS = frozenset({"LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE", "DICT_MERGE"})  # a collection below the top
 STORES = words(
     "STORE_FAST STORE_NAME STORE_GLOBAL STORE_DEREF STORE_ATTR STORE_SUBSCR STORE_SLICE POP_TOP DELETE_ATTR "
     "DELETE_SUBSCR RETURN_VALUE RAISE_VARARGS"
@@ -42,14 +42,14 @@ COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"
 class Item(NamedTuple):
     """One value on the stack."""
 
-    reads: frozenset[Read]  # everything that it was made of, constants apart
+    reads: frozenset[Read]  # all values that it was made of, except constants
     chain: str | None  # "torch.cuda.is_available", for plain attributes of a name. A constant's name is empty
     root: Read | None  # the name whose value it is part of: kind "global", "local", "self", "free"
     start: int  # the step with which its expression begins, or -1
 
 
 NOTHING_KNOWN = Item(frozenset({UNKNOWN}), None, None, -1)
-NULL = "<NULL>"  # the chain of an empty place, which CPython leaves beside what it calls
+NULL = "<NULL>"  # the chain of an empty slot, which CPython leaves beside a callable
 
 
 @lru_cache(maxsize=512)
@@ -76,7 +76,7 @@ def block_starts(flow: Flow, ways: tuple[int, ...]) -> list[int]:
 
 
 def _entries(flow: Flow) -> dict[int, int]:
-    """Block -> the only one that it can follow. Where two meet, or an exception leads, the stack is not known."""
+    """The only block before each block. If two meet, or an exception leads there, the stack is not known."""
     sources: dict[int, list[int]] = {}
     for number, block in enumerate(flow.blocks):
         for way in block.ways:
@@ -87,7 +87,7 @@ def _entries(flow: Flow) -> dict[int, int]:
 
 
 class _Machine:
-    """Runs the stack alone."""
+    """Runs only the stack of the bytecode."""
 
     def __init__(self, code: CodeType) -> None:
         self.stack: list[Item] = []
@@ -116,7 +116,7 @@ class _Machine:
         elif op in STORES or op.startswith("POP_JUMP_"):
             return self._pop(-step.effect)
         elif op.startswith("JUMP_IF_") and op.endswith("_OR_POP"):
-            # The value stays where the jump leads; there two ways meet, so its stack is not known anyway.
+            # The value stays at the jump's target; two ways meet there, so its stack is not known anyway.
             return self._pop(1)
         elif op == "FOR_ITER":
             self.stack = []
@@ -140,7 +140,7 @@ class _Machine:
         elif op == "SWAP":
             self._fill(arg)
             self.stack[-arg], self.stack[-1] = self.stack[-1], self.stack[-arg]
-        else:  # whatever it does, nothing is known after it
+        else:  # the stack is not known after any other instruction
             self.stack = []
 
     def _fill(self, depth: int) -> None:
@@ -156,7 +156,7 @@ class _Machine:
         kind, name = self._kind(step), step.value
         leaf = {"self": ("local", name), "free": ("other", name)}.get(kind, (kind, name))
         item = Item(frozenset({leaf}), name, (kind, name), index)
-        if step.effect == 2:  # with an empty place for a call to take, until CPython 3.12 below
+        if step.effect == 2:  # with an empty slot for a call, which comes below it until CPython 3.12
             pair = [item, Item(frozenset(), NULL, None, index)]
             self.stack += pair if sys.version_info >= (3, 13) else reversed(pair)
         else:
@@ -187,7 +187,7 @@ class _Machine:
         return (owner,)
 
     def _call(self, step: Step) -> tuple[Item, ...]:
-        # CPython 3.11 splits a call in two, of which PRECALL counts as taking the arguments.
+        # CPython 3.11 splits a call in two; there PRECALL counts as taking the arguments.
         count = 1 - step.effect
         if step.op == "CALL":
             count = (step.arg or 0) + 2

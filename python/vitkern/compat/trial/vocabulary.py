@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attributes that the code of a layer may use besides the layer's own: those whose effect a trial sees.
+"""The attributes that the code of a layer may use besides the layer's own: a trial sees their effect.
 
-They do not recognise a layer. They keep out what depends on more than values, sizes and dtypes, or leaves more than a
-result: hooks, random numbers, changes in place, the state of autograd, the attributes of other classes and modules.
+They do not recognise a layer. They exclude code that depends on more than values, sizes and dtypes, or leaves more than
+a result: hooks, random numbers, changes in place, the state of autograd, the attributes of other classes and modules.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PLACES = words(
 _FUNCTIONS = words("apply save_for_backward saved_tensors needs_input_grad set_materialize_grads im2col_step")
 _PYTHON = words("append extend format insert index items join keys pop reverse values warn warnings warning")
 
-# Limits further away than the inputs of a trial show nothing. Cores have some, of pixels.
+# Limits beyond the inputs of a trial show no effect. Cores have some, of pixels.
 _LIMITS = words("clamp clamp_max clamp_min clip maximum minimum")
 
 KNOWN = _SHAPES | _NUMBERS | _MAKERS | _KINDS | _PLACES | _FUNCTIONS | _PYTHON | {FORWARD, BACKWARD}
@@ -49,14 +49,14 @@ _READ = words("LOAD_ATTR LOAD_METHOD LOAD_SUPER_ATTR STORE_ATTR IMPORT_FROM IMPO
 
 
 def unknown(code: CodeType, others: set[str], *, is_method: bool) -> str | None:
-    """An attribute that the code uses and that is neither known here nor among others; of a method, nor the layer's."""
+    """An attribute in the code that is neither known here nor in `others` nor, in a method, the layer's; or None."""
     names = {name for each in codes_in(code) for name in _read(each, is_method=is_method)}
     known = KNOWN - _LIMITS if is_method else KNOWN
     return min(names - known - others - {"torch"}, default=None)
 
 
 def _read(code: CodeType, *, is_method: bool) -> Iterator[str]:
-    """The attributes that code reads, but for those of the layer: a specimen notes them."""
+    """The attributes that code reads, except those of the layer, which a specimen records."""
     itself = code.co_varnames[0] if is_method and code.co_argcount else None
     before: Any = None
     for step in instructions(code):

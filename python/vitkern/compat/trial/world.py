@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of the user's functions with globals of their own, so that a trial changes no module and can stage a machine.
+"""Copies of the user's functions with their own globals, so that a trial changes no module and can stage a machine.
 
-In such a world torch may say that there is a card, or that it is compiling, and a compiled module that is missing or
-for CUDA alone is the published op. The copies share their code with the originals, by which coverage knows them.
+In such a world torch may report a card, or that it is compiling, and a compiled module that is missing or only for
+CUDA is replaced by the published op. The copies share their code with the originals, so coverage recognises them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from vitkern.compat.trial.functions import (
 
 
 class NoKernelError(RuntimeError):
-    """A compiled module, called in a world that has none."""
+    """A compiled module was called in a world without one."""
 
 
 class World(Copies):
-    """The surroundings that the code of a trial finds."""
+    """The surroundings of the code in a trial."""
 
     def __init__(self, *, card: bool = False, traced: bool = False, compiled_core: bool = True) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ _TRACING_FUNCTIONS = {name.rpartition(".")[2] for name in _TRACING} | {"is_torch
 
 
 class _Overlay:
-    """Another object, but for some dotted names."""
+    """Another object with some dotted names replaced."""
 
     def __init__(self, under: Any, replaced: dict[str, Any]) -> None:
         self._under, self._replaced = under, replaced
@@ -128,7 +128,7 @@ class _Overlay:
 
 
 class OnCard(Tensor):
-    """A tensor of the CPU that says that it is on a card, and whose results say so, too."""
+    """A tensor of the CPU that reports to be on a card, as its results do."""
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
@@ -148,7 +148,7 @@ def _published_forward(
 
 
 def _published_backward(*arguments: Any, **named: Any) -> Any:
-    """Its gradients: returned, or written where mmcv's takes tensors for them."""
+    """The gradients of the published kernel: returned, or written if mmcv's form passes tensors for them."""
     value, shapes, starts, locations, weights, grad_output, *rest = arguments
     leaves = [
         each.detach().to(torch.promote_types(each.dtype, torch.float32)).requires_grad_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seven forms of the op that are wrong: a trial whose inputs cannot tell them from the right one proves nothing."""
+"""Seven wrong forms of the op: a trial whose inputs cannot tell them from the right one proves nothing."""
 
 from __future__ import annotations
 
