@@ -91,8 +91,9 @@ sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSa
 	  -k "not ($(NOT_SANITIZED))" $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements  ## Style of Python and C++, and what is wrong with workflows
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check . tools/prose
+	$(BIN)/ruff format --check . tools/prose
+	$(BIN)/python tools/prose
 	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/zizmor --quiet --offline --no-progress .github/workflows
 
