@@ -123,7 +123,9 @@ def _is_known(words: list[str]) -> bool:
         return importlib.util.find_spec(arguments[1]) is not None
     if command == "python":
         return (ROOT / arguments[0]).exists()
-    return command == "pip"
+    if command.startswith("./") and "|" in arguments:  # a program of the page, and the reader of its output
+        return _is_known(arguments[arguments.index("|") + 1 :])
+    return command in ("pip", "g++") or re.match(r"\w+=", command) is not None
 
 
 @pytest.mark.parametrize("arguments", [["bench", "runn"], ["bench", "run", "--quik"], ["dokter"]])
