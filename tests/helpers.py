@@ -88,10 +88,10 @@ def assert_as_exact_as(
     *,
     what: str,
     units: dict[torch.dtype, int] = UNITS,
-    granted: float = 0.0,
+    extra_tolerance: float = 0.0,
 ) -> None:
     """`actual`'s error against the float64 oracle is at most twice that of plain torch in the same dtype."""
-    verdict = compare.judge(actual, plain, oracle, units=units, granted=granted)
+    verdict = compare.judge(actual, plain, oracle, units=units, extra_tolerance=extra_tolerance)
     assert verdict.complaint is None, f"{what} {verdict.complaint}"
 
 

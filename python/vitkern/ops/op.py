@@ -105,7 +105,7 @@ class Op(Derivative[Record], Generic[Record]):
 
         _library.impl(self.name, run_autograd, "Autograd", with_keyset=True)
 
-    def _fast_path(self, everything: bool) -> Callable[..., Any]:
+    def _fast_path(self, all_outputs: bool) -> Callable[..., Any]:
         """A function of the arguments: the result, or all outputs, if this signature has a plan; else None."""
         if fast_path.watched is None:
             return lambda *_: None
@@ -117,7 +117,7 @@ class Op(Derivative[Record], Generic[Record]):
             self._defaults,
             self._recorded,
             self._plans,
-            everything,
+            all_outputs,
         )
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -184,7 +184,7 @@ class Op(Derivative[Record], Generic[Record]):
         if not self._kept:
             record = record_all = recorder(None, True)
         else:
-            record, record_all = (recorder(self._keep, everything) for everything in (False, True))
+            record, record_all = (recorder(self._keep, all_outputs) for all_outputs in (False, True))
         return Planned(plan.forward, record, record_all, plan.backward)
 
     def _prepared(self, plan: Plan, inputs: Record) -> Plan:
