@@ -138,7 +138,12 @@ def ms_deform_attn_by_grid_sample(
     return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
 
 
-ACTIVATIONS = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
+def _gelu(x: Tensor) -> Tensor:
+    # torch 2.13's own gelu gives NaN for +inf in float32 where oneDNN computes it: pytorch/pytorch#185770.
+    return x * ((1 + torch.special.erf(x * 0.5**0.5)) / 2)
+
+
+ACTIVATIONS = {"relu": torch.relu, "gelu": _gelu, "silu": torch.nn.functional.silu}
 
 
 def adapter_bottleneck(
