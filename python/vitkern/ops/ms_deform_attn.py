@@ -6,6 +6,7 @@ The public, documented functions are in ``vitkern.functional``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -193,6 +194,11 @@ def _reference(inputs: Attention) -> Tensor:
     return accumulated(flat, value, *tensors)
 
 
+def _flops(value: torch.Size, locations: torch.Size) -> int:
+    """The operations for [B, S, M, D] and [B, Q, M, ..., 2]: each point blends four pixels, D channels each."""
+    return 2 * 4 * value[-1] * math.prod(locations[:-1])
+
+
 ms_deform_attn = Op(
     "ms_deform_attn",
     Plain,
@@ -202,6 +208,7 @@ ms_deform_attn = Op(
     limits=_limits,
     dtypes=_dtypes,
     reference=_reference,
+    flops=lambda value, shapes, starts, locations, *_: _flops(value, locations),
 )
 
 ms_deform_attn_fused = Op(
@@ -213,4 +220,5 @@ ms_deform_attn_fused = Op(
     limits=_limits,
     dtypes=_dtypes,
     reference=_reference,
+    flops=lambda value, shapes, starts, points, offsets, *_: _flops(value, offsets),
 )
