@@ -143,6 +143,10 @@ def guarded_memory() -> Iterator[None]:
         shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         return allocate(shape, dtype or torch.get_default_dtype(), device or "cpu")
 
+    with torch.device("cpu"):
+        torch.empty(
+            0
+        )  # torch remembers by identity which functions such a context is for, when it first needs to know
     originals = torch.Tensor.new_empty, torch.empty_like, torch.empty
     torch.Tensor.new_empty, torch.empty_like, torch.empty = new_empty, empty_like, empty
     try:
