@@ -158,7 +158,8 @@ void write_points_as(const BackwardWorker<T>& worker, const MsDeformAttnParams& 
     if (p.grad_locations)
       narrow_array(tile.xy + 2 * from, 2 * tile.points, static_cast<C*>(p.grad_locations) + 2 * to);
     if (p.grad_computed)
-      narrow_array(fusion.places + 2 * from, 2 * tile.points, static_cast<Acc*>(p.grad_computed) + 2 * to);
+      narrow_array(fusion.grad_computed + 2 * from, 2 * tile.points,
+                   static_cast<Acc*>(p.grad_computed) + 2 * to);
     if (fusion.grad_weights)
       narrow_array(worker.grad_weight + from, tile.points, fusion.grad_weights + to);
     else if (p.grad_weights)
