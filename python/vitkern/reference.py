@@ -139,8 +139,8 @@ def ms_deform_attn_by_grid_sample(
 
 
 def _gelu(x: Tensor) -> Tensor:
-    # torch 2.13's own gelu gives NaN for +inf in float32 where oneDNN computes it: pytorch/pytorch#185770.
-    return x * ((1 + torch.special.erf(x * 0.5**0.5)) / 2)
+    # torch 2.13 gives NaN for +inf in float32 where oneDNN computes its GELU: pytorch/pytorch#185770.
+    return torch.where(x == torch.inf, x, torch.nn.functional.gelu(x))
 
 
 ACTIVATIONS = {"relu": torch.relu, "gelu": _gelu, "silu": torch.nn.functional.silu}
