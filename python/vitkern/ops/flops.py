@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from vitkern import functional as functional  # registers the ops
 from vitkern.ops.op import REGISTERED, Op
 
 
