@@ -11,8 +11,11 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from tools.fuzzing.sampling import Level
 
 LEVELS = [Level(3, 4, 2, slice(0, 2)), Level(1, 2, 0, slice(2, 3)), Level(5, 1, 14, slice(3, 3))]
 PIXELS = 19
+ROOT = Path(__file__).parents[1]
 Formula = Callable[..., dict[str, Bounded]]
 
 
@@ -268,6 +272,27 @@ def test_a_crash_is_told_and_the_run_goes_on(monkeypatch, capsys):
     assert f"case {crashing}: ended its process with status -{int(signal.SIGSEGV)}" in said
     assert "3 cases in" in said
     assert "1 wrong" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_with_a_command_that_is_killed():
+    code = """if True:
+        import time
+        from tools.fuzzing.workers import Numbers, Wanted, Worker
+        worker = Worker(Numbers(0), Wanted("token_pool", ("cpu",)))
+        print(worker.process.pid, flush=True)
+        time.sleep(60)
+    """
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    state = Path(f"/proc/{int(command.stdout.readline())}/stat")
+    assert state.exists()
+    command.kill()
+    command.wait()
+    for _ in range(300):
+        if not state.exists() or state.read_text().split(")")[-1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker goes on")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a forked process reads")

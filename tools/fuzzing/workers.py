@@ -6,6 +6,8 @@ from __future__ import annotations
 import faulthandler
 import itertools
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -77,8 +79,17 @@ def work(numbers: Numbers, wanted: Wanted, shared: Any, say: Callable[[str], Non
     shared[_DONE] = 1
 
 
+def _end_with_the_parent() -> None:
+    """Ends this process when the command does, however that ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _work_apart(numbers: Numbers, wanted: Wanted, shared: Any, pipe: Connection) -> None:
     faulthandler.enable()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     work(numbers, wanted, shared, pipe.send)
 
 
