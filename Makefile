@@ -80,15 +80,16 @@ CUDA_RACES = VITKERN_EMULATED_RACES="$$($(BIN)/python -m tests.emulated --races)
 races: setup  ## CUDA kernels, emulated: no two accesses race, SEEDS=3 schedules a call give the same bits
 	$(CUDA_RACES) -m "" tests/test_races.py tests/test_schedules.py $(PARALLEL) $(PYTEST_ARGS)
 
-# A sanitizer ends the process, so its report is not captured until the end of a test. Tests that only call the same
-# kernels again, or code that is not sanitized, are left out; test_cuda_emulated.py has the emulated kernels' attention.
+# A sanitizer ends the process, a worker's too, so its report is not captured until the end of a test. Tests that only
+# call the same kernels again, or code that is not sanitized, are left out; test_cuda_emulated.py has the emulated
+# kernels' attention.
 NOT_SANITIZED := reference- or triton- or cpu-wide or -gradcheck- or -repeat- or test_drawn_ \
   or cuda-emulated-ordered or cuda-emulated-ms_deform
 sanitize: build/sanitize/.done  ## CPU and emulated CUDA kernels under AddressSanitizer and UBSan
 	VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated --sanitize)" tools/sanitized -m pytest --capture=no \
 	  -m "not alone and not slow" tests/test_cpu_kernels.py tests/test_cpu_kernels_fused.py \
 	  tests/test_cuda_emulated.py tests/test_contract.py tests/test_architecture.py \
-	  -k "not ($(NOT_SANITIZED))" $(PYTEST_ARGS)
+	  -k "not ($(NOT_SANITIZED))" $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements  ## Style of Python and C++, and what is wrong with workflows
 	$(BIN)/ruff check . tools/prose
