@@ -26,7 +26,8 @@ def inputs() -> tuple[torch.Tensor, ...]:
 def results(model: nn.Module) -> list[torch.Tensor]:
     x, points, pixels, shapes = inputs()
     output, where = model[0](x, points, pixels, shapes)
-    gradients = torch.autograd.grad(output.square().sum(), [x, pixels, *model.parameters()])
+    leaves = [x, pixels, *model.parameters()]
+    gradients = torch.autograd.grad(output.square().sum(), leaves, materialize_grads=True)
     return [output.detach(), where.detach(), *gradients]
 
 

@@ -21,6 +21,9 @@ Shapes = Tensor | Sequence[tuple[int, int]]  # of levels, as (height, width)
 # The sampling of RT-DETR v2 and its kin, and what it is called here.
 METHODS = {"default": "bilinear", "discrete": "nearest"}
 
+# The value of a function that samples: [B, S, M, D], [B, M, D, S], or a list of levels, [B, M, D, S_l] each.
+LAYOUTS = ("pixels", "channels", "levels")
+
 
 def transformers(
     padding: bool,  # whether True in the mask is padding
@@ -143,24 +146,19 @@ def core(
 
 def sampling(
     names: Mapping[str, str],  # of the arguments, by role
-    channels_first: bool,  # whether value is a list of levels, [B, M, D, S_l] each, and not [B, S, M, D]
     method: str,
     layer: Layer,
     **given: Any,
 ) -> Any:
     """A function of another project that samples, for any names of its arguments."""
-    roles = ("value", "shapes", "locations", "weights", "points_list")
-    found: list[Any] = [given.get(names.get(role, "")) for role in roles]
-    value, shapes, where, weights, counts = found
-    if isinstance(value, (list, tuple)):
-        if not channels_first or not all(isinstance(each, Tensor) and each.dim() == 4 for each in value):
-            return NotImplemented
-        value = torch.cat(list(value), -1).permute(0, 3, 1, 2)
+    roles = ("value", "shapes", "shapes_list", "locations", "weights", "points_list")
+    value, shapes, listed, where, weights, counts = (given.get(names.get(role, "")) for role in roles)
+    shapes = _shapes(listed, shapes)
     if not all(isinstance(each, Tensor) for each in (value, where, weights)) or not _are_shapes(shapes):
         return NotImplemented
-    if counts is not None and not (
-        isinstance(counts, (list, tuple)) and all(type(each) is int for each in counts)
-    ):
+    if counts is None:
+        where, weights = _by_level(where, len(shapes), 6), _by_level(weights, len(shapes), 5)
+    elif not isinstance(counts, (list, tuple)) or not all(type(each) is int for each in counts):
         return NotImplemented
     axes = 4 if counts is not None else 5  # of weights
     if value.dim() != 4 or where.dim() != axes + 1 or weights.dim() != axes or method not in METHODS:
@@ -174,6 +172,25 @@ def sampling(
     inputs = value.to(wide), shapes, None, where, weights.to(wide)
     with _no_autocast(value.device.type):
         return ms_deform_attn(*inputs, points_per_level=counts, method=METHODS[method])
+
+
+def as_pixels(value: Any, layout: str) -> Any:
+    """The value [B, S, M, D], or None if it has another layout than the one that was tried."""
+    if layout == "levels":
+        is_list = isinstance(value, (list, tuple))
+        if not is_list or not all(isinstance(each, Tensor) and each.dim() == 4 for each in value):
+            return None
+        value = torch.cat(list(value), -1)
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return None
+    return value if layout == "pixels" else value.permute(0, 3, 1, 2)
+
+
+def _by_level(tensor: Any, levels: int, axes: int) -> Any:
+    """Locations or weights with an axis for levels and one for points, which may have been one."""
+    if isinstance(tensor, Tensor) and tensor.dim() == axes - 1 and tensor.shape[3] % levels == 0:
+        return tensor.unflatten(3, (levels, tensor.shape[3] // levels))
+    return tensor
 
 
 def _are_shapes(given: Any) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vitkern.compat import cores, forms, holders, proofs, transformers
+from vitkern.compat import cores, forms, holders, modules, proofs, transformers
 from vitkern.compat.proofs import Proof
 from vitkern.compat.table import Left, Table
 from vitkern.compat.trial.functions import belongs, subclass
@@ -100,7 +100,7 @@ def _library(name: object) -> Any:
     if isinstance(name, str) and name in LIBRARIES:
         return LIBRARIES[name]
     if isinstance(name, str) and name in sys.modules and belongs(name):
-        return cores.Functions(name)
+        return modules.Functions(name)
     names = " or ".join(map(repr, LIBRARIES))
     raise ValueError(
         f"vitkern.patch takes a torch.nn.Module or the name of a library, {names}, got {name!r}: "

@@ -67,8 +67,8 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def undone(value: Any) -> Any:
-    """A function, or the one that it replaces, if this package has replaced one."""
-    return getattr(value, "replaces", value) if isinstance(value, FunctionType) else value
+    """A function, or the one that it replaces, if this package has replaced one; a class likewise."""
+    return vars(value).get("replaces", value) if isinstance(value, (FunctionType, type)) else value
 
 
 def is_harmless(function: FunctionType) -> bool:
