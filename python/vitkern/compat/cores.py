@@ -72,16 +72,18 @@ class Core(NamedTuple):
     def readings(self) -> Iterator[Roles]:
         """The roles that its arguments may have: by their names, or else by their order if the code samples."""
         named = {name: _ROLE_OF[name] for name in self.parameters if name in _ROLE_OF}
-        if _NEEDED <= set(named.values()):
+        if set(named.values()) >= _NEEDED:
             if len(set(named.values())) == len(named):
                 yield named
         elif self.applied is not None or functions.names_in(self.function.__code__) & _SAMPLERS:
-            given = [name for name, each in self.parameters.items() if each.default is inspect.Parameter.empty]
+            given = [
+                name for name, each in self.parameters.items() if each.default is inspect.Parameter.empty
+            ]
             yield from (dict(zip(given, order)) for order in _ORDERS if len(order) == len(given))
 
 
 def core_of(value: Any) -> Core | None:
-    """The core that a value is by its arguments: a function, a partial of one with plain values, or a class to apply."""
+    """The core that a value is by its arguments: a function, a partial with plain values, or a class to apply."""
     core = _applied(value) if isinstance(value, type) else _plain(functions.undone(value))
     if core is None or next(iter(core.parameters), "self") == "self":
         return None
@@ -133,7 +135,7 @@ def _tried(core: Core) -> Replacement:
     for roles in core.readings():
         for layout in layers.LAYOUTS:
             module = _as_layer(core, roles, layout)
-            judgement = judge(module, known=(_form(core, roles),))
+            judgement = _refused(core) or judge(module, known=(_form(core, roles),))
             proof = Proof(module, judgement)
             if proof.holds:
                 return Replacement(proof, _sampling(core, module, proof, judgement, layout))
@@ -141,6 +143,17 @@ def _tried(core: Core) -> Replacement:
     # The code was read to its end where it ran: that says more than an exception.
     ran = [each for each in refusals if "raises in a trial" not in str(each.reason)]
     return Replacement((ran or refusals)[0], core.applied or core.function)
+
+
+def _refused(core: Core) -> Judgement | None:
+    """The judgement on an autograd function whose decorator no CPU shows, else None."""
+    forward = vars(core.applied).get("forward") if core.applied is not None else None
+    kind = functions.cast_under_autocast(getattr(forward, "__func__", None))
+    return (
+        None
+        if kind is None
+        else Judgement(f"its inputs become {kind} under autocast, which a CPU does not show")
+    )
 
 
 def _form(core: Core, roles: Roles) -> forms.Form:
@@ -175,9 +188,8 @@ def _as_layer(core: Core, roles: Roles, layout: str) -> nn.Module:
 
     def forward(self: nn.Module, **given: Any) -> Any:
         if layout != "pixels":
-            value: Tensor = given[names["value"]].permute(0, 2, 3, 1)
-            counts = [int(height) * int(width) for height, width in given[names["shapes"]]]
-            given[names["value"]] = list(value.split(counts, -1)) if layout == "levels" else value
+            value: Tensor = given[names["value"]].permute(0, 2, 3, 1).contiguous()
+            given[names["value"]] = _arranged(value, given[names["shapes"]], layout)
         if applied is not None:  # takes no names
             return applied.apply(*(given[name] for name in order if name in given))  # type: ignore[attr-defined]
         return function(**fixed, **given)
@@ -195,6 +207,17 @@ def _as_layer(core: Core, roles: Roles, layout: str) -> nn.Module:
     return module
 
 
+def _arranged(value: Tensor, shapes: Any, layout: str) -> Any:
+    """A value [B, M, D, S] in another layout."""
+    if layout == "channels":
+        return value
+    sizes = [(int(height), int(width)) for height, width in shapes]
+    levels = value.split([height * width for height, width in sizes], -1)
+    if layout == "maps":
+        return [each.flatten(0, 1).unflatten(-1, size).contiguous() for each, size in zip(levels, sizes)]
+    return list(levels)
+
+
 def _sampling(core: Core, module: nn.Module, proof: Proof, judgement: Judgement, layout: str) -> Any:
     """The function on the kernel; the original runs after changes, and for calls that no trial has covered."""
     original, kinds, lists = core.called, judgement.kinds, judgement.takes_mask
@@ -206,10 +229,10 @@ def _sampling(core: Core, module: nn.Module, proof: Proof, judgement: Judgement,
         """The arguments by name with the value as pixels, or None if no trial had such a call."""
         given = {**dict(zip(order, positional)), **named}
         where, weights, shapes = (given.get(by_role[role]) for role in ("locations", "weights", "shapes"))
-        value = layers.as_pixels(given.get(by_role["value"]), layout)
-        if len(given) < len(positional) + len(named) or value is None:
+        if not isinstance(where, Tensor) or not isinstance(weights, Tensor) or where.dim() < 5:
             return None
-        if not isinstance(where, Tensor) or not isinstance(weights, Tensor):
+        value = layers.as_pixels(given.get(by_role["value"]), layout, where.shape[2])
+        if len(given) < len(positional) + len(named) or value is None:
             return None
         if (where.dim() == 5, weights.dim() == 4) not in kinds or not (lists or isinstance(shapes, Tensor)):
             return None

@@ -33,7 +33,9 @@ class Form(NamedTuple):
     ]  # of a layer. Raises AttributeError if it is written in another way
     is_core: bool = False  # whether it has no weights, and samples at given locations
     attends_itself: bool = False  # whether value may be left out, and the query takes its place
-    ways: tuple[tuple[bool, bool], ...] = ()  # of a core: one axis for levels and points of locations, of weights
+    ways: tuple[
+        tuple[bool, bool], ...
+    ] = ()  # of a core: one axis for levels and points of locations, of weights
 
     def roles_in(self, function: Function) -> dict[str, str] | None:
         """The roles of a forward's arguments, or None if it lacks arguments that this form needs."""

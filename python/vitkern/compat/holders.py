@@ -76,6 +76,10 @@ class _Swapped(Copies):
             self._leading[id(function)] = any(map(self._counts, values))
         return self._leading[id(function)]
 
+    def copied(self) -> list[FunctionType]:
+        """The functions that have copies."""
+        return [each for each in self._kept if isinstance(each, FunctionType)]
+
     def _counts(self, value: Any) -> bool:
         value = functions.undone(value)
         return core_of(value) in self._replaced or (functions.is_theirs(value) and self.leads(value))
@@ -123,26 +127,34 @@ def _methods_on_kernels(layer: nn.Module, held: Held, replaced: Mapping[Core, Fu
     }
     return {
         **namespace,
-        **{name: _guarded(kind, name, each, copies.scopes) for name, each in methods.items()},
+        **{name: _guarded(kind, name, each, copies) for name, each in methods.items()},
     }
 
 
-def _guarded(kind: Any, name: str, copied: Function, scopes: list[Scope]) -> Function:
-    """A method of the copies; the class's own runs if a global has changed."""
+def _guarded(kind: Any, name: str, copied: Function, copies: _Swapped) -> Function:
+    """A method of the copies; the class's own runs if it has changed, or a global or function that it uses."""
+    original = getattr(kind, name)
+    scopes, codes = copies.scopes, [(each, each.__code__) for each in copies.copied()]
 
     @functools.wraps(copied)
     def method(self: nn.Module, *positional: Any, **named: Any) -> Any:
+        changed = name if getattr(kind, name) is not original else None
         for scope in scopes:
             for key, value in scope.values.items():
                 if scope.owner.get(key) is not value:
-                    _warn(kind, key)
-                    return getattr(kind, name)(self, *positional, **named)
+                    changed = key
             for key in scope.absent:
                 if key in scope.owner:
-                    return getattr(kind, name)(self, *positional, **named)
-        return copied(self, *positional, **named)
+                    changed = key
+        for function, code in codes:
+            if function.__code__ is not code:
+                changed = function.__name__
+        if changed is None:
+            return copied(self, *positional, **named)
+        _warn(kind, changed)
+        return getattr(kind, name)(self, *positional, **named)
 
-    method.replaces = functions.undone(getattr(kind, name))  # type: ignore[attr-defined]
+    method.replaces = functions.undone(original)  # type: ignore[attr-defined]
     return method
 
 

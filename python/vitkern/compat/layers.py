@@ -21,8 +21,9 @@ Shapes = Tensor | Sequence[tuple[int, int]]  # of levels, as (height, width)
 # The sampling of RT-DETR v2 and its kin, and what it is called here.
 METHODS = {"default": "bilinear", "discrete": "nearest"}
 
-# The value of a function that samples: [B, S, M, D], [B, M, D, S], or a list of levels, [B, M, D, S_l] each.
-LAYOUTS = ("pixels", "channels", "levels")
+# The value of a function that samples: [B, S, M, D]; [B, M, D, S]; a list of levels, [B, M, D, S_l] each; or a list
+# of maps, [B * M, D, H, W] each.
+LAYOUTS = ("pixels", "channels", "levels", "maps")
 
 
 def transformers(
@@ -152,7 +153,8 @@ def sampling(
 ) -> Any:
     """A function of another project that samples, for any names of its arguments."""
     roles = ("value", "shapes", "shapes_list", "locations", "weights", "points_list")
-    value, shapes, listed, where, weights, counts = (given.get(names.get(role, "")) for role in roles)
+    found: list[Any] = [given.get(names.get(role, "")) for role in roles]
+    value, shapes, listed, where, weights, counts = found
     shapes = _shapes(listed, shapes)
     if not all(isinstance(each, Tensor) for each in (value, where, weights)) or not _are_shapes(shapes):
         return NotImplemented
@@ -174,12 +176,14 @@ def sampling(
         return ms_deform_attn(*inputs, points_per_level=counts, method=METHODS[method])
 
 
-def as_pixels(value: Any, layout: str) -> Any:
+def as_pixels(value: Any, layout: str, heads: int) -> Any:
     """The value [B, S, M, D], or None if it has another layout than the one that was tried."""
-    if layout == "levels":
+    if layout in ("levels", "maps"):
         is_list = isinstance(value, (list, tuple))
         if not is_list or not all(isinstance(each, Tensor) and each.dim() == 4 for each in value):
             return None
+        if layout == "maps":
+            value = [each.flatten(2).unflatten(0, (-1, heads)) for each in value]
         value = torch.cat(list(value), -1)
     if not isinstance(value, Tensor) or value.dim() != 4:
         return None

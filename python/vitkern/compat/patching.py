@@ -110,7 +110,7 @@ def _library(name: object) -> Any:
 
 def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
     plan, left, found = _plan(model)
-    sampling, refused = _plan_cores(model)
+    sampling, refused = _plan_cores(model, {id(module) for _, module, _ in plan})
     known = {path for path, *_ in sampling} | {each.path for each in refused}
     left = [each for each in left if each.path not in known] + refused
     found = found or bool(sampling or refused)
@@ -167,12 +167,19 @@ def _plan(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Proof]], list[Le
     return plan, left, found
 
 
-def _plan_cores(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Any, list[str]]], list[Left]]:
-    """The layers of no known form whose code calls a core, with the class and the names; and those to leave."""
+def _plan_cores(
+    model: nn.Module, planned: set[int]
+) -> tuple[list[tuple[str, nn.Module, Any, list[str]]], list[Left]]:
+    """Other layers whose code calls a core, with the class and the names; and those to leave.
+
+    A layer of a known form that failed its trial may do more than the kernel: it keeps its code, except the core.
+    """
     plan, left = [], []
     for path, module in model.named_modules():
         kind: Any = type(module)
-        if not belongs(kind.__module__) or hasattr(kind, "patched_from") or forms.is_known(kind.forward):
+        if id(module) in planned or not belongs(kind.__module__) or forms.is_ours(kind.forward):
+            continue
+        if hasattr(kind, "patched_from"):
             continue
         held = holders.held_by(module)
         tried = {core: cores.replacement_of(core) for _, core in held.cores()}
@@ -186,7 +193,7 @@ def _plan_cores(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Any, list[
                 plan.append((path, module, made, names))
             except holders.NoCopyError as error:
                 reason = str(error)
-        if reason := reason or refused:
+        if (reason := reason or refused) and (replaced or not forms.is_known(kind.forward)):
             left.append(Left(path, kind.__name__, reason))
     return plan, left
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkern.compat.scopes import looked_at, scopes_of
+from vitkern.compat.trial.coverage import DEVICES
 from vitkern.compat.trial.functions import is_core, undone
 from vitkern.compat.trial.judge import Judgement, judge
 from vitkern.compat.trial.specimen import is_plain
@@ -79,6 +80,7 @@ class Proof:
         self._looked_at = looked_at(function)
         by_role = {role: name for name, role in roles.items()}
         self._points, self._mask = by_role.get("points"), by_role.get("mask", "")
+        self._value = by_role["value"]
         self._kinds, self._takes_mask = judgement.kinds, judgement.takes_mask
         if sizes.levels == 1:  # a single level's reference point is one for all levels
             self._kinds |= {(boxes, True) for boxes, _ in judgement.kinds}
@@ -178,7 +180,8 @@ class Proof:
 
     def _covers(self, given: dict[str, Any]) -> bool:
         if self._points is None:
-            return True
+            value = given.get(self._value)
+            return not isinstance(value, Tensor) or value.device.type in DEVICES
         mask = given.get(self._mask)
         is_tried = self._takes_mask and isinstance(mask, Tensor) and mask.dtype == torch.bool
         if mask is not None and not is_tried:
@@ -186,7 +189,7 @@ class Proof:
         points = given.get(self._points)
         if not isinstance(points, Tensor) or points.dim() != 4 or not points.is_floating_point():
             return False
-        if points.shape[3] not in (2, 4):
+        if points.shape[3] not in (2, 4) or points.device.type not in DEVICES:
             return False
         boxes, one = points.shape[3] == 4, points.shape[2] == 1
         return (boxes, one) in self._kinds

@@ -18,7 +18,7 @@ from vitkern.compat.trial import functions, power
 from vitkern.compat.trial.apart import in_a_thread, said
 from vitkern.compat.trial.coverage import Coverage
 from vitkern.compat.trial.inputs import aim, core_inputs, layer_inputs
-from vitkern.compat.trial.reading import require_plain_class, require_readable
+from vitkern.compat.trial.reading import require_no_free_comparison, require_plain_class, require_readable
 from vitkern.compat.trial.runs import Outcome, Run, difference, run
 from vitkern.compat.trial.settings import BASIC, FURTHER, OF_CORES, Setting, fitted
 from vitkern.compat.trial.settled import is_settled
@@ -117,6 +117,7 @@ class Trial:
         if not self.runs:
             raise UnfitError(f"its forward raises in a trial: {said(next(iter(self.failed.values())))}")
         self._complain()
+        require_no_free_comparison(self)
         require_plain_class(self)
         candidate = self._best()
         self._further(candidate)
@@ -289,6 +290,8 @@ class Trial:
             if not decided and not self._gaps():
                 continue
             setting = base._replace(**change)
+            if (setting.boxes, setting.one_point) not in self.kinds:
+                continue
             inputs, seen = self._inputs(setting), Coverage(functions.frame_belongs)
             try:
                 exact = self._exact(setting, inputs)

@@ -118,4 +118,8 @@ FURTHER = (
 )
 
 # The same for cores, in which other settings mean nothing.
-OF_CORES = ({"levels": "single"},)
+OF_CORES = (
+    {"levels": "single"},
+    {"card": True, "boxes": True, "one_point": True},
+    {"card": True, "boxes": False, "one_point": True},
+)

@@ -16,7 +16,7 @@ from vitkern.compat.trial.functions import BACKWARD, FORWARD, codes_in
 
 _SHAPES = words(
     "T chunk concat concatenate cat contiguous dim expand expand_as flatten flip index_select meshgrid movedim mT "
-    "narrow ndim numel permute repeat repeat_interleave reshape roll select shape size split split_with_sizes "
+    "narrow ndim numel pad permute repeat repeat_interleave reshape roll select shape size split split_with_sizes "
     "squeeze stack swapaxes tensor_split transpose unbind unflatten unsqueeze view view_as"
 )
 _NUMBERS = words(
@@ -33,8 +33,9 @@ _KINDS = words(
     "is_musa is_npu item long to tolist type type_as uint8"
 )
 _PLACES = words(
-    "_dynamo compiler cuda functional grid_sample grid_sampler is_available is_compiling is_dynamo_compiling "
-    "is_exporting is_in_onnx_export is_scripting is_tracing is_tensor jit nn onnx"
+    "_assert _dynamo compiler cuda functional grid_sample grid_sampler is_available is_compiling is_dynamo_compiling "
+    "is_exporting is_in_onnx_export is_scripting is_tracing is_tensor jit nn onnx "
+    "ops nvidia MultiscaleDeformableAttnPlugin_TRT DMHA_backward"
 )
 _FUNCTIONS = words("apply save_for_backward saved_tensors needs_input_grad set_materialize_grads im2col_step")
 _PYTHON = words("append extend format insert index items join keys pop reverse values warn warnings warning")
