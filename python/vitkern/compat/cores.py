@@ -18,6 +18,7 @@ from vitkern.compat.proofs import Proof
 from vitkern.compat.trial import functions
 from vitkern.compat.trial.inputs import Sizes
 from vitkern.compat.trial.judge import Judgement, judge
+from vitkern.compat.trial.purity import names_of
 
 Function = Callable[..., Any]
 Roles = dict[str, str]  # of arguments, by name
@@ -69,17 +70,28 @@ class Core(NamedTuple):
             return original
         return functools.partial(self.function, **dict(self.fixed)) if self.fixed else self.function
 
+    @property
+    def roles(self) -> Roles:
+        """The roles of its arguments by their names; none if these say too little."""
+        named = {name: _ROLE_OF[name] for name in self.parameters if name in _ROLE_OF}
+        found = set(named.values())
+        return named if found >= _NEEDED and len(found) == len(named) else {}
+
     def readings(self) -> Iterator[Roles]:
         """The roles that its arguments may have: by their names, or else by their order if the code samples."""
-        named = {name: _ROLE_OF[name] for name in self.parameters if name in _ROLE_OF}
-        if set(named.values()) >= _NEEDED:
-            if len(set(named.values())) == len(named):
-                yield named
-        elif self.applied is not None or functions.names_in(self.function.__code__) & _SAMPLERS:
-            given = [
-                name for name, each in self.parameters.items() if each.default is inspect.Parameter.empty
-            ]
+        if self.roles:
+            yield self.roles
+        elif self.applied is not None or _samples(self.function):
+            given = [name for name, each in self.parameters.items() if each.default is inspect.Parameter.empty]
             yield from (dict(zip(given, order)) for order in _ORDERS if len(order) == len(given))
+
+
+def _samples(function: FunctionType) -> bool:
+    """Whether a function samples, or calls one of its project that does."""
+    scope = function.__globals__
+    called = [scope.get(name) for name in names_of(function.__code__)]
+    each = [function, *filter(functions.is_theirs, map(functions.undone, called))]
+    return any(functions.names_in(one.__code__) & _SAMPLERS for one in each)
 
 
 def core_of(value: Any) -> Core | None:

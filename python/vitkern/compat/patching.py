@@ -184,7 +184,9 @@ def _plan_cores(
         held = holders.held_by(module)
         tried = {core: cores.replacement_of(core) for _, core in held.cores()}
         reason = _obstacle(module) if tried else None
-        refused = next((each.proof.reason for each in tried.values() if not each.proof.holds), None)
+        # A function whose roles were guessed, and that failed, is none that samples.
+        reasons = (each.proof.reason for core, each in tried.items() if core.roles)
+        refused = next((each for each in reasons if each is not None), None)
         replaced = {core: each.function for core, each in tried.items() if each.proof.holds}
         if reason is None and replaced:
             try:
