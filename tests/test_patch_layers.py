@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import vitkern
+from tests import layers_of_others
 from tests import layers_today as today
 
 each_kind = pytest.mark.parametrize("kind", today.KINDS, ids=lambda kind: kind.__name__)
@@ -82,6 +83,17 @@ def test_it_compiles_as_one_graph(kind):
     model = model_of(kind)
     vitkern.patch(model)
     assert kernels_in(model) == 1
+
+
+def test_a_fused_layer_that_held_an_autograd_function_compiles():
+    module = types.ModuleType("classic")
+    exec(inspect.getsource(layers_of_others), vars(module))
+    module.MSDeformAttnFunction = today.MSDeformAttnFunction
+    layer = module.MSDeformAttn(today.WIDTH)
+    query, points, pixels, shapes = today.Attention.example()
+    assert [row.now for row in vitkern.patch(layer)] == ["ms_deform_attn_fused"]
+    layer.example = lambda: (query, points.expand(-1, -1, today.LEVELS, -1), pixels, shapes, None)
+    assert kernels_in(nn.Sequential(layer)) == 1
 
 
 def project(name: str, old: str = "", new: str = "", monkeypatch=None) -> types.ModuleType:

@@ -20,8 +20,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from vitkern.compat.trial import world
+
 _COMPILED = ("_C", "_ext")
 _KERNELS = ("ms_deform_attn_forward", "ms_deform_attn_backward")  # only a compiled module has these
+
+
+def compiled(name: str) -> types.ModuleType:
+    """A module in place of a compiled one: the published op in plain torch."""
+    module = types.ModuleType(name)
+    module.ms_deform_attn_forward = world._published_forward  # type: ignore[attr-defined]
+    module.ms_deform_attn_backward = world._published_backward  # type: ignore[attr-defined]
+    return module
 
 
 class Anything:
@@ -37,7 +47,7 @@ class Anything:
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         if self.__name__ == "load_ext":
-            return types.ModuleType("_ext")
+            return compiled("_ext")
         decorated = given[0] if len(given) == 1 and not named else None
         return decorated if isinstance(decorated, (type, types.FunctionType)) else self
 
@@ -90,7 +100,7 @@ class Package(types.ModuleType):
         try:
             return importlib.import_module(f"{self.__name__}.{name}")
         except ModuleNotFoundError:
-            return types.ModuleType(name) if name in _COMPILED else Anything(name)
+            return compiled(name) if name in _COMPILED else Anything(name)
 
 
 def _imported_names(file: Path) -> dict[str, tuple[str, str]]:
@@ -168,5 +178,6 @@ def load(roots: Sequence[Path], module: str, absent: Sequence[str] = ()) -> type
     sys.meta_path.append(_Absent(roots))  # type: ignore[arg-type]
     for name in absent:
         sys.modules[name] = Missing(name)
+    sys.modules["MultiScaleDeformableAttention"] = compiled("MultiScaleDeformableAttention")
     torch.ops.load_library = lambda path: None  # of projects whose compiled library is not there
     return importlib.import_module(module)

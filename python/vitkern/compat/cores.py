@@ -82,7 +82,9 @@ class Core(NamedTuple):
         if self.roles:
             yield self.roles
         elif self.applied is not None or _samples(self.function):
-            given = [name for name, each in self.parameters.items() if each.default is inspect.Parameter.empty]
+            given = [
+                name for name, each in self.parameters.items() if each.default is inspect.Parameter.empty
+            ]
             yield from (dict(zip(given, order)) for order in _ORDERS if len(order) == len(given))
 
 

@@ -63,6 +63,10 @@ _MMCV = _roles(
     "query=query key=ignored value=value identity=identity query_pos=position key_padding_mask=mask "
     "reference_points=points spatial_shapes=shapes level_start_index=starts"
 )
+_ULTRALYTICS = _roles("query=query refer_bbox=points value=value value_shapes=shapes_list value_mask=mask")
+_RT_DETR = _roles(
+    "query=query reference_points=points value=value value_spatial_shapes=shapes_list value_mask=mask"
+)
 _CORE = _roles(
     "value=value value_spatial_shapes=shapes value_spatial_shapes_list=shapes_list level_start_index=starts "
     "sampling_locations=locations attention_weights=weights im2col_step=step"
@@ -97,6 +101,8 @@ FORMS = (
     Form("D-FINE", layers.transformers_v2, _PLAIN, _TRANSFORMERS, partial(_sizes_of_v2, "num_points_list")),
     Form("transformers", partial(layers.transformers, False), _FUSED, _TRANSFORMERS, _DETR_SIZES),
     Form("transformers, Mask2Former", partial(layers.transformers, True), _FUSED, _TRANSFORMERS, _DETR_SIZES),
+    Form("ultralytics", partial(layers.of_values, False), _FUSED, _ULTRALYTICS, _DETR_SIZES),
+    Form("RT-DETR", partial(layers.of_values, True), _FUSED, _RT_DETR, _MMCV_SIZES),
     Form("Deformable-DETR", layers.deformable_detr, _FUSED, _DEFORMABLE_DETR, _DETR_SIZES),
     Form("mmcv", partial(layers.mmcv, True), _FUSED, _MMCV, _MMCV_SIZES, attends_itself=True),
     Form("GroundingDINO", partial(layers.mmcv, False), _FUSED, _MMCV, _MMCV_SIZES, attends_itself=True),

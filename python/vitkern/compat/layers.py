@@ -106,6 +106,31 @@ def deformable_detr(
     return layer.output_proj(output)
 
 
+def of_values(
+    valid: bool,  # whether the mask is multiplied, True where the value is valid
+    layer: Layer,
+    query: Any = None,  # [B, Q, C]
+    reference_points: Any = None,
+    value: Any = None,  # [B, S, C]
+    value_spatial_shapes: Any = None,
+    value_mask: Tensor | None = None,  # [B, S]
+    **others: Any,
+) -> Any:
+    """ultralytics, and the first RT-DETR: arguments of other names, sizes as pairs."""
+    points = others.pop("refer_bbox", reference_points)
+    shapes = others.pop("value_shapes", value_spatial_shapes)
+    if others or shapes is None or not _are_reference_points(points):
+        return NotImplemented
+    value = layer.value_proj(value)
+    if value_mask is not None:
+        mask = value_mask[..., None]
+        value = value * mask.to(value.dtype) if valid else value.masked_fill(mask, 0.0)
+    heads = layer.num_heads if valid else layer.n_heads
+    levels, count = (layer.num_levels, layer.num_points) if valid else (layer.n_levels, layer.n_points)
+    output, _ = _attend(layer, query, value, (shapes, None), points, (heads, levels, count))
+    return layer.output_proj(output)
+
+
 def mmcv(
     adds: bool,  # whether the identity is added to the result, after dropout
     layer: Layer,

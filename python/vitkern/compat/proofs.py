@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitkern.compat.scopes import looked_at, scopes_of
 from vitkern.compat.trial.coverage import DEVICES
-from vitkern.compat.trial.functions import is_core, undone
+from vitkern.compat.trial.functions import is_applied, is_core, undone
 from vitkern.compat.trial.judge import Judgement, judge
 from vitkern.compat.trial.specimen import is_plain
 
@@ -50,7 +50,7 @@ class Proof:
         self._pick = operator.itemgetter(*self._names) if attributes else None
         self._expected = self._pick(self.attributes) if self._pick else None
         self._scopes = list(scopes_of(layer, judgement))
-        self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
+        self._follow()
         self._absent = tuple((scope.space, name) for scope in self._scopes for name in scope.absent)
         self._inherited = {
             name: getattr(type(layer), name)
@@ -121,8 +121,17 @@ class Proof:
         for scope in self._scopes:
             if name := scope.changed():
                 return name
-        self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
+        self._follow()
         return None
+
+    def _follow(self) -> None:
+        """Keeps the values of all scopes for the checks of each call."""
+        self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
+        modules = [scope for scope in self._scopes if not isinstance(scope.owner, type)]
+        held = [(scope.owner, name, value) for scope in modules for name, value in scope.values.items()]
+        # Dynamo cannot compare autograd functions, except by their ids.
+        self._applied = tuple((owner, name, id(value)) for owner, name, value in held if is_applied(value))
+        self._plain = tuple(each for each in held if not is_applied(each[2]))
 
     def _changed_child(self, layer: nn.Module) -> str | None:
         children = layer._modules
@@ -143,11 +152,12 @@ class Proof:
         for name, value in self.attributes.items():
             if getattr(layer, name) != value:
                 return name
-        for scope in self._scopes:
-            if not isinstance(scope.owner, type):
-                for name, value in scope.values.items():
-                    if scope.owner.get(name) is not value:
-                        return name
+        for owner, name, value in self._plain:
+            if owner.get(name) is not value:
+                return name
+        for owner, name, number in self._applied:
+            if id(owner.get(name)) != number:
+                return name
         for name, value in self._inherited.items():
             if not callable(value) and getattr(layer, name) != value:
                 return name

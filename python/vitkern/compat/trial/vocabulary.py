@@ -29,7 +29,7 @@ _MAKERS = words(
     "tensor zeros zeros_like"
 )
 _KINDS = words(
-    "Tensor bfloat16 bool device double dtype finfo float float16 float32 float64 half int int32 int64 is_cuda is_mlu "
+    "Tensor astype bfloat16 bool device double dtype finfo float float16 float32 float64 half int int32 int64 is_cuda is_mlu "
     "is_musa is_npu item long to tolist type type_as uint8"
 )
 _PLACES = words(
