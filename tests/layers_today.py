@@ -235,6 +235,40 @@ class Levels(Attention):
         return query, points, list(value), SIZES
 
 
+def either_core(
+    value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method="default"
+):
+    """As RT-DETR v2: bilinear samples, or pixels without a gradient of the locations."""
+    if method == "default":
+        samples = grids_of(
+            value.permute(0, 2, 3, 1), value_spatial_shapes, sampling_locations, num_points_list
+        )
+        return weighted(samples, attention_weights)
+    found, first = [], 0
+    points = sampling_locations.permute(0, 2, 1, 3, 4).flatten(0, 1).split(num_points_list, -2)
+    every = value.permute(0, 2, 3, 1).flatten(0, 1)
+    for where, (h, w) in zip(points, value_spatial_shapes):
+        pixel = (where * torch.tensor([w, h]) + 0.5).to(torch.int64)
+        index = first + pixel[..., 1].clamp(0, h - 1) * w + pixel[..., 0].clamp(0, w - 1)
+        samples = every.gather(2, index.flatten(1)[:, None].expand(-1, every.shape[1], -1))
+        found.append(samples.unflatten(-1, index.shape[1:]))
+        first = first + h * w
+    return weighted(torch.cat(found, -1), attention_weights)
+
+
+class Discrete(Levels):
+    """The same with pixels in place of samples, value [B, S, M, D]."""
+
+    def __init__(self):
+        super().__init__()
+        self.ms_deformable_attn_core = functools.partial(either_core, method="discrete")
+
+    @staticmethod
+    def example():
+        query, pixels, points, _ = tensors()
+        return query, points, pixels.unflatten(-1, (HEADS, -1)), SIZES
+
+
 class Maps(Attention):
     """As LibreYOLO's GTR."""
 
@@ -325,4 +359,4 @@ class Anchors(Attention):
         return query, None, pixels, points.repeat(1, 1, POINTS, 1), shapes
 
 
-KINDS = (Flat, Channels, PairsToo, Levels, Maps, Nameless, ThreeOutputs, Temporal, Anchors)
+KINDS = (Flat, Channels, PairsToo, Levels, Discrete, Maps, Nameless, ThreeOutputs, Temporal, Anchors)

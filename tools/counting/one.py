@@ -7,8 +7,6 @@ import ast
 import copy
 import hashlib
 import inspect
-import json
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
+from tests import layers_of_others, layers_today
 from tools.counting import calls, loading, sources
 from tools.counting.records import MMCV, RECORDS, Record
 
@@ -26,7 +25,8 @@ REPEATS = 3
 
 
 def verdict(number: int, below: Path) -> dict[str, Any]:
-    """The row of one record."""
+    """The row of one record. It changes the process that it runs in: modules are imported and replaced."""
+    torch.set_num_threads(1)
     record = RECORDS[number]
     uses_mmcv = record.module.startswith(("projects.mmdet3d", "mmcv"))
     roots = [sources.folder_of(each, below) for each in (record.source, *[MMCV] * uses_mmcv)]
@@ -134,14 +134,7 @@ def _times(layer: nn.Module, positional: Any, named: Any, *, backward: bool) -> 
 
 def _stand_in(record: Record) -> str:
     """The verdict on the stand-in in the tests."""
-    from tests import layers_of_others, layers_today
-
     kind = getattr(layers_today, record.stand_in, None) or getattr(
         layers_of_others, record.stand_in or "_", None
     )
     return "" if kind is None else _by(vitkern.patch(kind()))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(verdict(int(sys.argv[1]), Path(sys.argv[2]))))

@@ -68,7 +68,7 @@ def _line(row: Row) -> str:
 
 
 def changes(before: Mapping[tuple[str, str, str], Row], rows: Sequence[Row]) -> Iterator[str]:
-    """What differs from the committed census: code, verdicts, and stand-ins whose verdict is another."""
+    """The differences from the committed census: code, verdicts, and stand-ins whose verdict is another."""
     for row in rows:
         name = ".".join(key(row)[1:])
         then = before.get(key(row))

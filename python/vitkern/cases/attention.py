@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 Size = tuple[int, int]  # (height, width)
 
@@ -72,7 +73,7 @@ def _vit_adapter() -> list[MsDeformAttnCase]:
 def _of_today() -> list[MsDeformAttnCase]:
     """DINOv3's adapter and head, RF-DETR with two points, and the head widths of DEIMv2."""
     head, extractor, detector = "DINOv3 Mask2Former head", "DINOv3 adapter, extractor", "RF-DETR"
-    rows = [("dinov3-m2f", head, 2, _M2F[896], _M2F[896], 16, 128, 4)]
+    rows: list[tuple[Any, ...]] = [("dinov3-m2f", head, 2, _M2F[896], _M2F[896], 16, 128, 4)]
     for name, size, channels in (("7B", 896, 128), ("H", 896, 40), ("B", 512, 24), ("S", 512, 12)):
         grid, pyramid = _pyramid(size, size, (16,)), _pyramid(size, size, (8, 16, 32))
         rows.append((f"dinov3-extractor-{name}", extractor, 2, grid, pyramid, 16, channels, 4))
@@ -84,7 +85,7 @@ def _of_today() -> list[MsDeformAttnCase]:
         ("deimv2-l", "DEIMv2-L decoder", 16, _RT, 500, 8, 28, 4),
         ("deimv2-atto", "DEIMv2-atto decoder", 16, _RT[1:], 300, 8, 8, 4),
     ]
-    return [MsDeformAttnCase(*row) for row in rows]  # type: ignore[arg-type]
+    return [MsDeformAttnCase(*row) for row in rows]
 
 
 ATTENTION_CASES = {

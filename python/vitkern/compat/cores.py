@@ -88,12 +88,12 @@ class Core(NamedTuple):
             yield from (dict(zip(given, order)) for order in _ORDERS if len(order) == len(given))
 
 
-def _samples(function: FunctionType) -> bool:
+def _samples(function: Any) -> bool:
     """Whether a function samples, or calls one of its project that does."""
     scope = function.__globals__
-    called = [scope.get(name) for name in names_of(function.__code__)]
-    each = [function, *filter(functions.is_theirs, map(functions.undone, called))]
-    return any(functions.names_in(one.__code__) & _SAMPLERS for one in each)
+    called: list[Any] = [functions.undone(scope.get(name)) for name in names_of(function.__code__)]
+    codes = [function.__code__, *(each.__code__ for each in called if functions.is_theirs(each))]
+    return any(functions.names_in(code) & _SAMPLERS for code in codes)
 
 
 def core_of(value: Any) -> Core | None:

@@ -111,6 +111,10 @@ def _library(name: object) -> Any:
 def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
     plan, left, found = _plan(model)
     sampling, refused = _plan_cores(model, {id(module) for _, module, _ in plan})
+    # A layer whose form is known has a reason already, unless the form is only that of its arguments.
+    told = {each.path for each in left if "no form with these" not in each.reason}
+    told -= {path for path, *_ in sampling}
+    refused = [each for each in refused if each.path not in told]
     known = {path for path, *_ in sampling} | {each.path for each in refused}
     left = [each for each in left if each.path not in known] + refused
     found = found or bool(sampling or refused)
@@ -195,7 +199,7 @@ def _plan_cores(
                 plan.append((path, module, made, names))
             except holders.NoCopyError as error:
                 reason = str(error)
-        if (reason := reason or refused) and (replaced or not forms.is_known(kind.forward)):
+        if reason := reason or refused:
             left.append(Left(path, kind.__name__, reason))
     return plan, left
 

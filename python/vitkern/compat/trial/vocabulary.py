@@ -29,8 +29,8 @@ _MAKERS = words(
     "tensor zeros zeros_like"
 )
 _KINDS = words(
-    "Tensor astype bfloat16 bool device double dtype finfo float float16 float32 float64 half int int32 int64 is_cuda is_mlu "
-    "is_musa is_npu item long to tolist type type_as uint8"
+    "Tensor astype bfloat16 bool device double dtype finfo float float16 float32 float64 half int int32 int64 is_cuda "
+    "is_mlu is_musa is_npu item long to tolist type type_as uint8"
 )
 _PLACES = words(
     "_assert _dynamo compiler cuda functional grid_sample grid_sampler is_available is_compiling is_dynamo_compiling "
