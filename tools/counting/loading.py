@@ -74,6 +74,8 @@ class Missing(types.ModuleType):
             raise AttributeError(name)
         if name.startswith("IS_") and name.endswith("_AVAILABLE"):
             return False
+        if name in _COMPILED:
+            return compiled(name)
         return _CLASSES.get(name) or Anything(name)
 
 

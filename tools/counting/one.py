@@ -96,7 +96,8 @@ def _results(layer: nn.Module, positional: Any, named: Any) -> tuple[list[Any], 
     weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     leaves = [each for each in _tensors((positional, tuple(named.values()))) if each.requires_grad] + weights
     torch.manual_seed(2)
-    loss = sum((each * torch.rand_like(each)).sum() for each in outputs)
+    # Not rand_like, which draws in the order of memory.
+    loss = sum((each * torch.rand(each.shape)).sum() for each in outputs)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [each.detach() for each in outputs], list(gradients)
 

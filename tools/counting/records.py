@@ -99,7 +99,7 @@ def _real_time() -> list[Record]:
         *_of("DEIMv2", deimv2, ("engine.deim.dfine_decoder", layer, *levels),
              ("engine.deim.rtdetrv2_decoder", layer, *v2)),
         *_classic("DEIMv2", deimv2, "engine.backbone.ms_deform_attn"),
-        *_of("lightly-train", "lightly-train==0.18.0", (f"{lightly}.dfine_decoder", layer, *levels),
+        *_of("lightly-train", "lightly-train==0.18.0", (f"{lightly}.dfine_decoder", layer, "boxes", RAGGED, "Levels"),
              (f"{lightly}.rtdetrv2_decoder", layer, *v2)),
         *_of("easydetect", "easydetect==0.7.10", ("easydetect.nn.decoder", layer, *levels)),
         *_of("dfine-seg", "dfine-seg==0.6.2", ("dfine_seg.model.arch.dfine_decoder", layer, *levels)),
