@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vitkern.patch replaces a layer that computes what the kernels compute, however it is written, and leaves any other.
+"""vitkern.patch replaces a layer that computes what the kernels compute, however it is written, and no other.
+
+A layer that computes more keeps its code, except the function that samples, which is a kernel's from then on.
 
 The layers are copies of Deformable-DETR's and mmcv's, changed in one place each: tests/changes.py. The
 layers of tests/rewordings.py compute the same in other words.
@@ -30,6 +32,12 @@ each_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
 each_change = pytest.mark.parametrize("row", CHANGES, ids=lambda row: row.name)
 each_rewording = pytest.mark.parametrize("row", REWORDINGS, ids=lambda row: row.name)
 PATHS = ["layers.0", "layers.1"]
+ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+NOT_A_NUMBER = next(row for row in CHANGES if row.name == "not a number is none").shown
+KEEPS_ITS_CORE = (
+    "a counter of the module",  # the code of a copy would count elsewhere
+    "a subclass",  # its own forward calls no core, and the one that it calls is of another class
+)
 
 
 def model_of(base, row: Row = AS_IT_IS) -> Model:
@@ -71,11 +79,24 @@ def test_the_change_is_one(base, row):
 @each_base
 @each_change
 def test_a_changed_layer_stays(base, row):
+    """It keeps its numbers: all of them if its core has changed too, else the kernel's where it samples."""
     model = model_of(base, row)
     table = vitkern.patch(model)
-    assert equal(results(model, row.shown), results_unpatched(base, row, row.shown)), "other numbers"
+    found, expected = results(model, row.shown), results_unpatched(base, row, row.shown)
+    assert not any(each.fused for each in table)
+    if not row.core and base in OURS and not table.left:
+        sampled = {f"{path}.{base.core}" for path in PATHS}
+        assert sampled <= set(paths(table)), str(table)
+        kept = (
+            len(PATHS) if row.shown.dtype in ROUNDING else None
+        )  # gradients of 16-bit locations jump at edges
+        assert distance(found[:kept], expected[:kept]) <= ROUNDING.get(row.shown.dtype, 1e-4), "other numbers"
+        assert not equal(found, expected) or row.shown == NOT_A_NUMBER, "grid_sample still runs"
+        return
+    assert equal(found, expected), "other numbers"
     assert not table and [left.path for left in table.left] == PATHS
     assert all(len(left.reason) > 10 and " " in left.reason for left in table.left)
+    assert row.core or row.name in KEEPS_ITS_CORE or base not in OURS, table
 
 
 @each_base
@@ -93,13 +114,13 @@ def test_a_reworded_layer_is_replaced(base, row):
         assert not equal(found, expected), "grid_sample still runs"
 
 
-THREE = next(row for row in CHANGES if row.name == "three outputs")
+BORDER = next(row for row in CHANGES if row.name == "border")
 
 
 def mixed(base) -> nn.Module:
     """One model with a layer that can be replaced and one that cannot."""
     model = model_of(base)
-    model.layers[1] = model_of(base, THREE).layers[1]
+    model.layers[1] = model_of(base, BORDER).layers[1]
     return model
 
 
@@ -166,7 +187,7 @@ def test_code_is_tried_once(base):
 def test_code_that_stays_is_tried_once(base):
     from vitkern.compat.trial import judge as trial
 
-    kind = changed(base, next(row for row in CHANGES if row.name == "scaled"))
+    kind = changed(base, BORDER)
     first = vitkern.patch(Model(base, kind))
     once = trial.count()
     assert vitkern.patch(Model(base, kind)).left == first.left and trial.count() == once

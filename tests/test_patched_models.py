@@ -128,9 +128,11 @@ def test_a_wrapper_that_lends_the_parts_of_a_layer():
 
 def test_doctor_names_the_layers_of_a_model(capsys):
     assert cli.main(["doctor", "--model", "tests.test_patching:Model"]) == 0
-    assert capsys.readouterr().out.split() == (
+    *table, summary = capsys.readouterr().out.splitlines()
+    assert " ".join(table).split() == (
         ["where", "was", "is", "now", "places", "layers.*", "MSDeformAttn", "ms_deform_attn_fused", "2"]
     )
+    assert summary == "by trial: 2 fused, 0 where it samples, 0 left"
     assert cli.main(["doctor", "--model", f"{Path(__file__).parent}/test_patching.py:Model", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["replaced"]
     assert row["paths"] == ["layers.0", "layers.1"] and row["fused"] is True

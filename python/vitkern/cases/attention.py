@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 Size = tuple[int, int]  # (height, width)
 
@@ -69,6 +70,24 @@ def _vit_adapter() -> list[MsDeformAttnCase]:
     return cases
 
 
+def _of_today() -> list[MsDeformAttnCase]:
+    """DINOv3's adapter and head, RF-DETR with two points, and the head widths of DEIMv2."""
+    head, extractor, detector = "DINOv3 Mask2Former head", "DINOv3 adapter, extractor", "RF-DETR"
+    rows: list[tuple[Any, ...]] = [("dinov3-m2f", head, 2, _M2F[896], _M2F[896], 16, 128, 4)]
+    for name, size, channels in (("7B", 896, 128), ("H", 896, 40), ("B", 512, 24), ("S", 512, 12)):
+        grid, pyramid = _pyramid(size, size, (16,)), _pyramid(size, size, (8, 16, 32))
+        rows.append((f"dinov3-extractor-{name}", extractor, 2, grid, pyramid, 16, channels, 4))
+    rows += [
+        ("rfdetr-medium", detector, 8, ((36, 36),), 300, 16, 16, 2),
+        ("rfdetr-large", f"{detector}, training", 8, ((44, 44),), 3900, 16, 16, 2),
+        ("rfdetr-keypoint", f"{detector} keypoints, training", 2, ((48, 48),), 22100, 16, 16, 2),
+        ("deimv2-s", "DEIMv2-S decoder", 16, _RT, 500, 8, 24, 4),
+        ("deimv2-l", "DEIMv2-L decoder", 16, _RT, 500, 8, 28, 4),
+        ("deimv2-atto", "DEIMv2-atto decoder", 16, _RT[1:], 300, 8, 8, 4),
+    ]
+    return [MsDeformAttnCase(*row) for row in rows]
+
+
 ATTENTION_CASES = {
     case.name: case
     for case in (
@@ -91,5 +110,6 @@ ATTENTION_CASES = {
         MsDeformAttnCase("bev-tiny", "BEVFormer-tiny spatial", 6, ((15, 25),), 1000, 8, 32, 8),
         MsDeformAttnCase("hub-small", "transformers hub benchmark", 2, _HUB, 300, 8, 32, 4),
         *_vit_adapter(),
+        *_of_today(),
     )
 }

@@ -14,6 +14,7 @@ from torch import nn
 from vitkern.commands import named
 from vitkern.commands.errors import CommandError
 from vitkern.compat.patching import patch
+from vitkern.compat.table import Table
 
 FORMS = (
     "package.module:name or file.py:name, where name is a model or makes one without arguments, "
@@ -43,6 +44,14 @@ def _of_config(path: Path) -> nn.Module:
     return model
 
 
+def summary(table: Table) -> str:
+    """The trial's results as counts: fused layers, functions that sample, and layers that stay."""
+    fused = sum(len(row.paths) for row in table if row.fused)
+    cores = sum(len(row.paths) for row in table if not row.fused)
+    counts = [(fused, "fused"), (cores, "where it samples"), (len(table.left), "left")]
+    return "by trial: " + ", ".join(f"{count} {name}" for count, name in counts)
+
+
 def main(name: str, *, as_json: bool = False) -> int:
     """Prints the table; returns 1 if the model has no layer to replace."""
     try:
@@ -51,5 +60,6 @@ def main(name: str, *, as_json: bool = False) -> int:
         raise CommandError(f"--model {name}: {error}") from error
     rows = [{**row._asdict(), "fused": row.fused} for row in table]
     left = [each._asdict() for each in table.left]
-    print(json.dumps({"replaced": rows, "left": left}, indent=2) if as_json else table)
+    found = {"replaced": rows, "left": left, "taken": list(table.taken)}
+    print(json.dumps(found, indent=2) if as_json else f"{table}\n{summary(table)}")
     return 0 if table else 1

@@ -33,6 +33,9 @@ class Form(NamedTuple):
     ]  # of a layer. Raises AttributeError if it is written in another way
     is_core: bool = False  # whether it has no weights, and samples at given locations
     attends_itself: bool = False  # whether value may be left out, and the query takes its place
+    ways: tuple[
+        tuple[bool, bool], ...
+    ] = ()  # of a core: one axis for levels and points of locations, of weights
 
     def roles_in(self, function: Function) -> dict[str, str] | None:
         """The roles of a forward's arguments, or None if it lacks arguments that this form needs."""
@@ -59,6 +62,10 @@ _DEFORMABLE_DETR = _roles(
 _MMCV = _roles(
     "query=query key=ignored value=value identity=identity query_pos=position key_padding_mask=mask "
     "reference_points=points spatial_shapes=shapes level_start_index=starts"
+)
+_ULTRALYTICS = _roles("query=query refer_bbox=points value=value value_shapes=shapes_list value_mask=mask")
+_RT_DETR = _roles(
+    "query=query reference_points=points value=value value_spatial_shapes=shapes_list value_mask=mask"
 )
 _CORE = _roles(
     "value=value value_spatial_shapes=shapes value_spatial_shapes_list=shapes_list level_start_index=starts "
@@ -94,6 +101,8 @@ FORMS = (
     Form("D-FINE", layers.transformers_v2, _PLAIN, _TRANSFORMERS, partial(_sizes_of_v2, "num_points_list")),
     Form("transformers", partial(layers.transformers, False), _FUSED, _TRANSFORMERS, _DETR_SIZES),
     Form("transformers, Mask2Former", partial(layers.transformers, True), _FUSED, _TRANSFORMERS, _DETR_SIZES),
+    Form("ultralytics", partial(layers.of_values, False), _FUSED, _ULTRALYTICS, _DETR_SIZES),
+    Form("RT-DETR", partial(layers.of_values, True), _FUSED, _RT_DETR, _MMCV_SIZES),
     Form("Deformable-DETR", layers.deformable_detr, _FUSED, _DEFORMABLE_DETR, _DETR_SIZES),
     Form("mmcv", partial(layers.mmcv, True), _FUSED, _MMCV, _MMCV_SIZES, attends_itself=True),
     Form("GroundingDINO", partial(layers.mmcv, False), _FUSED, _MMCV, _MMCV_SIZES, attends_itself=True),

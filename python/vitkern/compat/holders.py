@@ -44,8 +44,9 @@ def held_by(layer: nn.Module) -> Held:
     for function in functions.reachable(layer, type(layer)):
         scope = function.__globals__
         found = {name: scope[name] for name in names_of(function.__code__) if name in scope}
+        outer = core_of(function)
         for name, value in [*found.items(), *_defaults(function)]:
-            if core_of(function) is None and (core := core_of(value)) is not None:
+            if (outer is None or not outer.roles) and (core := core_of(value)) is not None:
                 of_code[name] = core
     return Held(tuple(sorted(of_code.items(), key=lambda pair: pair[0])), tuple(own))
 
@@ -75,6 +76,10 @@ class _Swapped(Copies):
             values += [value for _, value in _defaults(function)]
             self._leading[id(function)] = any(map(self._counts, values))
         return self._leading[id(function)]
+
+    def copied(self) -> list[FunctionType]:
+        """The functions that have copies."""
+        return [each for each in self._kept if isinstance(each, FunctionType)]
 
     def _counts(self, value: Any) -> bool:
         value = functions.undone(value)
@@ -123,26 +128,43 @@ def _methods_on_kernels(layer: nn.Module, held: Held, replaced: Mapping[Core, Fu
     }
     return {
         **namespace,
-        **{name: _guarded(kind, name, each, copies.scopes) for name, each in methods.items()},
+        **{name: _guarded(kind, name, each, copies) for name, each in methods.items()},
     }
 
 
-def _guarded(kind: Any, name: str, copied: Function, scopes: list[Scope]) -> Function:
-    """A method of the copies; the class's own runs if a global has changed."""
+def _guarded(kind: Any, name: str, copied: Function, copies: _Swapped) -> Function:
+    """A method of the copies; the class's own runs if it has changed, or a global or function that it uses."""
+    original = getattr(kind, name)
+    scopes, codes = copies.scopes, [(each, each.__code__) for each in copies.copied()]
+    held = [(scope.owner, key, value) for scope in scopes for key, value in scope.values.items()]
+    # Dynamo cannot compare autograd functions, except by their ids.
+    classes = [(owner, key, id(value)) for owner, key, value in held if functions.is_applied(value)]
+    others = [each for each in held if not functions.is_applied(each[2])]
+
+    def changed() -> str | None:
+        if getattr(kind, name) is not original:
+            return name
+        for owner, key, value in others:
+            if owner.get(key) is not value:
+                return key
+        for owner, key, number in classes:
+            if id(owner.get(key)) != number:
+                return key
+        for scope in scopes:
+            for key in scope.absent:
+                if key in scope.owner:
+                    return key
+        return next((function.__name__ for function, code in codes if function.__code__ is not code), None)
 
     @functools.wraps(copied)
     def method(self: nn.Module, *positional: Any, **named: Any) -> Any:
-        for scope in scopes:
-            for key, value in scope.values.items():
-                if scope.owner.get(key) is not value:
-                    _warn(kind, key)
-                    return getattr(kind, name)(self, *positional, **named)
-            for key in scope.absent:
-                if key in scope.owner:
-                    return getattr(kind, name)(self, *positional, **named)
-        return copied(self, *positional, **named)
+        what = changed()
+        if what is None:
+            return copied(self, *positional, **named)
+        _warn(kind, what)
+        return getattr(kind, name)(self, *positional, **named)
 
-    method.replaces = functions.undone(getattr(kind, name))  # type: ignore[attr-defined]
+    method.replaces = functions.undone(original)  # type: ignore[attr-defined]
     return method
 
 

@@ -21,6 +21,10 @@ Shapes = Tensor | Sequence[tuple[int, int]]  # of levels, as (height, width)
 # The sampling of RT-DETR v2 and its kin, and what it is called here.
 METHODS = {"default": "bilinear", "discrete": "nearest"}
 
+# The value of a function that samples: [B, S, M, D]; [B, M, D, S]; a list of levels, [B, M, D, S_l] each; or a list
+# of maps, [B * M, D, H, W] each.
+LAYOUTS = ("pixels", "channels", "levels", "maps")
+
 
 def transformers(
     padding: bool,  # whether True in the mask is padding
@@ -102,6 +106,31 @@ def deformable_detr(
     return layer.output_proj(output)
 
 
+def of_values(
+    valid: bool,  # whether the mask is multiplied, True where the value is valid
+    layer: Layer,
+    query: Any = None,  # [B, Q, C]
+    reference_points: Any = None,
+    value: Any = None,  # [B, S, C]
+    value_spatial_shapes: Any = None,
+    value_mask: Tensor | None = None,  # [B, S]
+    **others: Any,
+) -> Any:
+    """ultralytics, and the first RT-DETR: arguments of other names, sizes as pairs."""
+    points = others.pop("refer_bbox", reference_points)
+    shapes = others.pop("value_shapes", value_spatial_shapes)
+    if others or shapes is None or not _are_reference_points(points):
+        return NotImplemented
+    value = layer.value_proj(value)
+    if value_mask is not None:
+        mask = value_mask[..., None]
+        value = value * mask.to(value.dtype) if valid else value.masked_fill(mask, 0.0)
+    heads = layer.num_heads if valid else layer.n_heads
+    levels, count = (layer.num_levels, layer.num_points) if valid else (layer.n_levels, layer.n_points)
+    output, _ = _attend(layer, query, value, (shapes, None), points, (heads, levels, count))
+    return layer.output_proj(output)
+
+
 def mmcv(
     adds: bool,  # whether the identity is added to the result, after dropout
     layer: Layer,
@@ -143,24 +172,20 @@ def core(
 
 def sampling(
     names: Mapping[str, str],  # of the arguments, by role
-    channels_first: bool,  # whether value is a list of levels, [B, M, D, S_l] each, and not [B, S, M, D]
     method: str,
     layer: Layer,
     **given: Any,
 ) -> Any:
     """A function of another project that samples, for any names of its arguments."""
-    roles = ("value", "shapes", "locations", "weights", "points_list")
+    roles = ("value", "shapes", "shapes_list", "locations", "weights", "points_list")
     found: list[Any] = [given.get(names.get(role, "")) for role in roles]
-    value, shapes, where, weights, counts = found
-    if isinstance(value, (list, tuple)):
-        if not channels_first or not all(isinstance(each, Tensor) and each.dim() == 4 for each in value):
-            return NotImplemented
-        value = torch.cat(list(value), -1).permute(0, 3, 1, 2)
+    value, shapes, listed, where, weights, counts = found
+    shapes = _shapes(listed, shapes)
     if not all(isinstance(each, Tensor) for each in (value, where, weights)) or not _are_shapes(shapes):
         return NotImplemented
-    if counts is not None and not (
-        isinstance(counts, (list, tuple)) and all(type(each) is int for each in counts)
-    ):
+    if counts is None:
+        where, weights = _by_level(where, len(shapes), 6), _by_level(weights, len(shapes), 5)
+    elif not isinstance(counts, (list, tuple)) or not all(type(each) is int for each in counts):
         return NotImplemented
     axes = 4 if counts is not None else 5  # of weights
     if value.dim() != 4 or where.dim() != axes + 1 or weights.dim() != axes or method not in METHODS:
@@ -174,6 +199,27 @@ def sampling(
     inputs = value.to(wide), shapes, None, where, weights.to(wide)
     with _no_autocast(value.device.type):
         return ms_deform_attn(*inputs, points_per_level=counts, method=METHODS[method])
+
+
+def as_pixels(value: Any, layout: str, heads: int) -> Any:
+    """The value [B, S, M, D], or None if it has another layout than the one that was tried."""
+    if layout in ("levels", "maps"):
+        is_list = isinstance(value, (list, tuple))
+        if not is_list or not all(isinstance(each, Tensor) and each.dim() == 4 for each in value):
+            return None
+        if layout == "maps":
+            value = [each.flatten(2).unflatten(0, (-1, heads)) for each in value]
+        value = torch.cat(list(value), -1)
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return None
+    return value if layout == "pixels" else value.permute(0, 3, 1, 2)
+
+
+def _by_level(tensor: Any, levels: int, axes: int) -> Any:
+    """Locations or weights with an axis for levels and one for points, which may have been one."""
+    if isinstance(tensor, Tensor) and tensor.dim() == axes - 1 and tensor.shape[3] % levels == 0:
+        return tensor.unflatten(3, (levels, tensor.shape[3] // levels))
+    return tensor
 
 
 def _are_shapes(given: Any) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vitkern.compat import cores, forms, holders, proofs, transformers
+from vitkern.compat import cores, forms, holders, modules, proofs, transformers
 from vitkern.compat.proofs import Proof
 from vitkern.compat.table import Left, Table
 from vitkern.compat.trial.functions import belongs, subclass
@@ -100,7 +100,7 @@ def _library(name: object) -> Any:
     if isinstance(name, str) and name in LIBRARIES:
         return LIBRARIES[name]
     if isinstance(name, str) and name in sys.modules and belongs(name):
-        return cores.Functions(name)
+        return modules.Functions(name)
     names = " or ".join(map(repr, LIBRARIES))
     raise ValueError(
         f"vitkern.patch takes a torch.nn.Module or the name of a library, {names}, got {name!r}: "
@@ -110,7 +110,11 @@ def _library(name: object) -> Any:
 
 def _patch_model(model: nn.Module, *, strict: bool, dry_run: bool) -> Table:
     plan, left, found = _plan(model)
-    sampling, refused = _plan_cores(model)
+    sampling, refused = _plan_cores(model, {id(module) for _, module, _ in plan})
+    # A layer whose form is known has a reason already, unless the form is only that of its arguments.
+    told = {each.path for each in left if "no form with these" not in each.reason}
+    told -= {path for path, *_ in sampling}
+    refused = [each for each in refused if each.path not in told]
     known = {path for path, *_ in sampling} | {each.path for each in refused}
     left = [each for each in left if each.path not in known] + refused
     found = found or bool(sampling or refused)
@@ -167,17 +171,26 @@ def _plan(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Proof]], list[Le
     return plan, left, found
 
 
-def _plan_cores(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Any, list[str]]], list[Left]]:
-    """The layers of no known form whose code calls a core, with the class and the names; and those to leave."""
+def _plan_cores(
+    model: nn.Module, planned: set[int]
+) -> tuple[list[tuple[str, nn.Module, Any, list[str]]], list[Left]]:
+    """Other layers whose code calls a core, with the class and the names; and those to leave.
+
+    A layer of a known form that failed its trial may do more than the kernel: it keeps its code, except the core.
+    """
     plan, left = [], []
     for path, module in model.named_modules():
         kind: Any = type(module)
-        if not belongs(kind.__module__) or hasattr(kind, "patched_from") or forms.is_known(kind.forward):
+        if id(module) in planned or not belongs(kind.__module__) or forms.is_ours(kind.forward):
+            continue
+        if hasattr(kind, "patched_from"):
             continue
         held = holders.held_by(module)
         tried = {core: cores.replacement_of(core) for _, core in held.cores()}
         reason = _obstacle(module) if tried else None
-        refused = next((each.proof.reason for each in tried.values() if not each.proof.holds), None)
+        # A function whose roles were guessed, and that failed, is none that samples.
+        reasons = (each.proof.reason for core, each in tried.items() if core.roles)
+        refused = next((each for each in reasons if each is not None), None)
         replaced = {core: each.function for core, each in tried.items() if each.proof.holds}
         if reason is None and replaced:
             try:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkern.compat.scopes import looked_at, scopes_of
-from vitkern.compat.trial.functions import is_core, undone
+from vitkern.compat.trial.coverage import DEVICES
+from vitkern.compat.trial.functions import is_applied, is_core, undone
 from vitkern.compat.trial.judge import Judgement, judge
 from vitkern.compat.trial.specimen import is_plain
 
@@ -49,7 +50,7 @@ class Proof:
         self._pick = operator.itemgetter(*self._names) if attributes else None
         self._expected = self._pick(self.attributes) if self._pick else None
         self._scopes = list(scopes_of(layer, judgement))
-        self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
+        self._follow()
         self._absent = tuple((scope.space, name) for scope in self._scopes for name in scope.absent)
         self._inherited = {
             name: getattr(type(layer), name)
@@ -79,6 +80,7 @@ class Proof:
         self._looked_at = looked_at(function)
         by_role = {role: name for name, role in roles.items()}
         self._points, self._mask = by_role.get("points"), by_role.get("mask", "")
+        self._value = by_role["value"]
         self._kinds, self._takes_mask = judgement.kinds, judgement.takes_mask
         if sizes.levels == 1:  # a single level's reference point is one for all levels
             self._kinds |= {(boxes, True) for boxes, _ in judgement.kinds}
@@ -119,8 +121,17 @@ class Proof:
         for scope in self._scopes:
             if name := scope.changed():
                 return name
-        self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
+        self._follow()
         return None
+
+    def _follow(self) -> None:
+        """Keeps the values of all scopes for the checks of each call."""
+        self._quick = tuple((scope.pick, scope.space, scope.expected) for scope in self._scopes)
+        modules = [scope for scope in self._scopes if not isinstance(scope.owner, type)]
+        held = [(scope.owner, name, value) for scope in modules for name, value in scope.values.items()]
+        # Dynamo cannot compare autograd functions, except by their ids.
+        self._applied = tuple((owner, name, id(value)) for owner, name, value in held if is_applied(value))
+        self._plain = tuple(each for each in held if not is_applied(each[2]))
 
     def _changed_child(self, layer: nn.Module) -> str | None:
         children = layer._modules
@@ -141,11 +152,12 @@ class Proof:
         for name, value in self.attributes.items():
             if getattr(layer, name) != value:
                 return name
-        for scope in self._scopes:
-            if not isinstance(scope.owner, type):
-                for name, value in scope.values.items():
-                    if scope.owner.get(name) is not value:
-                        return name
+        for owner, name, value in self._plain:
+            if owner.get(name) is not value:
+                return name
+        for owner, name, number in self._applied:
+            if id(owner.get(name)) != number:
+                return name
         for name, value in self._inherited.items():
             if not callable(value) and getattr(layer, name) != value:
                 return name
@@ -178,7 +190,8 @@ class Proof:
 
     def _covers(self, given: dict[str, Any]) -> bool:
         if self._points is None:
-            return True
+            value = given.get(self._value)
+            return not isinstance(value, Tensor) or value.device.type in DEVICES
         mask = given.get(self._mask)
         is_tried = self._takes_mask and isinstance(mask, Tensor) and mask.dtype == torch.bool
         if mask is not None and not is_tried:
@@ -186,7 +199,7 @@ class Proof:
         points = given.get(self._points)
         if not isinstance(points, Tensor) or points.dim() != 4 or not points.is_floating_point():
             return False
-        if points.shape[3] not in (2, 4):
+        if points.shape[3] not in (2, 4) or points.device.type not in DEVICES:
             return False
         boxes, one = points.shape[3] == 4, points.shape[2] == 1
         return (boxes, one) in self._kinds

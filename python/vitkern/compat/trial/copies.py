@@ -6,7 +6,7 @@ from __future__ import annotations
 from types import CellType, FunctionType
 from typing import Any
 
-from vitkern.compat.trial.functions import content, is_theirs, undone
+from vitkern.compat.trial.functions import content, is_applied, is_theirs, undone
 from vitkern.compat.trial.purity import names_of
 
 
@@ -47,11 +47,14 @@ class Copies:
     def _wraps(self, function: FunctionType) -> bool:
         contents = (content(cell) for cell in function.__closure__ or ())
         return any(
-            isinstance(each, FunctionType) and (is_theirs(each) or self._wraps(each)) for each in contents
+            is_applied(each) or (isinstance(each, FunctionType) and (is_theirs(each) or self._wraps(each)))
+            for each in contents
         )
 
     def _cell(self, cell: CellType) -> CellType:
         inner = content(cell)
+        if is_applied(inner):
+            return CellType(self._value(inner))
         return CellType(self.function(inner)) if isinstance(inner, FunctionType) else cell
 
     def _globals_of(self, function: FunctionType) -> dict[str, Any]:

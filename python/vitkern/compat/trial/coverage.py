@@ -15,12 +15,13 @@ from functools import lru_cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from vitkern.compat.trial.flow import CONDITIONAL, NAMES, Flow, flow_of
+from vitkern.compat.trial.flow import CONDITIONAL, NAMES, Flow, Step, flow_of
 from vitkern.compat.trial.harmless import only_raises, only_warns, same_ways
 from vitkern.compat.trial.stack import UNKNOWN, Read, operands_of
 
 Tracer = Callable[[FrameType, str, Any], Any]
 JUMPS = frozenset(number for op, number in dis.opmap.items() if NAMES.get(op, op) in CONDITIONAL)
+DEVICES = ("cpu", "cuda", "meta")  # the kernels' own, and that of tensors without numbers
 ANNOTATIONS = "__annotate__"  # CPython 3.14 calls it for the annotations
 
 
@@ -126,6 +127,11 @@ class Coverage:
             self._ran.setdefault(key, _Ran(ran.code)).add(ran)
         self.codes.update(other.codes)
 
+    def ran(self, code: CodeType, offset: int) -> bool:
+        """Whether this instruction ran."""
+        ran = self._ran.get(id(code))
+        return ran is not None and any(at == offset for _, at in ran.pairs)
+
     def gaps(self, settled: Callable[[CodeType, Leaf], bool], raised: Coverage | None = None) -> list[Gap]:
         """The first line of each way that no trial took and that is not harmless.
 
@@ -208,6 +214,8 @@ class _Report:
         ends = step.op == "FOR_ITER" and way != block.ways[0]
         if (not ends and self._settled(block.last)) or self._taken_in_copy(number, way):
             return True
+        if self._asks_for_other_device(block.last):
+            return True
         if not step.op.startswith("POP_JUMP_"):
             return False
         others = [other for other in block.ways if other != way]
@@ -230,6 +238,18 @@ class _Report:
         if self.flow.steps[jump].op.endswith("_NONE"):
             return len(test) == 1 and test[0].startswith("LOAD_FAST")
         return len(test) == 3 and test[0].startswith("LOAD_FAST") and test[1:] == ["LOAD_CONST", "IS_OP"]
+
+    def _asks_for_other_device(self, jump: int) -> bool:
+        """Whether a condition compares a device's type with types that no call on a kernel has."""
+        steps = _steps_of_test(self.code, jump) or ()
+        *path, given, comparison = (
+            [(step.op, step.value) for step in steps] if len(steps) > 4 else [("", "")] * 5
+        )
+        if path[-2:] != [("LOAD_ATTR", "device"), ("LOAD_ATTR", "type")] or given[0] != "LOAD_CONST":
+            return False
+        named = {given[1]} if isinstance(given[1], str) else set(given[1] or ())
+        plain = all(op in ("LOAD_FAST", "LOAD_ATTR") for op, _ in path)
+        return plain and comparison[0] in ("COMPARE_OP", "CONTAINS_OP") and named.isdisjoint(DEVICES)
 
     def _taken_in_copy(self, number: int, way: int) -> bool:
         """Whether a copy of the condition took the way: CPython writes a while loop's before and after the body."""
@@ -262,10 +282,13 @@ class _Report:
 
 def _test(code: CodeType, jump: int) -> tuple[Any, ...] | None:
     """The instructions that compute the condition of a jump, if they are known."""
-    steps, items = flow_of(code).steps, operands_of(code)[jump]
-    if not items or items[-1].start < 0:
-        return None
-    return tuple(step.does for step in steps[items[-1].start : jump])
+    steps = _steps_of_test(code, jump)
+    return None if steps is None else tuple(step.does for step in steps)
+
+
+def _steps_of_test(code: CodeType, jump: int) -> tuple[Step, ...] | None:
+    items = operands_of(code)[jump]
+    return flow_of(code).steps[items[-1].start : jump] if items and items[-1].start >= 0 else None
 
 
 def _taken(flow: Flow, pairs: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], dict[int, int]]:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from vitkern.compat.trial.flow import instructions
-from vitkern.compat.trial.purity import impurity, names_of
+from vitkern.compat.trial.purity import impurity, names_of, static_functions
+from vitkern.compat.trial.registries import LIBREYOLO
 
 FORWARD, BACKWARD = "ms_deform_attn_forward", "ms_deform_attn_backward"  # of the op's compiled module
 EXTENSIONS = frozenset({"MSDA", "_C", "_ext", "ext_module"})  # names of that module in projects
@@ -24,8 +25,10 @@ EXTENSIONS = frozenset({"MSDA", "_C", "_ext", "ext_module"})  # names of that mo
 _FOREIGN = frozenset({"torch", "numpy", "einops", "vitkern", "typing_extensions", "_distutils_hack"})
 
 # Decorators and checks of known libraries: they rename arguments, warn and check, and return their arguments.
+# LibreYOLO's registry: see registries.py.
 _HARMLESS = frozenset(
     {
+        LIBREYOLO,
         "mmcv.utils.misc",
         "mmengine.utils.misc",
         "transformers.utils.deprecation",
@@ -67,8 +70,8 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def undone(value: Any) -> Any:
-    """A function, or the one that it replaces, if this package has replaced one."""
-    return getattr(value, "replaces", value) if isinstance(value, FunctionType) else value
+    """A function, or the one that it replaces, if this package has replaced one; a class likewise."""
+    return vars(value).get("replaces", value) if isinstance(value, (FunctionType, type)) else value
 
 
 def is_harmless(function: FunctionType) -> bool:
@@ -80,10 +83,24 @@ def is_theirs(function: Any) -> bool:
     return isinstance(function, FunctionType) and belongs(function.__globals__.get("__name__"))
 
 
+def is_applied(value: Any) -> bool:
+    """Whether a value is an autograd function of the user's project."""
+    return (
+        isinstance(value, type) and issubclass(value, torch.autograd.Function) and belongs(value.__module__)
+    )
+
+
 def is_extension(name: str, value: Any) -> bool:
     """Whether a global is the compiled module of the op, or its substitute after a failed import."""
     known = name in EXTENSIONS and (value is None or isinstance(value, ModuleType))
-    return known or (not isinstance(value, type) and hasattr(value, FORWARD))
+    return known or (not isinstance(value, type) and _has(value, FORWARD))
+
+
+def _has(value: Any, name: str) -> bool:
+    """Whether a value has an attribute; an object of the user's project is not asked, as that may run its code."""
+    if belongs(type(value).__module__):
+        return inspect.getattr_static(value, name, None) is not None
+    return hasattr(value, name)
 
 
 def content(cell: CellType) -> Any:
@@ -129,7 +146,7 @@ def reachable(layer: nn.Module, kind: type[nn.Module]) -> Iterator[FunctionType]
             continue
         seen.add(id(value))
         if isinstance(value, type) and belongs(value.__module__) and not issubclass(value, nn.Module):
-            waiting += [each.__func__ for each in vars(value).values() if isinstance(each, staticmethod)]
+            waiting += static_functions(value)
         if not isinstance(value, FunctionType):
             continue
         waiting += map(content, value.__closure__ or ())
@@ -158,12 +175,15 @@ def names_in(code: CodeType) -> set[str]:
     return set().union(*(each.co_names for each in codes_in(code)))
 
 
-def impurity_of(function: FunctionType) -> str | None:
-    """Why a function is not pure, or None. The op's compiled module counts as pure: a trial has its published form."""
+def impurity_of(function: FunctionType, read: frozenset[int] = frozenset()) -> str | None:
+    """Why a function is not pure, or None. The op's compiled module counts as pure: a trial has its published form.
+
+    `read`: the ids of functions that are checked as well, of whatever project they are.
+    """
     closure = dict(zip(function.__code__.co_freevars, map(content, function.__closure__ or ())))
     scope = {name: each for name, each in function.__globals__.items() if not is_extension(name, each)}
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    return impurity(function.__code__, scope, closure, defaults)
+    return impurity(function.__code__, scope, closure, defaults, read)
 
 
 def largest_constant(functions: Iterable[FunctionType]) -> int:
@@ -209,8 +229,11 @@ _PADDING = frozenset(
 )
 
 
-def free_comparison(code: CodeType) -> int | None:
-    """The line of a comparison whose result is a number to compute with, rather than a condition or a check."""
+def free_comparisons(code: CodeType) -> Iterator[tuple[CodeType, int, int]]:
+    """Comparisons whose result is a number to compute with, rather than a condition or a check.
+
+    Each with its code object, the offset of the instruction and the line.
+    """
     for each in codes_in(code):
         steps = [step for step in instructions(each) if step.opname not in _PADDING]
         checks = sum(step.argval in _CHECKS for step in steps if step.opname.startswith("LOAD_"))
@@ -221,11 +244,23 @@ def free_comparison(code: CodeType) -> int | None:
                 or (step.starts_line if step.starts_line is not True else 0)
                 or line
             )
-            if step.opname in _COMPARISONS and "JUMP" not in following.opname:
+            decides = "JUMP" in following.opname or (
+                following.opname == "STORE_FAST" and _only_decides(steps, following.argval)
+            )
+            if step.opname in _COMPARISONS and not decides:
                 checks -= 1
                 if checks < 0:
-                    return line
-    return None
+                    yield each, step.offset, line
+
+
+def _only_decides(steps: list[Any], local: str) -> bool:
+    """Whether a local is used in conditions only."""
+    uses = [
+        "JUMP" in following.opname
+        for step, following in itertools.pairwise(steps)
+        if step.argval == local and not step.opname.startswith("STORE_")
+    ]
+    return bool(uses) and all(uses)
 
 
 def subclass(kind: Any, namespace: dict[str, Any]) -> Any:
@@ -251,6 +286,16 @@ def free_variable(function: FunctionType) -> str | None:
     """A variable of an enclosing function that the code reads and that is neither a function nor a class."""
     variables = zip(function.__code__.co_freevars, map(content, function.__closure__ or ()))
     return next((name for name, value in variables if not isinstance(value, (FunctionType, type))), None)
+
+
+def cast_under_autocast(function: Any) -> torch.dtype | None:
+    """The 16-bit type to which an autograd function's decorator casts its inputs under autocast, or None."""
+    while isinstance(function, FunctionType):
+        for value in map(content, function.__closure__ or ()):
+            if isinstance(value, torch.dtype) and value in (torch.float16, torch.bfloat16):
+                return value
+        function = getattr(function, "__wrapped__", None)
+    return None
 
 
 def foreign_autocast(function: Any) -> str | None:

@@ -131,29 +131,31 @@ def _marked(value: Tensor, setting: Setting, draws: Draws) -> Tensor:
     return value
 
 
-def core_inputs(setting: Setting, sizes: Sizes, roles: Mapping[str, str], draws: Draws) -> dict[str, Any]:
-    """Arguments of a core: value, levels, locations and weights."""
-    levels = level_sizes(setting, sizes.levels)
+def core_inputs(
+    setting: Setting, sizes: Sizes, roles: Mapping[str, str], draws: Draws, *, left_out: frozenset[str]
+) -> dict[str, Any]:
+    """Arguments of a core: value, levels, locations and weights; `left_out`: the roles of those that are not given."""
+    points = sizes.points[:1] if setting.levels == "single" else sizes.points
+    levels = level_sizes(setting, len(points))
     shapes = torch.tensor(levels, dtype=torch.int64, device="cpu")
     batch, heads = setting.batch, sizes.heads
-    extent = shapes.flip(-1)[:, None].float()
-    if "points_list" in roles.values():  # levels and points on one axis
-        shape: tuple[int, ...] = (batch, setting.queries, heads, sum(sizes.points))
-        extent = extent[:, 0].repeat_interleave(torch.tensor(sizes.points, device="cpu"), 0)
-    else:
-        shape = (batch, setting.queries, heads, sizes.levels, sizes.points[0])
+    extent = shapes.flip(-1).float().repeat_interleave(torch.tensor(points, device="cpu"), 0)
+    shape = (batch, setting.queries, heads, sum(points))
     between = (draws.uniform(*shape, 2, low=0.0, high=1.0) * (extent + 5)).floor() - 2
     locations = (between + draws.uniform(*shape, 2, low=-0.4, high=0.4)) / extent
+    weights = draws.uniform(*shape, low=0.05, high=1.0)
+    if "points_list" not in roles.values():  # else levels and points are on one axis
+        locations = locations if setting.boxes else locations.unflatten(3, (len(points), -1))
+        weights = weights if setting.boxes or setting.one_point else weights.unflatten(3, (len(points), -1))
     value = draws.uniform(batch, int(shapes.prod(1).sum()), heads, sizes.value) * setting.magnitude
-    value = _marked(value, setting, draws)
     given = {
-        "value": value,
-        "points_list": list(sizes.points),
-        "shapes": shapes,
+        "value": _marked(value, setting, draws),
+        "points_list": list(points),
+        "shapes": list(levels) if setting.masked else shapes,
         "shapes_list": list(levels),
         "starts": torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]]),
         "locations": locations,
-        "weights": draws.uniform(*shape, low=0.05, high=1.0),
+        "weights": weights,
         "step": 64,
     }
-    return {name: given[role] for name, role in roles.items()}
+    return {name: given[role] for name, role in roles.items() if role not in left_out}

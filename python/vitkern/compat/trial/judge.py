@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
+from collections.abc import Iterator
 from functools import partial
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -17,9 +18,9 @@ from vitkern.compat.trial import functions, power
 from vitkern.compat.trial.apart import in_a_thread, said
 from vitkern.compat.trial.coverage import Coverage
 from vitkern.compat.trial.inputs import aim, core_inputs, layer_inputs
-from vitkern.compat.trial.reading import require_plain_class, require_readable
+from vitkern.compat.trial.reading import require_no_free_comparison, require_plain_class, require_readable
 from vitkern.compat.trial.runs import Outcome, Run, difference, run
-from vitkern.compat.trial.settings import BASIC, FURTHER, Setting, fitted
+from vitkern.compat.trial.settings import BASIC, FURTHER, OF_CORES, Setting, fitted
 from vitkern.compat.trial.settled import is_settled
 from vitkern.compat.trial.specimen import Draws, Specimen, UnfitError, is_own, is_plain
 from vitkern.compat.trial.world import World
@@ -111,11 +112,12 @@ class Trial:
 
     def judgement(self) -> Judgement:
         above = max([functions.largest_constant(self.functions), *self._limits()])
-        for setting in BASIC:
+        for setting in self._settings():
             self._basic(fitted(setting, self.sizes.heads * sum(self.sizes.points), above))
         if not self.runs:
             raise UnfitError(f"its forward raises in a trial: {said(next(iter(self.failed.values())))}")
         self._complain()
+        require_no_free_comparison(self)
         require_plain_class(self)
         candidate = self._best()
         self._further(candidate)
@@ -138,6 +140,14 @@ class Trial:
             tuple(sorted(set().union(*(world.taken for world in worlds)))),
             tuple(self.functions),
         )
+
+    def _settings(self) -> Iterator[Setting]:
+        """The settings of all layers, or for a core those of each way to pass locations and weights."""
+        ways = self.candidates[0].form.ways
+        for flat, merged in ways:
+            yield from (each._replace(boxes=flat, one_point=merged) for each in BASIC)
+        if not ways:
+            yield from BASIC
 
     def _configuration(self) -> dict[str, Any]:
         """The plain attributes that the code has read, or that it names in a way that no run has taken."""
@@ -165,9 +175,13 @@ class Trial:
 
     def _inputs(self, setting: Setting) -> dict[str, Any]:
         draws = Draws(zlib.crc32(repr(setting).encode()) + self.seed)
-        if self.is_core:
-            return core_inputs(setting, self.sizes, self.roles, draws)
         parameters = inspect.signature(self.original).parameters
+        if self.is_core:
+            if not self.candidates[0].form.ways:
+                setting = setting._replace(boxes=False, one_point=False, masked=False)
+            optional = {role for name, role in self.roles.items() if parameters[name].default is None}
+            left_out = frozenset() if setting.optional else frozenset(optional)
+            return core_inputs(setting, self.sizes, self.roles, draws, left_out=left_out)
         values = [parameters[name] for name, role in self.roles.items() if role == "value"]
         of_query = (
             not setting.optional and self.candidates[0].form.attends_itself and values[0].default is None
@@ -271,11 +285,13 @@ class Trial:
             optional=True
         )  # else the query may be all pixels, which takes longer
         named = self._names()
-        for change in FURTHER:
+        for change in (*FURTHER, *(OF_CORES if self.candidates[0].form.ways else ())):
             decided = all(named & _DECIDED_BY.get(what, set()) for what in change)
             if not decided and not self._gaps():
                 continue
             setting = base._replace(**change)
+            if (setting.boxes, setting.one_point) not in self.kinds:
+                continue
             inputs, seen = self._inputs(setting), Coverage(functions.frame_belongs)
             try:
                 exact = self._exact(setting, inputs)

@@ -69,6 +69,7 @@ def impurity(
     namespace: Mapping[str, Any],
     closure: Mapping[str, Any] | None = None,
     defaults: tuple[Any, ...] = (),
+    read: frozenset[int] = frozenset(),
 ) -> str | None:
     """The reason why a function is not pure, in a sentence, or None.
 
@@ -77,10 +78,11 @@ def impurity(
         namespace: its globals.
         closure: its free variables that have a value.
         defaults: of its parameters, keyword-only ones as well.
+        read: the ids of functions of other projects that are read themselves.
     """
     if code.co_flags & GENERATOR:
         return "is a generator"
-    reader = _Reader(namespace, closure or {}, frozenset(code.co_freevars))
+    reader = _Reader(namespace, closure or {}, frozenset(code.co_freevars), read)
     for value in defaults:
         if not is_fixed(value):
             return f"has a default, {_may_change(value)}: line {code.co_firstlineno}"
@@ -95,6 +97,12 @@ def names_of(code: CodeType) -> tuple[str, ...]:
     for inner in _nested(code):
         found |= dict.fromkeys(names_of(inner))
     return tuple(found)
+
+
+def static_functions(kind: type) -> list[FunctionType]:
+    """The functions of a class that need no instance: those of an autograd function."""
+    held: list[Any] = [each.__func__ for each in vars(kind).values() if isinstance(each, staticmethod)]
+    return [each for each in held if isinstance(each, FunctionType)]
 
 
 def is_fixed(value: object) -> bool:
@@ -126,9 +134,13 @@ def _parts(value: object) -> tuple[object, ...]:
 
 class _Reader:
     def __init__(
-        self, namespace: Mapping[str, Any], closure: Mapping[str, Any], free: frozenset[str]
+        self,
+        namespace: Mapping[str, Any],
+        closure: Mapping[str, Any],
+        free: frozenset[str],
+        read: frozenset[int],
     ) -> None:
-        self.namespace, self.closure, self.free = namespace, closure, free
+        self.namespace, self.closure, self.free, self._read_too = namespace, closure, free, read
         self.modules = MODULES | {_top(str(namespace.get("__name__", "")))}
 
     def reasons(self, code: CodeType) -> Iterator[tuple[int, str]]:
@@ -195,6 +207,9 @@ class _Reader:
 
     def from_elsewhere(self, value: object) -> str | None:
         """Why a module, function or class is refused: it is neither the project's nor known to be pure. Else None."""
+        parts = static_functions(value) if isinstance(value, type) else [value]
+        if parts and all(id(each) in self._read_too for each in parts):
+            return None
         if isinstance(value, ModuleType):
             return self._module(value.__name__)
         if isinstance(value, BuiltinFunctionType) and value.__module__ == "builtins":

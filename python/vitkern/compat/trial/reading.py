@@ -30,6 +30,7 @@ def require_readable(trial: Trial) -> None:
         *trial.specimen.names(),
         *(part for each in trial.functions for part in functions.parts_of(each)),
     }
+    read = frozenset(map(id, trial.functions))
     for function in trial.functions:
         if variable := functions.free_variable(function):
             raise UnfitError(
@@ -37,7 +38,7 @@ def require_readable(trial: Trial) -> None:
             )
         if function.__name__ in _WARN:
             raise UnfitError(f"its function {function.__name__} has the name of one that warns")
-        if reason := functions.impurity_of(function):
+        if reason := functions.impurity_of(function, read):
             raise UnfitError(f"its function {function.__name__} {reason}")
         code, scope = function.__code__, function.__globals__.keys()
         if unknown := vocabulary.unknown(code, others | scope, is_method=code in trial.methods):
@@ -46,8 +47,14 @@ def require_readable(trial: Trial) -> None:
             raise UnfitError(
                 f"its function {function.__name__} names {number}, larger than any size of a trial"
             )
-        if line := functions.free_comparison(function.__code__):
-            raise UnfitError(f"its function {function.__name__} computes with a comparison: line {line}")
+
+
+def require_no_free_comparison(trial: Trial) -> None:
+    """Refuses comparisons that are numbers to compute with, in code that has run: no way through it shows them."""
+    for function in trial.functions:
+        for code, offset, line in functions.free_comparisons(function.__code__):
+            if trial.coverage.ran(code, offset):
+                raise UnfitError(f"its function {function.__name__} computes with a comparison: line {line}")
 
 
 def require_plain_class(trial: Trial) -> None:

@@ -13,6 +13,7 @@ LEVELS = {
     "pixel": ((3, 5), (1, 1), (4, 2)),
     "wide": ((2, 6), (1, 4), (3, 2)),
     "large": ((5, 7), (2, 3), (3, 4)),
+    "single": ((4, 6),),  # for cores, which take any number of levels
 }
 
 
@@ -114,4 +115,11 @@ FURTHER = (
     {"dtype": torch.float64},
     {"compiled_core": False},
     {"traced": True},
+)
+
+# The same for cores, in which other settings mean nothing.
+OF_CORES = (
+    {"levels": "single"},
+    {"card": True, "boxes": True, "one_point": True},
+    {"card": True, "boxes": False, "one_point": True},
 )

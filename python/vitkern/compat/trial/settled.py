@@ -23,6 +23,8 @@ def is_settled(trial: Trial, code: CodeType, leaf: Leaf) -> bool:
         return code in trial.methods and leaf.name in known | {"training", *trial.specimen.missing()}
     if leaf.kind == "optional":
         return _is_always_given(trial, code, leaf)
+    if leaf.kind == "local" and _is_never_given(trial, code, leaf.name):
+        return True
     if leaf.kind == "local":  # only configurations have strings, unless the code makes some
         return (
             bool(leaf.types)
@@ -33,6 +35,15 @@ def is_settled(trial: Trial, code: CodeType, leaf: Leaf) -> bool:
     if leaf.kind == "global":
         return _is_constant(trial.coverage.codes[code], leaf.name)
     return False
+
+
+def _is_never_given(trial: Trial, code: CodeType, name: str) -> bool:
+    """Whether an argument of the forward has its default in all calls on the kernel: it has no role."""
+    return (
+        code is functions.code_of(trial.original)
+        and functions.is_argument(code, name)
+        and name not in trial.roles
+    )
 
 
 def _is_always_given(trial: Trial, code: CodeType, leaf: Leaf) -> bool:

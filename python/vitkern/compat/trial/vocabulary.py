@@ -16,7 +16,7 @@ from vitkern.compat.trial.functions import BACKWARD, FORWARD, codes_in
 
 _SHAPES = words(
     "T chunk concat concatenate cat contiguous dim expand expand_as flatten flip index_select meshgrid movedim mT "
-    "narrow ndim numel permute repeat repeat_interleave reshape roll select shape size split split_with_sizes "
+    "narrow ndim numel pad permute repeat repeat_interleave reshape roll select shape size split split_with_sizes "
     "squeeze stack swapaxes tensor_split transpose unbind unflatten unsqueeze view view_as"
 )
 _NUMBERS = words(
@@ -29,12 +29,13 @@ _MAKERS = words(
     "tensor zeros zeros_like"
 )
 _KINDS = words(
-    "Tensor bfloat16 bool device double dtype finfo float float16 float32 float64 half int int32 int64 is_cuda is_mlu "
-    "is_musa is_npu item long to tolist type type_as uint8"
+    "Tensor astype bfloat16 bool device double dtype finfo float float16 float32 float64 half int int32 int64 is_cuda "
+    "is_mlu is_musa is_npu item long to tolist type type_as uint8"
 )
 _PLACES = words(
-    "_dynamo compiler cuda functional grid_sample grid_sampler is_available is_compiling is_dynamo_compiling "
-    "is_exporting is_in_onnx_export is_scripting is_tracing is_tensor jit nn onnx"
+    "_assert _dynamo compiler cuda functional grid_sample grid_sampler is_available is_compiling is_dynamo_compiling "
+    "is_exporting is_in_onnx_export is_scripting is_tracing is_tensor jit nn onnx "
+    "ops nvidia MultiscaleDeformableAttnPlugin_TRT DMHA_backward"
 )
 _FUNCTIONS = words("apply save_for_backward saved_tensors needs_input_grad set_materialize_grads im2col_step")
 _PYTHON = words("append extend format insert index items join keys pop reverse values warn warnings warning")

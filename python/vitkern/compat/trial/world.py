@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vitkern import reference
+from vitkern.compat.trial import registries
 from vitkern.compat.trial.copies import Copies
 from vitkern.compat.trial.functions import (
     BACKWARD,
@@ -40,9 +41,14 @@ class World(Copies):
         self._card, self._traced, self._compiled_core = card, traced, compiled_core
         self.taken: set[str] = set()  # compiled functions that were taken as published
         self._torch = _Overlay(torch, self._staged())
+        self._registry = registries.of_libreyolo(filled=card or not compiled_core, takes=compiled_core)
 
     def _staged(self) -> dict[str, Any]:
-        staged: dict[str, Any] = {}
+        staged: dict[str, Any] = dict(
+            registries.of_tao(
+                self._kernel(FORWARD, "torch.ops.nvidia"), self._kernel(BACKWARD, "torch.ops.nvidia")
+            )
+        )
         if self._card:
             staged["cuda.is_available"] = lambda: True
         if self._traced:
@@ -56,6 +62,8 @@ class World(Copies):
     def _value(self, value: Any, name: str = "") -> Any:
         if value is torch:
             return self._torch
+        if isinstance(value, FunctionType) and value.__module__ == registries.LIBREYOLO:
+            return self._registry.get(value.__name__, value)
         if isinstance(value, FunctionType):
             staged = self._traced and value.__name__ in _TRACING_FUNCTIONS
             return (lambda *_, **__: True) if staged else self.function(value)
