@@ -52,7 +52,7 @@ speed: setup  ## The picture of the README: measures it and draws docs/speed.svg
 # where there is no network.
 PART := correct
 SECONDS := 540
-gpu:  ## On a card, PART=correct|sanitize|bench|tune, in calls of SECONDS=540 that go on; DRY=1 lists what would run
+gpu:  ## On a card, PART=correct|sanitize|bench|tune|counts, in calls of SECONDS=540 that go on; DRY=1 lists what would run
 ifdef DRY
 	@$(MAKE) --silent setup
 	@$(BIN)/python -m benchmarks.gpu $(PART) --dry --seconds $(SECONDS) $(GPU_ARGS)
@@ -79,6 +79,9 @@ SEEDS := 3
 CUDA_RACES = VITKERN_EMULATED_RACES="$$($(BIN)/python -m tests.emulated --races)" VITKERN_SEEDS=$(SEEDS) $(BIN)/python -m pytest
 races: setup  ## CUDA kernels, emulated: no two accesses race, SEEDS=3 schedules a call give the same bits
 	$(CUDA_RACES) -m "" tests/test_races.py tests/test_schedules.py $(PARALLEL) $(PYTEST_ARGS)
+
+counts: setup  ## Counts what CUDA kernels that have changed ask of memory, emulated, and draws docs/counts.md: up to 45 minutes
+	$(BIN)/python -m benchmarks.counts $(COUNTS_ARGS)
 
 # A sanitizer ends the process, a worker's too, so its report is not captured until the end of a test. Tests that only
 # call the same kernels again, or code that is not sanitized, are left out; test_cuda_emulated.py has the emulated
@@ -136,7 +139,7 @@ help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench tables speed gpu check emulate fuzz races sanitize lint typecheck ci docs setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench tables speed gpu check emulate fuzz races counts sanitize lint typecheck ci docs setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Multi-scale deformable attention as Deformable-DETR's kernels split it, written anew from the maths: what the static
-// figures of docs/benchmarking.md are held against. Never launched.
+// figures of docs/benchmarking.md and the counts of docs/counts.md are held against. Never launched on a card.
 //
 // Forward: one thread a channel, which locates every point for itself and reads four numbers of it. Backward: one block
 // an image, query and head, one thread a channel; four atomic additions a point and channel, and the products that make
 // the gradients of location and weight are summed over the channels by the first thread, through shared memory.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "common/launch.cuh"
 
 namespace baseline {
 

@@ -33,17 +33,17 @@ def _tool(name: str) -> str | None:
     return str(beside_python) if beside_python.exists() else shutil.which(name)
 
 
-def build(sanitize: str = "", races: bool = False) -> Path:
+def build(sanitize: str = "", watch: str = "") -> Path:
     """The up-to-date module's file. CMake knows what changed; nothing is compiled when nothing did."""
     import pybind11
 
-    kind = "emulator-races" if races else "emulator-sanitized" if sanitize else "emulator"
+    kind = f"emulator-{watch}" if watch else "emulator-sanitized" if sanitize else "emulator"
     folder = ROOT / "build" / kind
     defines = {
         "VITKERN_EMULATOR": "ON",
         "VITKERN_CUDA": "OFF",
         "VITKERN_SANITIZE": sanitize,
-        "VITKERN_RACES": "ON" if races else "OFF",
+        "VITKERN_WATCH": watch,
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
@@ -54,31 +54,39 @@ def build(sanitize: str = "", races: bool = False) -> Path:
     return next(folder.glob(f"_emulated*{importlib.machinery.EXTENSION_SUFFIXES[0]}"))
 
 
+# As each kind of build compiles the kernels; CMakeLists.txt says why.
+_FLAGS = {
+    "": ("-O1", "-g"),
+    "races": ("-O1", "-g", "-fsanitize=thread"),
+    "counts": ("-O0", "-g1", "-fsanitize=thread", "-fsanitize-coverage=trace-pc"),
+}
+
+
 def compile_program(
-    name: str | Path, folder: Path, sanitize: str = "", races: bool = False, flags: Sequence[str] = ()
+    name: str | Path, folder: Path, sanitize: str = "", watch: str = "", flags: Sequence[str] = ()
 ) -> Path:
-    """An executable of a file, of tests/emulator where no other folder is given; with the race detector or without."""
-    program = folder / (Path(name).stem + ("-sanitized" if sanitize else "-races" if races else ""))
+    """An executable of a file, of tests/emulator where no other folder is given, or with -shared a library;
+    `watch`: the emulated kernels are watched by csrc/emulator/<watch>.cpp."""
+    program = folder / (Path(name).stem + ("-sanitized" if sanitize else f"-{watch}" if watch else ""))
     flags = [*flags, *([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])]
-    flags += ["-DVITKERN_RACES"] if races else []
     flags += [
         "-std=c++17",
-        "-O1",
-        "-g",
+        "-fPIC",
         "-fopenmp",
         "-ffp-contract=off",
         "-DVITKERN_EMULATED",
         f"-I{ROOT / 'csrc'}",
     ]
+    flags += ["-DVITKERN_WATCHED", "-Wno-unknown-pragmas"] if watch else []
     source = ROOT / "tests" / "emulator" / name
-    if not races:
-        _run(_tool("c++"), *flags, "-x", "c++", source, "-o", program)
+    if not watch:
+        _run(_tool("c++"), *flags, *_FLAGS[watch], "-x", "c++", source, "-o", program)
         return program
     # Instrumented alone, and linked without libtsan.
     objects = program.with_suffix(".kernels.o"), program.with_suffix(".runtime.o")
-    _run(_tool("c++"), *flags, "-fsanitize=thread", "-x", "c++", "-c", source, "-o", objects[0])
-    _run(_tool("c++"), *flags, "-c", ROOT / "csrc" / "emulator" / "races.cpp", "-o", objects[1])
-    _run(_tool("c++"), "-fopenmp", *objects, "-ldl", "-o", program)
+    _run(_tool("c++"), *flags, *_FLAGS[watch], "-x", "c++", "-c", source, "-o", objects[0])
+    _run(_tool("c++"), *flags, "-O2", "-c", ROOT / "csrc" / "emulator" / f"{watch}.cpp", "-o", objects[1])
+    _run(_tool("c++"), *flags, *objects, "-ldl", "-o", program)
     return program
 
 
@@ -127,4 +135,5 @@ def sanitizer_environment() -> dict[str, str]:
 REASON = _reason()
 
 if __name__ == "__main__":
-    print(REASON or build(SANITIZERS if "--sanitize" in sys.argv else "", races="--races" in sys.argv))
+    watch = next((word[2:] for word in sys.argv[1:] if word in ("--races", "--counts")), "")
+    print(REASON or build(SANITIZERS if "--sanitize" in sys.argv else "", watch))

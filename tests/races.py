@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -66,7 +66,7 @@ def kernels(names: Mapping[str, torch.Tensor] | None = None, **values: object) -
     for name, tensor in (names or {}).items():
         _name(name, tensor)
     try:
-        with mock.patch.object(native, "cuda_module", _module()), variables(**values), _named_outputs():
+        with mock.patch.object(native, "cuda_module", _module()), variables(**values), named_outputs(_name):
             yield
     except RuntimeError as error:
         raise RuntimeError(readable(str(error), path())) from None
@@ -80,13 +80,13 @@ def _name(name: str, tensor: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _named_outputs() -> Iterator[None]:
+def named_outputs(name: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Names the tensors that a call allocates by their shapes."""
 
     def naming(allocate, what):
         def named(*args, **options):
             tensor = allocate(*args, **options)
-            _name(f"{what} {tuple(tensor.shape)}", tensor)
+            name(f"{what} {tuple(tensor.shape)}", tensor)
             return tensor
 
         return named
@@ -116,13 +116,18 @@ def readable(text: str, binary: Path) -> str:
 
 def _lines(addresses: list[str], binary: Path) -> Iterator[str]:
     """For each address the lines that led there, the innermost first, without the emulator's own."""
+    for places in calls_to(addresses, binary):
+        own = [place for place in places if place.parent.name != "emulator" or ".cu:" in place.name]
+        yield " < ".join(f"{place.parent.name}/{place.name}" for place in own or places)
+
+
+def calls_to(addresses: list[str], binary: Path) -> Iterator[list[Path]]:
+    """For each address that a call returns to, file:line of the call and of all that it was inlined into."""
     before = [hex(int(address, 16) - 1) for address in addresses]  # the call, not where it returns to
     command = ["addr2line", "--addresses", "--inlines", f"--exe={binary}", *before]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for lines in re.split(r"^0x[0-9a-f]+\n", told, flags=re.MULTILINE)[1:]:
-        places = [Path(line.split(" ")[0]) for line in lines.splitlines()]
-        own = [place for place in places if place.parent.name != "emulator" or ".cu:" in place.name]
-        yield " < ".join(f"{place.parent.name}/{place.name}" for place in own or places)
+        yield [Path(line.split(" ")[0]) for line in lines.splitlines()]
 
 
 @functools.cache

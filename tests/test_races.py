@@ -63,7 +63,7 @@ def program(tmp_path_factory):
 
     def run(kernel: str, detector: bool = True, **values: object) -> str:
         if detector not in built:
-            built[detector] = emulated.compile_program("races.cu", folder, races=detector)
+            built[detector] = emulated.compile_program("races.cu", folder, watch="races" if detector else "")
         environment = {**os.environ, **{f"CUDA_EMU_{name}": str(value) for name, value in values.items()}}
         done = subprocess.run(
             [built[detector], kernel], capture_output=True, text=True, env=environment, timeout=60
@@ -129,7 +129,7 @@ def test_some_schedule_shows_what_a_race_does_and_its_seed_repeats_it(program, f
 def test_the_kernel_of_the_page(flags, tmp_path):
     (block,) = blocks(ROOT / "docs" / "emulator.md", "cuda")
     (tmp_path / "mine.cu").write_text(block.text)
-    program = emulated.compile_program(tmp_path / "mine.cu", tmp_path, races=True, flags=flags)
+    program = emulated.compile_program(tmp_path / "mine.cu", tmp_path, watch="races", flags=flags)
     said = races.readable(subprocess.run([program], capture_output=True, text=True).stdout, program)
     if not flags:
         assert said == "3568 7664\n"

@@ -85,7 +85,7 @@ def _reduction(opcode: str) -> str:
 
 def _count(kernel: Kernel, points: Points) -> tuple[float | None, ...]:
     """Instructions of a thread for each of its sampled points and channels."""
-    main = _loop_over_points(kernel, points)
+    main = loop_over_points(kernel, points)
     if main is None:
         return None, None, None
     of_main = kernel.longest_path(main.blocks, main.head, kernel.size)
@@ -107,7 +107,7 @@ def _count(kernel: Kernel, points: Points) -> tuple[float | None, ...]:
     return tuple(round(figure / points.channels, 1) for figure in (a_point, located, whole))
 
 
-def _loop_over_points(kernel: Kernel, points: Points) -> Loop | None:
+def loop_over_points(kernel: Kernel, points: Points) -> Loop | None:
     """The innermost loop with the loads of whole points; of several, as bilinear and nearest, the one with most."""
     found = []
     for loop in kernel.loops:

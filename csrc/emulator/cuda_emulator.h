@@ -5,11 +5,11 @@
 // on one OS thread, which runs each fiber up to its next barrier or warp operation; blocks have threads of OpenMP.
 // CUDA_EMU_ORDER=1 runs the threads of a block backwards: a result that differs depends on the order.
 // CUDA_EMU_SEED=n draws the next thread at random at each barrier and warp operation and, in a build with
-// VITKERN_RACES, before any access to memory (schedules); the same n gives the same schedule.
+// VITKERN_WATCHED, before any access to memory (schedules); the same n gives the same schedule.
 //
 // Caught, with kernel and block named: barriers that part of a block never reaches, warp operations
 // whose lanes do not all come or whose mask lacks one, impossible launches; under AddressSanitizer
-// and UBSan, overruns; in a build with VITKERN_RACES, races (races.cpp).
+// and UBSan, overruns; in a build with VITKERN_WATCHED, races (races.cpp).
 // docs/emulator.md has what is modelled and what is not.
 #pragma once
 
@@ -31,8 +31,8 @@
 
 namespace emulator {
 
-constexpr size_t kStackBytes = 128 << 10;
-constexpr size_t kCopyBytes = 16;  // of cp.async
+constexpr size_t kStackBytes = 512 << 10;  // without optimisation each variable has a place of its own
+constexpr size_t kCopyBytes = 16;          // of cp.async
 
 enum class Waits { kForNothing, kForBlock, kForWarp, kEnded };
 
@@ -151,6 +151,7 @@ class Block {
       other.meeting.value = other.meeting.source < 0 ? bits : values[other.meeting.source];
       set(other, Waits::kForNothing);
     }
+    races::warp_meets(first, mask);
     if (barrier) races::warp_barrier(*barrier, first, mask);
     may_switch();
     return me.meeting.value;
@@ -159,7 +160,7 @@ class Block {
   // The caller's copies. They arrive when they are waited for, never before; until then the target is NaN.
   void copy(void* to, const void* from, const void* caller) {
     std::memset(to, 0xff, kCopyBytes);
-    fiber->copies.push_back({to, from, fiber->groups, caller, races::copy_begins()});
+    fiber->copies.push_back({to, from, fiber->groups, caller, races::copy_begins(to, from, caller)});
   }
   void wait_for_groups_before(int end) { arrive(*fiber, end); }
 

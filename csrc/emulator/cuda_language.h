@@ -14,7 +14,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // a block stays on one OS thread
 
-#ifdef VITKERN_RACES
+#ifdef VITKERN_WATCHED
 #undef __forceinline__
 #define __forceinline__ inline __attribute__((always_inline))  // a report names the lines that led there
 #endif
@@ -29,7 +29,7 @@
 namespace emulator {
 
 // The indices of the running thread, and its launch's extents.
-#ifdef VITKERN_RACES
+#ifdef VITKERN_WATCHED
 __attribute__((const)) uint3 thread_index();
 __attribute__((const)) uint3 block_index();
 __attribute__((const)) dim3 block_extent();
@@ -112,7 +112,7 @@ T __shfl_down_sync(unsigned mask, T value, int distance, int width = 32) {
 // ---- Memory and arithmetic
 
 template <typename T>
-T __ldg(const T* address) {
+__forceinline__ T __ldg(const T* address) {
   return *address;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
@@ -126,11 +126,8 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 namespace emulator {
 
 template <typename Bits, typename T, typename Sum>
-VITKERN_UNSEEN T atomic_update(T* address, const void* caller, const Sum& sum) {
+VITKERN_UNSEEN T exchange(T* address, const Sum& sum) {
   static_assert(sizeof(Bits) == sizeof(T));
-  const races::Recording none(false);
-  Block::current().may_switch();
-  races::sees(races::Access::kUpdate, address, sizeof(T), caller);
   Bits* word = reinterpret_cast<Bits*>(address);
   Bits before = __atomic_load_n(word, __ATOMIC_RELAXED), after;
   T value;
@@ -140,6 +137,14 @@ VITKERN_UNSEEN T atomic_update(T* address, const void* caller, const Sum& sum) {
     std::memcpy(&after, &next, sizeof after);
   } while (!__atomic_compare_exchange_n(word, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return value;
+}
+
+template <typename Bits, typename T, typename Sum>
+VITKERN_UNSEEN T atomic_update(T* address, const void* caller, const Sum& sum) {
+  const races::Recording none(false);
+  Block::current().may_switch();
+  races::sees(races::Access::kUpdate, address, sizeof(T), caller);
+  return exchange<Bits>(address, sum);
 }
 
 }  // namespace emulator
@@ -167,6 +172,15 @@ VITKERN_CALLED __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 add
   });
 }
 
+// Four floats in one reduction, as red.global.add.v4.f32 of sm_90; each of them is added atomically.
+VITKERN_CALLED void add_four_floats(float* address, const float* addends) {
+  const emulator::races::Recording none(false);
+  emulator::Block::current().may_switch();
+  emulator::races::sees(emulator::races::Access::kUpdate, address, 4 * sizeof(float), VITKERN_CALLER);
+  for (int i = 0; i < 4; ++i)
+    emulator::exchange<uint32_t>(address + i, [=](float value) { return value + addends[i]; });
+}
+
 // ---- The runtime: one device, no waiting
 
 namespace emulator {
@@ -191,7 +205,7 @@ inline void launch(const char* kernel, const void* function, dim3 grid, dim3 blo
       if (!error) error = std::current_exception();
     }
   };
-#ifdef VITKERN_RACES
+#ifdef VITKERN_WATCHED
   const std::lock_guard<std::mutex> one_launch(races::one_launch());
   races::launch_begins(kernel, function, blocks);
   for (const int64_t i : races::order_of_blocks(blocks)) run(i);
@@ -211,6 +225,7 @@ using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* address, int byte, size_t bytes, cudaStream_t) {
+  emulator::races::fills(bytes);
   return std::memset(address, byte, bytes), cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }

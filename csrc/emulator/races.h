@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the emulator tells the race detector (races.cpp), in builds with VITKERN_RACES; nothing in others.
+// What the emulator tells who watches the kernels: the race detector (races.cpp) or the counter (counts.cpp), one of
+// which is linked in builds with VITKERN_WATCHED; nothing in others.
 //
 // In such a build the kernels are compiled with -fsanitize=thread, by which the compiler calls a function before
-// each access to memory; races.cpp has these functions, in place of libtsan.
+// each access to memory; races.cpp and counts.cpp have these functions, in place of libtsan.
 #pragma once
 
 #include <array>
@@ -44,7 +45,7 @@ struct Clock {
   std::array<uint32_t, kWarpLanes> lanes{};
 };
 
-#ifdef VITKERN_RACES
+#ifdef VITKERN_WATCHED
 std::mutex& one_launch();  // at a time
 std::vector<int64_t> order_of_blocks(int64_t count);
 void launch_begins(const char* kernel, const void* function, int64_t blocks);
@@ -55,10 +56,15 @@ void thread_runs(int thread, const void* stack, size_t bytes);
 // All threads of the block have come to a barrier; the lanes of `mask` have.
 void block_barrier(const Site& site);
 void warp_barrier(const Site& site, int first_thread, unsigned mask);
+// The lanes of `mask` have come to an operation of their warp, of any kind.
+void warp_meets(int first_thread, unsigned mask);
 // An access of the running thread that the compiler does not see.
 void sees(Access access, const void* address, size_t bytes, const void* caller);
+// ldmatrix is about to read 16 bytes that the running thread names; each number it hands out is seen besides.
+void sees_row(const void* row, const void* caller);
+void fills(size_t bytes);  // cudaMemsetAsync
 // An asynchronous copy of the running thread, which begins at `before`; `from` may be null.
-Clock copy_begins();
+Clock copy_begins(const void* to, const void* from, const void* caller);
 void copy_arrives(const Clock& before, const void* to, const void* from, size_t bytes, const void* caller);
 
 // While one lives, accesses are those of a kernel, or of the emulator.
@@ -82,8 +88,11 @@ inline void names_dynamic_shared(const char*) {}
 inline void thread_runs(int, const void*, size_t) {}
 inline void block_barrier(const Site&) {}
 inline void warp_barrier(const Site&, int, unsigned) {}
+inline void warp_meets(int, unsigned) {}
 inline void sees(Access, const void*, size_t, const void*) {}
-inline Clock copy_begins() { return {}; }
+inline void sees_row(const void*, const void*) {}
+inline void fills(size_t) {}
+inline Clock copy_begins(const void*, const void*, const void*) { return {}; }
 inline void copy_arrives(const Clock&, const void*, const void*, size_t, const void*) {}
 
 struct Recording {

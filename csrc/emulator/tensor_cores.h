@@ -39,6 +39,7 @@ template <bool kTransposed>
 VITKERN_CALLED void load_matrices(uint32_t (&out)[4], const void* row) {
   const emulator::races::Recording none(false);
   const void* caller = VITKERN_CALLER;
+  emulator::races::sees_row(row, caller);
   const auto& rows = emulator::lay_down("ldmatrix", static_cast<const uint16_t*>(row));
   const int lane = threadIdx.x % emulator::kWarpLanes;
   for (int i = 0; i < 4; ++i) {

@@ -88,7 +88,9 @@ __device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Til
     const int pixel = Tile::lane() + i * Tile::kLanes;
     A share = 0, f = 0;
     if (pixel < pixels_left && token < tokens_left) {
-      share = exp(logit<Tile>(shared.logits, pixel) - shared.largest[token]) * shared.inverse[token];
+      // Forward may have added up a large logit in another order, and have found it smaller.
+      const A below = logit<Tile>(shared.logits, pixel) - shared.largest[token];
+      share = exp(below > 0 ? A{0} : below) * shared.inverse[token];
       f = share * (logit<Tile>(shared.products, pixel) - shared.delta[token]);
     }
     const T rounded = narrow<T>(f);
