@@ -82,7 +82,7 @@ def test_a_sample_of_blocks_stands_for_all():
     assert max(page.sampling_errors(record.committed()).values()) < 0.01
 
 
-# Of the same mapping, four queries and eight heads a block, by another trace: misses of L1, rows left after merging.
+# The same mapping, four queries and eight heads a block, by another trace: misses of L1, rows left after merging.
 MAPPING = {"initial": (0.233, 0.33), "sigma 2 px": (0.416, 0.63), "uniform": (0.859, 0.94)}
 
 

@@ -8,14 +8,10 @@ It counts the ops whose sources have changed, writes benchmarks/counts/counts.js
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
-from benchmarks.counts import baseline, cases, chain, counter, machine_code, modelled, page, record
-from benchmarks.counts.cases import Case
+from benchmarks.counts import cases, chain, machine_code, modelled, page, record
+from benchmarks.counts.workers import count, everything
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,30 +24,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="count the small shapes, fail where they differ")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     return parser.parse_args(arguments)
-
-
-def _count(number: int) -> tuple[str, record.Row, float]:
-    """The case of this number in all(): cases do not travel to another process."""
-    case, began = _all()[number], time.monotonic()
-    counted = case.run() if case.small else case.run(EVERY=cases.EVERY)
-    return case.name, record.of_case(case, counted), time.monotonic() - began
-
-
-def _all() -> list[Case]:
-    return cases.full() + cases.small()
-
-
-def count(ops: list[str], workers: int) -> dict[str, record.Row]:
-    """The counts of all cases of some ops, by name."""
-    os.environ["VITKERN_EMULATED_COUNTS"] = str(counter.path())
-    os.environ["VITKERN_BASELINE_COUNTS"] = str(baseline.path())
-    numbers = [number for number, case in enumerate(_all()) if case.op in ops]
-    found = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for name, row, seconds in pool.map(_count, numbers):
-            print(f"{seconds:>6.1f} s  {name}", flush=True)
-            found[name] = row
-    return found
 
 
 def differences(found: dict[str, record.Row]) -> list[str]:
@@ -82,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.fresh or op in options.op or known.get("sources", {}).get(op) != digests[op]
         ]
         found = known.get("counts", {}) | count(stale, options.workers)
-        known |= {"sources": digests, "counts": {case.name: found[case.name] for case in _all()}}
+        known |= {"sources": digests, "counts": {case.name: found[case.name] for case in everything()}}
         if "ms_deform_attn" in stale:
             known["modelled"] = modelled.measure(options.workers)
             known["chains"] = chain.measure()
