@@ -122,7 +122,10 @@ class Pass:
             found = trial.run(self.place, tests, self.options.seconds, self.record.seconds, **variables)
             if not found.caught and (words := races_of(objects)):
                 races = {"VITKERN_EMULATED_RACES": str(self.place.races()), **variables}
-                before, found = found, trial.run_files(self.place, RACES, words, self.options.seconds, **races)
+                before, found = (
+                    found,
+                    trial.run_files(self.place, RACES, words, self.options.seconds, **races),
+                )
                 found = found._replace(ran=before.ran + found.ran, seconds=before.seconds + found.seconds)
             more = {"by": found.by, "why": found.why, "ran": found.ran, "left": found.left}
             if not found.caught:

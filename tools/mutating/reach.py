@@ -15,27 +15,23 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
-
-_seen: set[CodeType] = set()
-
-
-def _profile(frame: FrameType, event: str, argument: object) -> None:
-    if event == "call":
-        _seen.add(frame.f_code)
 
 
 def _watch() -> None:
-    threading.setprofile(_profile)
-    sys.setprofile(_profile)
+    """Collects the calls of this thread and of those that it will start."""
+    import _mutate_calls
+
+    threading.setprofile(_mutate_calls.watch)
+    _mutate_calls.watch()
 
 
 def _reached() -> list[str]:
     """The functions called since the last time, as ``file:name``."""
+    import _mutate_calls
+
     folder = os.environ["MUTATE_FOLDER"] + os.sep
-    codes = [(code.co_filename, getattr(code, "co_qualname", code.co_name)) for code in _seen]
-    _seen.clear()
+    codes = ((code.co_filename, getattr(code, "co_qualname", code.co_name)) for code in _mutate_calls.take())
     found = {f"{file[len(folder) :]}:{name}" for file, name in codes if file.startswith(folder)}
     return sorted(name for name in found if not name.startswith(("tests/", "build/")))
 
@@ -69,7 +65,7 @@ class _Record:
 
     def pytest_runtest_logstart(self, nodeid: str, location: object) -> None:
         self.tests[nodeid] = {"seconds": 0.0, "outcome": "passed"}
-        _seen.clear()
+        _reached()
         _watch()
 
     def pytest_runtest_logreport(self, report: Any) -> None:

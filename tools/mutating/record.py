@@ -11,7 +11,7 @@ from typing import Any
 
 from tools.mutating.mutation import Mutation
 
-# The tests of a compiled object: of its build and op, by their names. Those of the widest vectors compile all kernels
+# The tests of a compiled object: of its build and op, by their names. The runs as cpu-wide compile all kernels
 # themselves, so they are left out: the same sources run as avx512 or avx2.
 _CPU = r"^(?!.*(cpu-wide|cuda-|triton-|reference-|emulated)).*"
 _EMULATED = r"^(?!.*(cpu-|triton-|reference-|cuda-gpu)).*"

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,6 @@ class Workplace:
         self._copy_sources()
         if not self.python.exists():
             self._make_venv()
-        shutil.copy(Path(__file__).with_name("reach.py"), self.packages() / "_mutate_reach.py")
         if self.project.compiled:
             self._build_first()
             self._keep_built()
@@ -81,6 +81,10 @@ class Workplace:
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", self.venv], check=True)
         lent = subprocess.check_output([sys.executable, "-c", _QUOTED], text=True)
         (self.packages() / "borrowed.pth").write_text(lent)
+        calls = [Path(__file__).with_name("calls.cpp"), "-o", self.packages() / "_mutate_calls.so"]
+        include = f"-I{sysconfig.get_path('include')}"
+        subprocess.run(["c++", "-std=c++17", "-O2", "-shared", "-fPIC", include, *calls], check=True)
+        shutil.copy(Path(__file__).with_name("reach.py"), self.packages() / "_mutate_reach.py")
         (self.packages() / "_mutate_reach.pth").write_text("import _mutate_reach; _mutate_reach.start()\n")
 
     def packages(self) -> Path:
