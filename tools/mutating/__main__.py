@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None, project: Project = VITKERN, reviewe
                 f"{mutation.file}:{mutation.line}, {mutation.rule}: {mutation.before!r} -> {mutation.after!r}"
             )
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the tests that run
     one_pass = Pass(project, mutations, options)
     one_pass.run()
     return report(one_pass, table.reasons(reviewed), earlier)
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--record", type=float, default=300.0, help="seconds for the record of a test file (default: 300)"
     )
+    parser.add_argument("--processes", type=int, default=2, help="that run tests at once (default: 2)")
     parser.add_argument("--output", type=Path, help="a file for the table, in JSON")
     return parser
 
@@ -75,7 +78,7 @@ class Pass:
 
     def __init__(self, project: Project, mutations: list[Mutation], options: argparse.Namespace) -> None:
         self.project, self.mutations, self.options = project, mutations, options
-        self.place = Workplace(project)
+        self.place = Workplace(project, options.processes)
         self.end = time.monotonic() + 3600 * options.hours
         path = self.place.root / "state.json"
         if options.fresh:

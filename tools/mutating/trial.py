@@ -18,7 +18,6 @@ from tools.mutating.workplace import Workplace
 
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark")
 _PYTEST += ("-p", "_mutate_reach")
-_AT_ONCE = 2
 _NOT_FAILED = (0, 5)  # pytest's statuses: all passed, no tests
 
 
@@ -55,34 +54,38 @@ class _Process:
 def record(
     place: Workplace, tests: Sequence[tuple[str, Path]], seconds: float, say: Any, **variables: str
 ) -> None:
-    """Writes the record of each test file, two at a time. Tests that would begin after `seconds` are left out."""
-    waiting, running = list(tests), {}
-    while waiting or running:
-        while waiting and len(running) < _AT_ONCE:
-            file, path = waiting.pop(0)
-            own = {
-                "MUTATE_RECORD": str(path),
-                "MUTATE_FOLDER": str(place.tree),
-                "MUTATE_SECONDS": str(seconds),
-            }
-            options = [file, "-m", "not alone"]
-            log = path.with_suffix(".log")
-            running[file] = _Process(place, options, log, **own, **variables), time.monotonic()
-        for file, (process, began) in list(running.items()):
-            over = time.monotonic() - began > 2 * seconds + 60
-            if process.process.poll() is not None or over:
-                process.kill()
-                del running[file]
-                say(f"{file}: {time.monotonic() - began:.0f} s{' (stopped)' if over else ''}")
-        time.sleep(0.1)
+    """Writes the record of each test file, several at a time. Tests after `seconds` of processor time are left out."""
+    waiting = list(tests)
+    running: dict[str, tuple[_Process, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < place.processes:
+                file, path = waiting.pop(0)
+                own = {
+                    "MUTATE_RECORD": str(path),
+                    "MUTATE_FOLDER": str(place.tree),
+                    "MUTATE_SECONDS": str(seconds),
+                }
+                arguments, log = [file, "-m", "not alone", "-k", "not cpu-wide"], path.with_suffix(".log")
+                running[file] = _Process(place, arguments, log, **own, **variables), time.monotonic()
+            for file, (process, began) in list(running.items()):
+                over = time.monotonic() - began > 20 * seconds + 60
+                if process.process.poll() is not None or over:
+                    process.kill()
+                    del running[file]
+                    say(f"{file}: {time.monotonic() - began:.0f} s{' (stopped)' if over else ''}")
+            time.sleep(0.1)
+    finally:
+        for process, _ in running.values():
+            process.kill()
 
 
 def run(
     place: Workplace, tests: Sequence[str], limit: float, expected: dict[str, float], **variables: str
 ) -> Verdict:
-    """Runs tests in two processes, by turns of their files, until one fails or the time is over."""
+    """Runs tests in several processes, by turns of their files, until one fails or the time is over."""
     files = list(dict.fromkeys(node.split("::")[0] for node in tests))
-    turns = [set(files[turn::_AT_ONCE]) for turn in range(min(_AT_ONCE, len(files)))]
+    turns = [set(files[turn :: place.processes]) for turn in range(min(place.processes, len(files)))]
     chosen = [[node for node in tests if node.split("::")[0] in own] for own in turns]
     return _first_failure(
         [_Run(place, turn, own, variables) for turn, own in enumerate(chosen)], limit, expected

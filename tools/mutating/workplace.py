@@ -25,9 +25,10 @@ class DoesNotCompileError(Exception):
 
 
 class Workplace:
-    def __init__(self, project: Project) -> None:
+    def __init__(self, project: Project, processes: int = 2) -> None:
         self.project, self.root = project, project.root / "build" / "mutate"
         self.tree, self.venv, self.kept = self.root / "tree", self.root / "venv", self.root / "built"
+        self.processes = processes  # that run tests at once
         self.python = self.venv / "bin" / "python"
         self._original: tuple[Path, bytes, tuple[int, int]] | None = None
         self.environment = {
