@@ -11,6 +11,7 @@ from tools.mutating import cpp_sites, python_sites, table
 from tools.mutating.__main__ import main
 from tools.mutating.draw import VITKERN, Project, draw
 from tools.mutating.mutation import RULES, Mutation
+from tools.mutating.python_text import same_code
 from tools.mutating.workplace import Workplace
 
 PYTHON = '''
@@ -56,7 +57,7 @@ def test_python_is_changed_by_each_rule_and_its_texts_are_not():
     assert {each.line for each in found} == {4, 6, 7, 8}
     assert {each.function for each in found if each.line > 4} == {"mean"}
     for each in found:
-        assert python_sites.same_code(PYTHON, each.applied(PYTHON)) is False
+        assert same_code(PYTHON, each.applied(PYTHON)) is False
 
 
 def test_cpp_is_changed_by_each_rule_and_its_texts_are_not():
@@ -79,9 +80,9 @@ def test_cpp_is_changed_by_each_rule_and_its_texts_are_not():
 
 
 def test_the_bytecode_tells_what_is_equivalent():
-    assert python_sites.same_code("a = 1\nb = 2\n", "a =  1  # one\n\nb = 2\n")
-    assert not python_sites.same_code("a = 1\n", "a = True\n")
-    assert not python_sites.same_code("def f(): return 1\n", "def f(): return 2\n")
+    assert same_code("a = 1\nb = 2\n", "a =  1  # one\n\nb = 2\n")
+    assert not same_code("a = 1\n", "a = True\n")
+    assert not same_code("def f(): return 1\n", "def f(): return 2\n")
 
 
 def test_a_seed_draws_the_same_from_all_parts_of_the_package():

@@ -13,7 +13,7 @@ from pathlib import Path
 from tools.mutating import table, trial
 from tools.mutating.draw import VITKERN, Project, draw
 from tools.mutating.mutation import Mutation
-from tools.mutating.python_sites import same_code
+from tools.mutating.python_text import same_code
 from tools.mutating.reach import write_json
 from tools.mutating.record import Record, races_of
 from tools.mutating.workplace import DoesNotCompileError, Workplace

@@ -17,7 +17,7 @@ int on_event(PyObject*, PyFrameObject* frame, int what, PyObject*) {
   return 0;
 }
 
-// Of the calling thread. The arguments are those of a profile function of Python, so that it may stand for one.
+// For the calling thread. It takes the arguments of a profile function, so that threading.setprofile() takes it.
 PyObject* watch(PyObject*, PyObject*) {
   PyEval_SetProfile(on_event, nullptr);
   Py_RETURN_NONE;

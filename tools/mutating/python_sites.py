@@ -7,21 +7,8 @@ import ast
 from collections.abc import Callable, Iterator
 
 from tools.mutating.mutation import Mutation
+from tools.mutating.python_text import Finder
 
-# Subtrees whose parts are text for people or for the type checker.
-_SPEAKS = {
-    "print",
-    "warn",
-    "debug",
-    "info",
-    "warning",
-    "error",
-    "log",
-    "say",
-    "format",
-    "join",
-    "add_argument",
-}
 _SIGNS: dict[type, str] = {ast.Add: "-", ast.Sub: "+"}
 _SYMBOLS: dict[type, str] = {
     ast.Add: "+",
@@ -70,90 +57,13 @@ _EXTREMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minim
 Found = tuple[str, int, int, str]  # rule, start, end, new text
 
 
-class _Finder:
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.starts = [0]
-        for line in text.splitlines(keepends=True):
-            self.starts.append(self.starts[-1] + len(line))
-        self.lines = text.splitlines()
-        self.parents: dict[ast.AST, ast.AST] = {}
-
-    def offset(self, line: int, column: int) -> int:
-        """The offset of a place as ast counts it, in bytes of UTF-8."""
-        text = self.lines[line - 1].encode()[:column].decode()
-        return self.starts[line - 1] + len(text)
-
-    def span(self, node: ast.AST) -> tuple[int, int]:
-        node_: ast.expr = node  # type: ignore[assignment]
-        assert node_.end_lineno is not None and node_.end_col_offset is not None
-        return (
-            self.offset(node_.lineno, node_.col_offset),
-            self.offset(node_.end_lineno, node_.end_col_offset),
-        )
-
-    def source(self, node: ast.AST) -> str:
-        start, end = self.span(node)
-        return self.text[start:end]
-
-    def between(self, left: ast.AST, right: ast.AST, symbol: str) -> tuple[int, int] | None:
-        """The place of an operator between two operands, if only brackets and spaces stand beside it."""
-        start, end = self.span(left)[1], self.span(right)[0]
-        gap = self.text[start:end]
-        if "#" in gap or gap.count(symbol) != 1:
-            return None
-        at = start + gap.index(symbol)
-        return at, at + len(symbol)
-
-    def walk(self, node: ast.AST) -> Iterator[ast.AST]:
-        yield node
-        for child in ast.iter_child_nodes(node):
-            if not _is_text(node, child):
-                self.parents[child] = node
-                yield from self.walk(child)
-
-    def function(self, node: ast.AST) -> str:
-        """The qualified name of the innermost function whose body the node is in."""
-        names: list[str] = []
-        child = node
-        while (parent := self.parents.get(child)) is not None:
-            if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) and child in parent.body:
-                names[:0] = [parent.name, "<locals>"] if names else [parent.name]
-            elif isinstance(parent, ast.ClassDef) and names:
-                names.insert(0, parent.name)
-            child = parent
-        return ".".join(names)
-
-    def found(self, node: ast.AST) -> Iterator[Found]:
-        for kind, method in _METHODS.items():
-            if isinstance(node, kind):
-                yield from method(self, node)
-
-
-def _is_text(parent: ast.AST, child: ast.AST) -> bool:
-    if isinstance(child, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)):
-        return True
-    if isinstance(parent, (ast.AnnAssign, ast.arg)) and child is parent.annotation:
-        return True
-    if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) and child is parent.returns:
-        return True
-    if isinstance(parent, ast.Assert) and child is parent.msg:
-        return True
-    if isinstance(parent, ast.If) and "TYPE_CHECKING" in ast.dump(parent.test):
-        return True
-    if isinstance(child, ast.Call):
-        name = getattr(child.func, "attr", getattr(child.func, "id", ""))
-        return name in _SPEAKS
-    return False
-
-
 def _is_sequence(node: ast.AST) -> bool:
     return isinstance(node, (ast.List, ast.Tuple, ast.JoinedStr, ast.ListComp)) or (
         isinstance(node, ast.Constant) and not isinstance(node.value, (int, float))
     )
 
 
-def _binary(finder: _Finder, node: ast.BinOp) -> Iterator[Found]:
+def _binary(finder: Finder, node: ast.BinOp) -> Iterator[Found]:
     symbol = _SYMBOLS.get(type(node.op))
     if symbol is None or _is_sequence(node.left) or _is_sequence(node.right):
         return
@@ -164,7 +74,7 @@ def _binary(finder: _Finder, node: ast.BinOp) -> Iterator[Found]:
     yield "dropped term", start, end, finder.source(node.left)
 
 
-def _unary(finder: _Finder, node: ast.UnaryOp) -> Iterator[Found]:
+def _unary(finder: Finder, node: ast.UnaryOp) -> Iterator[Found]:
     start, end = finder.span(node)
     if isinstance(node.op, ast.USub) and not isinstance(finder.parents[node], (ast.Subscript, ast.Slice)):
         yield "sign", start, end, finder.source(node.operand)
@@ -172,7 +82,7 @@ def _unary(finder: _Finder, node: ast.UnaryOp) -> Iterator[Found]:
         yield "mask", start, end, finder.source(node.operand)
 
 
-def _augmented(finder: _Finder, node: ast.AugAssign) -> Iterator[Found]:
+def _augmented(finder: Finder, node: ast.AugAssign) -> Iterator[Found]:
     start, end = finder.span(node)
     symbol = _SYMBOLS.get(type(node.op))
     if type(node.op) in _SIGNS and not _is_sequence(node.value):
@@ -182,7 +92,7 @@ def _augmented(finder: _Finder, node: ast.AugAssign) -> Iterator[Found]:
     yield "dropped term", start, end, "pass"
 
 
-def _next(finder: _Finder, node: ast.AST | None) -> Iterator[Found]:
+def _next(finder: Finder, node: ast.AST | None) -> Iterator[Found]:
     """A constant one further from zero."""
     negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
     number = node.operand if negative else node  # type: ignore[union-attr]
@@ -192,7 +102,7 @@ def _next(finder: _Finder, node: ast.AST | None) -> Iterator[Found]:
         yield "index", start, end, str(value - 1 if value < 0 else value + 1)
 
 
-def _subscript(finder: _Finder, node: ast.Subscript) -> Iterator[Found]:
+def _subscript(finder: Finder, node: ast.Subscript) -> Iterator[Found]:
     parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
     for part in parts:
         if isinstance(part, ast.Slice):
@@ -205,7 +115,7 @@ def _subscript(finder: _Finder, node: ast.Subscript) -> Iterator[Found]:
             yield from _next(finder, part)
 
 
-def _compare(finder: _Finder, node: ast.Compare) -> Iterator[Found]:
+def _compare(finder: Finder, node: ast.Compare) -> Iterator[Found]:
     operands = [node.left, *node.comparators]
     for left, op, right in zip(operands, node.ops, operands[1:]):
         symbol = _SYMBOLS[type(op)]
@@ -216,7 +126,7 @@ def _compare(finder: _Finder, node: ast.Compare) -> Iterator[Found]:
             yield "mask", *place, _OPPOSITES[type(op)]
 
 
-def _bool(finder: _Finder, node: ast.BoolOp) -> Iterator[Found]:
+def _bool(finder: Finder, node: ast.BoolOp) -> Iterator[Found]:
     place = finder.between(node.values[0], node.values[1], _SYMBOLS[type(node.op)])
     if place is not None and len(node.values) == 2:
         yield "mask", *place, _OPPOSITES[type(node.op)]
@@ -226,12 +136,12 @@ def _bool(finder: _Finder, node: ast.BoolOp) -> Iterator[Found]:
         yield "dropped term", start, end, finder.text[start:kept_end]
 
 
-def _if(finder: _Finder, node: ast.If | ast.IfExp) -> Iterator[Found]:
+def _if(finder: Finder, node: ast.If | ast.IfExp) -> Iterator[Found]:
     start, end = finder.span(node.test)
     yield "mask", start, end, f"not ({finder.source(node.test)})"
 
 
-def _with(finder: _Finder, node: ast.With) -> Iterator[Found]:
+def _with(finder: Finder, node: ast.With) -> Iterator[Found]:
     first, last = node.items[0], node.items[-1]
     source = finder.source(first.context_expr)
     if len(node.items) == 1 and first.optional_vars is None and any(name in source for name in _CONTEXTS):
@@ -240,7 +150,7 @@ def _with(finder: _Finder, node: ast.With) -> Iterator[Found]:
         yield "barrier", start, end, "if True"
 
 
-def _call(finder: _Finder, node: ast.Call) -> Iterator[Found]:
+def _call(finder: Finder, node: ast.Call) -> Iterator[Found]:
     start, end = finder.span(node)
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))
     if isinstance(node.func, ast.Attribute):
@@ -262,7 +172,7 @@ def _call(finder: _Finder, node: ast.Call) -> Iterator[Found]:
     yield from _arguments(finder, node, name)
 
 
-def _arguments(finder: _Finder, node: ast.Call, name: str) -> Iterator[Found]:
+def _arguments(finder: Finder, node: ast.Call, name: str) -> Iterator[Found]:
     pair = node.args[-2:] if name == "where" else node.args[:2]
     if len(pair) == 2 and name not in _FIXED and not any(isinstance(each, ast.Starred) for each in pair):
         first, second = pair
@@ -287,20 +197,20 @@ def _arguments(finder: _Finder, node: ast.Call, name: str) -> Iterator[Found]:
                     yield rule, len(before) - 1, end, ""
 
 
-def _attribute(finder: _Finder, node: ast.Attribute) -> Iterator[Found]:
+def _attribute(finder: Finder, node: ast.Attribute) -> Iterator[Found]:
     if node.attr in _DTYPES and isinstance(node.value, ast.Name) and node.value.id in ("torch", "tl", "np"):
         end = finder.span(node)[1]
         yield "dtype", end - len(node.attr), end, _DTYPES[node.attr]
 
 
-def _statement(finder: _Finder, node: ast.Expr) -> Iterator[Found]:
+def _statement(finder: Finder, node: ast.Expr) -> Iterator[Found]:
     if isinstance(node.value, ast.Call):
         start, end = finder.span(node)
         rule = "barrier" if "barrier" in finder.source(node) or "synchronize" in finder.source(node) else None
         yield rule or "dropped term", start, end, "pass"
 
 
-_METHODS: dict[type, Callable[[_Finder, ast.AST], Iterator[Found]]] = {  # type: ignore[assignment]
+_METHODS: dict[type, Callable[[Finder, ast.AST], Iterator[Found]]] = {  # type: ignore[assignment]
     ast.BinOp: _binary,
     ast.UnaryOp: _unary,
     ast.AugAssign: _augmented,
@@ -316,31 +226,21 @@ _METHODS: dict[type, Callable[[_Finder, ast.AST], Iterator[Found]]] = {  # type:
 }
 
 
+def _found(finder: Finder, node: ast.AST) -> Iterator[Found]:
+    for kind, method in _METHODS.items():
+        if isinstance(node, kind):
+            yield from method(finder, node)
+
+
 def sites(file: str, text: str) -> list[Mutation]:
     """All mutations of a file, in the order of its text."""
-    finder = _Finder(text)
+    finder = Finder(text)
     all_found: dict[tuple[str, int, int, str], Mutation] = {}
     for node in finder.walk(ast.parse(text)):
-        for rule, start, end, after in finder.found(node):
+        for rule, start, end, after in _found(finder, node):
             before, line = text[start:end], text.count("\n", 0, start) + 1
             function = finder.function(node)
             all_found.setdefault(
                 (rule, start, end, after), Mutation(file, rule, start, before, after, line, function)
             )
     return sorted(all_found.values(), key=lambda each: (each.start, each.rule, each.after, each.before))
-
-
-def same_code(one: str, other: str) -> bool:
-    """Whether two texts compile to the same bytecode, lines and columns apart. SyntaxError if one does not compile."""
-    return _essence(compile(one, "one", "exec", dont_inherit=True)) == _essence(
-        compile(other, "one", "exec", dont_inherit=True)
-    )
-
-
-def _essence(code: object) -> object:
-    if not hasattr(code, "co_code"):
-        return type(code), repr(code)
-    constants = tuple(_essence(constant) for constant in code.co_consts)
-    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-    table = getattr(code, "co_exceptiontable", b"")
-    return code.co_code, constants, names, code.co_flags, code.co_argcount, code.co_kwonlyargcount, table
