@@ -80,10 +80,10 @@ class Pass:
         self.project, self.mutations, self.options = project, mutations, options
         self.place = Workplace(project, options.processes)
         self.end = time.monotonic() + 3600 * options.hours
-        path = self.place.root / "state.json"
+        path = self.place.root / f"state-{table.identity(mutations)}.json"  # of these mutations of this code
         if options.fresh:
             path.unlink(missing_ok=True)
-        self.state = table.State.load(path, table.identity(mutations))
+        self.state = table.State.load(path)
 
     def run(self) -> None:
         self.place.prepare()

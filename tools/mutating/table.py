@@ -24,21 +24,15 @@ class State:
     """The rows of the mutations that have been tried, in the order of the draw."""
 
     path: Path
-    of: str  # names the seed, the number and the code
     rows: list[Row]
 
     @classmethod
-    def load(cls, path: Path, of: str) -> State:
-        if path.exists():
-            written = json.loads(path.read_text(encoding="utf-8"))
-            if written["of"] != of:
-                raise ValueError(f"{path} is of another seed or other code; --fresh starts anew")
-            return cls(path, of, written["rows"])
-        return cls(path, of, [])
+    def load(cls, path: Path) -> State:
+        return cls(path, json.loads(path.read_text(encoding="utf-8")) if path.exists() else [])
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        write_json(self.path, {"of": self.of, "rows": self.rows})
+        write_json(self.path, self.rows)
 
     def kept(self) -> int:
         return sum(row["outcome"] not in LEFT_OUT for row in self.rows)
