@@ -68,7 +68,7 @@ class Peer:
         errors = map(relative_error, results, oracle_of(inputs) if oracle is None else oracle)
         worst, what = max(zip(errors, RESULTS))
         limit = LIMITS[inputs.value.dtype]
-        return "right" if worst <= limit else f"wrong: {what} off by {worst:.1e} of its greatest value"
+        return "right" if worst <= limit else f"wrong: {what} off by {worst:.1e} of its largest value"
 
     def _version_objection(self) -> str | None:
         if not self.version:

@@ -76,7 +76,7 @@ def test_the_page_has_plots_of_each_kind_and_all_rows(written):
 def test_what_figures_are_is_told(written):
     page, text = ((written / name).read_text() for name in ("out.html", "out.md"))
     assert "<th>least ms</th>" in page
-    assert "<th>error / greatest</th>" in page
+    assert "<th>error / largest</th>" in page
     assert "| least ms |" in text
     assert "so marks may lie above the 16-bit line." in text
     assert "pale: backward, or both passes (a training step in one call)" in page

@@ -9,17 +9,10 @@ import torch
 
 from vitkern.bench import ceilings, measure, run, schema, store
 from vitkern.bench.plan import Request, plan
-from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase
 from vitkern.cases.ops import OPS
 from vitkern.cli import main
 
-TINY = {
-    "ms_deform_attn": MsDeformAttnCase("tiny", "", 1, ((5, 6), (3, 3)), 7, 2, 8, 2),
-    "ms_deform_attn_fused": MsDeformAttnCase("tiny", "", 1, ((5, 6), (3, 3)), 7, 2, 8, 2),
-    "adapter_bottleneck": AdapterBottleneckCase("tiny", "", (1, 9), 16, 4),
-    "token_pool": TokenCase("tiny", "", 1, 11, 8, 3),
-    "token_project": TokenCase("tiny", "", 1, 11, 8, 3),
-}
+TINY = {name: replace(next(iter(op.tiny.values())).case, name="tiny") for name, op in OPS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -247,12 +240,12 @@ def test_figures_without_verification_break_the_schema(tmp_path):
 
 
 def test_each_op_counts_what_it_moves_and_computes():
-    """For token_pool [1, 11, 8] with 3 tokens: x, weight and tokens in float32; scores and sums."""
+    """For token_pool [1, 7, 5] with 3 tokens: x, weight and tokens in float32; scores and sums."""
     (subject,) = plan(Request(["token_pool"], dtypes=["fp32"], device="cpu"))
     costs = ceilings.cost(subject.op, subject.case, torch.float32)
-    x, weight, tokens = (4 * count for count in (11 * 8, 3 * 8, 3 * 8))
-    assert costs["forward"] == (x + weight + tokens, 4 * 11 * 8 * 3)
-    assert costs["backward"] == (2 * (x + weight) + tokens, 2 * 4 * 11 * 8 * 3)
+    x, weight, tokens = (4 * count for count in (7 * 5, 3 * 5, 3 * 5))
+    assert costs["forward"] == (x + weight + tokens, 4 * 7 * 5 * 3)
+    assert costs["backward"] == (2 * (x + weight) + tokens, 2 * 4 * 7 * 5 * 3)
     assert costs["both"] == tuple(map(sum, zip(costs["forward"], costs["backward"])))
 
 

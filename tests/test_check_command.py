@@ -19,7 +19,7 @@ from tests import emulated
 from tests.runners import RUNNERS
 from vitkern import reference
 from vitkern.cases.ops import OPS
-from vitkern.check import apart, compare, examine, report, run, sanitize
+from vitkern.check import compare, examine, report, run, sanitize, worker
 from vitkern.check.plan import Request, plan
 from vitkern.check.routes import Route
 from vitkern.cli import main
@@ -187,13 +187,13 @@ def test_an_interrupted_run_tells_what_it_knows(monkeypatch, capsys, tmp_path):
 def test_an_interrupted_run_has_what_its_other_process_did(monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    wait = apart.Apart.wait
+    wait = worker.Worker.wait
 
     def interrupted(self):
         wait(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(apart.Apart, "wait", interrupted)
+    monkeypatch.setattr(worker.Worker, "wait", interrupted)
     wanted = ["--op", "token_project", "--backend", "triton-interpreted", "--dtype", "fp32"]
     assert check(*wanted, "--case", "no-batch", "--device", "cpu") == 130
     assert capsys.readouterr().out.splitlines()[-1].startswith("1 checks in")
@@ -337,7 +337,7 @@ def test_a_process_that_dies_fails_its_checks(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     request = Request(["token_pool"], ["no-batch"], ["triton-interpreted"], ["fp32"], device="cpu")
     tasks = plan(request).tasks
-    with apart.Apart(tasks, request) as other:
+    with worker.Worker(tasks, request) as other:
         other.process.kill()
         (outcome,) = other.outcomes()
     assert outcome.failures[0].startswith("its process ended with SIGKILL")

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests import layers_of_others
-from vitkern.check import theirs
+from vitkern.check import user_module
 from vitkern.cli import main
 
 THEIRS = """
@@ -185,13 +185,15 @@ linear, no_arguments = nn.Linear(3, 3), NoArguments()
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch, request):
-    """In this process, since another takes seconds to start; `apart` marks what is about the other one."""
-    if "apart" not in request.fixturenames:
-        monkeypatch.setattr(theirs, "_in_a_process_of_its_own", lambda _, asked: theirs.examined(asked))
+    """In this process, since another takes seconds to start; `own_process` marks what is about the other one."""
+    if "own_process" not in request.fixturenames:
+        monkeypatch.setattr(
+            user_module, "_in_a_process_of_its_own", lambda _, asked: user_module.examined(asked)
+        )
 
 
 @pytest.fixture
-def apart():
+def own_process():
     """Asked for by tests whose checks run as the user's do."""
 
 
@@ -327,7 +329,7 @@ def test_a_module_that_does_not_exist_is_one_sentence(capsys):
         ("crashes", ["its process ended with SIGSEGV, before this check was done", "not checked"]),
     ],
 )
-def test_what_ends_the_process_has_failed_and_is_in_the_report(name, failures, check, apart, tmp_path):
+def test_what_ends_the_process_has_failed_and_is_in_the_report(name, failures, check, own_process, tmp_path):
     status, said, _ = check(name, "--junit", str(tmp_path / "junit.xml"))
     assert status == int(bool(failures))
     assert "2 checks in" in said
@@ -338,7 +340,9 @@ def test_what_ends_the_process_has_failed_and_is_in_the_report(name, failures, c
 
 
 @pytest.mark.parametrize("content, status", [("import os; os._exit(0)", 1), ("name = 5", 2)])
-def test_what_ends_the_process_at_once_and_what_is_refused_there(content, status, apart, tmp_path, capsys):
+def test_what_ends_the_process_at_once_and_what_is_refused_there(
+    content, status, own_process, tmp_path, capsys
+):
     path = tmp_path / "mine.py"
     path.write_text(content)
     assert main(["check", "--module", f"{path}:name", "--case", "hub-small"]) == status

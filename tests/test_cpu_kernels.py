@@ -175,9 +175,9 @@ def test_bits_do_not_depend_on_threads(isa, split, dtype):
 def test_only_wanted_gradients(isa, split, needed):
     inputs = make(**SPLITS[split])
     grad_output = torch.randn(inputs[0].shape[0], inputs[3].shape[1], inputs[0].shape[2] * 32)
-    everything = kernel(inputs, "bilinear", grad_output)[1:]
+    all_gradients = kernel(inputs, "bilinear", grad_output)[1:]
     for wanted, gradient, full in zip(
-        needed, kernel(inputs, "bilinear", grad_output, needed)[1:], everything
+        needed, kernel(inputs, "bilinear", grad_output, needed)[1:], all_gradients
     ):
         assert torch.equal(gradient, full) if wanted else gradient is None
 

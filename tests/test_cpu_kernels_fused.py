@@ -207,7 +207,7 @@ def test_fused_bits_do_not_depend_on_threads(isa, split, dtype):
 def test_fused_only_wanted_gradients(isa, wanted, dtype):
     call = make_fused(4, dtype=dtype)
     grad_output = random_grad_output(call)
-    everything = fused_kernel(call, grad_output)[1:]
+    all_gradients = fused_kernel(call, grad_output)[1:]
     needed = tuple(i == wanted for i in range(4))
     for i, gradient in enumerate(fused_kernel(call, grad_output, needed)[1:]):
-        assert torch.equal(gradient, everything[i]) if i == wanted else gradient is None
+        assert torch.equal(gradient, all_gradients[i]) if i == wanted else gradient is None

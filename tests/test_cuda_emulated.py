@@ -98,12 +98,12 @@ def test_each_gradient_alone_equals_all_together(channels, numbers):
     """The sanitized run also checks that no address is made of the null pointer of a gradient not needed."""
     args, grad_output = make(channels, numbers=numbers), torch.randn(2, 9, 3 * channels)
     count = 4 if numbers else 3
-    everything = ours(args, grad_output, needed=(True,) * count)[1:]
+    all_gradients = ours(args, grad_output, needed=(True,) * count)[1:]
     for wanted in range(count):
         needed = tuple(i == wanted for i in range(count))
         some = ours(args, grad_output, needed=needed)[1:]
         assert [gradient is not None for gradient in some] == list(needed)
-        torch.testing.assert_close(some[wanted], everything[wanted])
+        torch.testing.assert_close(some[wanted], all_gradients[wanted])
 
 
 @pytest.mark.parametrize("numbers", [0, 4], ids=["plain", "fused"])

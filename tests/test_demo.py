@@ -20,7 +20,7 @@ from vitkern.ops import backends, native
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(demo, "IMAGES", ((64, 64),))
+    monkeypatch.setattr(demo, "IMAGES", ((32, 32),))
     monkeypatch.setattr(demo, "SECONDS_OF_TIMING", 0)
     monkeypatch.setattr(demo_picture, "STEPS", 2)
 
@@ -29,7 +29,7 @@ def test_rows_that_agree_have_times_and_a_picture_is_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert main(["demo", "--threads", "1", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    rows = [line for line in said.splitlines() if line.startswith("64x64")]
+    rows = [line for line in said.splitlines() if line.startswith("32x32")]
     assert len(rows) == 4
     assert all("x   " in row for row in rows)
     assert str(tmp_path / "sampling.png") in said
@@ -45,7 +45,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
     right = vitkern.ms_deform_attn
     monkeypatch.setattr(vitkern, "ms_deform_attn", lambda *tensors: 1.1 * right(*tensors))
     assert not demo.table(demo.IMAGES)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("64x64")]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("32x32")]
     assert ["FAILED: the two differ by 1.0e-01" in row for row in rows] == [True, True, False, False]
 
 
@@ -62,7 +62,7 @@ class SteadyClock:
 
 
 def card_rows(said: str) -> list[str]:
-    return [line for line in said.splitlines() if re.match(r"64x64 +(fp32|bf16)", line)]
+    return [line for line in said.splitlines() if re.match(r"32x32 +(fp32|bf16)", line)]
 
 
 def card_table(**options) -> bool:
@@ -83,6 +83,7 @@ def test_the_emulated_kernels_are_shown_as_those_of_a_card(monkeypatch, capsys):
     if emulated.REASON:
         pytest.skip(emulated.REASON)
     monkeypatch.setattr(native, "cuda_module", emulated.module())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert card_table(names=demo_card.BACKENDS)
     said = capsys.readouterr().out
     assert sum(" cuda " in row for row in card_rows(said)) == 4

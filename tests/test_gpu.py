@@ -14,7 +14,7 @@ import torch
 import vitkern
 from tests.helpers import gradients
 from vitkern.bench.verify import complaint, errors_of, exact_results
-from vitkern.cases import ADAPTER_CASES, ATTENTION_CASES, TOKEN_CASES, make_inputs
+from vitkern.cases import ATTENTION_CASES, make_inputs
 from vitkern.cases.ops import OPS
 from vitkern.cases.record import Problem
 from vitkern.check.examine import deterministic as deterministic_mode
@@ -25,19 +25,12 @@ from vitkern.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-ATTENTION = ATTENTION_CASES["injector-B512"].with_batch(1)
-SHAPES = {
-    "ms_deform_attn": ATTENTION,
-    "ms_deform_attn_fused": ATTENTION,
-    "adapter_bottleneck": ADAPTER_CASES["adaptformer-image"],
-    "token_pool": TOKEN_CASES["vt-64"].with_batch(2),
-    "token_project": TOKEN_CASES["vt-64"].with_batch(2),
-}
 SLEEP = 100_000_000  # cycles: what follows on another stream would run before this ends
 
 
 def make(op: str, device: str = "cuda") -> Problem:
-    return OPS[op].workload(SHAPES[op], torch.float32, device)
+    known = OPS[op]
+    return known.workload(known.cases[known.brief[0]], torch.float32, device)
 
 
 def leaves_of(work: Problem) -> tuple[torch.Tensor, ...]:
@@ -221,7 +214,7 @@ def test_compiled_in_one_graph_it_is_the_same(op, backend):
 
 
 def test_levels_that_do_not_add_up_are_found_on_request(backend, monkeypatch):
-    inputs = make_inputs(ATTENTION, device="cuda")
+    inputs = make_inputs(ATTENTION_CASES["hub-small"], device="cuda")
     monkeypatch.setenv("VITKERN_VALIDATE", "1")
     tables = inputs.spatial_shapes, inputs.level_start_index
     with pytest.raises(ValueError, match="spatial_shapes"):

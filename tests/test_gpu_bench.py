@@ -59,7 +59,7 @@ def test_costs_are_those_of_vitkern_bench(op, dtype):
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """The real thing on a CPU: two cases of two ops in one dtype, a contender that is right and one that is wrong."""
-    case = TINY["token_pool"]
+    case = replace(TINY["token_pool"], pixels=11, channels=8)
     cases = {"one": replace(case, name="one"), "two": replace(case, name="two", tokens=2)}
     for name in ("token_pool", "token_project"):
         monkeypatch.setitem(bench.ALL_OPS, name, replace(OPS[name], cases=cases, usual=("two",)))

@@ -56,8 +56,8 @@ def test_the_dry_run_lists_every_kind_of_test_and_check(capfd):
                     matrix = "tests/test_gpu.py::test_forward_and_backward_match_the_oracle"
                     assert f"{matrix}[{op}-{backend}-{dtype}-{mode}]\n" in said
     for promise in (
-        "test_gradcheck[cuda-gpu",
-        "test_deterministic_backward_is_right_and_bitwise_repeatable[triton-gpu",
+        "test_contract[cuda-gpu-ms_deform_attn]",
+        "test_contract[triton-gpu-token_project]",
         "test_the_current_stream_is_used[ms_deform_attn_fused-triton]",
         "test_a_device_that_is_not_the_current_one[token_pool-cuda]",
         "test_forward_and_backward_are_captured_in_a_graph[adapter_bottleneck-triton-deterministic]",

@@ -224,7 +224,7 @@ def test_videomae_with_its_prefix_or_a_bias_of_keys():
 def test_a_classifier_of_other_classes_stays_out_and_one_with_a_norm_is_found():
     model, other = image_model(), image_model(num_classes=9)
     with pytest.warns(
-        UserWarning, match="other classes than the 5 of AdaptFormer: head.weight and head.bias stay"
+        UserWarning, match="other classes than the 5 of AdaptFormer: head.weight and head.bias are not loaded"
     ):
         assert set(load_checkpoint(model, other.state_dict()).missing) == {"head.weight", "head.bias"}
     probe = image_model(head_norm=True)

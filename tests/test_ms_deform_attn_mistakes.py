@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import vitkern
-from tests.test_torch_citizenship import BACKWARD, attend, make
+from tests.test_torch_citizenship import attend, make
 
 MISTAKES = {
     "value must be [B, S, M, D]": lambda i: {"value": i.value[0]},
@@ -115,4 +115,4 @@ def test_first_pixels_may_be_given_as_numbers():
 )
 def test_a_wrong_grad_output_is_named(grad_output, got):
     with pytest.raises(ValueError, match=f"ms_deform_attn: grad_output must be .*, got .*{got}"):
-        BACKWARD(grad_output, (True, True, True), *make())
+        torch.ops.vitkern.ms_deform_attn_backward(grad_output, (True, True, True), *make())

@@ -179,8 +179,11 @@ def test_a_class_whose_forward_is_replaced_is_tried_again(base):
     assert vitkern.patch(Model(base, kind), dry_run=True)
     forward = kind.forward
     kind.forward = lambda self, *inputs, **named: forward(self, *inputs, **named) * 1.001
-    table = vitkern.patch(Model(base, kind))
-    assert not table and [left.path for left in table.left] == PATHS
+    model = Model(base, kind)
+    expected = results(model, Inputs())
+    # The function that a layer calls for the core may be replaced; the layer may not.
+    assert not set(paths(vitkern.patch(model))) & set(PATHS)
+    assert distance(results(model, Inputs()), expected) < 1e-4
 
 
 @each_base

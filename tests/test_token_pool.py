@@ -55,9 +55,9 @@ def test_gradients_where_one_pixel_is_nearly_all_of_a_token(runner, size, dtype)
     exact = gradients(call("reference"), tuple(t.double() for t in tensors), grad_output.double())
     dots = (grad_output.double() @ x.double().mT).abs().max().item()  # of eq. (6), rounded to float
     eps = torch.finfo(torch.float32).eps
-    granted = (0.0, eps * dots * weight.abs().max().item(), eps**2 * dots * x.abs().max().item())
-    for name, a, p, e, grant in zip(NAMES, actual, plain, exact, granted):
-        assert_as_exact_as(a, p, e, what=name, granted=grant)
+    extra_tolerance = (0.0, eps * dots * weight.abs().max().item(), eps**2 * dots * x.abs().max().item())
+    for name, a, p, e, grant in zip(NAMES, actual, plain, exact, extra_tolerance):
+        assert_as_exact_as(a, p, e, what=name, extra_tolerance=grant)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -74,7 +74,7 @@ def test_logits_beyond_what_16_bits_hold(runner, autocast):
         assert torch.equal(tokens, x[:, :1].expand(1, 2, 64).half()), backend
 
 
-def test_the_greatest_logits_come_last(runner):
+def test_the_largest_logits_come_last(runner):
     """Every block of pixels makes what came before negligible, or nearly so."""
     x, weight = make(TokenCase("rising", "", 1, 200, 8, 4), runner)
     x[:, :, 0] = torch.arange(200.0)

@@ -274,9 +274,9 @@ def test_fused_gradients_that_nobody_wants():
     *call, anchors = make_fused((2, 1), 4, queries=2, heads=1)
     call = (*call, "bilinear", anchors)
     output = launch_forward("triton", *call)
-    everything = launch_backward("triton", torch.ones_like(output), (True,) * 4, *call)
+    all_gradients = launch_backward("triton", torch.ones_like(output), (True,) * 4, *call)
     for only in range(4):
         needed = tuple(i == only for i in range(4))
         grads = launch_backward("triton", torch.ones_like(output), needed, *call)
         assert tuple(grad is not None for grad in grads) == needed
-        assert torch.equal(grads[only], everything[only])
+        assert torch.equal(grads[only], all_gradients[only])

@@ -52,3 +52,10 @@ def test_vitkern_comes_from_where_the_workflow_comes_from(asked, told, installed
     else:
         assert done.returncode == 0, done.stderr
         assert said.read_text().splitlines()[-1] == f"install {installed}"
+
+
+@pytest.mark.xdist_group("together")
+def test_a_worker_runs_whole_groups(request):
+    """Or each worker builds what the tests of a group share: pytest-xdist finds groups in pytest's own attributes."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@together")

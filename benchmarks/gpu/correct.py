@@ -60,12 +60,17 @@ def correct() -> list[Step]:
 
 
 def sanitized() -> list[Step]:
-    """Each tool on the small cases, free and deterministic; finite differences would take hours under it."""
+    """Each tool on the quick cases, free and deterministic; finite differences would take hours under it."""
     kinds = ("--kind", "oracle", "--kind", "repeat")
+    cases = {op: [f"--case={name}" for name in OPS[op].quick] for op in OPS}
     return [
         Step(
             f"{tool} {op} {route}",
-            tuple(sanitize.command(tool, [*CHECK, "--quick", "--op", op, "--backend", route, *kinds])),
+            tuple(
+                sanitize.command(
+                    tool, [*CHECK, "--quick", "--op", op, "--backend", route, *kinds, *cases[op]]
+                )
+            ),
             sanitize.ENVIRONMENT,
         )
         for tool in sanitize.TOOLS

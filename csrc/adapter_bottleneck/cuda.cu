@@ -16,22 +16,22 @@ namespace {
 // Backward's workspace. The partial products may take half of x's size.
 struct Layout {
   int64_t splits;
-  Workspace places;
+  Workspace workspace;
   void *a, *f, *scale_part, *down, *down_bias, *up, *up_bias;
 
-  Layout(const AdapterBottleneckParams& p, void* memory) : places(memory) {
+  Layout(const AdapterBottleneckParams& p, void* memory) : workspace(memory) {
     const int64_t element = bytes(p.dtype), number = bytes(accumulator(p.dtype));
     const int64_t tiles = 2 * tiles_of(p.hidden) * tiles_of(p.channels);
     splits = std::min({kBlocksWanted / std::max<int64_t>(tiles, 1), blocks_of(p.rows, kColumns),
                        p.rows * element / (4 * std::max<int64_t>(p.hidden, 1) * number)});
     splits = std::max<int64_t>(splits, 1);
-    a = places.take(p.rows * p.hidden * element);
-    f = places.take(p.rows * p.hidden * element);
-    scale_part = places.take(blocks_of(p.rows, kFewestRows) * number);
-    down = places.take(splits * p.hidden * p.channels * number);
-    down_bias = places.take(splits * p.hidden * number);
-    up = places.take(splits * p.channels * p.hidden * number);
-    up_bias = places.take(splits * p.channels * number);
+    a = workspace.take(p.rows * p.hidden * element);
+    f = workspace.take(p.rows * p.hidden * element);
+    scale_part = workspace.take(blocks_of(p.rows, kFewestRows) * number);
+    down = workspace.take(splits * p.hidden * p.channels * number);
+    down_bias = workspace.take(splits * p.hidden * number);
+    up = workspace.take(splits * p.channels * p.hidden * number);
+    up_bias = workspace.take(splits * p.channels * number);
   }
 };
 
@@ -77,7 +77,7 @@ void adapter_bottleneck_forward_cuda(const AdapterBottleneckParams& p) {
 }
 
 int64_t adapter_bottleneck_workspace_cuda(const AdapterBottleneckParams& p) {
-  return Layout(p, nullptr).places.size();
+  return Layout(p, nullptr).workspace.size();
 }
 
 void adapter_bottleneck_backward_cuda(const AdapterBottleneckParams& p) {

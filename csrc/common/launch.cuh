@@ -172,7 +172,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 // Hides the pointer's origin: the compiler would otherwise keep base and offset in registers and add them again at each
 // use.
 template <typename T>
-__device__ __forceinline__ T* settled(T* pointer) {
+__device__ __forceinline__ T* opaque(T* pointer) {
 #ifdef __CUDA_ARCH__
   asm("" : "+l"(pointer));
 #endif
@@ -181,7 +181,7 @@ __device__ __forceinline__ T* settled(T* pointer) {
 
 // For a pointer into shared memory, which stays known as one.
 template <typename T>
-__device__ __forceinline__ T* settled_shared(T* pointer) {
+__device__ __forceinline__ T* opaque_shared(T* pointer) {
 #ifdef __CUDA_ARCH__
   unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(pointer));
   asm("" : "+r"(address));

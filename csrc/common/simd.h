@@ -247,12 +247,12 @@ VITKERN_INLINE Vec<T, N> maximum(Vec<T, N> a, Vec<T, N> b) {
 }
 
 template <typename T, int N>
-VITKERN_INLINE T largest(Vec<T, N> a) {
+VITKERN_INLINE T largest_lane(Vec<T, N> a) {
   if constexpr (N > 1) {
     Vec<T, N / 2> low, high;
     memcpy(&low, &a, sizeof low);
     memcpy(&high, reinterpret_cast<const char*>(&a) + sizeof low, sizeof high);
-    return largest(maximum(low, high));
+    return largest_lane(maximum(low, high));
   } else {
     T x;
     memcpy(&x, &a, sizeof x);

@@ -10,7 +10,7 @@
 // Why two numbers suffice. Barriers of a block order everything before with everything after, so a block's time falls
 // into epochs: an access of an earlier epoch of the block is ordered before any of a later one. In an epoch threads of
 // different warps have no order at all. In a warp each lane keeps a vector clock: lanes[i] is the last number of lane
-// i that came before. __syncwarp gives each lane of its mask the greatest of all, and then each raises its own number.
+// i that came before. __syncwarp gives each lane of its mask the largest of all, and then each raises its own number.
 // So access (block, epoch, thread, own number n) is before a thread's present iff it is of the same block and
 // of an earlier epoch, or of the same epoch and warp and n <= lanes[its lane]. See ordered().
 //

@@ -92,9 +92,9 @@ __device__ __forceinline__ void store_point_gradients(const Task& task, const Le
     input_y = input_gradient(task, form, 1, number, along_y, level.rows);
   }
   if (task.grad_weights) store_coordinate<T>(task.grad_weights, index, task.wide || AnyForm::kFused, weight);
-  if (AnyForm::kFused && task.grad_places) {
-    static_cast<A*>(task.grad_places)[2 * index] = along_x * level.columns;
-    static_cast<A*>(task.grad_places)[2 * index + 1] = along_y * level.rows;
+  if (AnyForm::kFused && task.grad_computed) {
+    static_cast<A*>(task.grad_computed)[2 * index] = along_x * level.columns;
+    static_cast<A*>(task.grad_computed)[2 * index + 1] = along_y * level.rows;
   }
   if (task.grad_locations) {
     store_coordinate<T>(task.grad_locations, 2 * index, task.wide, input_x);
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   static_assert(leaves_room_for_levels<decltype(staged), decltype(forms)>);
   VITKERN_DYNAMIC_SHARED(Level<Accumulator<T>>, levels);
   load_levels(task, levels);
-  levels = settled_shared(levels);
-  GradPoint<Accumulator<T>>* points = settled_shared(staged[threadIdx.x / Split::kLanes]);
+  levels = opaque_shared(levels);
+  GradPoint<Accumulator<T>>* points = opaque_shared(staged[threadIdx.x / Split::kLanes]);
   Form<T, kFused>& form = forms[threadIdx.x / Split::kLanes];
   const Place place = team_place<Split::kLanes>(task);
   const Form<T, kFused> found = form_of_team<T, kFused, Split::kLanes>(task, place);

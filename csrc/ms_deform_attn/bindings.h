@@ -60,7 +60,7 @@ void read_backward(MsDeformAttnParams& p, const TensorView* in, const TensorView
   p.grad_output = in[0].address();
   read_inputs<kFused>(p, in + 1);
   p.grad_value = out[0].address();
-  if constexpr (kFused) p.grad_places = out[1].address();
+  if constexpr (kFused) p.grad_computed = out[1].address();
   p.grad_locations = out[1 + kFused].address();
   p.grad_weights = out[2 + kFused].address();
 }

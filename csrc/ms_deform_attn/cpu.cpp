@@ -43,7 +43,7 @@ void clear_point_gradients(const MsDeformAttnParams& p) {
   const size_t points = p.batch * p.queries * p.heads * p.points;
   if (p.grad_locations) memset(p.grad_locations, 0, 2 * points * bytes(p.coord_dtype));
   if (p.grad_weights) memset(p.grad_weights, 0, points * bytes(p.coord_dtype));
-  if (p.grad_places) memset(p.grad_places, 0, 2 * points * bytes(accumulator(p.value_dtype)));
+  if (p.grad_computed) memset(p.grad_computed, 0, 2 * points * bytes(accumulator(p.value_dtype)));
 }
 
 }  // namespace

@@ -256,7 +256,7 @@ void prefer_huge_gradients(const MsDeformAttnParams& p) {
   if (p.grad_value) prefer_huge_pages(p.grad_value, p.batch * p.pixels * p.heads * p.channels * sizeof(T));
   if (p.grad_locations) prefer_huge_pages(p.grad_locations, 2 * rows * coordinate);
   if (p.grad_weights) prefer_huge_pages(p.grad_weights, rows * coordinate);
-  if (p.grad_places) prefer_huge_pages(p.grad_places, 2 * rows * sizeof(Accumulator<T>));
+  if (p.grad_computed) prefer_huge_pages(p.grad_computed, 2 * rows * sizeof(Accumulator<T>));
 }
 
 template <int kUsed, typename T>

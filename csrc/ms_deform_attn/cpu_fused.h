@@ -16,23 +16,23 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-// Turns logits into weights: w = exp(z - maximum) * scale.
+// Turns logits into weights: w = exp(z - largest) * scale.
 template <typename Acc>
 struct Softmax {
-  Acc maximum, scale;
+  Acc largest, scale;
 };
 
 // The memory of one worker beside its tile. Arrays are over the points of the tile if not said otherwise.
 template <typename Acc>
 struct Fusion {
-  Acc* one;                  // the unit of x and y: offsets come out in pixels
-  Acc *anchor_x, *anchor_y;  // reference point of each point
-  Acc *reach_x, *reach_y;    // how many pixels an offset of 1 goes
-  Acc *spread_x, *spread_y;  // the reach in a box of size 1: the level's size over 2 P
-  Acc *maximum, *scale;      // of each point's query
-  Acc* places;               // [points, 2] gradients of locations
-  Softmax<Acc>* softmax;     // [queries]
-  const Level* levels;       // the levels of the tile's points
+  Acc* one;                        // the unit of x and y: offsets come out in pixels
+  Acc *reference_x, *reference_y;  // reference point of each point
+  Acc *reach_x, *reach_y;          // how many pixels an offset of 1 goes
+  Acc *spread_x, *spread_y;        // the reach in a box of size 1: the level's size over 2 P
+  Acc *largest, *scale;            // of each point's query
+  Acc* grad_computed;              // [points, 2] gradients of the computed locations
+  Softmax<Acc>* softmax;           // [queries]
+  const Level* levels;             // the levels of the tile's points
   int64_t level_count;
   const Softmax<Acc>* known;  // [B, M, Q], or null: every tile holds all points of its queries
   Acc* grad_weights;          // [B, Q, M, K] gradients of the weights
@@ -40,10 +40,10 @@ struct Fusion {
   void lay_out(Cursor& cursor, const MsDeformAttnParams& p) {
     const int64_t most = p.points < kTilePoints ? kTilePoints : p.points;
     const int64_t size = p.reference.points ? most + kLanes<Acc> : 0;
-    Acc** const arrays[] = {&one,      &anchor_x, &anchor_y, &reach_x, &reach_y,
-                            &spread_x, &spread_y, &maximum,  &scale};
+    Acc** const arrays[] = {&one,      &reference_x, &reference_y, &reach_x, &reach_y,
+                            &spread_x, &spread_y,    &largest,     &scale};
     for (Acc** array : arrays) *array = cursor.take<Acc>(size);
-    places = cursor.take<Acc>(2 * size);
+    grad_computed = cursor.take<Acc>(2 * size);
     softmax = cursor.take<Softmax<Acc>>(p.reference.points ? kTileQueries : 0);
     known = nullptr;
     grad_weights = nullptr;
@@ -57,7 +57,7 @@ void set_fusion(Fusion<Acc>& fusion, Tile<Acc>& tile, const Level* levels, int64
   fusion.level_count = level_count;
   for (int64_t i = 0; i < tile.padded; ++i) {
     fusion.one[i] = fusion.reach_x[i] = fusion.reach_y[i] = 1;
-    fusion.anchor_x[i] = fusion.anchor_y[i] = fusion.spread_x[i] = fusion.spread_y[i] = 0;
+    fusion.reference_x[i] = fusion.reference_y[i] = fusion.spread_x[i] = fusion.spread_y[i] = 0;
   }
   for (int64_t query = 0; query < tile.queries; ++query)
     for (const Level* level = levels; level < levels + level_count; ++level)
@@ -89,8 +89,8 @@ void read_references(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const Ref
       const int64_t count = shared ? tile.points : level.last_point - level.first_point;
       const Acc* at =
           points + (first + query) * reference.query_stride + level.index * reference.level_stride;
-      repeat(at[0], count, fusion.anchor_x + to);
-      repeat(at[1], count, fusion.anchor_y + to);
+      repeat(at[0], count, fusion.reference_x + to);
+      repeat(at[1], count, fusion.reference_y + to);
       if (reference.numbers == 4) {
         repeat(at[2], count, fusion.reach_x + to);
         repeat(at[3], count, fusion.reach_y + to);
@@ -130,8 +130,8 @@ void place_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDefo
       store(offset + i, way + origin);
     }
   };
-  place(tile.x, fusion.reach_x, fusion.anchor_x, tile.width);
-  place(tile.y, fusion.reach_y, fusion.anchor_y, tile.height);
+  place(tile.x, fusion.reach_x, fusion.reference_x, tile.width);
+  place(tile.y, fusion.reach_y, fusion.reference_y, tile.height);
 }
 
 // The largest of a row of logits, which has a vector's room behind it.
@@ -142,7 +142,7 @@ VITKERN_INLINE Acc largest_of(const Acc* logits, int64_t count) {
   auto high = lowest;
   for (int64_t i = 0; i < count; i += N)
     high = maximum(select(first_lanes<Acc, N>(count - i), load<Acc, N>(logits + i), lowest), high);
-  return largest(high);
+  return largest_lane(high);
 }
 
 // The sum of power(i), vectors of numbers, over the `count` numbers of a row.
@@ -162,24 +162,24 @@ void weigh_rows(const Fusion<Acc>& fusion, const Softmax<Acc>* softmax, int64_t 
                 Acc* weights) {
   constexpr int N = kLanes<Acc>;
   for (int64_t row = 0; row < rows; ++row) {
-    repeat(softmax[row].maximum, points, fusion.maximum + row * points);
+    repeat(softmax[row].largest, points, fusion.largest + row * points);
     repeat(softmax[row].scale, points, fusion.scale + row * points);
   }
   for (int64_t i = 0; i < rows * points; i += N) {
-    const auto power = exp_nonpositive(load<Acc, N>(weights + i) - load<Acc, N>(fusion.maximum + i));
+    const auto power = exp_nonpositive(load<Acc, N>(weights + i) - load<Acc, N>(fusion.largest + i));
     store(weights + i, power * load<Acc, N>(fusion.scale + i));
   }
 }
 
-// The same where only the logits are known. Each pass goes over all rows: what waits within a row, its maximum and its
+// The same where only the logits are known. Each pass goes over all rows: what waits within a row, its largest and its
 // sum, does not wait for the row before.
 template <typename Acc>
 void softmax_rows(const Fusion<Acc>& fusion, int64_t rows, int64_t points, Acc* weights) {
   constexpr int N = kLanes<Acc>;
   for (int64_t row = 0; row < rows; ++row)
-    repeat(largest_of(weights + row * points, points), points, fusion.maximum + row * points);
+    repeat(largest_of(weights + row * points, points), points, fusion.largest + row * points);
   for (int64_t i = 0; i < rows * points; i += N)
-    store(weights + i, exp_nonpositive(load<Acc, N>(weights + i) - load<Acc, N>(fusion.maximum + i)));
+    store(weights + i, exp_nonpositive(load<Acc, N>(weights + i) - load<Acc, N>(fusion.largest + i)));
   for (int64_t row = 0; row < rows; ++row) {
     const Acc* const powers = weights + row * points;
     const Acc total =
@@ -231,7 +231,7 @@ void unfuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDef
       to[2 * i + 1] = product(from[2 * i + 1], y[i]);
     }
   };
-  if (p.grad_places) multiply(tile.xy, tile.width, tile.height, fusion.places);
+  if (p.grad_computed) multiply(tile.xy, tile.width, tile.height, fusion.grad_computed);
   if (p.grad_locations && p.reference.numbers == 4)
     multiply(tile.xy, fusion.reach_x, fusion.reach_y, tile.xy);
   if (p.grad_weights && !fusion.known) unweigh_rows(fusion, tile.weight, queries, tile.points, grad_weight);

@@ -24,7 +24,7 @@ struct Group {
 
 // Whether anything but the gradient of value is wanted.
 inline bool wants_points(const MsDeformAttnParams& p) {
-  return p.grad_locations || p.grad_weights || p.grad_places;
+  return p.grad_locations || p.grad_weights || p.grad_computed;
 }
 
 template <typename T>
@@ -157,8 +157,9 @@ void write_points_as(const BackwardWorker<T>& worker, const MsDeformAttnParams& 
     const int64_t to = row + query * stride, from = query * tile.points;
     if (p.grad_locations)
       narrow_array(tile.xy + 2 * from, 2 * tile.points, static_cast<C*>(p.grad_locations) + 2 * to);
-    if (p.grad_places)
-      narrow_array(fusion.places + 2 * from, 2 * tile.points, static_cast<Acc*>(p.grad_places) + 2 * to);
+    if (p.grad_computed)
+      narrow_array(fusion.grad_computed + 2 * from, 2 * tile.points,
+                   static_cast<Acc*>(p.grad_computed) + 2 * to);
     if (fusion.grad_weights)
       narrow_array(worker.grad_weight + from, tile.points, fusion.grad_weights + to);
     else if (p.grad_weights)

@@ -56,8 +56,8 @@ Task make_task(const MsDeformAttnParams& p, int64_t rows, int lanes, int64_t pix
   task.grad_value = p.grad_value;
   task.grad_locations = p.grad_locations;
   task.grad_weights = p.grad_weights;
-  task.grad_places = p.grad_places;
-  task.point_gradients = p.grad_locations || p.grad_weights || p.grad_places;
+  task.grad_computed = p.grad_computed;
+  task.point_gradients = p.grad_locations || p.grad_weights || p.grad_computed;
   return task;
 }
 
@@ -133,7 +133,7 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& p) {
   const DeviceGuard guard(p.device);
   if (p.pixels == 0 || p.channels == 0) {
     zero(p.grad_locations, 2 * points, p.coord_dtype, p.stream);
-    zero(p.grad_places, 2 * points, accumulator(p.value_dtype), p.stream);
+    zero(p.grad_computed, 2 * points, accumulator(p.value_dtype), p.stream);
     const bool fused = p.reference.points;
     return zero(p.grad_weights, points, fused ? accumulator(p.value_dtype) : p.coord_dtype, p.stream);
   }

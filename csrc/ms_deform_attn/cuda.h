@@ -19,7 +19,7 @@ void ms_deform_attn_backward_cuda(const MsDeformAttnParams& params);
 // itself for a point that touches no pixel. The second sums, for each pixel, the points that touch it in
 // their sorted order, and writes all of grad_value: order[i] is the i-th point (an index into the flat B * Q
 // * M * K), first[c], for c in [0, B * M * S], the number of points in cells below c.
-// In the fused form the first also leaves softmax[B, Q, M, 2], accumulator type, for the second: the greatest
+// In the fused form the first also leaves softmax[B, Q, M, 2], accumulator type, for the second: the largest
 // logit, and 1 over the sum of eq. (8); null in the plain form.
 void ms_deform_attn_cells_cuda(const MsDeformAttnParams& params);
 void ms_deform_attn_gather_grad_value_cuda(const MsDeformAttnParams& params);

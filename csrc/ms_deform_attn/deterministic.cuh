@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!place.exists) return;
   if constexpr (kFused) {
     if (threadIdx.x % kFilingLanes == 0) {  // all lanes have the same
-      softmax[2 * place.index] = form.maximum;
+      softmax[2 * place.index] = form.largest;
       softmax[2 * place.index + 1] = form.scale;
     }
   }
@@ -62,7 +62,7 @@ __device__ __forceinline__ bool part_of_pixel(const Task& task, const Level<Accu
       static_cast<uint32_t>(part.row - int64_t{place.image} * task.queries * task.heads);
   Form<T, kFused> form = form_of_row<T, kFused>(task, place.image, in_image / task.heads, part.row);
   if constexpr (kFused) {
-    form.maximum = __ldg(softmax + 2 * part.row);
+    form.largest = __ldg(softmax + 2 * part.row);
     form.scale = __ldg(softmax + 2 * part.row + 1);
   }
   const Sample<Accumulator<T>> sample = locate<T>(task, levels, form, true, point, task.nearest);

@@ -41,7 +41,7 @@ struct Task {
   const int64_t *spatial_shapes, *level_start;
   Reference reference;
   uint32_t queries;  // Q
-  void *output, *grad_value, *grad_locations, *grad_weights, *grad_places;
+  void *output, *grad_value, *grad_locations, *grad_weights, *grad_computed;
 };
 
 // kChannels = 0 stands for any number of channels: 32 lanes with one channel each go over them in tiles.
@@ -90,7 +90,7 @@ __device__ __forceinline__ int64_t first_pixel(const Task& task, const Place& pl
 template <typename T>
 __device__ __forceinline__ const void* coordinates_from(const void* data, int64_t index, bool wide) {
   const size_t bytes = wide || std::is_same_v<T, Accumulator<T>> ? sizeof(Accumulator<T>) : sizeof(T);
-  return settled(static_cast<const char*>(data) + index * bytes);
+  return opaque(static_cast<const char*>(data) + index * bytes);
 }
 
 template <typename T>

@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   static_assert(leaves_room_for_levels<decltype(staged)>);
   VITKERN_DYNAMIC_SHARED(Level<Accumulator<T>>, levels);
   const bool all_fit = load_levels(task, levels);
-  levels = settled_shared(levels);
-  Corners<Accumulator<T>>* points = settled_shared(staged[threadIdx.x / Split::kLanes]);
+  levels = opaque_shared(levels);
+  Corners<Accumulator<T>>* points = opaque_shared(staged[threadIdx.x / Split::kLanes]);
   const Place place = team_place<Split::kLanes>(task);
   const Form<T, kFused> form = form_of_team<T, kFused, Split::kLanes>(task, place);
   if (kKnowsNearest<kChannels, kFused> && task.nearest) {

@@ -61,8 +61,8 @@ struct MsDeformAttnParams : Target {
   void* grad_value;      // [B, S, M, D]: cpu: value_dtype; cuda: accumulator type, zero-filled by the caller
   void* grad_locations;  // [B, Q, M, K, 2]
   void* grad_weights;    // [B, Q, M, K]; cuda, fused form: accumulator type
-  void* grad_places;  // [B, Q, M, K, 2], accumulator type, fused form only: of the locations that came about,
-                      // which the caller sums up to the gradient of the reference points
+  void* grad_computed;   // [B, Q, M, K, 2], accumulator type, fused form only: gradient of the
+                         // computed locations, which the caller sums to that of the reference points
 
   // cuda, deterministic: see cuda.h.
   int64_t* cells;        // [B, Q, M, K]

@@ -15,13 +15,13 @@ struct Plain {
 };
 
 // in the fused form offsets and logits, a reference point, and the softmax, eq. (8): a weight is
-// exp(logit - maximum) * scale.
+// exp(logit - largest) * scale.
 template <typename A>
 struct Fused {
   static constexpr bool kFused = true;
   const void *locations, *weights;
   const A* reference;  // of the image, query and first level
-  A maximum, scale;
+  A largest, scale;
 };
 
 template <typename T, bool kFused>
@@ -48,16 +48,16 @@ __device__ __forceinline__ Form<T, kFused> form_of_team(const Task& task, const 
   Form<T, kFused> form = form_of_row<T, kFused>(task, place.image, place.row, place.index);
   if constexpr (kFused) {
     const uint32_t lane = threadIdx.x % kLanes, end = place.exists ? task.points : 0;
-    A maximum = -INFINITY, sum = 0;
+    A largest = -INFINITY, sum = 0;
 #pragma unroll 1
     for (uint32_t point = lane; point < end; point += kLanes)
-      maximum = max(maximum, load_coordinate<T>(form.weights, point, task.wide));
-    maximum = team_reduce<kLanes>(maximum, [](A a, A b) { return max(a, b); });
+      largest = max(largest, load_coordinate<T>(form.weights, point, task.wide));
+    largest = team_reduce<kLanes>(largest, [](A a, A b) { return max(a, b); });
 #pragma unroll 1
     for (uint32_t point = lane; point < end; point += kLanes)
-      sum += exp(load_coordinate<T>(form.weights, point, task.wide) - maximum);
+      sum += exp(load_coordinate<T>(form.weights, point, task.wide) - largest);
     sum = team_reduce<kLanes>(sum, [](A a, A b) { return a + b; });
-    form.maximum = maximum;
+    form.largest = largest;
     form.scale = 1 / sum;
   }
   return form;
@@ -67,7 +67,7 @@ template <typename T, typename AnyForm>
 __device__ __forceinline__ Accumulator<T> weight_of_point(const Task& task, const AnyForm& form,
                                                           uint32_t point) {
   Accumulator<T> weight = load_coordinate<T>(form.weights, point, task.wide);
-  if constexpr (AnyForm::kFused) weight = exp(weight - form.maximum) * form.scale;
+  if constexpr (AnyForm::kFused) weight = exp(weight - form.largest) * form.scale;
   return weight;
 }
 

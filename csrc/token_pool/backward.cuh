@@ -18,8 +18,8 @@ namespace vitkern {
 // The shared memory of a block of backward.
 template <typename Tile>
 struct PoolBackwardShared {
-  typename Tile::A *logits, *products;                   // products: <g, x>
-  typename Tile::A *greatest, *inverse, *delta, *f_sum;  // for each token: m, 1 / l, eq. (5), sum of f
+  typename Tile::A *logits, *products;                  // products: <g, x>
+  typename Tile::A *largest, *inverse, *delta, *f_sum;  // for each token: m, 1 / l, eq. (5), sum of f
   typename Tile::T *rows, *grads, *pixels, *shares, *f;
 
   static constexpr int kNumbers = 2 * Tile::kLogits + 4 * Tile::kTokens;
@@ -31,8 +31,8 @@ struct PoolBackwardShared {
   __device__ __forceinline__ explicit PoolBackwardShared(unsigned char* bytes) {
     logits = reinterpret_cast<typename Tile::A*>(bytes);
     products = logits + Tile::kLogits;
-    greatest = products + Tile::kLogits;
-    inverse = greatest + Tile::kTokens;
+    largest = products + Tile::kLogits;
+    inverse = largest + Tile::kTokens;
     delta = inverse + Tile::kTokens;
     f_sum = delta + Tile::kTokens;
     rows = reinterpret_cast<typename Tile::T*>(f_sum + Tile::kTokens);
@@ -71,7 +71,7 @@ __device__ __forceinline__ void load_tokens(const TokenPoolParams& p, const Pool
   if (Tile::lane() != 0) return;
   shared.f_sum[Tile::token()] = 0;
   const A* statistics = static_cast<const A*>(p.statistics) + place.image * 2 * p.tokens + token;
-  shared.greatest[Tile::token()] = token < p.tokens ? statistics[0] : A{0};
+  shared.largest[Tile::token()] = token < p.tokens ? statistics[0] : A{0};
   shared.inverse[Tile::token()] = token < p.tokens ? 1 / statistics[p.tokens] : A{0};
 }
 
@@ -88,7 +88,7 @@ __device__ __forceinline__ void attention_gradients(const PoolBackwardShared<Til
     const int pixel = Tile::lane() + i * Tile::kLanes;
     A share = 0, f = 0;
     if (pixel < pixels_left && token < tokens_left) {
-      share = exp(logit<Tile>(shared.logits, pixel) - shared.greatest[token]) * shared.inverse[token];
+      share = exp(logit<Tile>(shared.logits, pixel) - shared.largest[token]) * shared.inverse[token];
       f = share * (logit<Tile>(shared.products, pixel) - shared.delta[token]);
     }
     const T rounded = narrow<T>(f);

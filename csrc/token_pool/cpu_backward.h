@@ -20,11 +20,11 @@ struct PoolBackwardWorker {
   using Acc = Accumulator<T>;
   int64_t image;  // the image of the next seven members
   PackedColumns<Acc> weight, gradient;
-  PackedByRows<Acc> stacked;        // gradients of T tokens, then their weight rows
-  const Acc* pooled;                // [T, C in whole vectors]
-  Acc *greatest, *inverse, *delta;  // [stride]: m, 1 / l, eq. (5)
-  Acc* f_sums;                      // [stride]: sums of f over a part of the pixels
-  int64_t stride;                   // T in whole vectors
+  PackedByRows<Acc> stacked;       // gradients of T tokens, then their weight rows
+  const Acc* pooled;               // [T, C in whole vectors]
+  Acc *largest, *inverse, *delta;  // [stride]: m, 1 / l, eq. (5)
+  Acc* f_sums;                     // [stride]: sums of f over a part of the pixels
+  int64_t stride;                  // T in whole vectors
   RowBlock<T> rows, grad_rows, tokens;
   Acc *logits, *dots;  // [pixels of a block, stride]: products with weight and gradient
   Acc* attention;      // [pixels of a block, attention_stride]: A of T tokens, then f of T tokens
@@ -36,7 +36,7 @@ struct PoolBackwardWorker {
     gradient.lay_out(cursor, p.tokens, p.channels);
     stacked.lay_out(cursor, p.grad_x ? 2 * p.tokens : 0, p.channels);
     stride = whole_vectors<Acc>(p.tokens);
-    greatest = cursor.take<Acc>(stride);
+    largest = cursor.take<Acc>(stride);
     inverse = cursor.take<Acc>(stride);
     delta = cursor.take<Acc>(stride);
     f_sums = cursor.take<Acc>(stride);
@@ -83,7 +83,7 @@ void take_image(const TokenPoolParams& p, PoolBackwardWorker<T>& worker, int64_t
   take_deltas(worker, p.tokens);
   for (int64_t token = 0; token < worker.stride; ++token) {
     const bool there = token < p.tokens;
-    worker.greatest[token] = there ? statistics[token] : 0;
+    worker.largest[token] = there ? statistics[token] : 0;
     worker.inverse[token] = there ? 1 / statistics[p.tokens + token] : 0;
   }
   if (!p.grad_x) return;
@@ -102,7 +102,7 @@ void attend_again(const PoolBackwardWorker<T>& worker, int64_t tokens, int64_t c
     const Acc* const dots = worker.dots + row * worker.stride;
     for (int64_t token = 0; token < worker.stride; token += N) {
       const auto weight =
-          exp_nonpositive(load<Acc, N>(logits + token) - load<Acc, N>(worker.greatest + token));
+          exp_nonpositive(load<Acc, N>(logits + token) - load<Acc, N>(worker.largest + token));
       store(attention + token, weight * load<Acc, N>(worker.inverse + token));
     }
     for (int64_t token = 0; token < worker.stride; token += N) {

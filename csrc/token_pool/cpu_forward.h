@@ -24,9 +24,9 @@ const T* weight_of_image(const TokenPoolParams& p, int64_t image) {
 
 // The number that is subtracted from logits. If all of them are -inf it is finite, and their exp is 0.
 template <typename Acc, int N>
-VITKERN_INLINE Vec<Acc, N> softmax_shift(Vec<Acc, N> greatest) {
+VITKERN_INLINE Vec<Acc, N> softmax_shift(Vec<Acc, N> largest) {
   const auto nothing = broadcast<Acc, N>(-kInfinity<Acc>);
-  return select(greatest == nothing, broadcast<Acc, N>(0), greatest);
+  return select(largest == nothing, broadcast<Acc, N>(0), largest);
 }
 
 // The triple (m, l, o) of some pixels, for all tokens.
@@ -34,7 +34,7 @@ template <typename Acc>
 struct Summary {
   int64_t tokens, stride;  // T, and T in whole vectors
   int64_t channels;        // C in whole vectors
-  Acc* greatest;           // [stride]
+  Acc* largest;            // [stride]
   Acc* total;              // [stride]
   Acc* sums;               // [T, channels]
 
@@ -42,13 +42,13 @@ struct Summary {
     tokens = p.tokens;
     stride = whole_vectors<Acc>(tokens);
     channels = whole_vectors<Acc>(p.channels);
-    greatest = cursor.take<Acc>(stride);
+    largest = cursor.take<Acc>(stride);
     total = cursor.take<Acc>(stride);
     sums = cursor.take<Acc>(tokens * channels);
   }
 
   void clear() const {
-    for (int64_t token = 0; token < stride; ++token) greatest[token] = -kInfinity<Acc>;
+    for (int64_t token = 0; token < stride; ++token) largest[token] = -kInfinity<Acc>;
     memset(total, 0, stride * sizeof(Acc));
     memset(sums, 0, tokens * channels * sizeof(Acc));
   }
@@ -91,18 +91,17 @@ void online_softmax(Acc* weights, int64_t count, const Summary<Acc>& summary, Ac
   const int64_t stride = summary.stride;
   for (int64_t token = 0; token < stride; token += N) {
     Acc* const column = weights + token;
-    const auto before = load<Acc, N>(summary.greatest + token);
-    auto greatest = before;
-    for (int64_t row = 0; row < count; ++row)
-      greatest = maximum(load<Acc, N>(column + row * stride), greatest);
-    const auto shift = softmax_shift(greatest), scale = exp_nonpositive(before - shift);
+    const auto before = load<Acc, N>(summary.largest + token);
+    auto largest = before;
+    for (int64_t row = 0; row < count; ++row) largest = maximum(load<Acc, N>(column + row * stride), largest);
+    const auto shift = softmax_shift(largest), scale = exp_nonpositive(before - shift);
     auto total = load<Acc, N>(summary.total + token) * scale;
     for (int64_t row = 0; row < count; ++row) {
       const auto weight = exp_nonpositive(load<Acc, N>(column + row * stride) - shift);
       store(column + row * stride, weight);
       total = total + weight;
     }
-    store(summary.greatest + token, greatest);
+    store(summary.largest + token, largest);
     store(summary.total + token, total);
     store(scales + token, scale);
   }
@@ -135,10 +134,10 @@ void merge_parts(const TokenPoolParams& p, const Summary<Accumulator<T>>* parts,
   using Acc = Accumulator<T>;
   constexpr int N = kLanes<Acc>;
   const int64_t channels = parts[0].channels, row = image * p.tokens + token;
-  auto greatest = broadcast<Acc, 1>(-kInfinity<Acc>), total = broadcast<Acc, 1>(0);
-  for (int64_t i = 0; i < count; ++i) greatest = maximum(load<Acc, 1>(parts[i].greatest + token), greatest);
+  auto largest = broadcast<Acc, 1>(-kInfinity<Acc>), total = broadcast<Acc, 1>(0);
+  for (int64_t i = 0; i < count; ++i) largest = maximum(load<Acc, 1>(parts[i].largest + token), largest);
   const auto scale_of = [&](const Summary<Acc>& part) {
-    return exp_nonpositive(load<Acc, 1>(part.greatest + token) - softmax_shift(greatest));
+    return exp_nonpositive(load<Acc, 1>(part.largest + token) - softmax_shift(largest));
   };
   for (int64_t i = 0; i < count; ++i)
     total = multiply_add(load<Acc, 1>(parts[i].total + token), scale_of(parts[i]), total);
@@ -154,7 +153,7 @@ void merge_parts(const TokenPoolParams& p, const Summary<Accumulator<T>>* parts,
     store_some(output + channel, mean, p.channels - channel);
   }
   Acc* const statistics = static_cast<Acc*>(p.statistics) + image * 2 * p.tokens + token;
-  statistics[0] = sum(greatest);
+  statistics[0] = sum(largest);
   statistics[p.tokens] = sum(total);
 }
 

@@ -18,10 +18,10 @@ namespace {
 // in size.
 struct Layout {
   int64_t splits;
-  Workspace places;
+  Workspace workspace;
   TokenPoolTask task;
 
-  Layout(const TokenPoolParams& p, bool backward, void* memory) : places(memory) {
+  Layout(const TokenPoolParams& p, bool backward, void* memory) : workspace(memory) {
     const int64_t element = bytes(p.dtype), number = bytes(accumulator(p.dtype));
     splits = std::min({kBlocksWanted / std::max<int64_t>(p.batch, 1), int64_t{kBlockThreads},
                        p.pixels * element / (4 * std::max<int64_t>(p.tokens, 1) * number)});
@@ -29,9 +29,9 @@ struct Layout {
     const int64_t tokens = p.batch * splits * p.tokens;
     task.p = p;
     task.splits = splits;
-    task.greatest = backward ? nullptr : places.take(tokens * number);
-    task.sums = backward ? nullptr : places.take(tokens * number);
-    task.parts = places.take(tokens * p.channels * number);
+    task.largest = backward ? nullptr : workspace.take(tokens * number);
+    task.sums = backward ? nullptr : workspace.take(tokens * number);
+    task.parts = workspace.take(tokens * p.channels * number);
   }
 };
 
@@ -54,11 +54,11 @@ void dispatch_tile(const TokenPoolParams& p, const Call& call) {
 }  // namespace
 
 int64_t token_pool_forward_workspace_cuda(const TokenPoolParams& p) {
-  return Layout(p, false, nullptr).places.size();
+  return Layout(p, false, nullptr).workspace.size();
 }
 
 int64_t token_pool_backward_workspace_cuda(const TokenPoolParams& p) {
-  return Layout(p, true, nullptr).places.size();
+  return Layout(p, true, nullptr).workspace.size();
 }
 
 void token_pool_forward_cuda(const TokenPoolParams& p) {

@@ -36,7 +36,7 @@ struct PoolForwardShared {
 // m and l of the caller's token; all lanes of a token hold the same numbers.
 template <typename A>
 struct Running {
-  A greatest, sum;
+  A largest, sum;
 };
 
 // Adds the logits of kPixels pixels, the first `count` of them real, to the running softmax. Writes exp(s - m) to
@@ -46,15 +46,15 @@ __device__ __forceinline__ void take_pixels(const PoolForwardShared<Tile>& share
                                             Running<typename Tile::A>& running) {
   using T = typename Tile::T;
   using A = typename Tile::A;
-  A s[Tile::kPixelsOfLane], greatest = running.greatest, sum = 0;
+  A s[Tile::kPixelsOfLane], largest = running.largest, sum = 0;
 #pragma unroll
   for (int i = 0; i < Tile::kPixelsOfLane; ++i) {
     const int pixel = Tile::lane() + i * Tile::kLanes;
     s[i] = pixel < count ? logit<Tile>(shared.logits, pixel) : -INFINITY;
-    greatest = fmax(greatest, s[i]);
+    largest = fmax(largest, s[i]);
   }
-  greatest = team_reduce<Tile::kLanes>(greatest, [](A one, A other) { return fmax(one, other); });
-  const A shift = greatest == -INFINITY ? A{0} : greatest;  // all are 0 then, not exp(-inf + inf)
+  largest = team_reduce<Tile::kLanes>(largest, [](A one, A other) { return fmax(one, other); });
+  const A shift = largest == -INFINITY ? A{0} : largest;  // all are 0 then, not exp(-inf + inf)
 #pragma unroll
   for (int i = 0; i < Tile::kPixelsOfLane; ++i) {
     const A share = exp(s[i] - shift);
@@ -62,9 +62,9 @@ __device__ __forceinline__ void take_pixels(const PoolForwardShared<Tile>& share
     shared.shares[Tile::token() * Tile::kShareStride + Tile::lane() + i * Tile::kLanes] = narrow<T>(share);
   }
   sum = team_reduce<Tile::kLanes>(sum, [](A one, A other) { return one + other; });
-  const A factor = exp(running.greatest - shift);
+  const A factor = exp(running.largest - shift);
   if (Tile::lane() == 0) shared.rescale[Tile::token()] = factor;
-  running = {greatest, running.sum * factor + sum};
+  running = {largest, running.sum * factor + sum};
 }
 
 template <typename T, int kTokenStrips, int kWindow>
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kBlockThreads, kPoolMinBlocks<T>)
   const int64_t token = place.group * Tile::kTokens + Tile::token();
   if (place.window == 0 && Tile::lane() == 0 && token < p.tokens) {
     const int64_t index = (place.image * task.splits + place.split) * p.tokens + token;
-    static_cast<A*>(task.greatest)[index] = running.greatest;
+    static_cast<A*>(task.largest)[index] = running.largest;
     static_cast<A*>(task.sums)[index] = running.sum;
   }
 }
@@ -133,14 +133,14 @@ __global__ void __launch_bounds__(kBlockThreads)
   const TokenPoolParams& p = task.p;
   const int64_t image = blockIdx.x / p.tokens, token = blockIdx.x % p.tokens;
   const int64_t first = image * task.splits * p.tokens + token;  // part s lies s * T further
-  const A* greatest_of = static_cast<const A*>(task.greatest) + first;
+  const A* largest_logits = static_cast<const A*>(task.largest) + first;
   const A* sum_of = static_cast<const A*>(task.sums) + first;
 
-  A greatest = -INFINITY, sum = 0;
+  A largest = -INFINITY, sum = 0;
   for (int64_t split = 0; split < task.splits; ++split)
-    greatest = fmax(greatest, greatest_of[split * p.tokens]);
-  const A shift = greatest == -INFINITY ? A{0} : greatest;
-  if (threadIdx.x < task.splits) factors[threadIdx.x] = exp(greatest_of[threadIdx.x * p.tokens] - shift);
+    largest = fmax(largest, largest_logits[split * p.tokens]);
+  const A shift = largest == -INFINITY ? A{0} : largest;
+  if (threadIdx.x < task.splits) factors[threadIdx.x] = exp(largest_logits[threadIdx.x * p.tokens] - shift);
   __syncthreads();
   for (int64_t split = 0; split < task.splits; ++split) sum += factors[split] * sum_of[split * p.tokens];
 
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
   if (threadIdx.x > 0) return;
   A* statistics = static_cast<A*>(p.statistics) + image * 2 * p.tokens + token;
-  statistics[0] = greatest;
+  statistics[0] = largest;
   statistics[p.tokens] = sum;
 }
 

@@ -16,7 +16,7 @@ namespace vitkern {
 struct TokenPoolTask {
   TokenPoolParams p;
   int64_t splits;
-  void *greatest, *sums, *parts;
+  void *largest, *sums, *parts;
 };
 
 // Minimum number of blocks on an SM, for the register limit.

@@ -53,9 +53,9 @@ struct TokenSoftmax {
     const auto logit = [&](int64_t token) VITKERN_INLINE_LAMBDA {
       return select(first_lanes<Acc, N>(count - token), load<Acc, N>(row + token), nothing);
     };
-    auto greatest = nothing;
-    for (int64_t token = 0; token < stride; token += N) greatest = maximum(logit(token), greatest);
-    const auto shift = broadcast<Acc, N>(largest(greatest));
+    auto largest = nothing;
+    for (int64_t token = 0; token < stride; token += N) largest = maximum(logit(token), largest);
+    const auto shift = broadcast<Acc, N>(largest_lane(largest));
     Vec<Acc, N> powers = {};
     for (int64_t token = 0; token < stride; token += N) {
       const auto power = exp_nonpositive(logit(token) - shift);

@@ -16,20 +16,20 @@ namespace {
 // Backward's workspace. All parts but the first may take half of the size of x.
 struct Layout {
   int64_t splits;
-  Workspace places;
+  Workspace workspace;
   void *shares, *f, *key, *tokens;
 
-  Layout(const TokenProjectParams& p, void* memory) : places(memory) {
+  Layout(const TokenProjectParams& p, void* memory) : workspace(memory) {
     const int64_t element = bytes(p.dtype), number = bytes(accumulator(p.dtype));
     const int64_t width = p.channels + p.keys, tiles = p.batch * tiles_of(p.token_count) * tiles_of(width);
     const int64_t of_split = 2 * p.token_count * width * number;
     splits = std::min({kBlocksWanted / std::max<int64_t>(tiles, 1), blocks_of(p.pixels, kColumns),
                        p.pixels * p.channels * element / std::max<int64_t>(of_split, 1)});
     splits = std::max<int64_t>(splits, 1);
-    shares = places.take(p.batch * p.pixels * p.token_count * element);
-    f = places.take(p.batch * p.pixels * p.token_count * element);
-    key = places.take(p.batch * splits * p.token_count * p.keys * number);
-    tokens = places.take(p.batch * splits * p.token_count * p.channels * number);
+    shares = workspace.take(p.batch * p.pixels * p.token_count * element);
+    f = workspace.take(p.batch * p.pixels * p.token_count * element);
+    key = workspace.take(p.batch * splits * p.token_count * p.keys * number);
+    tokens = workspace.take(p.batch * splits * p.token_count * p.channels * number);
   }
 };
 
@@ -71,7 +71,9 @@ void token_project_forward_cuda(const TokenProjectParams& p) {
   });
 }
 
-int64_t token_project_workspace_cuda(const TokenProjectParams& p) { return Layout(p, nullptr).places.size(); }
+int64_t token_project_workspace_cuda(const TokenProjectParams& p) {
+  return Layout(p, nullptr).workspace.size();
+}
 
 void token_project_backward_cuda(const TokenProjectParams& p) {
   const DeviceGuard guard(p.device);

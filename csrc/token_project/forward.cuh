@@ -56,11 +56,11 @@ template <int kRows, typename A>
 __device__ __forceinline__ void softmax_row(A* logits, int64_t tokens) {
   constexpr int kLanes = kLanesOfRow<kRows>;
   const int lane = threadIdx.x % kLanes;
-  A greatest = -INFINITY, sum = 0;
-  for (int64_t t = lane; t < tokens; t += kLanes) greatest = fmax(greatest, logits[t]);
-  greatest = team_reduce<kLanes>(greatest, [](A one, A other) { return fmax(one, other); });
+  A largest = -INFINITY, sum = 0;
+  for (int64_t t = lane; t < tokens; t += kLanes) largest = fmax(largest, logits[t]);
+  largest = team_reduce<kLanes>(largest, [](A one, A other) { return fmax(one, other); });
   for (int64_t t = lane; t < tokens; t += kLanes) {
-    logits[t] = exp(logits[t] - greatest);
+    logits[t] = exp(logits[t] - largest);
     sum += logits[t];
   }
   sum = team_reduce<kLanes>(sum, [](A one, A other) { return one + other; });

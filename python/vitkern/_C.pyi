@@ -37,7 +37,7 @@ def fast_path(
     defaults: tuple[object, ...],
     recorded: tuple[int, ...],
     plans: dict[Any, Any],
-    everything: bool,
+    all_outputs: bool,
 ) -> Callable[..., Any]: ...
 def fast_backward(
     signer: Signer,

@@ -138,7 +138,12 @@ def ms_deform_attn_by_grid_sample(
     return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
 
 
-ACTIVATIONS = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}
+def _gelu(x: Tensor) -> Tensor:
+    # torch 2.13 gives NaN for +inf in float32 where oneDNN computes its GELU: pytorch/pytorch#185770.
+    return torch.where(x == torch.inf, x, torch.nn.functional.gelu(x))
+
+
+ACTIVATIONS = {"relu": torch.relu, "gelu": _gelu, "silu": torch.nn.functional.silu}
 
 
 def adapter_bottleneck(

@@ -145,15 +145,15 @@ class Arithmetic:
         return Bounded(value, error)
 
     def softmax(self, logits: Bounded, axis: int) -> Bounded:
-        """exp(logit - greatest) over the sum of those. Whatever the logits' errors, it lies between 0 and 1."""
+        """exp(logit - largest) over the sum of those. Whatever the logits' errors, it lies between 0 and 1."""
         z, error = logits
         if z.shape[axis] == 0:
             return logits
         unsure = np.isinf(error).any(axis, keepdims=True)
-        greatest = np.max(np.where(np.isfinite(z), z, -np.inf), axis=axis, keepdims=True)
-        none = ~np.isfinite(greatest)  # all are -inf, or there is NaN or inf beside
+        largest = np.max(np.where(np.isfinite(z), z, -np.inf), axis=axis, keepdims=True)
+        none = ~np.isfinite(largest)  # all are -inf, or there is NaN or inf beside
         bad = (np.isnan(z) | (z == np.inf)).any(axis, keepdims=True) | none
-        shifted = np.where(np.isfinite(z), z - np.where(none, 0.0, greatest), -np.inf)
+        shifted = np.where(np.isfinite(z), z - np.where(none, 0.0, largest), -np.inf)
         raised = np.exp(shifted)
         relative = np.where(np.isfinite(z), error + self.unit * (2 * np.abs(shifted) + 16), 0.0)
         off = np.where(raised > 0, raised * np.expm1(np.minimum(relative, 700.0)), 0.0)

@@ -12,7 +12,7 @@ _ACTIVATIONS = ("relu", "gelu", "silu")
 
 
 def _dense(draw: Draw) -> tuple[int, int]:
-    """The greatest number of rows or pixels, and of channels: few of both, now and then many of one."""
+    """The largest number of rows or pixels, and of channels: few of both, now and then many of one."""
     backend = draw.case.backend
     many = float(draw.rng.random())
     if many < 0.04:  # more than kernels take at once
@@ -23,12 +23,12 @@ def _dense(draw: Draw) -> tuple[int, int]:
 
 
 def _images(draw: Draw) -> int:
-    """The greatest number of images: each is a program to Triton, which takes its interpreter a tenth of a second."""
+    """The largest number of images: each is a program to Triton, which takes its interpreter a tenth of a second."""
     return 2 if draw.case.backend == "triton" else 3
 
 
 def _tokens(most: int) -> int:
-    """The greatest number of tokens beside so many channels: as many as the shared memory of any card holds."""
+    """The largest number of tokens beside so many channels: as many as the shared memory of any card holds."""
     return 128 if most > 100 else min(most, 20)
 
 

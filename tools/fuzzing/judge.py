@@ -35,7 +35,7 @@ def rounded(value: Array, dtype: torch.dtype) -> Array:
 
 
 def limits(known: Bounded, dtype: torch.dtype) -> tuple[Array, Array]:
-    """The least and the greatest number that may come: rounding keeps the order of numbers."""
+    """The least and the largest number that may come: rounding keeps the order of numbers."""
     error = known.error * (1 + 1e-9)
     return rounded(known.value - error, dtype), rounded(known.value + error, dtype)
 

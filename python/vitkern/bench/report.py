@@ -18,7 +18,7 @@ from vitkern.commands.texts import in_html, in_markdown
 
 COLUMNS = (
     *("op", "case", "dtype", "pass", "backend", "{figure} ms", "over torch"),
-    *("of the limit", "bound by", "GB/s", "GFLOP/s", "peak MB", "error / greatest"),
+    *("of the limit", "bound by", "GB/s", "GFLOP/s", "peak MB", "error / largest"),
 )
 HOW = (
     "Times are {figure}; backends and plain torch took turns in one process. Every row was checked against the "

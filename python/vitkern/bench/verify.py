@@ -81,7 +81,7 @@ def complaint(errors: Mapping[str, float], dtype: torch.dtype) -> str | None:
     name, worst = max(errors.items(), key=lambda item: item[1])
     if worst <= LIMITS[dtype]:
         return None
-    return f"{name} is off by {worst:.1e} of its greatest value, {LIMITS[dtype]:.0e} is allowed"
+    return f"{name} is off by {worst:.1e} of its largest value, {LIMITS[dtype]:.0e} is allowed"
 
 
 def agree(function: Function, formula: Function, inputs: Sequence[Tensor], dtype: torch.dtype) -> bool:

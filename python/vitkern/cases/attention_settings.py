@@ -70,13 +70,13 @@ def _edges(locations: Tensor) -> None:
 def _empty_level(size: tuple[int, int], start: int, at: int) -> Callable[[Problem], None]:
     """Sets the size and first pixel of an empty level, and some of its attention weights to NaN."""
 
-    def twist(problem: Problem) -> None:
+    def alter(problem: Problem) -> None:
         shapes, starts = problem.tables
         shapes[at], starts[at] = torch.tensor(size), start
         if "weights" in problem.inputs:
             problem.inputs["weights"][:, 0, :, at] = NAN
 
-    return twist
+    return alter
 
 
 def _extreme(logits: Tensor) -> None:
@@ -93,11 +93,11 @@ def _nan_logit(logits: Tensor) -> None:
 def _nowhere(bad: float) -> Callable[[Problem], None]:
     """Sets sizes of boxes and offsets to `bad`: they are factors in gradients, eq. (12), and 0 * inf is NaN."""
 
-    def twist(problem: Problem) -> None:
+    def alter(problem: Problem) -> None:
         boxes, offsets = problem.inputs["reference_points"], problem.inputs["offsets"]
         boxes[:, 0, :, 2], boxes[:, 1, :, 3], offsets[:, 2] = bad, bad, bad
 
-    return twist
+    return alter
 
 
 EMPTY: dict[str, dict[str, Any]] = {

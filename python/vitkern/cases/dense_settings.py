@@ -25,10 +25,10 @@ NAN, INF = float("nan"), float("inf")
 
 
 def _fill(name: str, row: int, at: int | slice, number: float) -> Callable[[Problem], None]:
-    def twist(problem: Problem) -> None:
+    def alter(problem: Problem) -> None:
         problem.inputs[name][..., row, at] = number
 
-    return twist
+    return alter
 
 
 def _adapter(*shape: int, channels: int = 40, hidden: int = 12) -> AdapterBottleneckCase:
@@ -137,7 +137,7 @@ def _token_settings(*more: Setting, **options: Any) -> dict[str, Setting]:
         *more,
         Setting("small", _TOKENS),
         Setting("odd-channels", replace(_TOKENS, channels=71)),
-        Setting("huge", _TOKENS, _huge, luck=64),  # roundings of a few large logits
+        Setting("huge", _TOKENS, _huge, tolerance_factor=64),  # roundings of a few large logits
         Setting("nan-row", _TOKENS, _fill("x", 1, slice(None), NAN), ordinary=False),
         Setting("nan-gradient", _TOKENS, gradient=with_nan, ordinary=False),
         Setting("strided", _TOKENS, layout=every_other),

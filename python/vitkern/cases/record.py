@@ -68,7 +68,7 @@ class Setting:
 
     name: str
     case: Case
-    twist: Callable[[Problem], object] = as_it_is  # makes the inputs worse, in place
+    alter: Callable[[Problem], object] = as_it_is  # makes the inputs worse, in place
     options: Mapping[str, Any] = field(default_factory=dict)  # of the op's `make`
     dtypes: tuple[str, ...] = ()  # the only ones, if any
     coordinates: torch.dtype | None = None  # of the inputs that are wide, instead of float32 or better
@@ -77,7 +77,9 @@ class Setting:
     same_as: str | None = None  # an earlier setting that takes the same way through the kernels
     heavy: bool = False  # too much for kernels that are emulated or interpreted
     ordinary: bool = True  # finite numbers, none of the sizes 0
-    luck: float = 1.0  # the factor on the allowed error, where plain torch's error is a matter of luck
+    tolerance_factor: float = (
+        1.0  # the factor on the allowed error, where plain torch's error is a matter of luck
+    )
 
     @property
     def plain(self) -> bool:
@@ -112,7 +114,7 @@ class Op:
         """The inputs of a check, in float64."""
         case = _smaller(setting.case) if tiny else setting.case
         problem = self.make(case, device, seed, **setting.options)
-        setting.twist(problem)
+        setting.alter(problem)
         return problem
 
     def workload(self, case: Case, dtype: torch.dtype, device: str) -> Problem:

@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         return sanitize(request)
     if arguments.module is not None:
-        from vitkern.check.theirs import check_module
+        from vitkern.check.user_module import check_module
 
         return check_module(request, junit=arguments.junit)
     from vitkern.check.run import run

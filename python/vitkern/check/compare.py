@@ -45,11 +45,14 @@ def judge(
     *,
     times: float = TIMES,
     units: Mapping[torch.dtype, int] = UNITS,
-    luck: float = 1.0,
-    granted: float = 0.0,
+    tolerance_factor: float = 1.0,
+    extra_tolerance: float = 0.0,
     gradient: bool = False,
 ) -> Verdict:
-    """Compares `actual` with plain torch in the same dtype and the formula in float64; `luck` multiplies the limit."""
+    """Compares `actual` with plain torch in the same dtype and the formula in float64.
+
+    `tolerance_factor` multiplies the limit.
+    """
 
     def wrong(complaint: str) -> Verdict:
         return Verdict(math.inf, 1.0, complaint)
@@ -68,8 +71,8 @@ def judge(
     finite = exact[exact.isfinite()].abs()
     unit = torch.finfo(actual.dtype).eps * (finite.max().item() if finite.numel() else 0.0)
     error, usual = max_error(actual, exact), max_error(plain, exact)
-    granted = granted if math.isfinite(granted) else 0.0
-    allowed = luck * (times * usual + units[actual.dtype] * unit + granted)
+    extra_tolerance = extra_tolerance if math.isfinite(extra_tolerance) else 0.0
+    allowed = tolerance_factor * (times * usual + units[actual.dtype] * unit + extra_tolerance)
     complaint = None
     if not error <= allowed:
         complaint = f"is off by {error:.2g}, allowed are {allowed:.2g} (plain torch: {usual:.2g})"

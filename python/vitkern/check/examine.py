@@ -139,9 +139,17 @@ def compare(known: Expected, actual: list[Tensor], outcome: Outcome, times: floa
     """Records in the outcome how far the results are off, and which exceed the limit."""
     for name, a, p, e in zip(known.names, actual, known.plain, known.exact):
         terms = known.problem.sums.get(name)
-        granted = 0.0 if terms is None else terms(known.exact[0]).item() * torch.finfo(torch.float32).eps
+        extra_tolerance = (
+            0.0 if terms is None else terms(known.exact[0]).item() * torch.finfo(torch.float32).eps
+        )
         verdict = judge(
-            a, p, e, times=times, luck=known.setting.luck, granted=granted, gradient=name != "output"
+            a,
+            p,
+            e,
+            times=times,
+            tolerance_factor=known.setting.tolerance_factor,
+            extra_tolerance=extra_tolerance,
+            gradient=name != "output",
         )
         outcome.ratios[name] = max(verdict.ratio, outcome.ratios.get(name, 0.0))
         if verdict.complaint:

@@ -33,7 +33,7 @@ def conclude(
     if interrupted:
         left_out = [*left_out, ("the checks that follow", "interrupted")]
     unit = f"in units of plain torch's own error in the same dtype ({limit:g} is the limit)"
-    print(f"The greatest error of all cases, {unit}:")
+    print(f"The largest error of all cases, {unit}:")
     print(readable("\n".join(table(outcomes))))
     print_left_out(left_out)
     failed = [outcome for outcome in outcomes if outcome.failures]

@@ -31,7 +31,7 @@ class Route:
     enter: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     slow: bool = False  # one case of each dispatch
     tiny: bool = False  # and a smaller one: each program of the kernel costs seconds
-    apart: bool = False  # in a process of its own, which sets the variable of INTERPRET
+    own_process: bool = False  # in a process of its own, which sets the variable of INTERPRET
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -126,5 +126,5 @@ def _interpreted(on_gpu: bool) -> Route:
         reason = "a GPU runs the kernels themselves (--device cpu interprets them)"
     elif importlib.util.find_spec("triton") is None:
         reason = "triton is not installed"
-    apart = os.environ.get(INTERPRET) != "1"
-    return Route("triton-interpreted", "triton", "cpu", reason, slow=True, tiny=True, apart=apart)
+    own_process = os.environ.get(INTERPRET) != "1"
+    return Route("triton-interpreted", "triton", "cpu", reason, slow=True, tiny=True, own_process=own_process)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from vitkern.check import report
-from vitkern.check.apart import Apart
 from vitkern.check.examine import Outcome, examine
 from vitkern.check.plan import Request, Task, plan
 from vitkern.check.routes import INTERPRET
+from vitkern.check.worker import Worker
 from vitkern.commands.errors import CommandError
 from vitkern.commands.progress import Progress
 
@@ -41,13 +41,13 @@ def run(request: Request, *, junit: Path | None = None, only_list: bool = False)
 
 def _checks(tasks: Sequence[Task], request: Request) -> Iterator[Outcome]:
     """Each outcome when it is ready; those of the other process come at the end."""
-    here = [task for task in tasks if not task.route.apart]
-    apart = [task for task in tasks if task.route.apart]
-    if not apart:
+    here = [task for task in tasks if not task.route.own_process]
+    separate = [task for task in tasks if task.route.own_process]
+    if not separate:
         yield from _checks_here(here, request.times)
         return
-    same = replace(request, backends=sorted({task.route.name for task in apart}))
-    with Apart(apart, same, environment={INTERPRET: "1"}, silent=True) as other:
+    same = replace(request, backends=sorted({task.route.name for task in separate}))
+    with Worker(separate, same, environment={INTERPRET: "1"}, silent=True) as other:
         try:
             yield from _checks_here(here, request.times)
         except KeyboardInterrupt:

@@ -25,7 +25,7 @@ NAMES = {
     "ops": ("ms_deform_attn", "ms_deform_attn_fused", "adapter_bottleneck", "token_pool", "token_project"),
     "dtypes": ("fp32", "bf16", "fp16", "fp64"),
     "passes": ("forward", "backward", "both"),
-    "kinds": ("oracle", "gradcheck", "repeat"),
+    "kinds": ("oracle", "gradcheck", "repeat", "subset"),
 }
 
 

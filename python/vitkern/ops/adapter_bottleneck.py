@@ -216,4 +216,5 @@ adapter_bottleneck = Op(
     dtypes=_dtypes,
     reference=_reference,
     kept=1,
+    flops=lambda x, down_weight, *_: 4 * math.prod(x) * down_weight[0],
 )

@@ -78,7 +78,7 @@ def recorder(
     differentiate: Callable[..., Gradients],
     unsaved: int | None,
     keep: Callable[..., tuple[Tensor, ...]] | None,
-    everything: bool,
+    all_outputs: bool,
 ) -> Callable[..., Outputs]:
     """Forward and gradient of one plan without the dispatcher between them: see Planned.
 
@@ -97,7 +97,7 @@ def recorder(
             ctx.save_for_backward(*tensors)
             return outputs
         ctx.save_for_backward(*tensors, *keep(ctx, outputs))
-        if not everything:
+        if not all_outputs:
             return outputs[0]
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs

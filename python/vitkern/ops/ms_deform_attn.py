@@ -6,6 +6,7 @@ The public, documented functions are in ``vitkern.functional``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -153,22 +154,22 @@ def _validated(inputs: Attention, plan: Plan) -> Plan:
 
 
 def _gradient_of_reference(
-    grad_places: Tensor, offsets: Tensor, shape: torch.Size, points: tuple[int, ...]
+    grad_computed: Tensor, offsets: Tensor, shape: torch.Size, points: tuple[int, ...]
 ) -> Tensor:
     """Eq. (12): the gradients of all locations from a reference point, [B, Q, M, K, 2], summed to its shape."""
     if not points:
-        return grad_places.new_zeros(shape)
+        return grad_computed.new_zeros(shape)
     if len(set(points)) == 1 and shape[-1] == 2:
-        batch, queries, heads = grad_places.shape[:3]
-        of_points = grad_places.view(batch, queries, heads, len(points), points[0], 2)
+        batch, queries, heads = grad_computed.shape[:3]
+        of_points = grad_computed.view(batch, queries, heads, len(points), points[0], 2)
         shared = [axis for axis, size in ((0, shape[0]), (3, shape[2])) if size == 1]
         return of_points.sum((2, 4, *shared)).view(shape)
-    grad_places, offsets = grad_places.flatten(3, -2), offsets.flatten(3, -2)
-    levels = grad_places.sum(2).split(points, -2)  # L times [B, Q, P, 2]
+    grad_computed, offsets = grad_computed.flatten(3, -2), offsets.flatten(3, -2)
+    levels = grad_computed.sum(2).split(points, -2)  # L times [B, Q, P, 2]
     gradient = torch.stack([level.sum(-2) for level in levels], -2)
     if shape[-1] == 4:
         # The offset of a location without a contribution may not be finite: its gradient is 0, and its share must be 0.
-        moved = torch.where(grad_places == 0, 0, grad_places * offsets)
+        moved = torch.where(grad_computed == 0, 0, grad_computed * offsets)
         levels = moved.sum(2).split(points, -2)
         shares = [level.sum(-2) / (2 * max(count, 1)) for level, count in zip(levels, points)]
         gradient = torch.cat([gradient, torch.stack(shares, -2)], -1)
@@ -193,6 +194,11 @@ def _reference(inputs: Attention) -> Tensor:
     return accumulated(flat, value, *tensors)
 
 
+def _flops(value: torch.Size, locations: torch.Size) -> int:
+    """The operations for [B, S, M, D] and [B, Q, M, ..., 2]: each point blends four pixels, D channels each."""
+    return 2 * 4 * value[-1] * math.prod(locations[:-1])
+
+
 ms_deform_attn = Op(
     "ms_deform_attn",
     Plain,
@@ -202,6 +208,7 @@ ms_deform_attn = Op(
     limits=_limits,
     dtypes=_dtypes,
     reference=_reference,
+    flops=lambda value, shapes, starts, locations, *_: _flops(value, locations),
 )
 
 ms_deform_attn_fused = Op(
@@ -213,4 +220,5 @@ ms_deform_attn_fused = Op(
     limits=_limits,
     dtypes=_dtypes,
     reference=_reference,
+    flops=lambda value, shapes, starts, points, offsets, *_: _flops(value, offsets),
 )

@@ -48,6 +48,7 @@ class Op(Derivative[Record], Generic[Record]):
         keeps_result: whether the backward needs the result too, before the others.
         passed_on: a tensor of the result's shape and dtype that is added to the result unchanged: its gradient is
             grad_output itself. It is not saved, and None in the backward pass.
+        flops: of the shapes of the tensors: the operations of a forward pass, for vitkern.ops.flops.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class Op(Derivative[Record], Generic[Record]):
         kept: int = 0,
         keeps_result: bool = False,
         passed_on: str | None = None,
+        flops: Callable[..., int],
     ) -> None:
         super().__init__(name, inputs, differentiable, check, passed_on, kept, keeps_result)
         self._plan, self._reference, self.limits, self._dtypes = plan, reference, limits, dtypes
+        self.flops = flops
         self._plans: dict[object, Planned | None] = {}  # by signature; None: the reference runs
 
         self._define(name, self._arguments, 1 + kept, self._run_forward, self._fake_forward)
@@ -76,7 +79,7 @@ class Op(Derivative[Record], Generic[Record]):
         torch.library.register_autograd(f"vitkern::{name}_backward", self._refuse, lib=_library)
         self._fast, self._fast_all = self._fast_path(False), self._fast_path(True)
         self._register_autograd()
-        _ops.append(self)
+        REGISTERED.append(self)
 
     @staticmethod
     def _define(
@@ -105,7 +108,7 @@ class Op(Derivative[Record], Generic[Record]):
 
         _library.impl(self.name, run_autograd, "Autograd", with_keyset=True)
 
-    def _fast_path(self, everything: bool) -> Callable[..., Any]:
+    def _fast_path(self, all_outputs: bool) -> Callable[..., Any]:
         """A function of the arguments: the result, or all outputs, if this signature has a plan; else None."""
         if fast_path.watched is None:
             return lambda *_: None
@@ -117,7 +120,7 @@ class Op(Derivative[Record], Generic[Record]):
             self._defaults,
             self._recorded,
             self._plans,
-            everything,
+            all_outputs,
         )
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -184,7 +187,7 @@ class Op(Derivative[Record], Generic[Record]):
         if not self._kept:
             record = record_all = recorder(None, True)
         else:
-            record, record_all = (recorder(self._keep, everything) for everything in (False, True))
+            record, record_all = (recorder(self._keep, all_outputs) for all_outputs in (False, True))
         return Planned(plan.forward, record, record_all, plan.backward)
 
     def _prepared(self, plan: Plan, inputs: Record) -> Plan:
@@ -234,11 +237,11 @@ class Op(Derivative[Record], Generic[Record]):
         return fakes if self._kept else fakes[0]
 
 
-_ops: list[Op[Any]] = []
+REGISTERED: list[Op[Any]] = []
 
 
 def forget_plans() -> None:
     """Forgets all plans: call it when a backend can run that could not before, or no longer can."""
     backends.choose.cache_clear()
-    for op in _ops:
+    for op in REGISTERED:
         op._plans.clear()

@@ -7,6 +7,7 @@ backward needs it, and the tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,4 +78,5 @@ token_pool = Op(
     reference=_reference,
     kept=1,
     keeps_result=True,
+    flops=lambda x, weight, *_: 4 * math.prod(x) * weight[-2],
 )

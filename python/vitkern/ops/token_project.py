@@ -6,6 +6,7 @@ The public, documented function is in ``vitkern.functional``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,4 +86,5 @@ token_project = Op(
     plan=_plan,
     limits=_limits,
     reference=_reference,
+    flops=lambda x, query, key, tokens, *_: 2 * math.prod(query[:2]) * tokens[1] * (query[2] + tokens[2]),
 )

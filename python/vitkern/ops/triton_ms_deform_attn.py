@@ -158,13 +158,13 @@ def _scatter(call: Attention, grad_output: Tensor, gradients: list[Tensor | None
 
     batch, pixels, heads, channels, queries = _sizes(call)
     blocks, (_, group_points, _) = _blocks(call, backward=True), _groups(points_of(call), call.value.device)
-    grad_value, *grad_places, grad_locations, grad_weights = gradients
+    grad_value, *grad_computed, grad_locations, grad_weights = gradients
     with on(call.value):
         kernels.ms_deform_attn_backward[(batch * heads * cdiv(queries, blocks["BLOCK_Q"]),)](
             grad_value,
             grad_locations,
             grad_weights,
-            grad_places[0] if grad_places else None,
+            grad_computed[0] if grad_computed else None,
             grad_output,
             call.value,
             *_inputs(call),

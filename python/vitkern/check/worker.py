@@ -31,12 +31,12 @@ sys.path[:] = filter(None, sys.path)  # a file of the working folder is no modul
 import json, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = json.loads(sys.argv[1])
-from vitkern.check.apart import work
+from vitkern.check.worker import work
 work(*sys.argv[2:])
 """
 
 
-class Apart:
+class Worker:
     """Runs the tasks beside those of this process until the end of the block.
 
     `source` is the module whose ``examined(request)`` yields the outcomes, in the order of the tasks. A `silent`
@@ -66,7 +66,7 @@ class Apart:
                 stderr=subprocess.STDOUT if silent else None,
             )
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:

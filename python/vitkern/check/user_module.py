@@ -18,11 +18,11 @@ from vitkern.cases import Function, MsDeformAttnCase, levels_of
 from vitkern.cases.ops import OPS
 from vitkern.cases.record import Problem, Setting
 from vitkern.check import report
-from vitkern.check.apart import Apart
 from vitkern.check.examine import Expected, Outcome, ResultError, compare, timed
 from vitkern.check.mistakes import mistake_in
 from vitkern.check.plan import Request, Task
 from vitkern.check.routes import Route
+from vitkern.check.worker import Worker
 from vitkern.commands import named
 from vitkern.commands.choices import DTYPES, cases_exist, chosen, device_of, matches
 from vitkern.commands.errors import CommandError, in_one_line
@@ -61,16 +61,16 @@ def _tasks(request: Request) -> list[Task]:
 
 def _in_a_process_of_its_own(tasks: list[Task], request: Request) -> Iterator[Outcome]:
     """Runs the tasks in another process, which user code may end by a signal or with a status of success."""
-    with Apart(tasks, request, __name__) as theirs:
-        yield from theirs.all()
+    with Worker(tasks, request, __name__) as worker:
+        yield from worker.all()
 
 
 def examined(request: Request) -> Iterator[Outcome]:
     """Each outcome when it is ready, in this process."""
     forms = "package.module:Name or file.py:Name"
-    theirs = named.load(str(request.module), option="--module", forms=forms)
+    candidate = named.load(str(request.module), option="--module", forms=forms)
     for task in _tasks(request):
-        yield _examine(theirs, task, _limit(request))
+        yield _examine(candidate, task, _limit(request))
 
 
 def _is_for(setting: Setting, dtype: str, request: Request) -> bool:
@@ -83,11 +83,11 @@ def _is_for(setting: Setting, dtype: str, request: Request) -> bool:
     return setting.same_as is None and setting.plain
 
 
-def _examine(theirs: Any, task: Task, times: float) -> Outcome:
+def _examine(candidate: Any, task: Task, times: float) -> Outcome:
     outcome = Outcome(task)
     with timed(outcome):
-        is_layer = inspect.isclass(theirs) and issubclass(theirs, nn.Module)
-        problem = (_of_layer if is_layer else _of_function)(theirs, task)
+        is_layer = inspect.isclass(candidate) and issubclass(candidate, nn.Module)
+        problem = (_of_layer if is_layer else _of_function)(candidate, task)
         formula = problem.formula
         known = Expected.of(
             problem, task.setting, DTYPES[task.dtype], task.seed, formula=formula, plain=formula
@@ -124,12 +124,12 @@ def _judged(call: Function, expected: Tensor) -> Function:
     return run
 
 
-def _of_function(theirs: Any, task: Task) -> Problem:
+def _of_function(candidate: Any, task: Task) -> Problem:
     """The op's problem with the user's function instead of the kernels, compared with the formula."""
     op = OPS[task.op]
     problem = op.problem(task.setting, device=task.route.device, seed=task.seed)
     levels = _levels(task)
-    function = adapted(theirs)
+    function = adapted(candidate)
 
     def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         output = function(value, *levels, locations, weights)
@@ -152,22 +152,22 @@ def _case(task: Task) -> MsDeformAttnCase:
     return case
 
 
-def adapted(theirs: Any) -> Function:
+def adapted(candidate: Any) -> Function:
     """A function of the op's five tensors from any of the usual forms."""
     function: Function
-    if inspect.isclass(theirs) and issubclass(theirs, torch.autograd.Function):
-        taken, function = len(inspect.signature(theirs.forward).parameters) - 1, theirs.apply
-    elif callable(theirs) and not isinstance(theirs, nn.Module):
-        taken, function = _positional(theirs), theirs
+    if inspect.isclass(candidate) and issubclass(candidate, torch.autograd.Function):
+        taken, function = len(inspect.signature(candidate.forward).parameters) - 1, candidate.apply
+    elif callable(candidate) and not isinstance(candidate, nn.Module):
+        taken, function = _positional(candidate), candidate
     else:
-        raise CommandError(f"--module takes {FORMS}, got an instance of {type(theirs).__name__}")
+        raise CommandError(f"--module takes {FORMS}, got an instance of {type(candidate).__name__}")
     if taken == 6:
         return lambda *tensors: function(*tensors, IM2COL_STEP)
     if taken == 5:
         return function
     if taken == 4:  # Deformable-DETR's own in plain torch: without level_start_index
         return lambda value, shapes, _, *rest: function(value, shapes, *rest)
-    name = getattr(theirs, "__name__", type(theirs).__name__)
+    name = getattr(candidate, "__name__", type(candidate).__name__)
     raise CommandError(f"--module takes {FORMS}, got {name} of {taken} arguments")
 
 
@@ -179,10 +179,10 @@ def _positional(function: Any) -> int:
     return max(needed, 5) if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters) else needed
 
 
-def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
+def _of_layer(candidate: type[nn.Module], task: Task) -> Problem:
     """The user's layer and our own, in plain torch, with the same random parameters, which are inputs like others."""
     case, device = _case(task), task.route.device
-    formula, layer = _layers(theirs, case, device)
+    formula, layer = _layers(candidate, case, device)
     # On edges of cells two roundings have two gradients: reference points are middles of pixels, offsets lead well into
     # a cell, and no offset depends on the query.
     fixed = {"sampling_offsets.weight": formula.sampling_offsets.weight.detach()}
@@ -223,15 +223,15 @@ def _of_layer(theirs: type[nn.Module], task: Task) -> Problem:
 
 
 def _layers(
-    theirs: type[nn.Module], case: MsDeformAttnCase, device: str
+    candidate: type[nn.Module], case: MsDeformAttnCase, device: str
 ) -> tuple[vitkern.nn.MSDeformAttn, nn.Module]:
     """Our layer on plain torch and the user's, which has to take the same parameters."""
     arguments = (max(case.heads * case.channels, 1), len(case.levels), case.heads, case.points)
     formula = vitkern.nn.MSDeformAttn(*arguments, backend="reference").to(device)
     try:
-        layer = theirs(*arguments).to(device)
+        layer = candidate(*arguments).to(device)
         layer.load_state_dict(formula.state_dict())
     except (TypeError, RuntimeError) as error:
         why = in_one_line(error)
-        raise CommandError(f"--module takes {FORMS}; {theirs.__name__} does not fit: {why}") from error
+        raise CommandError(f"--module takes {FORMS}; {candidate.__name__} does not fit: {why}") from error
     return formula, layer
