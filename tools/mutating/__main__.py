@@ -101,8 +101,12 @@ class Pass:
         folder.mkdir(exist_ok=True)
         record = Record(folder)
         missing = [
-            (file, record.path(file)) for file in self.project.tests() if not record.path(file).exists()
+            (file, record.path(file))
+            for file in self.project.tests()
+            if not record.has(self.place.tree / file)
         ]
+        for _, path in missing:
+            path.unlink(missing_ok=True)
         trial.record(
             self.place, missing, self.options.record, lambda text: print(text, flush=True), **variables
         )

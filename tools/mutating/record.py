@@ -74,6 +74,11 @@ class Record:
         for file in record["imported"]:
             self._importing.setdefault(file, []).extend(passed)
 
+    def has(self, test_file: Path) -> bool:
+        """Whether there is a record of the file as it is."""
+        path = self.path(test_file.name)
+        return path.exists() and path.stat().st_mtime >= test_file.stat().st_mtime
+
     def path(self, test_file: str) -> Path:
         return self.folder / f"{Path(test_file).stem}.json"
 
