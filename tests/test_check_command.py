@@ -246,6 +246,8 @@ def test_what_is_not_run_is_said(monkeypatch, capsys):
     assert "cuda-emulated: in a checkout, VITKERN_EMULATED=" in said
     assert "triton-interpreted: 1 checks: the Triton kernels have no float64" in said
     assert "left out by --quick" in said
+    commands = [line for line in said.splitlines() if line.startswith("vitkern check --op token_pool ")]
+    assert len(commands) == len(set(commands)) > 10
 
 
 @pytest.mark.parametrize(

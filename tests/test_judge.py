@@ -159,6 +159,11 @@ def test_a_gradient_that_is_missing_is_found_below_any_tolerance(small, found):
     assert complaint == ("is zero in 1 places where it should not be" if found else None)
 
 
+def test_zeros_are_not_missing_where_the_gradient_is_zero_and_plain_torch_only_rounds():
+    zeros = torch.zeros(3)
+    assert judge(zeros, zeros + 1e-9, zeros.double(), gradient=True).complaint is None
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 2)])
 def test_zeros_and_nothing_are_right_only_as_such(shape):
     zeros = torch.zeros(shape)

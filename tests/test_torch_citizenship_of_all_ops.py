@@ -14,11 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import vitkern
 from vitkern.cases import AdapterBottleneckCase, MsDeformAttnCase, TokenCase
 from vitkern.cases.ops import OPS
 from vitkern.cases.record import Case, Setting
+from vitkern.ops import flops as flops  # registers the counts
 
 TOKENS = TokenCase("small", "", 2, 9, 12, 3)
 ATTENTION = MsDeformAttnCase("small", "", 2, ((6, 5), (3, 2)), 5, 2, 8, 3)
@@ -112,6 +114,25 @@ def test_opcheck_of_the_backward(citizen, wanted):
         output.backward(torch.randn_like(output))
     ((function, args),) = seen.calls
     torch.library.opcheck(function, [arg.detach() if isinstance(arg, Tensor) else arg for arg in args])
+
+
+# Multiplications with additions: D channels of each point's four corners; both products of the dense ops.
+MULTIPLIED = {
+    "ms_deform_attn": 2 * 5 * 2 * 6 * 4 * 8,
+    "ms_deform_attn_fused": 2 * 5 * 2 * 6 * 4 * 8,
+    "adapter_bottleneck": 10 * 12 * 4 * 2,
+    "token_pool": 2 * 9 * 12 * 3 * 2,
+    "token_project": 2 * 9 * 3 * (4 + 12),
+}
+
+
+def test_torch_counts_its_operations(citizen):
+    with FlopCounterMode(display=False) as counter:
+        output = citizen.call(*citizen.tensors(requires_grad=True))
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    assert forward == 2 * MULTIPLIED[citizen.name]
+    assert counter.get_total_flops() == 3 * forward
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 
 from vitkern.compat.trial.coverage import Coverage, Leaf, conditions
+from vitkern.compat.trial.flow import RAISES, flow_of
 
 # A module, calls, and `# gap` beside the lines that are gaps. Attributes, globals and locals that are str are settled.
 ROWS = {
@@ -730,6 +731,17 @@ def test_equal_code_of_two_modules_is_proved_twice():
     with (coverage := Coverage(lambda frame: frame.f_code in (ones.__code__, others.__code__))):
         ones(0), others(1)
     assert len(coverage.gaps(compared)) == 2
+
+
+def test_an_exception_that_passes_a_context_manager_is_raised_again():
+    def function(x):
+        with x:
+            return 1
+
+    flow = flow_of(function.__code__)
+    (at,) = (at for at, step in enumerate(flow.steps) if step.op == "WITH_EXCEPT_START")
+    (after,) = flow.blocks[flow.block_of[at]].ways
+    assert flow.steps[flow.blocks[after].last].op in RAISES
 
 
 def test_codes_come_with_their_globals():
