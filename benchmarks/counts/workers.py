@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts cases in processes of their own. Those import this module, which they could not if it were __main__."""
+"""Counts cases in processes of their own, which import this module: they cannot import __main__."""
 
 from __future__ import annotations
 
