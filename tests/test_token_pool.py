@@ -74,6 +74,16 @@ def test_logits_beyond_what_16_bits_hold(runner, autocast):
         assert torch.equal(tokens, x[:, :1].expand(1, 2, 64).half()), backend
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_logits_whose_rounding_is_huge(runner, dtype):
+    """Backward may add a logit up in another order than forward, and find it larger than the largest."""
+    if runner.backend == "triton" and dtype is torch.float64:
+        pytest.skip("triton takes no float64")
+    x, weight = make(TokenCase("rounding", "", 3, 1, 35, 17), runner, dtype)
+    for gradient in gradients(call(runner.backend), (x * 1e12, weight * 1e12)):
+        assert gradient.isfinite().all()
+
+
 def test_the_largest_logits_come_last(runner):
     """Every block of pixels makes what came before negligible, or nearly so."""
     x, weight = make(TokenCase("rising", "", 1, 200, 8, 4), runner)
