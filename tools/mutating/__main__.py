@@ -38,9 +38,9 @@ def main(arguments: list[str] | None = None, project: Project = VITKERN, reviewe
             )
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the tests that run
-    one_pass = Pass(project, mutations, options)
+    one_pass = Pass(project, mutations, options, table.reasons(reviewed))
     one_pass.run()
-    return report(one_pass, table.reasons(reviewed), earlier)
+    return report(one_pass, earlier)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,8 +76,14 @@ def _parser() -> argparse.ArgumentParser:
 class Pass:
     """The mutations, one after another."""
 
-    def __init__(self, project: Project, mutations: list[Mutation], options: argparse.Namespace) -> None:
-        self.project, self.mutations, self.options = project, mutations, options
+    def __init__(
+        self,
+        project: Project,
+        mutations: list[Mutation],
+        options: argparse.Namespace,
+        reviewed: dict[str, str],
+    ) -> None:
+        self.project, self.mutations, self.options, self.reviewed = project, mutations, options, reviewed
         self.place = Workplace(project, options.processes)
         self.end = time.monotonic() + 3600 * options.hours
         path = self.place.root / f"state-{table.identity(mutations)}.json"  # of these mutations of this code
@@ -94,7 +100,12 @@ class Pass:
                 break
             row = self._row(mutation, variables)
             self.state.add(row)
+            self.write()
             print(f"{self.state.kept()}: {table.line_of(row, {})}", flush=True)
+
+    def write(self) -> None:
+        if self.options.output is not None:
+            table.write(self.options.output, self.options.seed, self.state.rows, self.reviewed)
 
     def _recorded(self, variables: dict[str, str]) -> Record:
         folder = self.place.root / "record"
@@ -151,19 +162,16 @@ def _first_error(said: str) -> str:
     return next((line.strip()[-160:] for line in said.splitlines() if "error" in line.lower()), said[-160:])
 
 
-def report(one_pass: Pass, reviewed: dict[str, str], earlier: list[table.Row]) -> int:
+def report(one_pass: Pass, earlier: list[table.Row]) -> int:
     """Prints and writes the table; 1 if a mutation survives without a reason, or is not caught any more."""
-    rows, options = one_pass.state.rows, one_pass.options
+    rows, reviewed = one_pass.state.rows, one_pass.reviewed
+    one_pass.write()
     print()
     for row in rows:
         print(table.line_of(row, reviewed))
     for file in one_pass.record.cut:
         print(f"{file} has tests that were not recorded: --record has seconds for more")
     print(table.summary(rows))
-    if options.output is not None:
-        kept = {row["key"]: reviewed[row["key"]] for row in rows if row["key"] in reviewed}
-        listed = [{**row, "reason": kept[row["key"]]} if row["key"] in kept else row for row in rows]
-        write_json(options.output, {"seed": options.seed, "summary": table.summary(rows), "rows": listed})
     survivors, no_longer = table.unexplained(rows, reviewed), table.lost(rows, earlier)
     print(f"{len(survivors)} survive without a reason")
     for row in no_longer:

@@ -72,6 +72,12 @@ def reasons(path: Path) -> dict[str, str]:
     return {each["key"]: each["reason"] for each in reviewed}
 
 
+def write(path: Path, seed: int, rows: Sequence[Row], reviewed: dict[str, str]) -> None:
+    """The table, with the reasons of the survivors that have one."""
+    listed = [{**row, "reason": reviewed[row["key"]]} if row["key"] in reviewed else row for row in rows]
+    write_json(path, {"seed": seed, "summary": summary(rows), "rows": listed})
+
+
 def unexplained(rows: Sequence[Row], reviewed: dict[str, str]) -> list[Row]:
     return [row for row in rows if row["outcome"] == "survived" and row["key"] not in reviewed]
 
