@@ -22,7 +22,7 @@ demo: setup  ## A layer checked and timed against plain torch, here and on a car
 	$(BIN)/vitkern doctor
 	$(BIN)/vitkern demo --output build/demo
 
-test: setup  ## All tests that can run here, 40 minutes on two cores, 12 GB of memory; others are listed with the reason
+test: setup  ## All tests that can run here, 20 minutes on two cores, 12 GB of memory; others are listed with the reason
 	$(PYTEST) -m "not alone" $(PARALLEL) $(PYTEST_ARGS)
 	$(PYTEST) -m alone $(PYTEST_ARGS)
 

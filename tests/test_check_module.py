@@ -226,7 +226,7 @@ def test_right_ones_pass(check, name):
 @pytest.mark.parametrize("name", ["in_one_dtype", "Right", "MSDeformAttn"])
 def test_right_ones_pass_in_16_bits(name, dtype, file, capsys):
     assert main(["check", "--module", f"{file}:{name}", "--dtype", dtype, "--device", "cpu"]) == 0
-    assert "15 checks in" in capsys.readouterr().out
+    assert "24 checks in" in capsys.readouterr().out
 
 
 def test_a_layer_that_rounds_locations_to_16_bits_passes():
