@@ -12,6 +12,7 @@ from torch import nn
 
 import vitkern
 from tests import cores_of_others as others
+from tests.patched import kernels_in, model_of, near, same
 
 each_holder = pytest.mark.parametrize("kind", others.HOLDERS, ids=lambda kind: kind.__name__)
 FUSED_OPS = ("vitkern.ms_deform_attn",)
@@ -30,33 +31,6 @@ def results(model: nn.Module) -> list[torch.Tensor]:
         output.square().sum(), [x, pixels, *model.parameters()], allow_unused=True
     )
     return [output.detach(), where.detach(), *(each for each in gradients if each is not None)]
-
-
-def near(found, expected) -> bool:
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
-
-
-def same(found, expected) -> bool:
-    return all(map(torch.equal, found, expected))
-
-
-def model_of(kind) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return nn.Sequential(kind())
-
-
-def kernels_in(model: nn.Module) -> int:
-    """How often the op stands in the graph of the whole layer."""
-    counts = []
-
-    def backend(graph, _):
-        counts.append(sum("ms_deform_attn" in str(node.target) for node in graph.graph.nodes))
-        return graph.forward
-
-    with torch.no_grad():
-        torch.compile(model[0], fullgraph=True, backend=backend)(*inputs())
-    return sum(counts)
 
 
 @each_holder
@@ -81,8 +55,7 @@ def test_two_models_of_one_project(kind):
 def test_it_compiles_as_one_graph(kind):
     model = model_of(kind)
     vitkern.patch(model)
-    assert kernels_in(model) == 1
-    torch._dynamo.reset()
+    assert kernels_in(model, inputs()) == 1
 
 
 FAULTS = {
@@ -137,8 +110,7 @@ def test_a_module_is_patched_for_the_whole_process(monkeypatch):
     table = vitkern.patch("whole")
     assert "for the whole process" in str(table) and "whole.multi_scale_deformable_attn_pytorch" in str(table)
     assert near(results(model), expected) and not same(results(model), expected)
-    assert kernels_in(model) == 1
-    torch._dynamo.reset()
+    assert kernels_in(model, inputs()) == 1
     assert not vitkern.patch("whole")
     assert vitkern.unpatch("whole")
     assert module.multi_scale_deformable_attn_pytorch is original and same(results(model), expected)

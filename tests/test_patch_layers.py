@@ -13,14 +13,9 @@ from torch import nn
 import vitkern
 from tests import layers_of_others
 from tests import layers_today as today
+from tests.patched import kernels_in, model_of, near, same
 
 each_kind = pytest.mark.parametrize("kind", today.KINDS, ids=lambda kind: kind.__name__)
-
-
-def model_of(kind) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return nn.Sequential(kind())
 
 
 def tensors_of(results) -> list[torch.Tensor]:
@@ -39,28 +34,6 @@ def results(model: nn.Module) -> list[torch.Tensor]:
 
 def _gradients(loss, leaves):
     return torch.autograd.grad(loss, leaves, materialize_grads=True)
-
-
-def near(found, expected) -> bool:
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
-
-
-def same(found, expected) -> bool:
-    return all(map(torch.equal, found, expected))
-
-
-def kernels_in(model: nn.Module) -> int:
-    """How often the op stands in the one graph of the layer."""
-    counts = []
-
-    def backend(graph, _):
-        counts.append(sum("ms_deform_attn" in str(node.target) for node in graph.graph.nodes))
-        return graph.forward
-
-    with torch.no_grad():
-        torch.compile(model[0], fullgraph=True, backend=backend)(*model[0].example())
-    torch._dynamo.reset()
-    return sum(counts)
 
 
 @each_kind
@@ -82,7 +55,7 @@ def test_one_of_two_models_is_patched(kind):
 def test_it_compiles_as_one_graph(kind):
     model = model_of(kind)
     vitkern.patch(model)
-    assert kernels_in(model) == 1
+    assert kernels_in(model, model[0].example()) == 1
 
 
 def test_a_fused_layer_that_held_an_autograd_function_compiles():
@@ -92,8 +65,8 @@ def test_a_fused_layer_that_held_an_autograd_function_compiles():
     layer = module.MSDeformAttn(today.WIDTH)
     query, points, pixels, shapes = today.Attention.example()
     assert [row.now for row in vitkern.patch(layer)] == ["ms_deform_attn_fused"]
-    layer.example = lambda: (query, points.expand(-1, -1, today.LEVELS, -1), pixels, shapes, None)
-    assert kernels_in(nn.Sequential(layer)) == 1
+    given = query, points.expand(-1, -1, today.LEVELS, -1), pixels, shapes, None
+    assert kernels_in(nn.Sequential(layer), given) == 1
 
 
 def project(name: str, old: str = "", new: str = "", monkeypatch=None) -> types.ModuleType:
@@ -149,7 +122,7 @@ def test_an_autograd_function_is_replaced_for_the_whole_process(monkeypatch):
     table = vitkern.patch("whole_function")
     assert "whole_function.MSDeformAttnFunction" in str(table) and "for the whole process" in str(table)
     assert near(results(model), expected) and not same(results(model), expected)
-    assert kernels_in(model) == 1
+    assert kernels_in(model, model[0].example()) == 1
     assert not vitkern.patch("whole_function")
     vitkern.unpatch("whole_function")
     assert module.MSDeformAttnFunction is original and same(results(model), expected)
