@@ -15,7 +15,6 @@ from tests import cores_of_others as others
 from tests.patched import kernels_in, model_of, near, same
 
 each_holder = pytest.mark.parametrize("kind", others.HOLDERS, ids=lambda kind: kind.__name__)
-FUSED_OPS = ("vitkern.ms_deform_attn",)
 
 
 def inputs() -> tuple[torch.Tensor, ...]:

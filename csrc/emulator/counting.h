@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the counter knows of the launch that runs, and how it counts what the threads have done. counts.cpp tells it.
+// The counter's knowledge of the launch that runs, and the way it counts the threads' accesses. counts.cpp feeds it.
 #pragma once
 
 #include <dlfcn.h>

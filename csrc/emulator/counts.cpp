@@ -3,6 +3,7 @@
 // -fsanitize=thread calls before each access and -fsanitize-coverage=trace-pc at each step of the code. They are linked
 // in place of the race detector's, and the kernels are compiled without optimisation: what is counted is what the source
 // says. warp_replay.h puts the lanes of a warp together, tally.h has the rules, docs/counts.md says how to read them.
+#include "emulator/access_hooks.h"
 #include "emulator/counting.h"
 #include "emulator/counts_told.h"
 
@@ -139,9 +140,6 @@ using emulator::counts::Kind;
 using emulator::counts::launch;
 using emulator::counts::on_access;
 
-#define VITKERN_HOOK extern "C" void
-VITKERN_HOOK __tsan_init() {}
-VITKERN_HOOK __tsan_vptr_update(void**, void*) {}
 VITKERN_HOOK __tsan_func_entry(void* caller) {
   if (!emulator::counts::kernel_runs || !launch.counts) return;
   uint16_t& path = emulator::counts::own_path();
@@ -160,24 +158,7 @@ VITKERN_HOOK __sanitizer_cov_trace_pc() {
   if (launch.paths.leads_to(path, place))
     emulator::counts::own_trace().push_back({0, place, path, Kind::kStep, 0});
 }
-#define VITKERN_HOOKS_OF(NAME, KIND, BYTES) \
-  VITKERN_HOOK NAME(void* address) { on_access(KIND, address, BYTES, __builtin_return_address(0)); }
-#define VITKERN_HOOKS(BYTES)                                         \
-  VITKERN_HOOKS_OF(__tsan_read##BYTES, Kind::kLoad, BYTES)           \
-  VITKERN_HOOKS_OF(__tsan_write##BYTES, Kind::kStore, BYTES)         \
-  VITKERN_HOOKS_OF(__tsan_unaligned_read##BYTES, Kind::kLoad, BYTES) \
-  VITKERN_HOOKS_OF(__tsan_unaligned_write##BYTES, Kind::kStore, BYTES)
-VITKERN_HOOKS(1)
-VITKERN_HOOKS(2)
-VITKERN_HOOKS(4)
-VITKERN_HOOKS(8)
-VITKERN_HOOKS(16)
-VITKERN_HOOK __tsan_read_range(void* address, size_t bytes) {
-  on_access(Kind::kLoad, address, bytes, __builtin_return_address(0));
-}
-VITKERN_HOOK __tsan_write_range(void* address, size_t bytes) {
-  on_access(Kind::kStore, address, bytes, __builtin_return_address(0));
-}
+VITKERN_ACCESS_HOOKS(Kind::kLoad, Kind::kStore)
 
 // ---- What Python calls
 

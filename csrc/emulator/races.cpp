@@ -10,6 +10,7 @@
 #include <set>
 #include <tuple>
 
+#include "emulator/access_hooks.h"
 #include "emulator/cuda_emulator.h"
 #include "emulator/shadow.h"
 
@@ -260,29 +261,9 @@ void copy_arrives(const Clock& before, const void* to, const void* from, size_t 
 using emulator::races::Access;
 using emulator::races::on_access;
 
-#define VITKERN_HOOK extern "C" void
-VITKERN_HOOK __tsan_init() {}
 VITKERN_HOOK __tsan_func_entry(void*) {}
 VITKERN_HOOK __tsan_func_exit() {}
-VITKERN_HOOK __tsan_vptr_update(void**, void*) {}
-VITKERN_HOOK __tsan_read_range(void* address, size_t bytes) {
-  on_access(Access::kRead, address, bytes, __builtin_return_address(0));
-}
-VITKERN_HOOK __tsan_write_range(void* address, size_t bytes) {
-  on_access(Access::kWrite, address, bytes, __builtin_return_address(0));
-}
-#define VITKERN_HOOKS_OF(NAME, ACCESS, BYTES) \
-  VITKERN_HOOK NAME(void* address) { on_access(ACCESS, address, BYTES, __builtin_return_address(0)); }
-#define VITKERN_HOOKS(BYTES)                                           \
-  VITKERN_HOOKS_OF(__tsan_read##BYTES, Access::kRead, BYTES)           \
-  VITKERN_HOOKS_OF(__tsan_write##BYTES, Access::kWrite, BYTES)         \
-  VITKERN_HOOKS_OF(__tsan_unaligned_read##BYTES, Access::kRead, BYTES) \
-  VITKERN_HOOKS_OF(__tsan_unaligned_write##BYTES, Access::kWrite, BYTES)
-VITKERN_HOOKS(1)
-VITKERN_HOOKS(2)
-VITKERN_HOOKS(4)
-VITKERN_HOOKS(8)
-VITKERN_HOOKS(16)
+VITKERN_ACCESS_HOOKS(Access::kRead, Access::kWrite)
 
 // ---- What Python calls
 
