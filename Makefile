@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two workers must not build the emulated kernels at once.
 PYTEST = VITKERN_EMULATED="$$($(BIN)/python -m tests.emulated)" $(BIN)/python -m pytest
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup -p no:benchmark
+# A worker that dies ends the run: with groups, pytest-xdist 3.8 would try its test again for ever.
+PARALLEL := --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadgroup -p no:benchmark
 PYTHON_FILES := python triton_kernels tests tools benchmarks examples
 
 .DELETE_ON_ERROR:
