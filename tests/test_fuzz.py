@@ -135,6 +135,18 @@ def test_a_point_on_an_edge_may_have_either_slope(offset, sides):
 NAN, INF = float("nan"), float("inf")
 
 
+def test_relu_of_a_sum_that_overflows_keeps_nan_or_drops_it():
+    """The order of the sum decides between inf, -inf and NaN, so the slope, that meets NaN, may be 1 or 0."""
+    tensors = dict(x=[[2e30, 1e30]], down_weight=[[1e30, -1e30]], up_weight=[[NAN], [1.0]])
+    arrays = {name: np.array(tensor) for name, tensor in tensors.items()}
+    arrays |= dict(down_bias=None, up_bias=None, residual=None, scale=np.array(1.0))
+    options = dict(activation="relu", dropout_p=0.0, seed=None, scale_is_exact=True)
+    with np.errstate(all="ignore"):
+        known = adapter.expected(FLOAT32, FLOAT32, arrays, np.ones((1, 2)), **options)
+    assert np.isinf(known["x"].error).all()
+    assert (known["up_bias"].value == 1).all() and np.isfinite(known["up_bias"].error).all()
+
+
 @pytest.mark.parametrize(
     "dtype, value, error, right, wrong",
     [

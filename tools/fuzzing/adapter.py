@@ -85,7 +85,7 @@ def _of_scale(acc: Arithmetic, g: Bounded, up: Bounded, a: Bounded, bias: Array 
 
 def _switched(acc: Arithmetic, a: Bounded, switch: Bounded) -> Bounded:
     """a times a factor that may be 0: what is not finite stays as NaN there, or is gone."""
-    gone = (switch.value == 0) & ~(np.isfinite(a.value) & np.isfinite(a.error))
+    gone = (np.abs(switch.value) <= switch.error) & ~(np.isfinite(a.value) & np.isfinite(a.error))
     return acc.mul(a, switch).may_differ(np.where(gone, np.inf, 0.0))
 
 
