@@ -147,6 +147,17 @@ def test_relu_of_a_sum_that_overflows_keeps_nan_or_drops_it():
     assert (known["up_bias"].value == 1).all() and np.isfinite(known["up_bias"].error).all()
 
 
+@pytest.mark.parametrize("weight, sure", [(1e20, False), (1e19, True)])
+def test_a_product_may_overflow_before_it_meets_a_share(weight, sure):
+    """A point between four pixels, whose shares are 1/4: its weight times grad_output, 1e19, comes first or last."""
+    levels = [Level(2, 2, 0, slice(0, 1))]
+    inputs = np.ones((1, 4, 1, 1)), np.full((1, 1, 1, 1, 2), 0.5), np.full((1, 1, 1, 1), weight)
+    with np.errstate(all="ignore"):
+        known = attention.expected_plain(FLOAT32, levels, "bilinear", *inputs, np.full((1, 1, 1, 1), 1e19))
+    np.testing.assert_allclose(known["value"].value, weight * 1e19 / 4)
+    assert (np.isfinite(known["value"].error) == sure).all()
+
+
 @pytest.mark.parametrize(
     "dtype, value, error, right, wrong",
     [

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, concatenate, exact
+from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, concatenate, either, exact
 from tools.fuzzing.sampling import Level, Pair, Touched, fused_places, others_near, plain_places, touched
 
 Results = dict[str, Bounded]
@@ -62,9 +62,16 @@ class Attention:
         inside = at.pixel >= 0
         share = self.acc.mul(weight.at(np.s_[..., None]), at.share).zero_unless(inside)  # [B, Q, M, P, C]
         terms = self.acc.mul(share.at(np.s_[..., None]), exact(read)).zero_unless(inside[..., None])
-        given = self.acc.mul(share.at(np.s_[..., None]), self.grad.at(np.s_[..., None, None, :]))
+        grad = self.grad.at(np.s_[..., None, None, :])
+        # Two ways of (5): a weight times a gradient may overflow before it meets a share below 1.
+        given = either(
+            self.acc.mul(share.at(np.s_[..., None]), grad),
+            self.acc.mul(
+                self.acc.mul(weight.at(np.s_[..., None, None]), grad), at.share.at(np.s_[..., None])
+            ),
+        ).zero_unless(inside[..., None])
         # The four dot products of (6) and (7).
-        dots = self.acc.sum(self.acc.mul(exact(read), self.grad.at(np.s_[..., None, None, :])), -1)
+        dots = self.acc.sum(self.acc.mul(exact(read), grad), -1)
         dots = dots.zero_unless(inside)
         grad_weight, along = self._of_point(at, weight, dots)
         scattered = []
