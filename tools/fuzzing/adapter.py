@@ -52,6 +52,8 @@ def expected(
     e = either(acc.mul(scale, acc.dot(g, up.swap())), acc.dot(scaled, up.swap()))  # (6)
     f = _switched(acc, _switched(acc, e, kept), _slope(acc, z, activation))
     f = factor.rounded(f)  # (7)
+    if x.value.shape[1] == 0:  # nothing times a slope that is not finite is NaN, or nothing
+        f = f.may_differ(np.where(np.isfinite(f.value), 0.0, np.inf))
     return {
         "output": y,
         "x": acc.dot(f, down.swap()),  # (8)

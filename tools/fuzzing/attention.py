@@ -95,6 +95,7 @@ class Attention:
         touches = inside.any(-1) & np.asarray(self.method == "bilinear")
         # A product that may overflow before it meets a share below 1 may be anything after it.
         over = np.isinf(self.acc.mul(weight.at(np.s_[..., None]), dots).error).any(-1)
+        over |= np.isinf(self.acc.sum(dots, -1).error)  # differences of dot products
         along = []
         for slope in at.slope:
             change = self.acc.sum(self.acc.mul(slope, dots).zero_unless(inside), -1)
@@ -113,17 +114,16 @@ class Attention:
     def _widened(self, at: Touched, other: Touched, w: Array) -> Wider:
         """The change of the results if points lie in other cells."""
         lost = np.abs(at.share.value - _matched(at, other)) * (at.pixel >= 0)
-        moved = _unmatched(other, at)
+        gone, new = _untouched(at, other), _untouched(other, at)
+        moved = np.where(new, np.abs(other.share.value), 0.0)
         read, read_there = _read(self.value, at.pixel), _read(self.value, other.pixel)
-        change = _product(lost[..., None], np.abs(w[..., None] * read)).sum(-2, keepdims=True)
-        change = change + _product(moved[..., None], np.abs(w[..., None] * read_there)).sum(-2, keepdims=True)
+        change = _changed(lost, np.abs(w[..., None] * read), gone).sum(-2, keepdims=True)
+        change = change + _changed(moved, np.abs(w[..., None] * read_there), new).sum(-2, keepdims=True)
         dots = _dots(self.grad.value, read, at.pixel), _dots(self.grad.value, read_there, other.pixel)
         here, there = (_of_cell(self.method, cell, w[..., 0], dot) for cell, dot in zip((at, other), dots))
         weights, *along = (np.abs(one - two) for one, two in zip(here, there))
-        of_lost, of_moved = (
-            _product(part[..., None], np.abs(w)[..., None] * np.abs(self.grad.value)[..., None, None, :])
-            for part in (lost, moved)
-        )
+        most = np.abs(w)[..., None] * np.abs(self.grad.value)[..., None, None, :]
+        of_lost, of_moved = _changed(lost, most, gone), _changed(moved, most, new)
         return Wider(change, weights, (along[0], along[1]), of_lost, of_moved)
 
 
@@ -143,10 +143,10 @@ def _matched(at: Touched, other: Touched) -> Array:
     return np.where(same, other.share.value[..., None, :], 0.0).sum(-1)
 
 
-def _unmatched(at: Touched, other: Touched) -> Array:
-    """The shares of pixels that `other` does not touch."""
+def _untouched(at: Touched, other: Touched) -> Array:
+    """Which pixels of `at` are none of `other`."""
     same = (at.pixel[..., :, None] == other.pixel[..., None, :]).any(-1)
-    return np.where((at.pixel >= 0) & ~same, np.abs(at.share.value), 0.0)
+    return (at.pixel >= 0) & ~same
 
 
 def _dots(grad: Array, read: Array, pixel: Array) -> Array:
@@ -167,6 +167,11 @@ def _of_cell(method: str, at: Touched, weight: Array, dots: Array) -> list[Array
 def _product(a: Array, b: Array) -> Array:
     """Where one is 0 the product is, whatever the other."""
     return np.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def _changed(share: Array, by: Array, whole: Array) -> Array:
+    """A change of shares times what they multiply: NaN where a share of 0 of what is not finite comes or goes whole."""
+    return np.where(whole[..., None], share[..., None] * by, _product(share[..., None], by))
 
 
 def expected_plain(

@@ -188,7 +188,8 @@ def _adapter(case: Case) -> dict[str, Bounded]:
         results["residual"] = exact(_numbers(case.grad_output, _name(beside)).reshape(rows))
     if beside is not None and apart:  # added by torch to what is rounded already
         sums, other = OF[_name(case.grad_output)], _numbers(beside).reshape(rows)
-        results["output"] = sums.add(OF[dtype].rounded(results["output"]), exact(other))
+        stored = TRUNCATED if truncates(case) else OF[dtype]
+        results["output"] = sums.add(stored.rounded(results["output"]), exact(other))
     return results
 
 
