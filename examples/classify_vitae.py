@@ -70,7 +70,7 @@ def train(run: Run, model: nn.Module, data: Digits, held_out: Digits, options: a
 
 def draw(run: Run, model: nn.Module, data: Digits, label: str) -> None:
     """Draws two pictures in the output folder. All processes compute: a sharded model needs all of them."""
-    images = torch.stack([data.images[data.labels == digit][0] for digit in range(10)])
+    images = torch.stack([data.images[data.labels == digit][0] for digit in data.labels.unique()])
     cams = grad_cam(model, images).cpu().numpy()
     distances = {name: d.cpu() for name, d in mean_attention_distances(model, data.images[:64]).items()}
     if not run.main:
@@ -106,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser.add_argument("--model", choices=MODELS, default="vitae")
     options = parser.parse_args(argv)
     with Run(options) as run:
-        data, held_out = (
-            Digits(part.images.to(run.device), part.labels.to(run.device)) for part in load_digits(SIZE)
-        )
+        data, held_out = (run.some(part) for part in load_digits(SIZE))
         net = MODELS[options.model]()
         model = run.parallel(net, [cell for stage in net.layers for cell in stage.NC])
         train(run, model, data, held_out, options)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+Samples = TypeVar(
+    "Samples", bound=tuple[Tensor, ...]
+)  # a NamedTuple, whose fields have a row for each sample
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,6 +42,7 @@ def arguments(description: str | None, *, output: str, **defaults: Any) -> argpa
     )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int, help="batch size of all processes together")
+    parser.add_argument("--samples", type=int, help="a quick try: the first so many of each set, not all")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -72,6 +76,7 @@ class Run:
         self.fsdp, self.seed = options.fsdp, options.seed
         self.output: Path = options.output
         self.fresh = options.fresh
+        self.samples: int | None = options.samples
         if options.threads:
             torch.set_num_threads(options.threads)
         torch.manual_seed(self.seed)
@@ -118,6 +123,10 @@ class Run:
         for block in blocks:
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
+
+    def some(self, data: Samples) -> Samples:
+        """A set of samples on the device, or the first --samples of it."""
+        return type(data)(*(part[: self.samples].to(self.device) for part in data))
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.amp) if self.amp else nullcontext()

@@ -29,15 +29,15 @@ MODEL = dict(img_size=SIZE, patch_size=4, in_chans=1, embed_dim=64, depth=4, num
 TUNING = dict(ffn_num=16, ffn_option="parallel", ffn_adapter_scalar=1.0)
 
 
-def five(data: Digits, first: int, device: torch.device) -> Digits:
+def five(data: Digits, first: int) -> Digits:
     """The digits `first` to `first` + 4 as classes 0 to 4."""
     chosen = (data.labels >= first) & (data.labels < first + 5)
-    return Digits(data.images[chosen].to(device), data.labels[chosen].to(device) - first)
+    return Digits(data.images[chosen], data.labels[chosen] - first)
 
 
 def train(run: Run, network: AdaptFormer, label: str, first: int, epochs: int, lr: float, size: int) -> float:
     """Trains on five digits from `first` on, in batches of `size`; returns the held-out accuracy."""
-    data, held_out = (five(part, first, run.device) for part in load_digits(SIZE))
+    data, held_out = (run.some(five(part, first)) for part in load_digits(SIZE))
     model = run.parallel(network, network.blocks)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.01)
 

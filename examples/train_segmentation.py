@@ -190,10 +190,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser.add_argument("--model", choices=MODELS, default="vit_adapter")
     options = parser.parse_args(argv)
     with Run(options) as run:
-        data, held_out = (
-            Shapes(*(part.to(run.device) for part in make_shapes(count, seed)))
-            for seed, count in enumerate((TRAIN, HELD_OUT))
-        )
+        data, held_out = (run.some(make_shapes(count, seed)) for seed, count in enumerate((TRAIN, HELD_OUT)))
         net, blocks = MODELS[options.model]()
         if run.world_size > 1:
             share_statistics(net, run.device)

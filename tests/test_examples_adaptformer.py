@@ -14,7 +14,7 @@ from tests.helpers import run_in_two_processes
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 EXAMPLES = Path(__file__).parent.parent / "examples"
-QUICK = ["--pretrain-epochs", "1", "--epochs", "1", "--device", "cpu"]
+QUICK = ["--pretrain-epochs", "1", "--epochs", "1", "--samples", "256", "--device", "cpu"]
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_intersections_over_unions(example, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_two_processes(options, tmp_path):
-    quick = ["--model", "vit_adapter", "--epochs", "1", "--batch-size", "64", "--output", tmp_path]
+    quick = ["--model", "vit_adapter", "--epochs", "1", "--samples", "64", "--output", tmp_path]
     assert run_in_two_processes("train_segmentation.py", *quick, *options).count("held-out mIoU") == 1
     assert (tmp_path / "vit_adapter.pt").exists()
 

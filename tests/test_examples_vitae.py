@@ -20,10 +20,8 @@ def example(monkeypatch):
     return importlib.import_module("classify_vitae")
 
 
-def test_an_epoch_then_another_after_a_kill(example, tmp_path, capsys, monkeypatch):
-    few = [sys.modules["digits"].Digits(*(of[:128] for of in part)) for part in example.load_digits(32)]
-    monkeypatch.setattr(example, "load_digits", lambda size: few)
-    epoch = ["--threads", "2", "--output", str(tmp_path)]
+def test_an_epoch_then_another_after_a_kill(example, tmp_path, capsys):
+    epoch = ["--threads", "2", "--samples", "128", "--output", str(tmp_path)]
     example.main([*epoch, "--epochs", "1"])
     first = torch.load(tmp_path / "vitae.pt", weights_only=True)
     (tmp_path / "vitae.pt.tmp").write_bytes(b"what a kill in the middle of writing leaves")
@@ -70,7 +68,9 @@ def test_digits_are_split_always_the_same_way_and_changed_a_little(example):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_two_processes(options, tmp_path):
-    said = run_in_two_processes("classify_vitae.py", "--epochs", "1", "--output", tmp_path, *options)
+    said = run_in_two_processes(
+        "classify_vitae.py", "--epochs", "1", "--samples", "128", "--output", tmp_path, *options
+    )
     assert said.count("held-out accuracy") == 1
     assert (tmp_path / "vitae.pt").exists()
 
