@@ -26,8 +26,7 @@ LEVELS = 64  # bytes of the table that the launch asks for
 
 @pytest.fixture(scope="module", params=of_cards(MULTIPROCESSORS, "attention"), ids=lambda arch: f"sm_{arch}")
 def compiled(request, tmp_path_factory):
-    source = compilers.ROOT / "csrc" / OP / "cuda.cu"
-    kernels = compilers.compile_file(source, request.param, tmp_path_factory.mktemp(f"sm_{request.param}"))
+    kernels = compilers.kernels_of(OP, request.param, tmp_path_factory.mktemp(f"sm_{request.param}"))
     return request.param, kernels
 
 

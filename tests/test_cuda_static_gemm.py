@@ -26,7 +26,7 @@ def kernels(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")
     found = {}
     for op in OPS:
-        found |= compilers.compile_file(compilers.ROOT / "csrc" / op / "cuda.cu", request.param, folder)
+        found |= compilers.kernels_of(op, request.param, folder)
     return found
 
 

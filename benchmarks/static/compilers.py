@@ -25,19 +25,35 @@ def nvcc_version() -> str:
     return re.search(r"release ([\d.]+)", subprocess.check_output([nvcc(), "--version"], text=True))[1]
 
 
+def kernels_of(op: str, arch: int, folder: Path) -> dict[str, sass.Kernel]:
+    """Every kernel of an op: those in the extension that is built here, if it has this card's, or compiled."""
+    built = max(ROOT.glob(f"build/*/CMakeFiles/_C.dir/csrc/{op}/cuda.cu.o"), key=_age, default=None)
+    sources = [*(ROOT / "csrc" / op).iterdir(), *(ROOT / "csrc" / "common").iterdir()]
+    if built is not None and _age(built) > max(map(_age, sources)) and arch in sass.architectures(built):
+        return _by_name(sass.read(built, arch), arch)
+    return compile_file(ROOT / "csrc" / op / "cuda.cu", arch, folder)
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
 def compile_file(source: Path, arch: int, folder: Path) -> dict[str, sass.Kernel]:
-    """Every kernel of a .cu file by its demangled name, without namespace, return type and parameters."""
+    """Every kernel of a .cu file."""
     cubin = folder / f"sm_{arch}.cubin"
     command = [nvcc(), "-std=c++17", f"-arch=sm_{arch}", "-cubin", f"-I{ROOT / 'csrc'}", f"-I{ROOT}"]
     command += ['-DVITKERN_CUDA_ARCHITECTURES=""', "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed for sm_{arch}:\n{done.stderr[-4000:]}")
-    kernels = sass.read_cubin(cubin)
+    return _by_name(sass.read(cubin, arch), arch)
+
+
+def _by_name(kernels: dict[str, sass.Kernel], arch: int) -> dict[str, sass.Kernel]:
+    """By demangled names, without namespace, return type and parameters."""
     for kernel in kernels.values():
-        kernel.shared -= (
-            1024 if arch >= 90 else 0
-        )  # reserved by the driver in each block, counted from sm_90 on
+        # From sm_90 on, the driver reserves some in each block, and they are counted.
+        kernel.shared -= 1024 if arch >= 90 else 0
     names = subprocess.check_output(["c++filt"], input="\n".join(kernels), text=True).splitlines()
     return {_short(name): kernel for name, kernel in zip(names, kernels.values())}
 
@@ -82,7 +98,7 @@ def read_triton(compiled) -> sass.Kernel:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        (kernel,) = sass.read_cubin(cubin).values()
+        (kernel,) = sass.read(cubin).values()
     kernel.shared = compiled.metadata.shared
     return kernel
 

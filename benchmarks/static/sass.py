@@ -84,14 +84,23 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump")
 
 
-def read_cubin(cubin: Path) -> dict[str, Kernel]:
-    """Every kernel of a cubin by its symbol."""
+def _dumped(what: str, file: Path, *options: str) -> str:
     tool = cuobjdump()
     if tool is None:
         raise FileNotFoundError("cuobjdump: neither Triton's package nor a CUDA toolkit is here")
-    usage = subprocess.check_output([tool, "--dump-resource-usage", cubin], text=True)
     # To standard error goes a warning where tool and compiler differ in age.
-    text = subprocess.check_output([tool, "-sass", cubin], text=True, stderr=subprocess.DEVNULL)
+    return subprocess.check_output([tool, what, *options, file], text=True, stderr=subprocess.DEVNULL)
+
+
+def architectures(file: Path) -> set[int]:
+    """The cards, as in 90 for sm_90, that an object file has machine code for."""
+    return set(map(int, re.findall(r"\.sm_(\d+)\.cubin", _dumped("--list-elf", file))))
+
+
+def read(file: Path, arch: int | None = None) -> dict[str, Kernel]:
+    """Every kernel of a cubin, or of one architecture of an object file, by its symbol."""
+    options = () if arch is None else ("--gpu-architecture", f"sm_{arch}")
+    usage, text = (_dumped(what, file, *options) for what in ("--dump-resource-usage", "--dump-sass"))
     code = {re.match(r"\S+", part)[0]: _instructions(part) for part in text.split("Function : ")[1:]}
     kernels = {}
     for symbol, figures in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):
