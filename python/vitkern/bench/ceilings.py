@@ -24,6 +24,7 @@ from vitkern.bench.measure import Run, clock_of, interleaved
 from vitkern.cases import Case
 from vitkern.cases.record import Op
 from vitkern.commands.choices import dtype_name
+from vitkern.ops import flops as flops  # registers the counts of operations
 
 Ceilings = dict[str, Any]
 COPIED = {"cpu": [2**20 * 4**n for n in range(5)], "cuda": [2**30]}  # bytes read and written, together
