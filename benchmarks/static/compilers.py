@@ -26,18 +26,23 @@ def nvcc_version() -> str:
 
 
 def compile_file(source: Path, arch: int, folder: Path) -> dict[str, sass.Kernel]:
-    """Every kernel of a .cu file by its demangled name, without namespace, return type and parameters."""
+    """Every kernel of a .cu file by its name."""
     cubin = folder / f"sm_{arch}.cubin"
     command = [nvcc(), "-std=c++17", f"-arch=sm_{arch}", "-cubin", f"-I{ROOT / 'csrc'}", f"-I{ROOT}"]
     command += ['-DVITKERN_CUDA_ARCHITECTURES=""', "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed for sm_{arch}:\n{done.stderr[-4000:]}")
-    kernels = sass.read_cubin(cubin)
+    kernels = by_name(sass.read_cubin(cubin))
     for kernel in kernels.values():
         kernel.shared -= (
             1024 if arch >= 90 else 0
         )  # reserved by the driver in each block, counted from sm_90 on
+    return kernels
+
+
+def by_name(kernels: dict[str, sass.Kernel]) -> dict[str, sass.Kernel]:
+    """Kernels by their symbols, by their demangled names instead: without namespace, return type and parameters."""
     names = subprocess.check_output(["c++filt"], input="\n".join(kernels), text=True).splitlines()
     return {_short(name): kernel for name, kernel in zip(names, kernels.values())}
 
