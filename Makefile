@@ -53,7 +53,7 @@ speed: setup  ## The picture of the README: measures it and draws docs/speed.svg
 # where there is no network.
 PART := correct
 SECONDS := 540
-gpu:  ## On a card, PART=correct|sanitize|bench|tune|counts, in calls of SECONDS=540 that go on; DRY=1 lists what would run
+gpu:  ## On a card, PART=correct|sanitize|bench|tune|counts|model, in calls of SECONDS=540 that go on; DRY=1 lists what would run
 ifdef DRY
 	@$(MAKE) --silent setup
 	@$(BIN)/python -m benchmarks.gpu $(PART) --dry --seconds $(SECONDS) $(GPU_ARGS)

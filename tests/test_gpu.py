@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import vitkern
 from tests.helpers import gradients
+from vitkern.bench.cuda_clock import CudaClock
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.cases import ATTENTION_CASES, make_inputs
 from vitkern.cases.ops import OPS
@@ -202,6 +204,14 @@ def test_no_call_waits_for_the_device(op, backend):
         function(*leaves).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_clock_of_a_card_leaves_the_hosts_time_out():
+    """A host that takes 20 ms for a kernel of microseconds."""
+    clock, tensor = CudaClock(torch.device("cuda", 0)), torch.zeros(1, device="cuda")
+    clock.milliseconds(lambda: (time.sleep(0.02), tensor.add_(1)), 3)
+    assert clock.last.ahead and clock.last.device_ms < 10 < clock.last.host_ms
+    assert 100 < clock.last.megahertz < 5000
 
 
 def test_compiled_in_one_graph_it_is_the_same(op, backend):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.gpu: tests, sanitizers, figures, block sizes and counters of a card, in runs of some minutes.
+"""python -m benchmarks.gpu: tests, sanitizers, figures, block sizes, counters and rates of a card, in runs.
 
 Each call goes on where the last one stopped. It exits with 0 if all is done and right, 1 if something failed, 2 if what
 was asked for cannot be had, 3 if something is left for the next call.
@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.gpu import bench, contenders, correct, counts, table, tune
+from benchmarks.gpu import bench, contenders, correct, counts, model, table, tune
 from benchmarks.gpu.common import (
     DONE,
     REFUSED,
@@ -39,6 +39,7 @@ WITHOUT_EFFECT = {
     "bench": ("check",),
     "tune": ("without", "check"),
     "counts": (*_OF_BENCH, "check"),
+    "model": (*_OF_BENCH, "check"),
     "table": (*_OF_BENCH, "dry", "fresh", "commit"),
 }
 
@@ -105,8 +106,8 @@ def tried(options: argparse.Namespace) -> int:
 
 
 def measured(options: argparse.Namespace) -> int:
-    part = {"bench": bench, "tune": tune, "counts": counts}[options.part]
-    filters = () if part is counts else (options.op, options.case, options.dtype)
+    part = {"bench": bench, "tune": tune, "counts": counts, "model": model}[options.part]
+    filters = () if part in (counts, model) else (options.op, options.case, options.dtype)
     wanted = part.subjects(*filters)
     without = [chosen("contender", options.without, contenders.known())] if part is bench else []
     if options.dry:

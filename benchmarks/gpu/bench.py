@@ -272,7 +272,8 @@ def _measured(group: Group, work: Problem) -> None:
         group.measure(work, SECONDS / VISITS, ROUNDS)
     except Exception as error:
         for row in group.rows:
-            for figure in ("samples_ms", "anchor_ms", "anchor", "peak_bytes", "bytes", "flops"):
+            figures = ("samples_ms", "anchor_ms", "anchor", "peak_bytes", "bytes", "flops")
+            for figure in (*figures, *schema.FIGURES_OF_CARDS):
                 row.pop(figure, None)
             reason = row["reason"] or f"{TIMING} raised {type(error).__name__}: {error}"[:200]
             row |= {"verified": False, "reason": reason}

@@ -30,7 +30,7 @@ def kernels_of(op: str, arch: int, folder: Path) -> dict[str, sass.Kernel]:
     built = max(ROOT.glob(f"build/*/CMakeFiles/_C.dir/csrc/{op}/cuda.cu.o"), key=_age, default=None)
     sources = [*(ROOT / "csrc" / op).iterdir(), *(ROOT / "csrc" / "common").iterdir()]
     if built is not None and _age(built) > max(map(_age, sources)) and arch in sass.architectures(built):
-        return _by_name(sass.read(built, arch), arch)
+        return _without_reserved(sass.read(built, arch), arch)
     return compile_file(ROOT / "csrc" / op / "cuda.cu", arch, folder)
 
 
@@ -39,21 +39,25 @@ def _age(path: Path) -> float:
 
 
 def compile_file(source: Path, arch: int, folder: Path) -> dict[str, sass.Kernel]:
-    """Every kernel of a .cu file."""
+    """Every kernel of a .cu file by its name."""
     cubin = folder / f"sm_{arch}.cubin"
     command = [nvcc(), "-std=c++17", f"-arch=sm_{arch}", "-cubin", f"-I{ROOT / 'csrc'}", f"-I{ROOT}"]
     command += ['-DVITKERN_CUDA_ARCHITECTURES=""', "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed for sm_{arch}:\n{done.stderr[-4000:]}")
-    return _by_name(sass.read(cubin, arch), arch)
+    return _without_reserved(sass.read(cubin), arch)
 
 
-def _by_name(kernels: dict[str, sass.Kernel], arch: int) -> dict[str, sass.Kernel]:
-    """By demangled names, without namespace, return type and parameters."""
+def _without_reserved(kernels: dict[str, sass.Kernel], arch: int) -> dict[str, sass.Kernel]:
+    """By their names, without the shared memory that the driver reserves in each block, counted from sm_90 on."""
     for kernel in kernels.values():
-        # From sm_90 on, the driver reserves some in each block, and they are counted.
         kernel.shared -= 1024 if arch >= 90 else 0
+    return by_name(kernels)
+
+
+def by_name(kernels: dict[str, sass.Kernel]) -> dict[str, sass.Kernel]:
+    """Kernels by their demangled names, without namespace, return type and parameters, instead of their symbols."""
     names = subprocess.check_output(["c++filt"], input="\n".join(kernels), text=True).splitlines()
     return {_short(name): kernel for name, kernel in zip(names, kernels.values())}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vitkern.bench import store
 from vitkern.bench.environment import in_words, machine, software
-from vitkern.bench.verdicts import Factor, factor_by_anchor
+from vitkern.bench.verdicts import Factor, factor_by_anchor, moved
 from vitkern.commands.errors import CommandError
 from vitkern.commands.texts import readable
 
@@ -100,7 +100,7 @@ def _compared(key: tuple[Any, ...], a: store.Row, b: store.Row, smallest: float)
     ]
     factor = factor_by_anchor(*visits)
     times = store.milliseconds(a), store.milliseconds(b)
-    return Compared(key, factor.verdict(smallest), times, factor)
+    return Compared(key, factor.verdict(smallest, moved(store.megahertz(a, b))), times, factor)
 
 
 def summary(compared: Iterable[Compared]) -> str:

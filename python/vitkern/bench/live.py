@@ -20,12 +20,13 @@ import vitkern
 from vitkern.bench import store
 from vitkern.bench.compare import HEADING, Compared, summary
 from vitkern.bench.plan import Request, plan
-from vitkern.bench.verdicts import factor_of_pairs
+from vitkern.bench.verdicts import factor_of_pairs, moved
 from vitkern.commands.errors import CommandError
 from vitkern.commands.progress import Progress
 
 HARNESS = str(Path(vitkern.__file__).parent)
 Pairs = list[tuple[float, float]]  # milliseconds of A and B in a round
+Clocks = dict[tuple[Any, ...], list[float]]  # of a card, in all samples of a row
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,14 @@ def compare_builds(
     keys = _keys(request)
     taken: dict[tuple[Any, ...], list[Pairs]] = {key: [] for key in keys}
     reasons: dict[tuple[Any, ...], str] = {}
+    clocks: Clocks = {key: [] for key in keys}
     with Progress(launches * len(keys)) as progress:
         try:
             for launch in range(launches):
-                _launch(builds, keys, rounds, launch == 0, taken, reasons, progress)
+                _launch(builds, keys, rounds, launch == 0, taken, clocks, reasons, progress)
         except KeyboardInterrupt:
             print("interrupted: verdicts on what was measured")
-    compared = [_compared(key, reasons.get(key), taken[key], smallest) for key in keys]
+    compared = [_compared(key, reasons.get(key), taken[key], clocks[key], smallest) for key in keys]
     print(HEADING)
     for row in compared:
         print(row.line())
@@ -128,6 +130,7 @@ def _launch(
     rounds: int,
     is_first: bool,
     taken: dict[tuple[Any, ...], list[Pairs]],
+    clocks: Clocks,
     reasons: dict[tuple[Any, ...], str],
     progress: Progress,
 ) -> None:
@@ -145,7 +148,7 @@ def _launch(
                 if isinstance(reason, str):
                     reasons[key] = reason
                 else:
-                    taken[key].append(_rounds(processes, rounds, reason))
+                    taken[key].append(_rounds(processes, rounds, reason, clocks[key]))
     finally:
         for process in processes:
             process.close()
@@ -160,20 +163,24 @@ def _open(processes: Sequence[Process], key: tuple[Any, ...], *, check: bool) ->
     return max(answer["calls"] for answer in answers)
 
 
-def _rounds(processes: Sequence[Process], rounds: int, calls: int) -> Pairs:
-    """Times A B B A, then B A A B: steady growth or decline adds the same to both."""
+def _rounds(processes: Sequence[Process], rounds: int, calls: int, clocks: list[float]) -> Pairs:
+    """Times A B B A, then B A A B: steady growth or decline adds the same to both. Adds to `clocks` on a card."""
     pairs = []
     for count in range(rounds):
         times: tuple[list[float], list[float]] = ([], [])
         for which in (0, 1, 1, 0) if count % 2 == 0 else (1, 0, 0, 1):
-            times[which].append(processes[which].ask("sample", calls=calls)["milliseconds"])
+            answer = processes[which].ask("sample", calls=calls)
+            times[which].append(answer["milliseconds"])
+            clocks += [clock] if (clock := answer.get("megahertz")) else []
         pairs.append((min(times[0]), min(times[1])))
     return pairs
 
 
-def _compared(key: tuple[Any, ...], reason: str | None, launches: list[Pairs], smallest: float) -> Compared:
+def _compared(
+    key: tuple[Any, ...], reason: str | None, launches: list[Pairs], clocks: list[float], smallest: float
+) -> Compared:
     if reason is not None or not launches:
         return Compared(key, reason or "not measured")
     factor = factor_of_pairs(launches)
     middles = [statistics.median(pair[which] for pairs in launches for pair in pairs) for which in (0, 1)]
-    return Compared(key, factor.verdict(smallest), (middles[0], middles[1]), factor)
+    return Compared(key, factor.verdict(smallest, moved(clocks)), (middles[0], middles[1]), factor)

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import ctypes
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 
-Run = Callable[[], object]
+from vitkern.bench.cuda_clock import CudaClock, Run, Sample
+
 SAMPLE_SECONDS = 20e-3
 
 
 class Clock(Protocol):
-    """The time of a call on a device. A sample is a number of calls, the same in every round."""
+    """The time of a call on a device. A sample is a number of calls, the same in every round.
+
+    A clock of a card has more of the last sample in `last`.
+    """
 
     def calls(self, run: Run) -> int: ...
 
@@ -43,38 +46,6 @@ class HostClock:
         return (time.perf_counter() - started) * 1e3 / calls
 
 
-class CudaClock:
-    """Events before and after each call; a sample is the median of some calls.
-
-    Twice the L2 cache is written before each call, so that no call finds its inputs there, as none would in a network.
-    The host runs ahead during that write, so the events enclose the kernels and not their launches.
-    """
-
-    CALLS = 5
-
-    def __init__(self, device: torch.device) -> None:
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.scratch = torch.empty(2 * max(cache, 2**25), dtype=torch.int8, device=device)
-        self.device = device
-
-    def calls(self, run: Run) -> int:
-        run()
-        run()
-        torch.cuda.synchronize(self.device)
-        return self.CALLS
-
-    def milliseconds(self, run: Run, calls: int) -> float:
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        with torch.cuda.device(self.device):
-            for start, end in pairs:
-                self.scratch.zero_()
-                start.record()
-                run()
-                end.record()
-            torch.cuda.synchronize(self.device)
-        return statistics.median(start.elapsed_time(end) for start, end in pairs)
-
-
 def clock_of(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else HostClock(SAMPLE_SECONDS)
 
@@ -87,10 +58,12 @@ def interleaved(
     least: int = 3,
     clock: Clock | None = None,
     calls: dict[str, int] | None = None,
+    more: dict[str, list[Sample]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of each variant: {name: [ms, ...]}, all variants once a round, until a limit is met.
 
     `least`: the rounds to run in any case. `calls`: the calls of a sample; missing ones are found and added.
+    `more`: receives what a clock of a card knows besides of each sample.
     """
     clock, calls = clock or HostClock(), {} if calls is None else calls
     for name, run in variants.items():
@@ -101,6 +74,8 @@ def interleaved(
     for done in range(1, rounds + 1):
         for name, run in variants.items():
             samples[name].append(clock.milliseconds(run, calls[name]))
+            if more is not None and isinstance(last := getattr(clock, "last", None), Sample):
+                more.setdefault(name, []).append(last)
         if time.perf_counter() > deadline and done >= least:
             break
     return samples

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from vitkern.bench import plots, store, style
 from vitkern.bench.environment import in_words
-from vitkern.bench.run import advice, speedup
+from vitkern.bench.run import advice, faster_in_words, of_card_in_words, speedup
 from vitkern.bench.svg import Canvas
 from vitkern.commands.errors import CommandError
 from vitkern.commands.texts import in_html, in_markdown
@@ -26,6 +26,11 @@ HOW = (
     "the rate of a copy of that size, and the op's operations at the rate of a matrix product, both measured in this "
     "run. Gathers touch each pixel many times, so they stay far below it. 16-bit products may be made in float32 where "
     "that is faster, so marks may lie above the 16-bit line."
+)
+COLUMNS_OF_CARDS = ("host ms", "MHz")
+OF_CARDS = (
+    "Host ms: until the call returned, which the other time does not hold; with ! it does, as the card waited for the "
+    "host. MHz: the card's clock. A speed-up that the clock alone may have made is ambiguous."
 )
 
 
@@ -102,19 +107,18 @@ def cells(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[A
     ]
     if not row["verified"]:
         return [*names, f"FAILED: {row['reason']}"]
-    ratio = speedup(row, rows)
-    faster = "" if ratio is None else f"{ratio:.2f}x"
     peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
     return [
         *names,
         f"{store.milliseconds(row):.3f}",
-        "held up" if store.key(row) in held_up else faster,
+        faster_in_words(row, rows, held_up),
         f"{row['share']:.1%}",
         row["bound"],
         f"{row['gb_per_s']:.2f}",
         f"{row['gflop_per_s']:.2f}",
         peak,
         f"{max(row['errors'].values()):.0e}",
+        *(of_card_in_words(row) if store.megahertz(row) else ()),
     ]
 
 
@@ -135,6 +139,8 @@ def facts(record: store.Record) -> list[str]:
     told.append(
         HOW.format(figure="medians between events, the L2 cache flushed before each" if gpu else "minima")
     )
+    if any(map(store.megahertz, record["rows"])):
+        told.append(OF_CARDS)
     return told
 
 
@@ -144,7 +150,8 @@ def _figure(rows: Sequence[store.Row]) -> str:
 
 
 def columns(rows: Sequence[store.Row]) -> list[str]:
-    return [name.format(figure=_figure(rows)) for name in COLUMNS]
+    names = [name.format(figure=_figure(rows)) for name in COLUMNS]
+    return [*names, *COLUMNS_OF_CARDS] if any(map(store.megahertz, rows)) else names
 
 
 def alarms(record: store.Record) -> list[str]:
@@ -228,12 +235,13 @@ def _legend(backends: Sequence[str]) -> str:
 
 
 def _table(rows: Sequence[store.Row]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in columns(rows))
+    names = columns(rows)
+    head = "".join(f"<th>{name}</th>" for name in names)
     lines, held_up = [], store.held_up(rows)
     for row in rows:
         texts = [in_html(text) for text in cells(row, rows, held_up)]
         *first, last = texts
-        span = len(COLUMNS) - len(first)
+        span = len(names) - len(first)
         end = f'<td class="words" colspan="{span}">{last}</td>' if span > 1 else f"<td>{last}</td>"
         plain = ' class="plain"' if row["backend"] == "torch" else ""
         lines.append(f"<tr{plain}>{''.join(f'<td>{text}</td>' for text in first)}{end}</tr>")
@@ -253,11 +261,13 @@ def markdown(record: store.Record, stem: str, drawn: Mapping[str, Canvas]) -> st
     ]
     lines.append("")
     lines += [f"![{in_markdown(canvas.title)}]({quote(stem)}-{name}.svg)" for name, canvas in drawn.items()]
-    lines += ["", _line_of_table(*columns(rows)), "|---|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
+    names = columns(rows)
+    numbers = "--:|" * (len(names) - 9)
+    lines += ["", _line_of_table(*names), f"|---|---|---|---|---|--:|--:|--:|---|{numbers}"]
     held_up = store.held_up(rows)
     for row in rows:
         texts = cells(row, rows, held_up)
-        lines.append(_line_of_table(*texts, *[""] * (len(COLUMNS) - len(texts))))
+        lines.append(_line_of_table(*texts, *[""] * (len(names) - len(texts))))
     return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,7 @@ from vitkern.bench.ceilings import ANCHORS, Ceilings, Machine, anchor, cost, lim
 from vitkern.bench.environment import environment, in_words
 from vitkern.bench.measure import (
     Run,
+    Sample,
     backward_alone,
     clock_of,
     forward_backward,
@@ -22,6 +23,7 @@ from vitkern.bench.measure import (
     peak_megabytes,
 )
 from vitkern.bench.plan import Request, Subject, plan
+from vitkern.bench.verdicts import Factor, moved
 from vitkern.bench.verify import complaint, errors_of, exact_results
 from vitkern.cases.record import Problem
 from vitkern.commands.choices import dtype_name
@@ -74,7 +76,7 @@ def run(
     else:
         save("complete")
     print(in_words(record["environment"]))
-    print(HEADING)
+    print(HEADING + (HEADING_OF_CARD if any(map(store.megahertz, record["rows"])) else ""))
     held_up = store.held_up(record["rows"])
     for row in record["rows"]:
         print(line(row, record["rows"], held_up))
@@ -139,6 +141,7 @@ class Group:
             return
         device, kind = self.subject.device, self.subject.op.anchor
         runs = {row["backend"]: call(work, row["backend"], self.what) for row in right}
+        more: dict[str, list[Sample]] = {}
         samples = interleaved(
             runs | {"anchor": anchor(kind, device)},
             rounds=rounds or ROUNDS,
@@ -146,6 +149,7 @@ class Group:
             seconds=seconds,
             clock=clock_of(device),
             calls=self.calls,
+            more=more,
         )
         for row in right:
             if "peak_bytes" not in row:
@@ -155,7 +159,19 @@ class Group:
                 anchor=kind,
                 samples_ms=[*row.get("samples_ms", ()), samples[row["backend"]]],
                 anchor_ms=[*row.get("anchor_ms", ()), samples["anchor"]],
+                **_of_card(row, more.get(row["backend"], ())),
             )
+
+
+def _of_card(row: store.Row, samples: Sequence[Sample]) -> store.Row:
+    """The figures of a row that only a card's clock has, with those of another visit."""
+    if not samples:
+        return {}
+    return {
+        "host_ms": [*row.get("host_ms", ()), [one.host_ms for one in samples]],
+        "megahertz": [*row.get("megahertz", ()), [round(one.megahertz, 1) for one in samples]],
+        "ahead": row.get("ahead", True) and all(one.ahead for one in samples),
+    }
 
 
 def checked_groups(
@@ -228,6 +244,7 @@ def summarize(row: store.Row, ceiling: Ceilings) -> None:
 
 
 HEADING = f"{store.HEADING}{'ms':>9}{'over torch':>12}{'of the limit':>14}{'MB':>9}"
+HEADING_OF_CARD = f"{'host ms':>10}{'MHz':>7}"
 
 
 def advice(held_up: Collection[object]) -> str:
@@ -239,22 +256,46 @@ def line(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[An
     text = store.in_words(store.key(row))
     if not row["verified"]:
         return f"{text}  FAILED: {row['reason']}"
-    ratio = speedup(row, rows)
-    faster = "-" if ratio is None else f"{ratio:.2f}x"
-    if store.key(row) in held_up:
-        faster = "held up"
+    faster = faster_in_words(row, rows, held_up) or "-"
     share = f"{row['share']:.0%} {row['bound'][:5]}"
-    return f"{text}{store.milliseconds(row):>9.3f}{faster:>12}{share:>14}{(row['peak_bytes'] or 0) / 2**20:>9.1f}"
+    text += f"{store.milliseconds(row):>9.3f}{faster:>12}{share:>14}{(row['peak_bytes'] or 0) / 2**20:>9.1f}"
+    if not store.megahertz(row):
+        return text
+    host, clock = of_card_in_words(row)
+    return f"{text}{host:>10}{clock:>7}"
+
+
+def of_card_in_words(row: store.Row) -> tuple[str, str]:
+    """The host's milliseconds of a call, marked where the card waited for it, and the card's clock."""
+    host = statistics.median(time for visit in row["host_ms"] for time in visit)
+    return f"{host:.3f}{'' if row['ahead'] else ' !'}", f"{statistics.median(store.megahertz(row)):.0f}"
+
+
+def faster_in_words(row: store.Row, rows: Sequence[store.Row], held_up: Collection[tuple[Any, ...]]) -> str:
+    """The speed-up, unless other work or a card's clock may have made it; arguments and gaps are those of speedup."""
+    plain = _plain(row, rows)
+    if store.key(row) in held_up:
+        return "held up"
+    if plain is None:
+        return ""
+    ratio = store.milliseconds(plain) / store.milliseconds(row)
+    clock = moved(store.megahertz(row, plain))
+    if Factor(ratio, ratio, ratio).verdict(0.0, clock) == "ambiguous":
+        return "ambiguous"
+    return f"{ratio:.2f}x"
 
 
 def speedup(row: store.Row, rows: Sequence[store.Row]) -> float | None:
     """The speed-up over plain torch in the same rounds; None for plain torch, or if plain torch has no time."""
+    plain = _plain(row, rows)
+    return None if plain is None else store.milliseconds(plain) / store.milliseconds(row)
+
+
+def _plain(row: store.Row, rows: Sequence[store.Row]) -> store.Row | None:
+    """The row of plain torch that another was timed in turn with."""
     if row["backend"] == "torch" or not row["verified"]:
         return None
     wanted = store.key(row)[:-1]
     # Cheap comparisons come first: there may be thousands of rows.
     plain = (other for other in rows if other["backend"] == "torch" and other["case"] == row["case"])
-    same = next((other for other in plain if other["verified"] and store.key(other)[:-1] == wanted), None)
-    if same is None:
-        return None
-    return store.milliseconds(same) / store.milliseconds(row)
+    return next((other for other in plain if other["verified"] and store.key(other)[:-1] == wanted), None)

@@ -106,6 +106,12 @@ _ROW: dict[str, Check] = dict.fromkeys(KEY, _is_name) | {
     "errors": _table_of(_maybe(_is_number)),
     "reason": _maybe(_is_text),
 }
+# The host's time, the card's clock, and whether the host was ahead of the card: in rows of a card only.
+FIGURES_OF_CARDS: dict[str, Check] = {
+    "host_ms": _times,
+    "megahertz": _times,
+    "ahead": _is_flag,
+}
 _FIGURES: dict[str, Check] = {
     "samples_ms": _times,
     "anchor_ms": _times,
@@ -189,8 +195,9 @@ def _about_row(row: Any) -> str | None:
     if objection is not None:
         return objection
     if row["verified"]:
-        return _against("it", row, _FIGURES) or _about_figures(row)
-    if set(_FIGURES) & set(row) or not row["reason"]:
+        of_card = {name: check for name, check in FIGURES_OF_CARDS.items() if name in row}
+        return _against("it", row, _FIGURES | of_card) or _about_figures(row)
+    if (set(_FIGURES) | set(FIGURES_OF_CARDS)) & set(row) or not row["reason"]:
         return "it was not verified, so it must have a reason and no figures"
     return None
 

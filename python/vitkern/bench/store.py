@@ -32,6 +32,11 @@ def milliseconds(row: Row) -> float:
     return float(row["ms"]["min" if row["device"] == "cpu" else "p50"])
 
 
+def megahertz(*rows: Row) -> list[float]:
+    """The clocks of the card in all samples of these rows; none on a CPU."""
+    return [clock for row in rows for visit in row.get("megahertz", ()) for clock in visit]
+
+
 def held_up(rows: Iterable[Row]) -> set[tuple[Any, ...]]:
     """Keys of the rows whose anchor took far longer than its best in the same run: the rows took longer too."""
     least: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}  # of each row, by anchor

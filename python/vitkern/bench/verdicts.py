@@ -7,7 +7,8 @@ other build. The interval comes from drawing the samples again, not from an assu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +26,30 @@ class Factor:
     low: float
     high: float
 
-    def verdict(self, smallest: float) -> str:
-        """ "slower" and "faster" need an interval without 1 and an effect that is worth a name."""
-        if self.low > 1 and self.middle >= 1 + smallest:
+    def verdict(self, smallest: float, moved: float = 1.0) -> str:
+        """ "slower" and "faster" need an interval without 1 and an effect that is worth a name.
+
+        If clocks `moved` by a factor, the verdict has to be the same with this factor times or over theirs. Otherwise
+        it is "ambiguous": the clock alone may have made it.
+        """
+        found = {self._of(smallest, clock) for clock in (1 / moved, 1.0, moved)}
+        return found.pop() if len(found) == 1 else "ambiguous"
+
+    def _of(self, smallest: float, clock: float) -> str:
+        if clock * self.low > 1 and clock * self.middle >= 1 + smallest:
             return "slower"
-        if self.high < 1 and self.middle <= 1 / (1 + smallest):
+        if clock * self.high < 1 and clock * self.middle <= 1 / (1 + smallest):
             return "faster"
         return "no difference"
+
+
+def moved(megahertz: Iterable[float]) -> float:
+    """The factor between a card's highest and lowest clock, a tenth at either end left out; 1 where none is known."""
+    known = list(megahertz)
+    if len(known) < 2:
+        return 1.0
+    tenths = statistics.quantiles(known, n=10, method="inclusive")
+    return tenths[-1] / tenths[0]
 
 
 # Times taken in turn: [visits][rounds] pairs of divisor and dividend.
