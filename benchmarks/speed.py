@@ -27,8 +27,8 @@ PICTURED = """![How many times as fast as plain torch each op is on a CPU](docs/
 
 Drawn from `benchmarks/results/cpu.json`; its last line names processor, threads, torch, commit. `make speed` measures
 and draws it on your machine. [Whole models, peers and memory](docs/performance.md)."""
-NOTHING = """No picture has been drawn of this commit: `make speed` measures the ops on your CPU and draws it.
-[The tables](docs/performance.md) have figures of ops, whole models and peers."""
+NOTHING = """There is no speed chart of this commit: `make speed` measures the ops on your CPU and draws one.
+[The tables](docs/performance.md) have figures for the ops, whole models and other implementations."""
 SHOWN = (
     ("ms_deform_attn", "detr-encoder", "Deformable-DETR encoder, 800x1333"),
     ("ms_deform_attn", "detr-decoder", "Deformable-DETR decoder, 300 queries"),
