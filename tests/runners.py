@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which the suite runs the kernels: those of `vitkern check`, and some that only a checkout has.
+"""The runners of the kernels in the tests: those of `vitkern check`, and some that only a checkout has.
 
-A runner that cannot run here is skipped with its reason.
+Tests with a runner that cannot run here are skipped with the reason.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu PART=tune` without a card: which sizes it changes, that wrong ones have no time, and what it cannot try."""
+"""`make gpu PART=tune` without a card: the sizes that it tries, no times for wrong results, and sizes it cannot try."""
 
 from __future__ import annotations
 

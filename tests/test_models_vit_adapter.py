@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViT-Adapter's options on small models: what each does, and what is refused in words."""
+"""ViT-Adapter's options on small models: their effects, and the refused values."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing(name):
 
 @FORMS
 def test_which_parts_recompute(variant):
-    """The official detection form leaves the interactions out, that of Uni-Perceiver is the other way round."""
+    """Interactions are not recomputed in the official detection form, nor in Uni-Perceiver's segmentation form."""
     part = {
         kind: kind(variant=variant, with_cp=True, **SMALL).interactions[0]
         for kind in (ViTAdapter, UniPerceiverAdapter)
@@ -99,7 +99,7 @@ def test_windows_are_cut_row_by_row_and_joined_again():
 
 
 def test_what_the_padding_of_a_window_is():
-    """One token in a window of 2 x 2: the softmax runs over its own key and three of the padding."""
+    """One token in a window of 2 x 2: the softmax includes its own key and three keys of the padding."""
     x, channels = seeded("x", (1, 1, 8)), 8
     attentions = {
         "zeros": fill(vit.Attention(channels, 2, window_size=2)),
@@ -320,9 +320,9 @@ def test_export(name):
 @pytest.mark.slow
 @ALL_MODELS
 def test_compiles_whole(name):
-    """One graph, forward and backward: what inductor would be given, without the minutes that it takes.
+    """Forward and backward compile as one graph, the input of inductor, which itself would take minutes.
 
-    Plain "aot_eager" keeps the backward of dropout as one op, and torch 2.13 is wrong about the strides of its result.
+    Plain "aot_eager" keeps the backward of dropout as one op, for whose result torch 2.13 has wrong strides.
     """
     model = MODELS[name]().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
