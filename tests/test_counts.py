@@ -102,7 +102,7 @@ def test_barriers_and_waits_for_loads(known):
 
 @pytest.mark.parametrize(("cache", "missed"), [("1x1x8", 64), ("1x1x16", 64), ("1x1x4", 128), ("1x1x2", 128)])
 def test_l1_keeps_what_fits_and_nothing_else(program, cache, missed):
-    """64 lines are read in order, twice. 8 KB hold them; in smaller caches, each line is evicted before it is read again."""
+    """64 lines are read in order, twice. 8 KB hold them; smaller caches evict each line before it is read again."""
     ((found,),) = [
         [one for one in row["l1"] if one["tensor"] == "from"]
         for name, row in program(L1=cache).items()

@@ -203,7 +203,7 @@ def test_after_an_error_of_the_card_the_guilty_one_is_left_out(small, tmp_path, 
 
     monkeypatch.setattr(contenders, "functions", functions)
     path = tmp_path / "file.json"
-    with pytest.raises(CommandError, match="wrong left the card in no defined state at token_pool"):
+    with pytest.raises(CommandError, match="wrong left the card in an undefined state at token_pool"):
         measure(path, cases=["two"])
     assert [row["backend"] for row in store.read(path)["rows"]] == ["wrong", "wrong"]
     with pytest.raises(CommandError, match="at token_project"):

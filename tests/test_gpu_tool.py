@@ -312,7 +312,7 @@ def test_an_error_of_the_card_ends_the_process(tmp_path):
     (tmp_path / "test_it.py").write_text(dedent(TESTS))
     (tmp_path / "fails").write_text("CUDA error: an illegal memory access was encountered")
     first = pytest_in(tmp_path, seconds=60)
-    assert "the card is in no defined state after test_it.py::test_two" in first.stdout
+    assert "the card is in an undefined state after test_it.py::test_two" in first.stdout
     assert (tmp_path / "log").read_text() == "1"
     pytest_in(tmp_path, seconds=60)  # a new process: all others, and then the guilty one again
     assert (tmp_path / "log").read_text() == "135"

@@ -84,7 +84,7 @@ def test_a_size_that_breaks_the_card_ends_the_call_and_is_not_tried_again(monkey
     )
     path = tmp_path / "file.json"
     wanted = [tiny("token_project", "forward")]
-    with pytest.raises(CommandError, match="BLOCK_N.*left the card in no defined state: call again"):
+    with pytest.raises(CommandError, match="BLOCK_N.*left the card in an undefined state: call again"):
         tune.run(wanted, path, SOFTWARE, Budget(1e4))
     assert tune.run(wanted, path, SOFTWARE, Budget(1e4)) == DONE
     assert len(measured) == 1
