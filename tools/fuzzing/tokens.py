@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formulas of token_pool and token_project, in float64: the equations of their pages in docs/derivations."""
+"""The formulas of token_pool and token_project in float64; their pages in docs/derivations have the equations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def expected_pool(
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Where one is 0 the product is, whatever the other."""
+    """The product; 0 if either factor is 0, even if the other is not finite."""
     return np.where((a == 0) | (b == 0), 0.0, a * b)
 
 
