@@ -105,13 +105,13 @@ def test_a_build_is_an_interpreter_an_environment_or_a_folder(build, tmp_path):
     assert live.Build.at("A", sys.executable).interpreter == sys.executable
     assert live.Build.at("A", str(tmp_path)).interpreter == str(environment)
     assert live.Build.at("A", str(build)).folder == str(build)
-    with pytest.raises(CommandError, match="B, .*nowhere, is no build"):
+    with pytest.raises(CommandError, match="B, .*nowhere, is not a build"):
         live.Build.at("B", str(tmp_path / "nowhere"))
 
 
 def test_files_of_runs_are_no_builds(files, capsys):
     assert main(["bench", "compare", "--live", *files(record(row()), record(row()))]) == 2
-    assert "a.json, is no build: it has to be a Python interpreter" in capsys.readouterr().err
+    assert "a.json, is not a build: it must be a Python interpreter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["#!/bin/sh\necho hello", "neither a program nor a script"])

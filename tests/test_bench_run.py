@@ -206,12 +206,12 @@ def test_filters_leave_what_was_asked_for(tmp_path):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--op", "msda"], "no op is called msda; there are ms_deform_attn, "),
-        (["--case", "huge"], "no case is called huge; there are tiny"),
-        (["--case", "tiny", "--case", "hug*"], "no case is called hug*; there are tiny"),
-        (["--dtype", "int8"], "no dtype is called int8; there are fp32, bf16, fp16, fp64"),
-        (["--pass", "up"], "no pass is called up; there are forward, backward, both"),
-        (["--backend", "mps"], "no backend is called mps; there are cpu, cuda, triton, reference, torch"),
+        (["--op", "msda"], "unknown op 'msda': choose from ms_deform_attn, "),
+        (["--case", "huge"], "unknown case 'huge': choose from tiny"),
+        (["--case", "tiny", "--case", "hug*"], "unknown case 'hug*': choose from tiny"),
+        (["--dtype", "int8"], "unknown dtype 'int8': choose from fp32, bf16, fp16, fp64"),
+        (["--pass", "up"], "unknown pass 'up': choose from forward, backward, both"),
+        (["--backend", "mps"], "unknown backend 'mps': choose from cpu, cuda, triton, reference, torch"),
         (["--backend", "cuda"], "backend cuda cannot run float32 on cpu: "),
         (["--threads", "0"], "--threads must be more than 0, got 0"),
         (["--threads", "-1"], "--threads must be more than 0, got -1"),

@@ -99,7 +99,7 @@ def test_what_an_editor_has_spoilt_is_refused(edits, objection, tmp_path, capsys
         assert main(["bench", *map(str, command)]) == 2
         said = capsys.readouterr().err.strip()
         assert "\n" not in said
-        assert "out.json is no file of `vitkern bench run --json`: " in said
+        assert "out.json is not a file of `vitkern bench run --json`: " in said
         assert objection in said
 
 
@@ -176,7 +176,7 @@ def test_what_python_cannot_parse_is_refused_in_a_sentence(text, tmp_path, capsy
     path.write_text(text, encoding="latin-1")
     assert main(["bench", "report", str(path)]) == 2
     said = capsys.readouterr().err
-    assert "out.json is no file of `vitkern bench run --json`: " in said
+    assert "out.json is not a file of `vitkern bench run --json`: " in said
     assert said.count("\n") == 1
 
 

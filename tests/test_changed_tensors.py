@@ -280,7 +280,7 @@ def test_memory_that_is_gone_before_the_op():
     for mode in (contextlib.nullcontext, torch.inference_mode, Dispatching):
         x, weight = SUBJECTS[3].tensors().values()
         weight.untyped_storage().resize_(8)
-        with pytest.raises(ValueError, match="token_pool: weight must have the memory of"), mode():
+        with pytest.raises(ValueError, match="token_pool: weight must have memory for"), mode():
             torch.ops.vitkern.token_pool(x, weight)
 
 
@@ -336,7 +336,7 @@ def test_a_result_that_lost_its_memory(watcher):
         output = SUBJECTS[3].call(tensors)
         gradient = torch.ones_like(output)
         output.untyped_storage().resize_(4)
-        with pytest.raises(ValueError, match="token_pool: result must have the memory of"):
+        with pytest.raises(ValueError, match="token_pool: result must have memory for"):
             torch.autograd.grad(output, leaves(tensors), gradient)
 
 

@@ -253,12 +253,12 @@ def test_what_is_not_run_is_said(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--backend", "metal"], "no backend is called metal; there are reference, cpu-"),
-        (["--op", "conv"], "no op is called conv; there are ms_deform_attn"),
-        (["--case", "nothing-*"], r"no case is called nothing-\*; there are "),
-        (["--dtype", "int8"], "no dtype is called int8; there are fp32"),
+        (["--backend", "metal"], "unknown backend 'metal': choose from reference, cpu-"),
+        (["--op", "conv"], "unknown op 'conv': choose from ms_deform_attn"),
+        (["--case", "nothing-*"], r"unknown case 'nothing-\*': choose from "),
+        (["--dtype", "int8"], "unknown dtype 'int8': choose from fp32"),
         (["--module", "a:B", "--op", "token_pool"], "--op does not go with --module"),
-        (["--kind", "gradcheck", "--dtype", "bf16"], "no check fits all that was asked for; --list"),
+        (["--kind", "gradcheck", "--dtype", "bf16"], "no check matches the request; --list"),
         (["--times", "0"], "--times must be more than 0, got 0"),
         (["--times", "-1"], "--times must be more than 0, got -1"),
         (["--times", "nan"], "--times must be more than 0, got nan"),

@@ -166,11 +166,11 @@ def test_without_a_card_it_is_one_sentence(part, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--op", "conv"], "no op is called conv; there are ms_deform_attn, "),
-        (["--case", "nothing-*"], "no case is called nothing-*; there are "),
-        (["--dtype", "fp8"], "no dtype is called fp8; there are bf16, fp16, fp32"),
+        (["--op", "conv"], "unknown op 'conv': choose from ms_deform_attn, "),
+        (["--case", "nothing-*"], "unknown case 'nothing-*': choose from "),
+        (["--dtype", "fp8"], "unknown dtype 'fp8': choose from bf16, fp16, fp32"),
         (["--seconds", "0"], "--seconds has to be more than 0, got 0"),
-        (["--without", "nope"], "no contender is called nope; there are torch compiled, vitkern compiled, "),
+        (["--without", "nope"], "unknown contender 'nope': choose from torch compiled, vitkern compiled, "),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(arguments, message, capsys):

@@ -82,7 +82,7 @@ def test_position_embeddings_that_were_trained_on_a_grid_that_is_not_square():
     trained["pos_embed"] = seeded("positions", (1, 1 + 4 * 7, D))
     model = ViTAdapter(img_size=64, pretrain_size=64, **SMALL)
     with pytest.raises(
-        ValueError, match=r"29 position embeddings are no grid of 5 x 5 .*old=\(rows, columns\)"
+        ValueError, match=r"29 position embeddings do not form a grid of 5 x 5 .*old=\(rows, columns\)"
     ):
         load_checkpoint(model, trained)
     positions = resize_pos_embed(trained["pos_embed"], 1 + 4 * 4, (4, 4), old=(4, 7))
@@ -308,7 +308,7 @@ def test_files_that_are_no_checkpoints_or_cut_off(tmp_path):
     broken = {"half.pth": half, "empty.pth": b"", "page.pth": b"<html>404</html>", "broken.npz": b"1234"}
     for name, contents in broken.items():
         (tmp_path / name).write_bytes(contents)
-        with pytest.raises(ValueError, match=f"{name} is no checkpoint, or only the beginning of one"):
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint, or is truncated"):
             load_checkpoint(ViTAdapter(**SMALL), tmp_path / name)
 
 

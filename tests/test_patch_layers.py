@@ -141,7 +141,7 @@ def test_a_method_that_is_replaced_later_runs(monkeypatch):
     kind = type(model[0])
     vitkern.patch(model)
     monkeypatch.setattr(kind, "forward", lambda self, *given: torch.zeros(1))
-    with pytest.warns(UserWarning, match="'forward' is not as it was"):
+    with pytest.warns(UserWarning, match="'forward' has changed"):
         assert model[0](*model[0].example()).shape == (1,)
 
 

@@ -49,7 +49,7 @@ def affordable(request: Request) -> Request:
 
 
 def _backends() -> list[str]:
-    """The routes that can run; plain torch is not on trial."""
+    """The routes that can run, without plain torch."""
     own = [route for route in all_routes("cuda") if route.backend != "reference"]
     able = [route.name for route in own if route.reason is None]
     if not able:

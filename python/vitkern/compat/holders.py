@@ -175,7 +175,7 @@ def _warn(kind: Any, name: str) -> None:
     if not torch.compiler.is_compiling() and (kind, name) not in _warned:
         _warned.add((kind, name))
         warnings.warn(
-            f"vitkern: {kind.__name__} runs its own code: {name!r} is not as it was when it was patched",
+            f"vitkern: {kind.__name__} runs its own code: {name!r} has changed since the patch",
             stacklevel=4,
         )
 
