@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The counter's knowledge of the launch that runs, and the way it counts the threads' accesses. counts.cpp feeds it.
+// The counter's state of the running launch, and the counting of the threads' accesses. counts.cpp feeds it.
 #pragma once
 
 #include <dlfcn.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast path into an op's kernels (vitkern/ops/fast_path.py): from a call's arguments to the plan of their signature,
-// under an autograd.Function where a gradient is wanted.
+// under an autograd.Function if a gradient is needed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -42,7 +42,7 @@ class FastPath {
  public:
   // asks_gradients: torch.is_grad_enabled.
   // tensors: how many arguments are tensors or None; what follows are options, by default these.
-  // recorded: positions of the tensors that may want a gradient.
+  // recorded: positions of the tensors that may need a gradient.
   // plans: {(key of the tensors, *options): a tuple, or None: there is no fast path}. The tuple begins with a function of
   // the tensors, and two that also record a gradient, of the recorded tensors and a tuple of all: one for the first
   // output, one for all of them.
@@ -58,7 +58,7 @@ class FastPath {
         plans_(std::move(plans)),
         requires_grad_(signer_.tensor(), "requires_grad"),
         whole_(whole) {
-    if (tensors > TensorView::kMost) throw std::invalid_argument("an op of too many tensors");
+    if (tensors > TensorView::kMost) throw std::invalid_argument("an op has too many tensors");
   }
 
   // The op's result; None where the call has to go another way.

@@ -132,7 +132,7 @@ void read_points(Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int6
 }
 
 // Rows and coefficients of the four corners, eqs. (2) and (3). Products are rounded before 1/2 is subtracted,
-// so that all instruction sets see a location on the edge of a cell on the same side of it.
+// so that all instruction sets put a location on the edge of a cell into the same cell.
 template <typename Acc>
 void locate_bilinear(Tile<Acc>& tile) {
   using Index = Integer<Acc>;
@@ -241,8 +241,7 @@ VITKERN_INLINE void prefetch_rows(const Tile<Acc>& tile, int64_t query, const An
   }
 }
 
-// Whether queries that follow one another read rows far from one another. Where they do not, the caches
-// already hold what prefetching would bring.
+// Whether consecutive queries read distant rows. If not, the caches already hold the rows that prefetching would bring.
 template <typename Acc>
 bool scattered(const Tile<Acc>& tile, int64_t queries) {
   constexpr int kNearby = 16;  // rows
