@@ -57,5 +57,5 @@ REFERENCE = Runner(**vars(_ROUTES["reference"]))
 _KERNELS = [route for route in _ROUTES.values() if route.backend != "reference"]
 RUNNERS = [Runner(**vars(route)) for route in _KERNELS if route.name != "cuda-emulated"] + _BUILT
 
-# The emulated CUDA kernels with the ordered gather of grad_value in the place of atomics.
+# The emulated CUDA kernels with the ordered gather of grad_value instead of atomics.
 ORDERED = Runner("cuda-emulated-ordered", "cuda", "cpu", emulated.REASON, _ordered_emulator, slow=True)

@@ -94,7 +94,7 @@ def _freed(tensor: Tensor) -> Tensor:
     return copy
 
 
-# Other tensors in the place of one.
+# Functions that replace a tensor by another.
 SWAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "empty": lambda t: t.new_empty(0),
     "first-row": lambda t: t[:1].clone(),

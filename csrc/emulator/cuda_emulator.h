@@ -40,7 +40,7 @@ enum class Waits { kForNothing, kForBlock, kForWarp, kEnded };
 struct Meeting {
   const char* operation;
   unsigned mask;
-  int source;  // the lane whose value is wanted; below 0: a bit from every lane
+  int source;  // the lane whose value is read; below 0: a bit from every lane
   uint64_t value;
 };
 

@@ -72,7 +72,7 @@ struct Pass {
   CpuKernel<Params> cpu;
   Launch cuda;                                    // null where a build has none
   int64_t (*workspace)(const Params&) = nullptr;  // cuda: bytes, into params.workspace
-  bool backward = false;  // then the first argument says which outputs are wanted, and others are null
+  bool backward = false;  // then the first argument says which outputs are needed, and others are null
 };
 
 template <typename Params>

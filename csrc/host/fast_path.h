@@ -152,7 +152,7 @@ class FastPath {
 // The same for a backward pass: from grad_output and the saved tensors to the kernel of the plan that recorded them.
 class FastBackward {
  public:
-  // signatures: of grad_output and the tensors, those for which the kernel may run. kernel: of the wanted gradients, a
+  // signatures: of grad_output and the tensors, those for which the kernel may run. kernel: of the needed gradients, a
   // contiguous grad_output, and the tensors.
   FastBackward(Signer signer, Watch watched, pybind11::object asks_gradients,
                std::vector<std::string> signatures, pybind11::object kernel)
@@ -163,7 +163,7 @@ class FastBackward {
         kernel_(std::move(kernel)),
         contiguous_("contiguous") {}
 
-  // Takes the flags of the wanted gradients, grad_output and the tensors; returns the gradients, or None where the call
+  // Takes the flags of the needed gradients, grad_output and the tensors; returns the gradients, or None where the call
   // takes the dispatcher's path, as gradients of gradients do: the op refuses them in words.
   pybind11::object operator()(Arguments inputs, Py_ssize_t count, const TensorView*) const {
     if (count < 2 || count - 1 > TensorView::kMost ||

@@ -218,8 +218,8 @@ void unweigh_rows(const Fusion<Acc>& fusion, const Acc* weights, int64_t rows, i
     store(grads + i, load<Acc, N>(weights + i) * (load<Acc, N>(grads + i) - load<Acc, N>(fusion.scale + i)));
 }
 
-// From gradients by pixels, in tile.xy, to those of offsets, in place, and of locations, eq. (12), and on to
-// logits.
+// Turns the gradients by pixels in tile.xy into those of offsets, in place, and of locations, eq. (12), and those of the
+// weights into those of logits.
 template <typename Acc>
 void unfuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
                    int64_t queries, Acc* grad_weight) {

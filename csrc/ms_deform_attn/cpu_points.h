@@ -252,8 +252,8 @@ bool scattered(const Tile<Acc>& tile, int64_t queries) {
   return queries == 1 || 4 * far > (queries - 1) * tile.points;
 }
 
-// Brings the points that a later read_points() reads into the cache: a query's lie far from the next one's. `size` is
-// that of a coordinate, in bytes.
+// Prefetches the points for a later read_points(), because the points of consecutive queries lie far apart. `size` is that
+// of a coordinate, in bytes.
 VITKERN_INLINE void prefetch_points(const MsDeformAttnParams& p, int64_t row, int64_t points, int64_t size) {
   const char* locations = static_cast<const char*>(p.locations) + 2 * row * size;
   const char* weights = static_cast<const char*>(p.weights) + row * size;

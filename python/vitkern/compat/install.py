@@ -91,7 +91,7 @@ def install(name: str, *, override: bool = False) -> Table:
         name: ``"deformable_detr"``: the module ``MultiScaleDeformableAttention``, which Deformable-DETR, ViT-Adapter,
             Mask2Former, DINO and others compile, and the next two; ``"groundingdino"``: ``groundingdino._C``;
             ``"detrex"``: ``detrex._C``; ``"mmcv"``: ``mmcv._ext``, which mmcv-lite is without. In the last three, the
-            class MultiScaleDeformableAttention also gets a ``forward`` of ours, for every device.
+            class MultiScaleDeformableAttention also gets vitkern's ``forward``, for every device.
         override: also replaces an installed module; its other names stay available.
 
     Returns:
@@ -212,7 +212,9 @@ def _give_forward(part: Ecosystem, module: ModuleType) -> None:
 
 
 def _stand_in(module: ModuleType) -> None:
-    module.__doc__ = "Stands in for a package that is not installed, for the sake of one module of it."
+    module.__doc__ = (
+        "Stands in for a package that is not installed, so that one module of it can be imported."
+    )
 
 
 def _fill(part: Ecosystem, module: ModuleType) -> None:
