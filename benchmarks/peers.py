@@ -30,7 +30,7 @@ RESULTS = ("output", "gradient of value", "gradient of locations", "gradient of 
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer: `load` returns its function, and `bind` makes of it a function of value, locations and weights."""
+    """A peer: `load` returns its function, and `bind` turns that into a function of value, locations and weights."""
 
     name: str
     package: str  # as the index of packages has it

@@ -123,7 +123,7 @@ class Model(nn.Module):
 
 
 def tensors_of(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """query, pixels, points, shapes, starts, mask."""
+    """The arguments of a call: query, pixels, points, shapes, starts, mask."""
     draw = functools.partial(torch.rand, generator=torch.Generator().manual_seed(1))
     counts = [height * width for height, width in inputs.sizes]
     query = draw(inputs.batch, inputs.queries, 32)

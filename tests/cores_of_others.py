@@ -9,7 +9,7 @@ from torch import nn
 
 
 def sampled(value, shapes, locations, weights, counts):
-    """value [B, M, D, S], locations [B, Q, M, K, 2], weights [B, Q, M, K]"""
+    """The samples' weighted sums for value [B, M, D, S], locations [B, Q, M, K, 2], weights [B, Q, M, K]."""
     batch, heads, channels, _ = value.shape
     found = []
     pixels = value.flatten(0, 1).split([height * width for height, width in shapes], -1)

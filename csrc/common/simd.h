@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<T, N>: N numbers that are computed with together, on any instruction set.
+// Vec<T, N>: a vector of N numbers, on any instruction set.
 //
-// GCC and Clang translate their vector extension into what the target has, splitting vectors that are wider
-// than its registers; other compilers get loops over an array. Everything here has internal linkage: the
-// linker must never replace a function of one instruction set by its twin of another. For the same reason no
-// std:: template is used.
+// GCC and Clang compile their vector extension to the target's instructions, and split vectors that are wider than its
+// registers; other compilers get loops over an array. Everything here has internal linkage: the linker must never replace
+// a function of one instruction set by its twin of another. For the same reason no std:: template is used.
 #pragma once
 
 #include <cstdint>

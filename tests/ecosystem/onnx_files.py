@@ -94,7 +94,7 @@ def assert_same(model, path, inputs, rtol=1e-4, atol=1e-4):
 def attention_inputs(
     fused, batch=2, queries=5, points=(3, 3), flat=False, numbers=2, shared=(), dtype=torch.float32
 ):
-    """value, then locations and weights, or reference points, offsets and logits."""
+    """Inputs of an op: value, then locations and weights, or reference points, offsets and logits."""
     levels, total = len(points), sum(points)
     value = torch.randn(batch, pixels_of(SIZES[:levels]), HEADS, CHANNELS, dtype=dtype)
     shape = (batch, queries, HEADS, *((total,) if flat else (levels, points[0])))

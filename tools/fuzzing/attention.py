@@ -183,7 +183,7 @@ def expected_plain(
     weights: Array,
     grad: Array,
 ) -> Results:
-    """locations [B, Q, M, K, 2], weights [B, Q, M, K]."""
+    """Output and gradients for locations [B, Q, M, K, 2] and weights [B, Q, M, K]."""
     call = Attention(acc, levels, method, value, exact(weights), grad)
     places = [plain_places(locations[..., level.points, :], level, acc, method) for level in levels]
     results, sampled = call.results(places)
@@ -207,7 +207,7 @@ def expected_fused(
     logits: Array,
     grad: Array,
 ) -> Results:
-    """reference [B or 1, Q, L or 1, 2 or 4], offsets [B, Q, M, K, 2], logits [B, Q, M, K]."""
+    """Output and gradients for reference [B or 1, Q, L or 1, 2 or 4], offsets [B, Q, M, K, 2], logits [B, Q, M, K]."""
     weights = acc.softmax(exact(logits), -1)  # (8)
     call = Attention(acc, levels, method, value, weights, grad)
     full = np.broadcast_to(reference, (len(value), reference.shape[1], len(levels), reference.shape[3]))

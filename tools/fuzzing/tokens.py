@@ -13,7 +13,7 @@ Results = dict[str, Bounded]
 def expected_pool(
     acc: Arithmetic, factor: Arithmetic, stored: Arithmetic, x: Array, weight: Array, grad: Array
 ) -> Results:
-    """x [B, N, C], weight [T, C] or [B, T, C], grad [B, T, C]; `stored` is the type that the tokens are kept in."""
+    """Output and gradients for x [B, N, C], weight [T, C] or [B, T, C], grad [B, T, C]; `stored`: dtype of tokens."""
     shared = weight.ndim == 2
     batch, pixels, _ = x.shape
     pixel, g = exact(x), exact(grad)
@@ -47,7 +47,7 @@ def _product(a: Array, b: Array) -> Array:
 def expected_project(
     acc: Arithmetic, factor: Arithmetic, x: Array, query: Array, key: Array, tokens: Array, grad: Array
 ) -> Results:
-    """x [B, N, C], query [B, N, K], key [B, T, K], tokens [B, T, C], grad [B, N, C]."""
+    """Output and gradients for x [B, N, C], query [B, N, K], key [B, T, K], tokens [B, T, C], grad [B, N, C]."""
     q, k, v, g = exact(query), exact(key), exact(tokens), exact(grad)
     share = acc.softmax(acc.dot(q, k), -1)  # (1), [B, N, T]
     rounded = factor.rounded(share)
