@@ -180,6 +180,12 @@ def test_what_python_cannot_parse_is_refused_in_a_sentence(text, tmp_path, capsy
     assert said.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_read_is_not_called_invalid(tmp_path, capsys):
+    missing = tmp_path / "missing.json"
+    assert main(["bench", "report", str(missing)]) == 2
+    assert capsys.readouterr().err == f"vitkern bench: cannot read {missing}: No such file or directory\n"
+
+
 def test_runs_that_write_one_file_at_a_time_do_not_meet(tmp_path):
     """Temporary files with the same name would let one run move the other's file away."""
     path, failed = tmp_path / "out.json", []
