@@ -2,9 +2,9 @@
 """python -m benchmarks.bench_adapter_bottleneck: the CPU kernels against plain torch and torch.compile.
 
 "eager" is the formula in plain torch, "compiled" the same through torch.compile; the residual is x, the activation
-relu. Passes: forward; both, with gradients of x, weights and biases; weights, where x is frozen. A row is timed only if
-output and gradients agreed in this run. Times are minima over interleaved rounds; look at ratios, not at milliseconds.
-MB: by how much a call raises the process's memory at most.
+relu. Passes: forward; both, with gradients of x, weights and biases; weights, with x frozen. A row is timed only if
+output and gradients agreed in this run. Times are minima over interleaved rounds; ratios mean more than milliseconds.
+MB: the most memory that a call adds to the process.
 """
 
 from __future__ import annotations

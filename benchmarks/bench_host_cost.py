@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.bench_host_cost: what a call costs on the host, from Python to the launch, in calls of torch.mm.
+"""python -m benchmarks.bench_host_cost: the cost of a call on the host, up to the launch, in units of torch.mm.
 
-The tensors are so small that a kernel on one thread costs next to nothing; on a card (--device cuda) launches are not
-waited for. The unit is one torch.mm of two 4x4 matrices, without gradients, in the same rounds. "floor" is the least
-for an op that is written in Python: an autograd.Function that keeps the same tensors, allocates the output and the
-gradients, and does nothing else.
+The tensors are so small that a kernel on one thread costs next to nothing; on a card (--device cuda) the host does not
+wait for launches. The unit is one torch.mm of two 4x4 matrices, without gradients, in the same rounds. "floor" is the
+least cost of an op written in Python: an autograd.Function that keeps the same tensors and only allocates the output
+and the gradients.
 
-Two builds in turn, each round in fresh processes, and the ratio of the least of 20 rounds:
+To compare two builds, in turn, each round in new processes, by the ratio of the least of 20 rounds:
 
     python -m benchmarks.bench_host_cost --compare OLD_CHECKOUT
 
@@ -58,7 +58,7 @@ def first_of(outputs):
 
 
 def calls(device: str) -> dict[Row, Callable[[], object]]:
-    """Forward without and with gradients recorded, backward alone, and both passes."""
+    """Calls by op, way and pass: forward without and with recorded gradients, backward alone, and both passes."""
     made: dict[Row, Callable[[], object]] = {}
     for op, made_tensors in ops().items():
         tensors = tuple(tensor.to(device) for tensor in made_tensors)
@@ -80,7 +80,7 @@ def calls(device: str) -> dict[Row, Callable[[], object]]:
 
 
 def floors() -> dict[Row, Callable[[], object]]:
-    """The time of plain torch for the same tensors: the floor, with nothing to check, find or launch."""
+    """The calls of "floor": plain torch with the same tensors, with nothing to check, look up or launch."""
     made: dict[Row, Callable[[], object]] = {}
     for op, tensors in ops().items():
         recorded = tuple(t.clone().requires_grad_() if t.is_floating_point() else t for t in tensors)
@@ -98,7 +98,7 @@ def floors() -> dict[Row, Callable[[], object]]:
 
 
 def floor_function(shape: torch.Size, wanted: list[bool]) -> Callable[..., torch.Tensor]:
-    """Saves its tensors; allocates the output, and the wanted gradients."""
+    """An autograd.Function that saves its tensors and allocates the output and the needed gradients."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -153,7 +153,7 @@ def show(best: dict[Row, float], device: str) -> None:
 
 
 def measured_in(interpreter: Path, device: str, seconds: float) -> dict[str, float]:
-    """The same in a process of another build: microseconds by the row's words."""
+    """The same measurement in a process of another build: microseconds by the words of the row."""
     command = [
         interpreter,
         "-I",

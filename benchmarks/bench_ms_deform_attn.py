@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.bench_ms_deform_attn: vitkern's CPU kernels against every peer that is installed.
 
-A time is printed only of what has been right in this run: on a small case against the float64 oracle, and on the row's
-own inputs against grid_sample in float32, output and all gradients. Times are minima over interleaved rounds; look at
-ratios, not at milliseconds.
+An implementation has a time only if its output and gradients were right in this run: on a small case against the
+float64 oracle, and on the row's own inputs against grid_sample in float32. Times are minima over interleaved rounds;
+ratios mean more than milliseconds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COMPILED = "grid_sample compiled"  # takes a minute a row before it runs at all
 
 
 def present() -> list[Peer]:
-    """The peers that run here at all; of the others it is said why not."""
+    """The peers that run here; for each other one, the reason is printed."""
     small = make_inputs(ATTENTION_CASES["hub-small"].with_batch(1), locations="uniform")
     peers = []
     for peer in PEERS.values():

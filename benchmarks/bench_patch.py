@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.bench_patch: what vitkern.patch costs, once for each class of layers and at each of their calls.
+"""python -m benchmarks.bench_patch: the cost of vitkern.patch, once for each class of layers and at each call.
 
-Seconds are medians of five first patches: each repeat runs the source of the classes anew, a line further down, so that
-neither a proof nor anything that is kept about equal code is at hand. A row is printed only if every layer was replaced
-after as many trials as it says. The check of a patched layer is the least of 20 rounds, in microseconds.
+Seconds are medians of five first patches: each repeat compiles the source of the classes again, one line further down,
+so that no proof and no cached facts about the code exist. A row is printed only if every layer was replaced after the
+stated number of trials. The check of a patched layer is the least of 20 rounds, in microseconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _numbers = itertools.count(1)
 
 
 def fresh_module() -> ModuleType:
-    """The layers with classes and code of their own."""
+    """A new module with new classes of the layers."""
     number = next(_numbers)
     module = ModuleType(f"layers_of_others_{number}")
     exec(compile("\n" * number + SOURCE, layers_of_others.__file__, "exec"), vars(module))
@@ -62,7 +62,7 @@ ROWS: tuple[tuple[str, float, Models, int], ...] = (
 
 
 def seconds_to_patch(make: Models, trials: int) -> float:
-    """The first patch of a model, or the patch of an equal one, which takes no trial."""
+    """Seconds of the first patch of a model; with 0 `trials`, of the patch of a second, equal model."""
     module = fresh_module()
     if trials == 0:
         vitkern.patch(make(module))
@@ -80,7 +80,7 @@ def least_microseconds(call: Callable[[], object]) -> float:
 
 
 def calls_of_a_patched_layer() -> dict[str, float]:
-    """The check alone, and a call whose kernel does nothing: the check, the arguments and torch's way to forward."""
+    """Microseconds of the check, and of a call with an empty kernel: check, arguments and torch's module call."""
     (layer,) = model = deformable_detr(256)(fresh_module())
     vitkern.patch(model)
     proof = type(layer).patched_by

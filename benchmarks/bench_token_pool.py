@@ -3,7 +3,7 @@
 
 "eager" is the formula in plain torch, "compiled" the same through torch.compile, "sdpa" torch's fused attention with
 shared keys and values. A row is timed only if outputs and gradients agreed in this run. Times are minima over
-interleaved rounds; look at ratios, not at milliseconds. MB: by how much a call raises the process's memory at most.
+interleaved rounds; ratios mean more than milliseconds. MB: the most memory that a call adds to the process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.bench_transformers: models of transformers as they come, patched, and with a core that is free.
+"""python -m benchmarks.bench_transformers: models of transformers, unpatched, patched, and with a core that is free.
 
-Random weights, one image, inference. "free": the library's own layer round a core that costs nothing and gives zeros;
-what leaves the layer alone cannot be faster. A model is timed only if its outputs agreed. Times are minima over
+Random weights, one image, inference. "free": the library's own layer around a core that costs nothing and returns
+zeros; no other core in this layer can be faster. A model is timed only if its outputs agreed. Times are minima over
 interleaved rounds.
 """
 
@@ -91,7 +91,7 @@ def inputs(name: str, case: Case) -> dict[str, Tensor]:
 
 @contextmanager
 def free(name: str, model: nn.Module) -> Iterator[None]:
-    """The core of this family costs nothing, inside the with block."""
+    """A context in which the core of this family costs nothing."""
 
     def core(*tensors: Any, **named: Any) -> Tensor:
         *_, value, locations = [each for each in tensors if isinstance(each, Tensor) and each.dim() >= 4][:2]
@@ -131,13 +131,13 @@ def agree(model: nn.Module, given: dict[str, Tensor], case: Case) -> bool:
 
 
 def near(ours: Tensor, theirs: Tensor) -> bool:
-    """To a thousandth of the largest number; logits of no text and boxes of no anchor are infinite in both."""
+    """Whether the tensors agree to 1e-3 of the largest number; logits of padding may be infinite in both."""
     largest = theirs[theirs.isfinite()].abs().max()
     return torch.allclose(ours, theirs, rtol=0, atol=1e-3 * largest.item())
 
 
 def minima(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Milliseconds of the best of at least two rounds: a call is so long that it needs no repeats to be measured."""
+    """Milliseconds of the best of at least two rounds; calls are so long that each is measured singly."""
     best = dict.fromkeys(runs, math.inf)
     deadline, done = time.perf_counter() + seconds, 0
     while done < 2 or time.perf_counter() < deadline:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.bench_vit_adapter: a training step of ViT-Adapter at 512 px, by what its attention runs on.
+"""python -m benchmarks.bench_vit_adapter: a training step of ViT-Adapter at 512 px with several forms of attention.
 
-"grid_sample": the form that runs where no kernel is built. "free": an op that costs nothing and whose gradients are
-zero; what is left is the dense layers, so no kernel can be faster. A model is timed only if its maps agreed. Times are
-minima over interleaved rounds. MB: by how much a step raises the process's memory at most.
+"grid_sample": the form that runs if no kernel is built. "free": an op that costs nothing and has zero gradients; only
+the dense layers remain, so no kernel can be faster. A model is timed only if its maps agreed. Times are minima over
+interleaved rounds. MB: the most memory that a step adds to the process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ATTENTIONS = {"vitkern": vitkern.ms_deform_attn_fused, "grid_sample": by_grid_sa
 
 
 def on(attention: Callable[..., Tensor], run: Callable[[], object]) -> Callable[[], object]:
-    """The run with this attention in all layers."""
+    """A function that calls `run` with this attention in all layers."""
 
     def running():
         with mock.patch("vitkern.nn.ms_deform_attn.ms_deform_attn_fused", attention):
@@ -60,7 +60,7 @@ def on(attention: Callable[..., Tensor], run: Callable[[], object]) -> Callable[
 
 
 def step(model: nn.Module, image: Tensor) -> None:
-    """Forward and backward: what an optimizer adds is the same for all."""
+    """Forward and backward, without an optimizer, whose time is the same for all forms."""
     model.zero_grad(set_to_none=True)
     sum(features.square().mean() for features in model(image)).backward()
 

@@ -18,7 +18,7 @@ from vitkern.bench.verify import agree
 
 @dataclass(frozen=True)
 class Row:
-    """Implementations under their names, "vitkern" and "eager" among them, and what they are called with."""
+    """The implementations by name, including "vitkern" and "eager", and their arguments."""
 
     functions: dict[str, Callable[..., Tensor]]
     inputs: tuple[Tensor, ...]  # in float32
@@ -27,7 +27,7 @@ class Row:
 
 
 def measure(row: Row, compiles: bool, seconds: float) -> tuple[dict[str, float], dict[str, float]] | None:
-    """Milliseconds of each, and megabytes of the first two; None where results differ."""
+    """Milliseconds of each, and megabytes of the first two; None if results differ."""
     if not agree(row.functions["vitkern"], row.functions["eager"], row.inputs, row.dtype):
         return None
     inputs = tuple(tensor.to(row.dtype) for tensor in row.inputs)
@@ -47,7 +47,7 @@ def measure(row: Row, compiles: bool, seconds: float) -> tuple[dict[str, float],
 def print_table(
     description: str, heading: str, columns: tuple[str, ...], rows: Iterable[tuple[str, Callable[[], Row]]]
 ) -> None:
-    """A line for each label and row that the command line asks for; `columns`: whom vitkern is compared with."""
+    """Prints a line for each label and requested row; `columns`: the implementations that vitkern is compared with."""
     given = arguments(description, seconds=15.0, compiles=True)
     compiles = not given.no_compile and shutil.which("g++") is not None
     print(machine())

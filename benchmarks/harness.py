@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the scripts of this folder: their arguments, and the line that says where their figures come from."""
+"""Shared by the scripts of this folder: their arguments, and the line that describes the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitkern.commands.doctor import cpu_model
 def arguments(description: str, *, seconds: float, compiles: bool = False) -> argparse.Namespace:
     """The arguments of every benchmark; sets torch's threads. `seconds` is the default time limit of a row.
 
-    compiles: whether torch.compile is among those compared.
+    compiles: whether torch.compile is one of the implementations.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=2)
@@ -28,6 +28,6 @@ def arguments(description: str, *, seconds: float, compiles: bool = False) -> ar
 
 
 def machine() -> str:
-    """Where the figures come from, the first line of a table."""
+    """A description of the machine, the first line of a table."""
     kernels = f"{torch.get_num_threads()} threads, {_C.cpu_isa()} kernels"
     return f"{cpu_model()}, {kernels}, torch {torch.__version__}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.peers: which other implementations of ms_deform_attn are installed here, and whether right.
+"""python -m benchmarks.peers: lists the other implementations of ms_deform_attn that are installed, and their mistakes.
 
-Each is called as its documentation says, on the same inputs. Before it is timed, its output and all gradients are
-compared with the float64 oracle. The table also names peers that are absent, wrong, or do not take a case.
-requirements/peers.txt lists what can be installed beside vitkern, in the versions that this knows.
+Each peer is called as its documentation says, on the same inputs. Before it is timed, its output and all gradients
+are compared with the float64 oracle. The table also names peers that are absent, wrong, or do not support a case.
+requirements/peers.txt lists the peers that can be installed beside vitkern, in the supported versions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RESULTS = ("output", "gradient of value", "gradient of locations", "gradient of 
 
 @dataclass(frozen=True)
 class Peer:
-    """How to get at a peer, and the call that takes `inputs`' levels and then value, locations and weights."""
+    """A peer: `load` returns its function, and `bind` turns that into a function of value, locations and weights."""
 
     name: str
     package: str  # as the index of packages has it
@@ -43,7 +43,7 @@ class Peer:
         return self.bind(_loaded(self), inputs)
 
     def objection(self, device: str) -> str | None:
-        """Why it cannot be called on a device, if it cannot."""
+        """The reason why the peer cannot be called on a device, or None."""
         other_version = self._version_objection()
         if other_version is not None:
             return f"absent: {other_version}"
@@ -54,9 +54,9 @@ class Peer:
         return None if device in self.devices else f"unsupported: {device}"
 
     def verdict(self, inputs: MsDeformAttnInputs, oracle: list[Tensor] | None = None) -> str:
-        """ "right", or why its time is not to be had: absent, unsupported or wrong, with the error.
+        """ "right", or the reason why it has no time: absent, unsupported or wrong, with the error.
 
-        `oracle`: what oracle_of(inputs) gives, or what takes its place.
+        `oracle`: the expected results; None: those of oracle_of(inputs).
         """
         objection = self.objection(inputs.value.device.type)
         if objection is not None:
@@ -111,7 +111,7 @@ def oracle_of(inputs: MsDeformAttnInputs) -> list[Tensor]:
 
 
 def yardstick_of(inputs: MsDeformAttnInputs) -> list[Tensor]:
-    """The oracle's place taken by grid_sample in float32, for cases on which float64 would take minutes."""
+    """The results of grid_sample in float32, which replace the oracle for cases where float64 would take minutes."""
     exact = inputs.to(torch.float32)
     return _results(PEERS["grid_sample"].attention(exact), exact)
 
@@ -157,7 +157,7 @@ def _by_grid_sample(function: Callable, inputs: MsDeformAttnInputs) -> Attention
 
 
 def _hub_kernel() -> Callable:
-    """The kernel that transformers loads from the hub for use_kernels=True: from its local cache, or over a network."""
+    """The kernel that transformers loads for use_kernels=True, from the hub or from its local cache."""
     layers = (
         importlib.import_module("kernels").get_kernel("kernels-community/deformable-detr", version=1).layers
     )
@@ -165,7 +165,7 @@ def _hub_kernel() -> Callable:
 
 
 def _deformable_detr() -> Callable:
-    """Its extension, as its ms_deform_attn_func.py calls it: the extension's own package has no autograd."""
+    """Deformable-DETR's extension, which has no autograd, in a function as in its ms_deform_attn_func.py."""
     extension = importlib.import_module("MultiScaleDeformableAttention")
 
     class MSDeformAttnFunction(torch.autograd.Function):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.prove_compare: `vitkern bench compare --live` on two builds of which the truth is known.
+"""python -m benchmarks.prove_compare: tests `vitkern bench compare --live` on builds with a known difference.
 
-Copies of the installed package are compared: with itself, where all rows should show no difference, and with one whose
-ops each wait a fifth of their own time after they have run, where all forward passes should be slower. Fails if fewer
-than 19 of 20 verdicts are right.
+The installed package is compared with a copy of itself, for which no row should show a difference, and with a copy
+whose ops wait for a fifth of their time after each call, for which all forward passes should be slower. Fails if
+fewer than 19 of 20 verdicts are right.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ for _name in {names}:
 
 
 def copied(folder: Path, *, factor: float = 1.0) -> Path:
-    """The installed package anew in a folder, its ops slower by a factor."""
+    """A copy of the installed package in a folder, with ops that are slower by a factor."""
     package = folder / "vitkern"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(vitkern.__file__).parent, package, ignore=ignored)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.speed: measures what the README's picture shows, and draws it from the file; `make speed`.
+"""python -m benchmarks.speed, or `make speed`: measures the shapes in the README's picture and draws it from the file.
 
-The file is one of `vitkern bench run`: every row was checked before it was timed. The picture names processor, threads,
-torch and commit as the file has them. Without the file the README shows no picture and says so. `--draw` draws the
+`vitkern bench run` writes the file: every row was checked before it was timed. The picture names processor, threads,
+torch and commit from the file. Without the file the README says that there is no picture. `--draw` only draws the
 committed file again.
 """
 
@@ -27,8 +27,8 @@ PICTURED = """![How many times as fast as plain torch each op is on a CPU](docs/
 
 Drawn from `benchmarks/results/cpu.json`; its last line names processor, threads, torch, commit. `make speed` measures
 and draws it on your machine. [Whole models, peers and memory](docs/performance.md)."""
-NOTHING = """No picture has been drawn of this commit: `make speed` measures the ops on your CPU and draws it.
-[The tables](docs/performance.md) have figures of ops, whole models and peers."""
+NOTHING = """There is no speed chart of this commit: `make speed` measures the ops on your CPU and draws one.
+[The tables](docs/performance.md) have figures for the ops, whole models and other implementations."""
 SHOWN = (
     ("ms_deform_attn", "detr-encoder", "Deformable-DETR encoder, 800x1333"),
     ("ms_deform_attn", "detr-decoder", "Deformable-DETR decoder, 300 queries"),
@@ -58,7 +58,7 @@ def write(record: Record) -> None:
 
 
 def command() -> list[str]:
-    """The command that measures all lines shown, on a CPU and in float32."""
+    """The command that measures all bars of the picture, on a CPU in float32."""
     words = ["bench", "run", "--device", "cpu", "--dtype", "fp32", "--backend", "cpu", "--backend", "torch"]
     for field, values in (("op", {op for op, _, _ in SHOWN}), ("case", {case for _, case, _ in SHOWN})):
         words += [word for value in sorted(values) for word in (f"--{field}", value)]
@@ -66,7 +66,7 @@ def command() -> list[str]:
 
 
 def ratios(record: Record) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
-    """For each line shown, by pass: milliseconds of plain torch and of vitkern."""
+    """For each line of the picture and each pass, milliseconds of plain torch and of vitkern."""
     rows = {(row["op"], row["case"], row["pass"], row["backend"]): row for row in record["rows"]}
     for op, case, words in SHOWN:
         found = {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """pytest benchmarks: the rows of `vitkern bench run --quick` through pytest-benchmark, for those who keep its history.
 
-A wrong result has no time: its test fails. `-k "token_pool and bf16"` takes some, `--benchmark-autosave` and
-`--benchmark-compare` are pytest-benchmark's own.
+The test of a wrong result fails, without a time. `-k "token_pool and bf16"` selects rows; `--benchmark-autosave` and
+`--benchmark-compare` are options of pytest-benchmark.
 """
 
 from __future__ import annotations

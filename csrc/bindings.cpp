@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// vitkern._C: tensors come in, exceptions go out. Each op has its bindings beside its kernels; all are compiled here, since
-// pybind11 costs more than they do.
+// The module vitkern._C. Each op has its bindings beside its kernels; all are compiled in this file, because including
+// pybind11 takes longer than compiling them.
 #include "adapter_bottleneck/bindings.h"
 #include "common/cpu_isa.h"
 #include "common/cuda_driver.h"

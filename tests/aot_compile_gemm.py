@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the Triton kernels made of matrix products for cards that are not here; one JSON line of figures for each.
+"""Compiles the Triton kernels made of matrix products without a card and prints one line of JSON for each.
 
-The launch functions run on meta tensors with a recorder in the place of each kernel: what is compiled is what they
-would launch. Needs a process without TRITON_INTERPRET: ``python -m tests.aot_compile_gemm --arch 90 --dtype fp16``.
+The launch functions run on meta tensors, with a recorder in place of each kernel, so exactly their launches are
+compiled. Needs a process without TRITON_INTERPRET: ``python -m tests.aot_compile_gemm --arch 90 --dtype fp16``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KERNELS = (
 
 
 class Recorder:
-    """Stands for a kernel: notes what it is launched with."""
+    """Stands in for a kernel and records the arguments of its launches."""
 
     def __init__(self, kernel, launches: list) -> None:
         self.kernel, self.launches = kernel, launches
@@ -63,7 +63,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list]:
-    """Inside, launches end up in the list instead of on a card."""
+    """A context in which launches are appended to the list instead of running on a card."""
     launches: list = []
     kernels: list[tuple[ModuleType, str, object]] = [(m, name, getattr(m, name)) for m, name in KERNELS]
     for module, name, kernel in kernels:
@@ -76,7 +76,7 @@ def recorded() -> Iterator[list]:
 
 
 def compile_launch(kernel, bound: dict, options: dict, arch: int):
-    """One launch as Triton's launcher would specialise it."""
+    """Compiles one launch, specialised as by Triton's launcher."""
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, argument = parameter.name, bound[parameter.name]
@@ -127,7 +127,7 @@ def pool(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels:
 
 
 def project(dtype: torch.dtype, channels: int, tokens: int, batch: int = 8, pixels: int = 3136) -> None:
-    """Queries and keys of half as many numbers as there are channels."""
+    """token_project with half as many channels in queries and keys as in x."""
     sizes = (batch, pixels, channels), (batch, pixels, channels // 2), (batch, tokens, channels // 2)
     x, *others = (empty(*size, dtype=dtype) for size in (*sizes, (batch, tokens, channels)))
     plan = triton_token_project.plan(triton_token_project.Inputs(x, *others))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of `vitkern bench` as they would be written down, without measuring anything."""
+"""Records as `vitkern bench` writes them, made without measuring anything."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page as a headless Chromium shows it: its picture, and what it complained of."""
+"""A page in a headless Chromium: a screenshot and the messages on its console."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPTIONS = (
 
 
 def complaints(url: str, picture: Path) -> list[str]:
-    """Draws `url` into the PNG `picture` and returns what its console has said."""
+    """Saves a screenshot of `url` as the PNG file `picture` and returns the messages on the console."""
     profile = picture.with_suffix(".profile")
     command = [BROWSER, *OPTIONS, f"--user-data-dir={profile}", f"--screenshot={picture}", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changed copies of the layers of other projects, made from their source text: tests/layers_to_change.
 
-The changes are in tests/changes.py, and in tests/rewordings.py those that change nothing.
+tests/changes.py has changes of the result, tests/rewordings.py changes of the wording only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Swap = (
 
 
 class Inputs(NamedTuple):
-    """The call that shows a change, and what is done to the model before it, but after it was patched."""
+    """The inputs of a call whose result shows a change, and the settings of the model, made after it was patched."""
 
     batch: int = 2
     queries: int = 7
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A change in the words of Deformable-DETR, which `Base.words` translates."""
+    """A change, written in Deformable-DETR's names, which `Base.words` translates."""
 
     name: str
     swaps: tuple[Swap, ...] = ()
@@ -62,7 +62,7 @@ def changed(base: Base, row: Row = AS_IT_IS) -> type[nn.Module]:
 
 
 class SnippetNotFoundError(LookupError):
-    """The text has no such snippet, or has it more often than was said."""
+    """The text does not have the snippet as often as expected."""
 
 
 def text_of(base: Base, row: Row) -> str:
@@ -98,7 +98,7 @@ def _translated(base: Base, text: str) -> str:
 
 
 class Model(nn.Module):
-    """Two layers, the second of which is asked with the result of the first. The same weights each time."""
+    """Two layers; the query of the second includes the result of the first. The weights are always the same."""
 
     def __init__(self, base: Base, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Model(nn.Module):
 
 
 def tensors_of(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """query, pixels, points, shapes, starts, mask."""
+    """The arguments of a call: query, pixels, points, shapes, starts, mask."""
     draw = functools.partial(torch.rand, generator=torch.Generator().manual_seed(1))
     counts = [height * width for height, width in inputs.sizes]
     query = draw(inputs.batch, inputs.queries, 32)
@@ -136,7 +136,7 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor | None, ...]:
 
 
 def results(model: Model, inputs: Inputs) -> list[Tensor | None]:
-    """Outputs and gradients of one call after the other; None for a gradient that is none."""
+    """Outputs and gradients of all calls in order; None for a missing gradient."""
     model.to(inputs.dtype).train(inputs.training)
     for layer in model.layers:
         for name, value in inputs.attributes:
@@ -159,7 +159,7 @@ def results(model: Model, inputs: Inputs) -> list[Tensor | None]:
 
 
 def equal(found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
-    """To the bit."""
+    """Whether all tensors are bitwise equal."""
     return len(found) == len(expected) and all(
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
         for a, b in zip(found, expected)
@@ -167,7 +167,7 @@ def equal(found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
 
 
 def distance(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
-    """The largest difference between two tensors over the largest number in the second. A missing one is infinity."""
+    """The largest difference of two tensors over the largest number in the second; inf if a tensor is missing."""
     if len(found) != len(expected):
         return float("inf")
     worst = 0.0

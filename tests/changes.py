@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of a layer that make it compute something else, each with the inputs that show it.
+"""Changes of a layer that change its result, each with inputs that show the difference.
 
-In the words of Deformable-DETR, which tests/layers_to_change translates.
+They are written in Deformable-DETR's names, which tests/layers_to_change translates.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LOOP, SPLIT = "for lid_, (H_, W_) in enumerate(value_spatial_shapes):", "value_s
 
 
 def first(*statements: str) -> Swap:
-    """Statements near the beginning of forward."""
+    """Inserts statements near the beginning of forward."""
     line = "N, Len_q, _ = query.shape"
     return line, "\n        ".join([line, *statements])
 
 
 def last(result: str, *statements: str) -> Swap:
-    """Forward returns this expression of its result, $it, after these statements."""
+    """Inserts these statements at the end of forward, which then returns this expression of its result, $it."""
     return "${tail}return $result", "${tail}" + "\n        ".join([*statements, f"return {result}"])
 
 

@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # cuBLAS, which the oracle calls, needs this in torch's deterministic mode. Read when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Read when torch compiles. Its caches know an op by its name alone, and would bring back what was made of it when its
-# results had other shapes.
+# Read when torch compiles. Its caches identify an op by its name only, and would return code that was compiled when the
+# op's results had other shapes.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
@@ -39,7 +39,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """Dynamo compiles one function eight times and then gives up, whatever models the tests give it."""
+    """Resets Dynamo, which compiles a function at most eight times, for all models of all tests together."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that sample, written from their interfaces, and layers that hold them in ways of their own."""
+"""Functions that sample, written from their interfaces, and layers that hold such functions in various ways."""
 
 import functools
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def sampled(value, shapes, locations, weights, counts):
-    """value [B, M, D, S], locations [B, Q, M, K, 2], weights [B, Q, M, K]"""
+    """The samples' weighted sums for value [B, M, D, S], locations [B, Q, M, K, 2], weights [B, Q, M, K]."""
     batch, heads, channels, _ = value.shape
     found = []
     pixels = value.flatten(0, 1).split([height * width for height, width in shapes], -1)
@@ -47,7 +47,7 @@ def core_of_levels(
 
 
 class Layer(nn.Module):
-    """Two levels, four heads of eight channels, and more results than one."""
+    """A layer of two levels and four heads of eight channels, with several results."""
 
     counts = (4, 4)
 
@@ -86,7 +86,7 @@ class OfDefault(Layer):
 
 
 class OfPartial(Layer):
-    """As RT-DETR v2."""
+    """Holds the function as RT-DETR v2 does, in a partial."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ class OfPartial(Layer):
 
 
 class OfLevels(Layer):
-    """As D-FINE."""
+    """Passes the value as D-FINE does, as a list of levels."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of code in README.md and docs/, with what a comment before one says of it."""
+"""The blocks of code in README.md and docs/, each with the remark in a comment before it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Block:
 
     @property
     def missing(self) -> list[str]:
-        """Packages that it needs and that are not here."""
+        """The packages that the block needs and that are not installed."""
         code = re.sub(r"#.*", "", self.text)
         needed = {name for words, names in _OPTIONAL.items() if words in code for name in names}
         return sorted(name for name in needed if importlib.util.find_spec(name) is None)

@@ -20,7 +20,7 @@ SANITIZERS = "address,undefined"
 
 
 def _reason() -> str | None:
-    """Why the emulator cannot run here, if it cannot."""
+    """The reason why the emulator cannot run here, or None."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         return f"the emulator is for Linux on x86-64 and aarch64, not {platform.system()} on {platform.machine()}"
     missing = [tool for tool in ("cmake", "c++") if _tool(tool) is None]
@@ -34,7 +34,7 @@ def _tool(name: str) -> str | None:
 
 
 def build(sanitize: str = "", watch: str = "") -> Path:
-    """The up-to-date module's file. CMake knows what changed; nothing is compiled when nothing did."""
+    """Builds the module if the sources have changed, as CMake finds, and returns its file."""
     import pybind11
 
     kind = f"emulator-{watch}" if watch else "emulator-sanitized" if sanitize else "emulator"
@@ -65,8 +65,10 @@ _FLAGS = {
 def compile_program(
     name: str | Path, folder: Path, sanitize: str = "", watch: str = "", flags: Sequence[str] = ()
 ) -> Path:
-    """An executable of a file, of tests/emulator where no other folder is given, or with -shared a library;
-    `watch`: the emulated kernels are watched by csrc/emulator/<watch>.cpp."""
+    """Compiles a file of tests/emulator, or at another path, to an executable, or with -shared to a library.
+
+    `watch`: csrc/emulator/<watch>.cpp watches the emulated kernels.
+    """
     program = folder / (Path(name).stem + ("-sanitized" if sanitize else f"-{watch}" if watch else ""))
     flags = [*flags, *([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])]
     flags += [

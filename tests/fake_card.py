@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A card of arithmetic, in the place of torch.cuda: a queue of work with a clock of its own beside the host's."""
+"""A card of arithmetic, instead of torch.cuda: a queue of work with a clock of its own beside the host's."""
 
 from __future__ import annotations
 

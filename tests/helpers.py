@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons that a wrong kernel cannot pass. tests/test_helpers.py shows what each of them catches."""
+"""Comparisons that a wrong kernel cannot pass. tests/test_helpers.py shows the mistake that each one catches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ gradients = results  # by the name that tests use: [output, *gradient of each in
 
 
 def of_cards(cards: Iterable[int], what: str) -> list:
-    """Parameters of a fixture that is dear: one worker of pytest-xdist does all tests of a card."""
+    """Parameters of an expensive fixture: one worker of pytest-xdist runs all tests of a card, so it is made once."""
     return [pytest.param(card, marks=pytest.mark.xdist_group(f"{what} for sm_{card}")) for card in cards]
 
 
@@ -45,7 +45,7 @@ def close(actual: object, expected: object, tolerance: float = 1e-5) -> None:
 
 
 def loss_of(output: Tensor | list[Tensor]) -> Tensor:
-    """A sum on which every output of a model has its say, each number in its own way."""
+    """A weighted sum of all outputs of a model, with a different weight for each number."""
     outputs = output if isinstance(output, list) else [output]
     return sum((m.float() * seeded(str(i), m.shape)).mean() for i, m in enumerate(outputs))
 
@@ -55,14 +55,14 @@ def trained(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def gradients_of(model: torch.nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """The gradient of every parameter that is trained."""
+    """The gradient of every trainable parameter."""
     model.zero_grad()
     loss_of(model(*inputs)).backward()
     return {key: parameter.grad.clone() for key, parameter in trained(model).items()}
 
 
 def run_in_two_processes(example: str, *arguments: object) -> str:
-    """Starts an example of this package by torchrun; what it printed."""
+    """Starts an example of this package by torchrun and returns its output."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launcher, example, "--device", "cpu", "--threads", "1", *map(str, arguments)],
@@ -106,7 +106,7 @@ def assert_right(
     layout: Callable[[Tensor], Tensor] = as_it_is,
     **options,
 ) -> None:
-    """Output and each gradient of an op on any case, by the rules of `vitkern check`."""
+    """Checks output and each gradient of an op on a case by the rules of `vitkern check`."""
     setting = Setting(case.name, case, options=options, layout=layout)
     known = Expected.by_reference(OPS[op], setting, dtype, seed, device)
     with guarded_memory():
@@ -118,9 +118,9 @@ def assert_right(
 
 @contextlib.contextmanager
 def guarded_memory() -> Iterator[None]:
-    """Inside, uninitialised tensors are NaN and lie between margins of NaN, which are checked at the end.
+    """A context in which uninitialised tensors are NaN, with margins of NaN around them that are checked at the end.
 
-    An element that a kernel forgets to write is NaN in the result; one that it writes outside breaks a margin.
+    An element that a kernel fails to write is NaN in the result; a write outside of the tensor changes a margin.
     """
     margin = 64  # elements: keeps any alignment that kernels may rely on
     guarded: list[tuple[Tensor, Tensor]] = []
@@ -192,7 +192,7 @@ def launch_forward(backend: str, *call) -> Tensor:
 def launch_backward(
     backend: str, grad_output: Tensor, needed: tuple[bool, ...], *call, deterministic: bool = False
 ) -> list[Tensor | None]:
-    """Gradients of value, locations and weights, and, in the fused form, of the places sampled."""
+    """Gradients of value, locations and weights, and, in the fused form, of the sampling locations."""
     call, count = KernelCall(*call), len(needed)
     if call.reference_points is not None:
         needed = (needed[0], count == 4 and needed[3], *needed[1:3])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer as other projects write it, but on grid_sample."""
+"""The layer as other projects write it, on grid_sample instead of a compiled op."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ multi_scale_deformable_attn_pytorch = ms_deform_attn_core_pytorch
 
 
 class MSDeformAttnFunction:
-    """In place of the compiled one."""
+    """Replaces the compiled function."""
 
     @staticmethod
     def apply(value, shapes, starts, locations, weights, im2col_step):
@@ -27,7 +27,7 @@ MultiScaleDeformableAttnFunction = MSDeformAttnFunction
 
 
 class MSDeformAttn(nn.Module):
-    """As in Deformable-DETR."""
+    """Deformable-DETR's layer."""
 
     def __init__(self, d_model=32, n_levels=2, n_heads=4, n_points=4):
         super().__init__()
@@ -76,7 +76,7 @@ class MSDeformAttn(nn.Module):
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """As in mmcv and detrex."""
+    """The layer of mmcv and detrex."""
 
     def __init__(
         self, embed_dims=32, num_heads=4, num_levels=2, num_points=4, dropout=0.1, batch_first=False

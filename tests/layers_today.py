@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable attention as projects of today write it, from their interfaces: stand-ins where they are not installed.
+"""Deformable attention as current projects write it, from their interfaces: stand-ins for projects not installed here.
 
 Each class has an `example` of its arguments. All have 4 heads of 8 channels and two levels of 3 x 4 and 2 x 2 pixels.
 """
@@ -35,7 +35,7 @@ def weighted(samples, weights):
 
 
 def flat_core(value, value_shapes, sampling_locations, attention_weights):
-    """As ultralytics: levels and points on one axis, the same number of points on each level."""
+    """ultralytics' core: levels and points on one axis, the same number of points on each level."""
     counts = [sampling_locations.shape[3] // len(value_shapes)] * len(value_shapes)
     return weighted(
         grids_of(value.permute(0, 2, 3, 1), value_shapes, sampling_locations, counts), attention_weights
@@ -54,7 +54,7 @@ def sample(image, grid):
 
 
 def channels_core(value, spatial_shapes, sampling_locations, attention_weights, spatial_shapes_hw=None):
-    """As rfdetr: value [B, M, D, S], one axis or two in the locations, sizes as a tensor or as pairs too."""
+    """rfdetr's core: value [B, M, D, S], locations with one axis or two, sizes as a tensor and optionally as pairs."""
     batch, heads, channels, _ = value.shape
     shapes = spatial_shapes_hw if spatial_shapes_hw is not None else spatial_shapes
     merged = sampling_locations.ndim == 5
@@ -77,7 +77,7 @@ def channels_core(value, spatial_shapes, sampling_locations, attention_weights, 
 def levels_core(
     value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method="default"
 ):
-    """As D-FINE: value as a list of levels [B, M, D, S_l], any number of points on each."""
+    """D-FINE's core: value as a list of levels [B, M, D, S_l], any number of points on each."""
     assert method == "default"
     every = torch.cat([value[level] for level in range(len(num_points_list))], -1)
     return weighted(
@@ -86,7 +86,7 @@ def levels_core(
 
 
 def maps_core(value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list):
-    """As LibreYOLO's GTR: value as a list of maps [B * M, D, H, W]."""
+    """The core of LibreYOLO's GTR: value as a list of maps [B * M, D, H, W]."""
     grids = (2 * sampling_locations - 1).permute(0, 2, 1, 3, 4).flatten(0, 1).split(num_points_list, -2)
     found = [
         F.grid_sample(value[level], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -96,7 +96,7 @@ def maps_core(value, value_spatial_shapes, sampling_locations, attention_weights
 
 
 def nameless_core(v, hw, xy, p):
-    """Names that say nothing."""
+    """A core whose argument names give no role."""
     counts = [xy.shape[4]] * xy.shape[3]
     return weighted(grids_of(v.permute(0, 2, 3, 1), hw, xy.flatten(3, 4), counts), p.flatten(3, 4))
 
@@ -122,7 +122,7 @@ MSDA.ms_deform_attn_forward, MSDA.ms_deform_attn_backward = compiled_forward, co
 
 
 class MSDeformAttnFunction(torch.autograd.Function):
-    """On the compiled module."""
+    """The autograd function on the compiled module."""
 
     @staticmethod
     def forward(
@@ -153,7 +153,7 @@ def tensors():
 
 
 class Attention(nn.Module):
-    """The projections that all have, and locations [B, Q, M, K, 2] and weights [B, Q, M, K]."""
+    """The common base: projections, locations [B, Q, M, K, 2] and weights [B, Q, M, K]."""
 
     def __init__(self, points=LEVELS * POINTS, width=WIDTH):
         super().__init__()
@@ -174,7 +174,7 @@ class Attention(nn.Module):
 
 
 class Flat(Attention):
-    """As ultralytics."""
+    """ultralytics' layer."""
 
     def forward(self, query, refer_bbox, value, value_shapes, value_mask=None):
         value = self.value_proj(value)
@@ -190,7 +190,7 @@ class Flat(Attention):
 
 
 class Channels(Attention):
-    """As rfdetr: an export branch, pairs of sizes, value [B, M, D, S]."""
+    """rfdetr's layer: an export branch, pairs of sizes, value [B, M, D, S]."""
 
     export = False
 
@@ -215,7 +215,7 @@ class PairsToo(Channels):
 
 
 class Levels(Attention):
-    """As D-FINE: no projection, the core in a partial, a buffer that scales."""
+    """D-FINE's layer: no projection, the core in a partial, a buffer of factors."""
 
     def __init__(self):
         super().__init__(points=4)
@@ -238,7 +238,7 @@ class Levels(Attention):
 def either_core(
     value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method="default"
 ):
-    """As RT-DETR v2: bilinear samples, or pixels without a gradient of the locations."""
+    """RT-DETR v2's layer: bilinear samples, or nearest pixels without a gradient of the locations."""
     if method == "default":
         samples = grids_of(
             value.permute(0, 2, 3, 1), value_spatial_shapes, sampling_locations, num_points_list
@@ -270,7 +270,7 @@ class Discrete(Levels):
 
 
 class Maps(Attention):
-    """As LibreYOLO's GTR."""
+    """The layer of LibreYOLO's GTR."""
 
     def forward(self, query, reference_points, value, value_spatial_shapes):
         where, weights = self.where(query, reference_points)
@@ -293,7 +293,7 @@ class Nameless(Attention):
 
 
 class ThreeOutputs(Attention):
-    """As ReferFormer and VNext: locations and weights are returned too, and the op is a compiled one."""
+    """The layer of ReferFormer and VNext: it also returns locations and weights, and calls a compiled op."""
 
     def forward(
         self, query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index=None
@@ -309,7 +309,7 @@ class ThreeOutputs(Attention):
 
 
 class Temporal(Attention):
-    """As BEVFormer's: two frames in a queue, whose results are averaged; one core for cards, one for CPUs."""
+    """BEVFormer's layer: averages the results of two queued frames; one core for GPUs, one for CPUs."""
 
     def __init__(self):
         super().__init__(points=2 * LEVELS * POINTS, width=2 * WIDTH)
@@ -340,7 +340,7 @@ class Temporal(Attention):
 
 
 class Anchors(Attention):
-    """As BEVFormer's spatial cross attention: points of several heights for a query, no output projection."""
+    """BEVFormer's spatial cross attention: points at several heights for each query, no output projection."""
 
     def __init__(self):
         super().__init__()

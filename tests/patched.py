@@ -25,7 +25,7 @@ def same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
 
 
 def kernels_in(model: nn.Sequential, given: tuple) -> int:
-    """How often the op stands in the one graph of the layer."""
+    """The number of nodes of the op in the layer's single graph."""
     counts = []
 
     def backend(graph, _):

@@ -24,7 +24,7 @@ class _CPU:
 
 
 class Call(NamedTuple):
-    """A call of an op, ready to run: with the emulated kernels, with plain torch in a dtype."""
+    """A call of an op: `ours` runs it on the emulated kernels, `plain` in plain torch in a dtype."""
 
     inputs: dict[str, Tensor]
     ours: Callable[[], list[Tensor]]  # the result and all gradients
@@ -38,7 +38,7 @@ class Call(NamedTuple):
             return self.ours()
 
     def assert_right(self, actual: list[Tensor], *names: str) -> None:
-        """These results, or all, are as exact as plain torch's."""
+        """Checks that the named results, by default all, are as exact as plain torch's."""
         rows = zip(self.names, actual, self.plain(None), self.plain(torch.float64))
         for name, ours, same, oracle in rows:
             if not names or name in names:
@@ -165,7 +165,7 @@ def _attention_cases():
 
 
 def _rows(dtype: torch.dtype) -> int:
-    """Three blocks' of the kernels made of products."""
+    """Rows for three blocks of the kernels made of products."""
     return 40 if dtype == torch.float64 else 70
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The emulated CUDA kernels in the build that looks for races: csrc/emulator/races.cpp says what a race is.
 
-The build is switched by variables: CUDA_EMU_SEED draws a schedule, CUDA_EMU_WITHOUT names a barrier that orders nothing
-(``forward.cuh:24``), CUDA_EMU_BLOCKS runs only so many blocks of a launch, CUDA_EMU_RACES=0 looks for no races.
+Variables control the build: CUDA_EMU_SEED draws a schedule, CUDA_EMU_WITHOUT names a barrier that then orders nothing
+(``forward.cuh:24``), CUDA_EMU_BLOCKS limits the blocks that run of a launch, CUDA_EMU_RACES=0 turns the detector off.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _library() -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def variables(**values: object) -> Iterator[None]:
-    """SEED, WITHOUT, BLOCKS, RACES of the module's docstring; None: not set."""
+    """Sets the variables SEED, WITHOUT, BLOCKS and RACES of the module's docstring; None leaves one unset."""
     given = {f"CUDA_EMU_{name}": str(value) for name, value in values.items() if value is not None}
     with mock.patch.dict(os.environ, given):
         yield
@@ -60,7 +60,7 @@ def variables(**values: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kernels(names: Mapping[str, torch.Tensor] | None = None, **values: object) -> Iterator[None]:
-    """The ops run this build's kernels, one after the other; a race raises, with lines and tensors by name."""
+    """A context in which the ops run this build's kernels; a race raises an error that names lines and tensors."""
     op.forget_plans()
     _library().vitkern_races_forget_names()
     for name, tensor in (names or {}).items():
@@ -81,7 +81,7 @@ def _name(name: str, tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def named_outputs(name: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Names the tensors that a call allocates by their shapes."""
+    """A context in which the tensors that a call allocates are named by their shapes."""
 
     def naming(allocate, what):
         def named(*args, **options):
@@ -104,7 +104,7 @@ def named_outputs(name: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
 
 
 def readable(text: str, binary: Path) -> str:
-    """A report with lines of the sources and variables in the place of {line 0x..} and {variable 0x..}."""
+    """The report with source lines and variables in place of {line 0x..} and {variable 0x..}."""
     addresses = sorted(set(re.findall(r"\{line (0x[0-9a-f]+)\}", text)))
     lines = dict(zip(addresses, _lines(addresses, binary)))
     text = re.sub(r"\{line (0x[0-9a-f]+)\}", lambda found: lines[found[1]], text)
@@ -115,14 +115,14 @@ def readable(text: str, binary: Path) -> str:
 
 
 def _lines(addresses: list[str], binary: Path) -> Iterator[str]:
-    """For each address the lines that led there, the innermost first, without the emulator's own."""
+    """For each address, the source lines of its call stack, innermost first, without those of the emulator."""
     for places in calls_to(addresses, binary):
         own = [place for place in places if place.parent.name != "emulator" or ".cu:" in place.name]
         yield " < ".join(f"{place.parent.name}/{place.name}" for place in own or places)
 
 
 def calls_to(addresses: list[str], binary: Path) -> Iterator[list[Path]]:
-    """For each address that a call returns to, file:line of the call and of all that it was inlined into."""
+    """For each return address, file:line of the call and of all functions that it was inlined into."""
     before = [hex(int(address, 16) - 1) for address in addresses]  # the call, not where it returns to
     command = ["addr2line", "--addresses", "--inlines", f"--exe={binary}", *before]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -132,7 +132,7 @@ def calls_to(addresses: list[str], binary: Path) -> Iterator[list[Path]]:
 
 @functools.cache
 def _thread_variables(binary: Path) -> list[tuple[int, int, str]]:
-    """Offset, size and name of what kernels declare __shared__."""
+    """Offset, size and name of the variables that kernels declare __shared__."""
     told = subprocess.run(["readelf", "-sW", binary], capture_output=True, text=True, check=True).stdout
     rows = [row.split() for row in told.splitlines() if " TLS " in row]
     named = subprocess.run(
@@ -152,11 +152,11 @@ def _variable(offset: int, variables: list[tuple[int, int, str]]) -> str:
     return f"thread-local memory + {offset} bytes"
 
 
-# ---- What there is to run: the kernels that were compiled, and the barriers in their sources
+# ---- The compiled kernels, and the barriers in their sources
 
 
 def compiled_kernels() -> dict[int, str]:
-    """Every instance of a kernel that a dispatch table can pick, by its address: the module has no others."""
+    """Every kernel instance in the module by its address; the dispatch tables can select each of them."""
     sources = "\n".join(file.read_text() for file in sorted(CSRC.rglob("*.cuh")))
     names = set(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", sources))
     told = subprocess.run(["nm", "-C", path()], capture_output=True, text=True, check=True).stdout
@@ -165,7 +165,7 @@ def compiled_kernels() -> dict[int, str]:
 
 
 def launched_kernels() -> dict[str, int]:
-    """The most blocks of a launch, of each kernel that has run in this process."""
+    """For each kernel that has run in this process, the number of blocks of its largest launch."""
     told = (line.split() for line in _library().vitkern_races_launched().decode().splitlines())
     compiled = compiled_kernels()
     return {compiled[int(address)]: int(blocks) for address, blocks in told}

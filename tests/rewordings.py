@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other ways to write a layer that computes the same: names, order, syntax, and functions of torch that do the same.
+"""Other ways to write a layer with the same result: other names, order, syntax, and equivalent functions of torch.
 
-In the words of Deformable-DETR, which tests/layers_to_change translates.
+They are written in Deformable-DETR's names, which tests/layers_to_change translates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which the suite runs the kernels: those of `vitkern check`, and some that only a checkout has.
+"""The runners of the kernels in the tests: those of `vitkern check`, and some that only a checkout has.
 
-A runner that cannot run here is skipped with its reason.
+Tests with a runner that cannot run here are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -57,5 +57,5 @@ REFERENCE = Runner(**vars(_ROUTES["reference"]))
 _KERNELS = [route for route in _ROUTES.values() if route.backend != "reference"]
 RUNNERS = [Runner(**vars(route)) for route in _KERNELS if route.name != "cuda-emulated"] + _BUILT
 
-# The emulated CUDA kernels with the ordered gather of grad_value in the place of atomics.
+# The emulated CUDA kernels with the ordered gather of grad_value instead of atomics.
 ORDERED = Runner("cuda-emulated-ordered", "cuda", "cpu", emulated.REASON, _ordered_emulator, slow=True)

@@ -20,7 +20,7 @@ def make(case, runner, dtype=torch.float32, seed=0):
 
 
 def call(names, backend, seed=3, **options):
-    """adapter_bottleneck of the tensors of these names, without the others; with the same random numbers each time."""
+    """A function that calls adapter_bottleneck with the named tensors only, and always the same random numbers."""
 
     def function(*tensors):
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def test_weights_of_another_dtype_are_converted_and_get_gradients_of_their_own(r
 
 
 def test_nothing_kept_where_no_gradient_is_recorded(runner):
-    """Backward works z out again where forward has not kept it, with the same result."""
+    """If forward has not kept z, backward computes it again, with the same result."""
     tensors = make(SMALL, runner)
     inputs = [
         tensors[n] for n in ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "scale")
@@ -120,10 +120,10 @@ def test_nothing_kept_where_no_gradient_is_recorded(runner):
 
 
 class TestDropout:
-    """The mask: which units fall, how many, and who decides."""
+    """The dropout mask: which hidden units and how many are dropped, and by which random numbers."""
 
     def mask(self, p, *, backend="cpu", rows=400, hidden=256, training=True):
-        """The hidden units that are kept: every one is 1, and unit h is the h-th output."""
+        """The hidden units that are kept: all units are 1, and the h-th output is unit h."""
         x, down, up = torch.ones(rows, hidden), torch.eye(hidden), torch.eye(hidden)
         return vitkern.adapter_bottleneck(
             x, down, None, up, None, dropout_p=p, training=training, backend=backend
@@ -136,9 +136,9 @@ class TestDropout:
         dropped = (kept == 0).double()
         deviation = (p * (1 - p)) ** 0.5
         assert abs(dropped.mean() - p) < 4 * deviation / dropped.numel() ** 0.5
-        for axis in (0, 1):  # every row and every unit falls as often
+        for axis in (0, 1):  # every row and every unit is dropped equally often
             assert (dropped.mean(axis) - p).abs().max() < 5 * deviation / dropped.shape[axis] ** 0.5
-        for shift in ((1, 0), (0, 1), (0, 4), (1, 1)):  # and neighbours know nothing of each other
+        for shift in ((1, 0), (0, 1), (0, 4), (1, 1)):  # and neighbours are independent
             together = (dropped * dropped.roll(shift, (0, 1))).mean()
             assert abs(together - p * p) < 5 * p / dropped.numel() ** 0.5
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/architecture.md tells the way of a call: the functions that a real call runs, in order.
+"""docs/architecture.md lists the functions that a call runs, in order; real calls are traced and compared with it.
 
-The names in C++ are traced in the sanitized build (`make sanitize`), which has them: AddressSanitizer prints the stack
-where a kernel reads a tensor whose memory was declared poisonous.
+The C++ functions are traced in the sanitized build (`make sanitize`), which has symbols: AddressSanitizer prints the
+stack at the point where a kernel reads a tensor whose memory was poisoned.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def planned_call(backend: str, backward: bool) -> Callable[[], object]:
 
 
 def name_of(frame: FrameType) -> str:
-    """Empty for frames of others and for parts of a function: a comprehension is a frame below 3.12."""
+    """The function's name; empty for other packages and parts of a function: below 3.12 a comprehension is a frame."""
     module, code = frame.f_globals.get("__name__", ""), frame.f_code
     ours = module.startswith("vitkern.") and not code.co_name.startswith("<")
     return f"{module}.{code.co_qualname}" if ours else ""
 
 
 def functions_of(run: Callable[[], object]) -> list[str]:
-    """The functions of the package that a call runs, in order of their beginning."""
+    """The functions of the package that a call runs, in the order in which they start."""
     seen: list[str] = []
 
     def profile(frame: FrameType, event: str, _: object) -> None:
@@ -81,7 +81,7 @@ def functions_of(run: Callable[[], object]) -> list[str]:
 
 
 def stack_at_launch(run: Callable[[], object]) -> list[str]:
-    """The functions of the package on the stack where a kernel is started: by a compiled call, or by Triton."""
+    """The functions of the package on the stack at the launch of a kernel, by a compiled call or by Triton."""
     stack: list[str] = []
 
     def profile(frame: FrameType | None, event: str, called: object) -> None:
@@ -131,7 +131,7 @@ def test_the_way_to_a_gpu_is_that_of_the_page(name, backward):
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_the_page_names_what_is_there(way):
-    """And there are at most six functions between the public one, or autograd's, and the kernel's entry."""
+    """All named functions exist, and at most six lie between the public one, or autograd's, and the kernel's entry."""
     for name, path, *_ in told(WAYS[way], "C++"):
         text = (ROOT / path).read_text(encoding="utf-8")
         assert all(re.search(rf"\b{part}\b", text) for part in re.findall(r"\w+", name)), (name, path)

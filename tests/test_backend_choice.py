@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend runs a call: asked for, told by the environment, or refused with the reason; and what it is asked."""
+"""The choice of the backend: named in the call or by a variable, chosen automatically, or refused with the reason."""
 
 import functools
 import importlib
@@ -95,7 +95,7 @@ def test_which_drivers_a_build_runs_with(driver, runtime, objection):
 
 @pytest.fixture
 def card(monkeypatch):
-    """A card that is not there, for a build of its architectures with nvcc 13.1, whose driver is still to be told."""
+    """A fake card of a given capability and driver, for a build with nvcc 13.1."""
 
     def put(capability, driver):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -118,7 +118,7 @@ def card(monkeypatch):
     ],
 )
 def test_a_card_and_its_driver_are_asked_before_the_first_call(card, capability, driver, reason, caplog):
-    """Else the kernels would be chosen and fail at every call. The choice is made anew, whatever was chosen before."""
+    """Otherwise the kernels would be chosen and fail at every call. The test bypasses the cache of choices."""
     device = card(capability, driver)
     found = backends.can_run("cuda", device, torch.float32)
     assert found is None if reason is None else reason in found
@@ -131,7 +131,7 @@ def test_a_card_and_its_driver_are_asked_before_the_first_call(card, capability,
 
 
 def test_a_call_is_described_alike_with_and_without_dlpack(monkeypatch):
-    """Torch below 2.10 is asked attribute by attribute, and one without its C functions for storages."""
+    """Signatures agree with those read attribute by attribute, as from torch below 2.10 or without its C functions."""
     asking = _C.Signer(private.describe, private.room_by_python, torch.Tensor, torch.nn.Parameter)
     assert private.room() is not private.room_by_python, "torch has lost the functions that make this quick"
     tensor = torch.randn(2, 3, 4)
@@ -211,7 +211,7 @@ def test_a_limit_of_shape_is_told_before_a_launch(name):
 
 
 def test_another_backend_runs_beyond_a_limit_or_the_sentence_is_raised(monkeypatch):
-    """As on a card: Triton would be chosen, and cannot take so many tokens."""
+    """Triton would be chosen, as on a card, and cannot take so many tokens."""
     monkeypatch.setattr(backends, "BACKENDS", ("triton", "cpu", "reference"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     backends.choose.cache_clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern bench compare`: of two files, and live, of two builds in processes that take turns."""
+"""`vitkern bench compare`: compares two files, or, with --live, two builds in processes that take turns."""
 
 import shutil
 import sys
@@ -105,13 +105,13 @@ def test_a_build_is_an_interpreter_an_environment_or_a_folder(build, tmp_path):
     assert live.Build.at("A", sys.executable).interpreter == sys.executable
     assert live.Build.at("A", str(tmp_path)).interpreter == str(environment)
     assert live.Build.at("A", str(build)).folder == str(build)
-    with pytest.raises(CommandError, match="B, .*nowhere, is no build"):
+    with pytest.raises(CommandError, match="B, .*nowhere, is not a build"):
         live.Build.at("B", str(tmp_path / "nowhere"))
 
 
 def test_files_of_runs_are_no_builds(files, capsys):
     assert main(["bench", "compare", "--live", *files(record(row()), record(row()))]) == 2
-    assert "a.json, is no build: it has to be a Python interpreter" in capsys.readouterr().err
+    assert "a.json, is not a build: it must be a Python interpreter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["#!/bin/sh\necho hello", "neither a program nor a script"])
@@ -124,7 +124,7 @@ def test_a_program_that_is_no_interpreter_is_told(script, tmp_path, capsys):
 
 
 def test_builds_are_measured_by_this_harness_and_not_by_their_own(build):
-    """The copy is from before there was a harness; its kernels are what runs."""
+    """The copy, like an old build, has no harness: this one measures the copy's kernels."""
     for package in MEASURING:
         shutil.rmtree(build / "vitkern" / package)
     process = live.Process(live.Build.at("A", str(build)))
@@ -161,7 +161,7 @@ def test_a_build_that_ends_is_told_of(tmp_path):
 
 
 class Scripted:
-    """Stands in for both processes and writes down who was asked."""
+    """Stands in for both processes and records which one was asked."""
 
     asked: list[str] = []  # noqa: RUF012
     slower = {"A": 1.0, "B": 1.2}  # noqa: RUF012
@@ -231,7 +231,7 @@ def test_an_interrupted_comparison_judges_what_it_has(monkeypatch, capsys):
 
 
 def test_a_slowed_copy_still_gives_right_results(tmp_path):
-    """How much slower it is, benchmarks/prove_compare.py looks at."""
+    """benchmarks/prove_compare.py measures how much slower it is."""
     slowed = copied(tmp_path, factor=1.2)
     assert "_slowed" in (slowed / "vitkern" / "functional.py").read_text()
     process = live.Process(live.Build.at("B", str(slowed)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern bench report`: a page that needs nothing from elsewhere, and Markdown with pictures beside it."""
+"""`vitkern bench report`: a self-contained page, and Markdown with pictures beside it."""
 
 import re
 from html.parser import HTMLParser
@@ -17,7 +17,7 @@ from vitkern.cli import main
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    """A run of two ops with speed-ups, a failed row and a name that has to be escaped."""
+    """A record of two ops with speed-ups, a failed row and a name that must be escaped."""
     rows = [
         row(case, op=op, backend=backend, dtype=dtype, what=what, slower=slower)
         for op in ("token_pool", "<b>adapter</b>")
@@ -34,7 +34,7 @@ def written(tmp_path) -> Path:
 
 
 class Page(HTMLParser):
-    """The addresses a page would load, and whether its elements close in order."""
+    """A parser that collects the addresses a page loads and checks that its elements close in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_what_figures_are_is_told(written):
 
 
 def test_legends_name_what_is_drawn(written):
-    """Plain torch has no bars: the others are so many times as fast."""
+    """Plain torch has no bars: each bar is a speed-up over it."""
     legends = re.findall(r'<div class="legend">(.*?)</div>', (written / "out.html").read_text())
     assert ["plain torch" in legend for legend in legends] == [False, True]
     assert all(">cpu</span>" in legend.replace("</i>", ">") for legend in legends)
@@ -110,7 +110,7 @@ EVIL = "<img src=x onerror=alert(1)>|a ![b](//c) `d` \\| e"
 
 
 def test_no_text_of_a_file_is_more_than_text(tmp_path):
-    """Wherever it stands: in tables, tiles, averages, legends, pictures and at the head."""
+    """Names from a file are escaped everywhere: in tables, tiles, averages, legends, pictures and at the head."""
     names = ("op", "case", "device", "dtype", "backend", "pass", "bound", "anchor")
     for name in names:
         rows = [row(backend=b) | {"device": "cpu", name: EVIL} for b in ("cpu", "torch")]

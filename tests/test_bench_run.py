@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern bench run`: what is written down, what is refused, and what an interruption leaves behind."""
+"""`vitkern bench run`: the records, the refusals, and the state after an interruption."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ TINY = {name: replace(next(iter(op.tiny.values())).case, name="tiny") for name, 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """The real thing on inputs that take no time, and a machine that is asked once."""
+    """Real measurements on tiny inputs, with two sizes of copies and one small product for the machine's limits."""
     for name, case in TINY.items():
         small = replace(OPS[name], cases={"tiny": case}, usual=("tiny",), brief=("tiny",))
         monkeypatch.setitem(OPS, name, small)
@@ -62,7 +62,7 @@ def test_every_op_pass_and_dtype_has_verified_figures(tmp_path, capsys):
 
 
 def test_what_others_held_up_has_no_speed_up(tmp_path, capsys, monkeypatch):
-    """The anchor of the first pass that is measured takes ten times as long, in all visits."""
+    """In all visits, the anchor of the first measured pass takes ten times as long as the other's."""
 
     def slowed(variants: dict, **options):
         samples = measure.interleaved(variants, **options)
@@ -91,7 +91,7 @@ def test_errors_are_those_of_what_the_pass_computes(tmp_path):
 
 
 def spoil_token_pool(monkeypatch, **functions) -> None:
-    """Others in the place of those that compute it."""
+    """Replaces functions of token_pool's problem."""
     op = OPS["token_pool"]
     spoilt = replace(
         op, make=lambda *arguments, **options: replace(op.make(*arguments, **options), **functions)
@@ -100,7 +100,7 @@ def spoil_token_pool(monkeypatch, **functions) -> None:
 
 
 def wrong_gradient(x: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.Tensor:
-    """The right output, and for `weight` a gradient of the wrong sign, but of the formula."""
+    """token_pool with the right output and, except in the reference, a gradient of `weight` with the wrong sign."""
     right = torch.softmax(x @ weight.mT, 1).transpose(1, 2) @ x
     if backend == "reference":
         return right
@@ -138,7 +138,7 @@ def test_what_raises_is_a_failure_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("groups, visits", [(2, [1, 1]), (6, [2, 2, 1, 1])])
 def test_an_interrupted_run_keeps_what_was_measured(groups, visits, tmp_path, capsys, monkeypatch):
-    """`visits` of each pass of float32, then bfloat16, when Ctrl-C comes after so many `groups`."""
+    """`visits`: those of each pass of float32, then of bfloat16, if Ctrl-C comes after `groups` measured groups."""
     measured = []
 
     def interrupted(*arguments: object, **options: object):
@@ -157,7 +157,7 @@ def test_an_interrupted_run_keeps_what_was_measured(groups, visits, tmp_path, ca
 
 
 def test_a_run_that_breaks_keeps_what_was_measured(tmp_path, monkeypatch):
-    """Memory that runs out in the middle is an error, and the file says that it is not all."""
+    """If memory runs out during a run, the error is raised, and the file is marked as interrupted."""
     measured = []
 
     def breaks(*arguments: object, **options: object):
@@ -175,7 +175,7 @@ def test_a_run_that_breaks_keeps_what_was_measured(tmp_path, monkeypatch):
 
 
 def test_the_file_is_whole_at_any_time(tmp_path, monkeypatch):
-    """After each group there is a file that reads, marked as of a run that goes on."""
+    """After each group the file can be read and is marked as that of a running run."""
     path, seen = tmp_path / "out.json", []
     write = store.write
 
@@ -206,12 +206,12 @@ def test_filters_leave_what_was_asked_for(tmp_path):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--op", "msda"], "no op is called msda; there are ms_deform_attn, "),
-        (["--case", "huge"], "no case is called huge; there are tiny"),
-        (["--case", "tiny", "--case", "hug*"], "no case is called hug*; there are tiny"),
-        (["--dtype", "int8"], "no dtype is called int8; there are fp32, bf16, fp16, fp64"),
-        (["--pass", "up"], "no pass is called up; there are forward, backward, both"),
-        (["--backend", "mps"], "no backend is called mps; there are cpu, cuda, triton, reference, torch"),
+        (["--op", "msda"], "unknown op 'msda': choose from ms_deform_attn, "),
+        (["--case", "huge"], "unknown case 'huge': choose from tiny"),
+        (["--case", "tiny", "--case", "hug*"], "unknown case 'hug*': choose from tiny"),
+        (["--dtype", "int8"], "unknown dtype 'int8': choose from fp32, bf16, fp16, fp64"),
+        (["--pass", "up"], "unknown pass 'up': choose from forward, backward, both"),
+        (["--backend", "mps"], "unknown backend 'mps': choose from cpu, cuda, triton, reference, torch"),
         (["--backend", "cuda"], "backend cuda cannot run float32 on cpu: "),
         (["--threads", "0"], "--threads must be more than 0, got 0"),
         (["--threads", "-1"], "--threads must be more than 0, got -1"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a run: how it is written, and what is refused when it is read."""
+"""The file of a run: writing it, and refusing invalid ones."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from vitkern.commands.errors import CommandError
 
 
 def test_rows_are_held_up_where_their_anchor_was():
-    """By more than threads and caches make, of the best of the same anchor and device."""
+    """An anchor counts as slow beyond 1.5 times its best time on the same device."""
     other = {"anchor": "gather"}
     rows = [row("best", anchor=2.0), row("slower", anchor=2.9), row("held", anchor=3.1)]
     rows += [row("of another", anchor=20.0) | other, row("on a card", anchor=0.1) | {"device": "cuda"}]
@@ -99,7 +99,7 @@ def test_what_an_editor_has_spoilt_is_refused(edits, objection, tmp_path, capsys
         assert main(["bench", *map(str, command)]) == 2
         said = capsys.readouterr().err.strip()
         assert "\n" not in said
-        assert "out.json is no file of `vitkern bench run --json`: " in said
+        assert "out.json is not a file of `vitkern bench run --json`: " in said
         assert objection in said
 
 
@@ -120,7 +120,7 @@ BAD = {
 
 
 def _places(value, path=()):
-    """The paths of all fields of a record, however deep."""
+    """The paths of all fields of a record, at any depth."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, part in parts:
         yield (*path, name)
@@ -156,7 +156,7 @@ PLACES = [
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_file_with_any_field_spoilt_works_or_is_refused_in_a_sentence(bad, tmp_path, monkeypatch):
-    """Nothing raises anything else, in whatever place the bad value is."""
+    """Reports and comparisons raise only CommandError, whichever field has the bad value."""
     good, path = tmp_path / "good.json", tmp_path / "out.json"
     store.write(good, GOOD)
     monkeypatch.setattr(verdicts, "RESAMPLES", 20)
@@ -176,12 +176,18 @@ def test_what_python_cannot_parse_is_refused_in_a_sentence(text, tmp_path, capsy
     path.write_text(text, encoding="latin-1")
     assert main(["bench", "report", str(path)]) == 2
     said = capsys.readouterr().err
-    assert "out.json is no file of `vitkern bench run --json`: " in said
+    assert "out.json is not a file of `vitkern bench run --json`: " in said
     assert said.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_read_is_not_called_invalid(tmp_path, capsys):
+    missing = tmp_path / "missing.json"
+    assert main(["bench", "report", str(missing)]) == 2
+    assert capsys.readouterr().err == f"vitkern bench: cannot read {missing}: No such file or directory\n"
+
+
 def test_runs_that_write_one_file_at_a_time_do_not_meet(tmp_path):
-    """Under one name beside the file, one would find the other's moved away."""
+    """Temporary files with the same name would let one run move the other's file away."""
     path, failed = tmp_path / "out.json", []
 
     def write() -> None:

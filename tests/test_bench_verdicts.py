@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verdicts of `vitkern bench compare`: no difference where there is none, and one where there is."""
+"""Verdicts of `vitkern bench compare`: equal builds show no difference, a slower one is found."""
 
 import math
 
@@ -14,7 +14,7 @@ TRIALS = 200
 
 
 class Noise:
-    """Times as a shared machine gives them: some per cent of scatter to the slow side, and now and then a neighbour."""
+    """Times as on a shared machine: a few per cent of scatter to the slow side, and sometimes a busy neighbour."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -26,7 +26,7 @@ class Noise:
         return (milliseconds * (1 + scatter + hit)).tolist()
 
     def visits(self, count: int, below: float, above: float) -> list[list[tuple[float, float]]]:
-        """In each visit memory lies elsewhere, which is worth a per cent or two all along."""
+        """Each visit has a constant offset of a per cent or two, as from another address of its memory."""
         found = []
         for _ in range(count):
             a, b = (1 + 0.01 * torch.randn(2, generator=self.generator)).tolist()
@@ -35,7 +35,7 @@ class Noise:
 
 
 def verdicts_by_anchor(slower: float, hour: float = 1.0) -> list[str]:
-    """`hour`: by how much the machine as a whole is slower when B runs."""
+    """`hour`: the factor by which the whole machine is slower while B runs."""
     noise = Noise(0)
     found = []
     for _ in range(TRIALS):

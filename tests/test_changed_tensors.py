@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are not what they were: between the passes, in what forward kept, or in the memory behind them.
+"""Tensors that have changed since forward: inputs, kept tensors, or the memory behind them.
 
-Autograd sees changes in place. It does not see the changes tried here: each has to leave the gradient right, or be
-refused in words that name the op and the tensor. Without the checks most of these end the process.
+Autograd detects changes in place, but not the changes tried here: each must leave the gradient right, or raise an error
+that names the op and the tensor. Without these checks most of them would end the process.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _freed(tensor: Tensor) -> Tensor:
     return copy
 
 
-# Other tensors in the place of one.
+# Functions that replace a tensor by another.
 SWAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "empty": lambda t: t.new_empty(0),
     "first-row": lambda t: t[:1].clone(),
@@ -162,7 +162,7 @@ def refused(subject: Subject, name: str):
 
 
 def check(subject, name, right, differentiate, tensors):
-    """That differentiate() is right, or refused."""
+    """Checks that differentiate() gives the right gradient or is refused."""
     if not right:
         with refused(subject, name):
             differentiate()
@@ -172,7 +172,7 @@ def check(subject, name, right, differentiate, tensors):
 
 
 def check_changed(subject, change, backend="cpu", device="cpu", before=lambda output, tensors: None):
-    """Each saved tensor in turn, changed after forward."""
+    """Changes each saved tensor in turn after forward."""
     for name in subject.saved:
         tensors = subject.tensors(device)
         output = subject.call(tensors, backend)
@@ -215,7 +215,7 @@ def test_changed_between_two_backward_passes(subject, change):
 @pytest.mark.parametrize("change", UNPACKED)
 @each_subject
 def test_hooks_that_unpack_another_tensor(subject, change, watcher):
-    """Each saved tensor in turn, what forward kept among them."""
+    """Replaces each saved tensor in turn, including those that forward kept."""
     names = [*subject.saved, *(name for name in subject.keeps if name != "result")]
     for changed, name in enumerate(names):
         tensors, packed = subject.tensors(), []
@@ -280,7 +280,7 @@ def test_memory_that_is_gone_before_the_op():
     for mode in (contextlib.nullcontext, torch.inference_mode, Dispatching):
         x, weight = SUBJECTS[3].tensors().values()
         weight.untyped_storage().resize_(8)
-        with pytest.raises(ValueError, match="token_pool: weight must have the memory of"), mode():
+        with pytest.raises(ValueError, match="token_pool: weight must have memory for"), mode():
             torch.ops.vitkern.token_pool(x, weight)
 
 
@@ -319,7 +319,7 @@ def test_the_backward_op_checks_what_it_is_given(subject, change, fake):
 @each_watcher
 @each_subject
 def test_a_result_may_be_changed_in_place(subject, watcher):
-    """As in plain torch: none of the formulas wants its result again. token_pool's kernels do."""
+    """As in plain torch, where no formula needs its result for backward. token_pool's kernels do need it."""
     tensors = subject.tensors()
     with WATCHERS[watcher]():
         output = subject.call(tensors)
@@ -336,7 +336,7 @@ def test_a_result_that_lost_its_memory(watcher):
         output = SUBJECTS[3].call(tensors)
         gradient = torch.ones_like(output)
         output.untyped_storage().resize_(4)
-        with pytest.raises(ValueError, match="token_pool: result must have the memory of"):
+        with pytest.raises(ValueError, match="token_pool: result must have memory for"):
             torch.autograd.grad(output, leaves(tensors), gradient)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern check`: a flipped sign in any backward is found and named, what is not run is said, failures repeat."""
+"""`vitkern check`: finds and names a flipped sign in any backward, lists checks that do not run, repeats failures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check(*arguments: object) -> int:
 
 @pytest.fixture(autouse=True)
 def emulated_kernels(monkeypatch):
-    """The kernels that the suite builds."""
+    """Lets `vitkern check` find the emulated kernels that the tests have built."""
     if emulated.REASON is None:
         monkeypatch.setenv("VITKERN_EMULATED", emulated.module().__file__)
     yield
@@ -55,7 +55,7 @@ def emulated_kernels(monkeypatch):
 
 
 def wrong_backward(monkeypatch, op: str, backend: str, change) -> None:
-    """A backend's backward whose list of gradients is changed."""
+    """Changes the list of gradients of a backend's backward."""
     owner = importlib.import_module(f"vitkern.ops.{op.removesuffix('_fused')}")
     owner, plan = getattr(owner, op), getattr(owner, op)._plan
 
@@ -70,7 +70,7 @@ def wrong_backward(monkeypatch, op: str, backend: str, change) -> None:
 
 
 def flip(monkeypatch, op: str, backend: str, place: int) -> None:
-    """One gradient of a backend's backward with its sign turned round."""
+    """Flips the sign of one gradient of a backend's backward."""
 
     def change(gradients):
         if gradients[place] is not None:
@@ -140,7 +140,7 @@ def test_the_printed_command_repeats_the_failure_and_no_other(monkeypatch, capsy
 
 @pytest.mark.parametrize("route", ["cpu-baseline", "reference"])
 def test_the_yardstick_is_plain_torch_in_the_dtype_itself(route):
-    """Not backend="reference", which like the kernels makes its sums in float32."""
+    """The yardstick is not backend="reference", which sums in float32, as the kernels do."""
     request = Request(["token_pool"], ["odd-channels"], [route], ["bf16"], device="cpu", kinds=["oracle"])
     known = examine._expected_of(*plan(request).tasks)
     plain = reference.token_pool(*known.tensors)
@@ -161,7 +161,7 @@ def test_colours_and_zeros_in_a_message_are_no_part_of_the_xml(monkeypatch, caps
 
 
 def interrupt(monkeypatch, module, after: int) -> None:
-    """Ctrl-C in the check that follows."""
+    """Raises KeyboardInterrupt in the check after the first `after` ones."""
     examine, done = module.examine, itertools.count()
 
     def until(*arguments):
@@ -253,12 +253,12 @@ def test_what_is_not_run_is_said(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--backend", "metal"], "no backend is called metal; there are reference, cpu-"),
-        (["--op", "conv"], "no op is called conv; there are ms_deform_attn"),
-        (["--case", "nothing-*"], r"no case is called nothing-\*; there are "),
-        (["--dtype", "int8"], "no dtype is called int8; there are fp32"),
+        (["--backend", "metal"], "unknown backend 'metal': choose from reference, cpu-"),
+        (["--op", "conv"], "unknown op 'conv': choose from ms_deform_attn"),
+        (["--case", "nothing-*"], r"unknown case 'nothing-\*': choose from "),
+        (["--dtype", "int8"], "unknown dtype 'int8': choose from fp32"),
         (["--module", "a:B", "--op", "token_pool"], "--op does not go with --module"),
-        (["--kind", "gradcheck", "--dtype", "bf16"], "no check fits all that was asked for; --list"),
+        (["--kind", "gradcheck", "--dtype", "bf16"], "no check matches the request; --list"),
         (["--times", "0"], "--times must be more than 0, got 0"),
         (["--times", "-1"], "--times must be more than 0, got -1"),
         (["--times", "nan"], "--times must be more than 0, got nan"),
@@ -283,7 +283,7 @@ def test_the_repeating_command_says_all_that_mattered():
 
 @pytest.fixture
 def sanitizer(tmp_path, monkeypatch):
-    """In the place of compute-sanitizer and a GPU: writes down what it is to run; racecheck finds something."""
+    """Stands in for compute-sanitizer and a GPU: records the commands to run; racecheck reports a finding."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\ncase $1 in *racecheck) exit 9; esac\n')
     tool.chmod(0o755)

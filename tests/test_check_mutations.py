@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sign turned round in a copy of each backward kernel: `vitkern check` fails and names op, backend and gradient.
+"""With a flipped sign in a copy of each backward kernel, `vitkern check` fails and names op, backend and gradient.
 
-The copies of a backend's kernels are compiled and checked together. That the judge sees errors is in test_judge.py.
+The copies of a backend's kernels are compiled and checked together. test_judge.py tests the comparison of results.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def planted(mutations: Sequence[Mutation], source: Path, copy: Path) -> None:
         file.write_text(text.replace(mutation.right, mutation.wrong))
 
 
-# Libraries that have a name in common share what C++ has once in a process, so mutants get a process. Arguments: a
-# module with a main, the library, and main's own.
+# In one process, libraries with the same symbols would share C++'s static objects, so a mutant gets its own process.
+# Arguments: a module with a function main, the library, and the arguments of main.
 WITH_KERNELS = """
 import importlib.util, sys
 from vitkern.ops import native
@@ -197,7 +197,7 @@ def assert_found_apart(
 
 
 def compile_object(folder: Path, csrc: Path, op: str, file: str, *defines: str) -> Path:
-    """csrc/<op>/<file>, optimised as little as is bearable."""
+    """Compiles csrc/<op>/<file> without optimisation, to save time."""
     target = folder / f"{op}.o"
     flags = ["-std=c++17", "-O0", "-fPIC", "-pthread", "-fopenmp", "-Wno-psabi", "-fvisibility=hidden"]
     flags += ["-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{csrc}", "-x", "c++"]
@@ -207,12 +207,12 @@ def compile_object(folder: Path, csrc: Path, op: str, file: str, *defines: str) 
 
 
 def stems(mutations: Sequence[Mutation]) -> list[str]:
-    """The folders of csrc/ that mutations are in. Mutations of shared code are compiled as the ops' own."""
+    """The folders of csrc/ to compile: one for each mutated op, also if the mutation is in shared code."""
     return sorted({mutation.op.removesuffix("_fused") for mutation in mutations})
 
 
 def emulated_mutant(mutations: Mutation | Sequence[Mutation], tmp_path: Path) -> Path:
-    """The objects of their ops are compiled anew and linked with the others."""
+    """Compiles the objects of the mutated ops and links them with the unchanged objects of the others."""
     objects = Path(emulated.module().__file__).parent / "CMakeFiles" / "_emulated.dir"
     if not objects.is_dir():
         pytest.skip("the emulated kernels were built elsewhere, without their objects")
@@ -236,7 +236,7 @@ def test_emulated_cuda(tmp_path):
 
 @pytest.fixture(scope="module")
 def cpu_objects(tmp_path_factory) -> Path:
-    """Shared by mutants of the CPU kernels: the bindings, and each op without a change, compiled on demand."""
+    """The shared objects of all CPU mutants: the bindings, and each op without a change, compiled on demand."""
     import pybind11
 
     folder = tmp_path_factory.mktemp("cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of Deformable-DETR's ops package and of its compiled module, called as their code calls them."""
+"""The functions of Deformable-DETR's ops package and of its compiled module, called as in that project."""
 
 import pickle
 
@@ -33,7 +33,7 @@ def formula(inputs):
 
 
 class TheirFunction(Function):
-    """As Deformable-DETR writes it, on the two compiled functions."""
+    """Deformable-DETR's autograd function, on the two compiled functions."""
 
     @staticmethod
     def forward(ctx, value, shapes, starts, locations, weights, im2col_step):
@@ -53,7 +53,7 @@ class TheirFunction(Function):
 @pytest.mark.parametrize("function", [TheirFunction, compat.MSDeformAttnFunction])
 @pytest.mark.parametrize("batch", [2, 65])
 def test_functions_give_the_formula_and_its_gradients(function, batch):
-    """A batch that im2col_step does not divide is one like any other."""
+    """A batch size that im2col_step does not divide gives the right results too."""
     ours, theirs = leaves(make(batch)), leaves(make(batch))
     output, expected = function.apply(*ours, 64), formula(theirs)
     torch.testing.assert_close(output, expected)

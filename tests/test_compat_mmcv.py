@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmcv's layer, function and compiled functions, against Deformable-DETR's, which have tests of their own."""
+"""mmcv's layer, function and compiled functions, compared with Deformable-DETR's, which have tests of their own."""
 
 import pytest
 import torch

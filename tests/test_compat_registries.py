@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registries of timm, mmseg and mmdet, of which there are stand-ins here. tests/ecosystem has the real ones."""
+"""The registries of timm, mmseg and mmdet, tested with stand-ins. tests/ecosystem tests the real ones."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ SMALL = dict(embed_dim=48, depth=4, num_heads=3, conv_inplane=8)
 
 
 class Registry(dict):
-    """As mmengine's: of classes and functions, by name, each once."""
+    """A stand-in for mmengine's registry: classes and functions by name, each registered once."""
 
     def register_module(self, name=None, module=None):
         assert isinstance(module, (type, type(lambda: None))) and name not in self
@@ -29,7 +29,7 @@ class Registry(dict):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Imports a module of vitkern.compat anew, with such modules of other projects in place of theirs."""
+    """A function that imports a module of vitkern.compat again, with stand-ins for modules of other projects."""
 
     def load(name, **stand_ins):
         for path, attributes in stand_ins.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every check of `vitkern check` is a test: each op on each setting of its record, on each way to run the kernels.
+"""Every check of `vitkern check` as a test: each op, on each setting of its record, with each runner of the kernels.
 
 The settings are in vitkern/cases. Memory is guarded here, and kernels that only a checkout can build run too.
 """
@@ -25,7 +25,7 @@ from vitkern.check.plan import Request, Task, plan
 
 
 def checks_of(runner) -> Iterator[tuple[tuple[str, str], ParameterSet]]:
-    """By op and setting; all dtypes of a setting are one test."""
+    """The checks by op and setting; all dtypes of a setting are one test."""
     if runner.reason is not None:
         for op in OPS:
             yield (op, ""), pytest.param([], id=f"{runner.name}-{op}", marks=runner.marks)

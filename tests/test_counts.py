@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counter of emulated kernels counts right what is known by hand, and no kernel reaches memory past it."""
+"""The counter of emulated kernels gives counts that are known by hand, and no kernel accesses memory unseen by it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """Runs all kernels of tests/emulator/counts.cu; returns what was counted of each."""
+    """A function that runs all kernels of tests/emulator/counts.cu and returns the counts of each."""
     built = emulated.compile_program("counts.cu", tmp_path_factory.mktemp("counts"), watch="counts")
 
     def run(**variables: str) -> dict[str, counter.Row]:
@@ -102,7 +102,7 @@ def test_barriers_and_waits_for_loads(known):
 
 @pytest.mark.parametrize(("cache", "missed"), [("1x1x8", 64), ("1x1x16", 64), ("1x1x4", 128), ("1x1x2", 128)])
 def test_l1_keeps_what_fits_and_nothing_else(program, cache, missed):
-    """64 lines read in turn, twice: 8 KB hold them; of fewer ways the least recently used is what is wanted next."""
+    """64 lines are read in order, twice. 8 KB hold them; smaller caches evict each line before it is read again."""
     ((found,),) = [
         [one for one in row["l1"] if one["tensor"] == "from"]
         for name, row in program(L1=cache).items()
@@ -127,7 +127,7 @@ _HARMLESS = ("memcpy(&vector, &bits, sizeof vector)",)  # from registers to regi
 
 
 def beyond_the_counter(text: str) -> list[str]:
-    """Ways to memory that no compiler announces, in preprocessed text; what the emulator itself does is left out."""
+    """Memory accesses in preprocessed text that the compiler's hooks do not report, except the emulator's own."""
     found, own = [], False
     for line in text.splitlines():
         if marker := re.match(r'# \d+ "(.*?)"', line):

@@ -25,12 +25,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def small():
-    """All small cases, counted."""
+    """The counts of all small cases."""
     return {case.name: record.of_case(case, case.run()) for case in cases.small()}
 
 
 def test_small_shapes_of_every_kernel_are_counted_as_before(small):
-    """make counts counts anew what has changed."""
+    """If a count has changed, `make counts` updates the file."""
     assert command.differences(small) == []
 
 
@@ -45,7 +45,7 @@ def test_every_kernel_is_counted(small):
 
 
 def test_each_output_is_stored_once(small):
-    """A store that is not seen, or seen twice, would show."""
+    """The test would show a store that is missed or counted twice."""
     for name, sizes in {
         "ms_deform_attn plain small fp32 sigma 2 px": 2 * 11 * 3 * 32 * 4,
         "ms_deform_attn plain small bf16 sigma 2 px": 2 * 11 * 3 * 32 * 2,

@@ -29,7 +29,7 @@ def isa(request):
 
 
 def make(B=2, Q=21, M=3, D=32, levels=LEVELS, points=(4, 4, 4, 4), dtype=FP32, coord_dtype=None, outside=1.5):
-    """Inputs whose pixel coordinates keep off the cell edges, where the gradient of locations jumps."""
+    """Inputs with locations away from the edges of cells, where the gradient of locations jumps."""
     shapes = torch.tensor(levels, dtype=torch.int64).reshape(-1, 2)
     sizes = shapes.prod(1)
     start = sizes.cumsum(0) - sizes
@@ -119,7 +119,7 @@ def test_16_bit_rows_that_begin_between_two_words(isa, dtype):
 
 @pytest.mark.parametrize("start", [[5, 220, 300, 500], [300, 0, 290, 400], [0, 100, 150, 160]], ids=str)
 def test_levels_anywhere_in_value(isa, start):
-    """With gaps, whose gradient is zero, in any order, and overlapping, where gradients add up."""
+    """Levels with gaps, whose gradient is zero, in any order, and overlapping, so that gradients add up."""
     _, shapes, _, locations, weights, points = make()
     value = torch.randn(2, 510, 3, 32)
     value.masked_fill_(torch.rand(2, 510, 1, 1) < 0.02, 0)
@@ -136,7 +136,7 @@ def test_levels_outside_of_value_are_refused(isa, start):
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 @pytest.mark.parametrize("width", [3, 7, 10, 49, 100, 167, 334])
 def test_nearest_on_the_edges_of_pixels(isa, width, dtype):
-    """At (k ± 1/2) / W no set may choose another pixel than the oracle, as one that fuses product and sum would."""
+    """At (k ± 1/2) / W all instruction sets choose the oracle's pixel; a fused product and sum would choose another."""
     value = torch.arange(width, dtype=dtype).view(1, width, 1, 1).expand(-1, -1, -1, 8).contiguous()
     shapes, start = torch.tensor([[1, width]]), torch.tensor([0])
     x = (torch.arange(-1, width + 1, dtype=dtype) + 0.5) / width
@@ -184,7 +184,7 @@ def test_only_wanted_gradients(isa, split, needed):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_16_bit_numbers_are_widened_exactly_and_rounded_to_nearest_even(isa, dtype):
-    """All 65536 patterns, times one, and times numbers that leave more bits than fit, ties among them."""
+    """All 65536 patterns, times 1 and times weights whose products need rounding, including ties."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, -1, 1, 1)
     pixels = patterns.shape[1]
     shapes, start = torch.tensor([[1, pixels]]), torch.tensor([0])
@@ -199,7 +199,7 @@ def test_16_bit_numbers_are_widened_exactly_and_rounded_to_nearest_even(isa, dty
 
 
 def test_nothing_of_an_instruction_set_can_replace_another(tmp_path):
-    """A symbol that the linker merges with its twin would bring AVX code to chips without: all are private."""
+    """All symbols are private: if the linker merged one with its twin, AVX code could run on chips without AVX."""
     if "avx2" not in _C.compiled_cpu_isas() or wide.COMPILER is None or shutil.which("nm") is None:
         pytest.skip("one instruction set only, or no c++ or nm")
     flags = [

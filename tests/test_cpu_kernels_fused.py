@@ -18,7 +18,7 @@ __all__ = ["isa"]  # a fixture
 
 
 def make_fused(numbers=2, image=True, level=True, dtype=FP32, coord_dtype=None, scale=2.0, **sizes):
-    """A call in the fused form; locations as in make(), from which offsets and reference points are taken apart."""
+    """A call in the fused form whose offsets and reference points add up to the locations of make()."""
     value, shapes, start, locations, logits, points = make(**sizes, dtype=FP64)
     batch, queries, _, _, _ = locations.shape
     counts = torch.tensor(points, dtype=torch.int64)
@@ -144,7 +144,7 @@ def test_fused_empty(isa, sizes):
 
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 def test_softmax_of_extreme_logits(isa, dtype):
-    """As torch's, whatever comes in: huge, far apart, -inf; and NaN where that has no softmax."""
+    """The softmax equals torch's for huge, distant and infinite logits, and is NaN where torch's is."""
     call = make_fused(dtype=dtype, scale=40.0, Q=64)
     logits = call.weights
     logits[:, 0] += 1e4

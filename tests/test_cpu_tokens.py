@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels' own parts for pixels and tokens: how they split pixels, which parts meet in a merge.
+"""The CPU kernels' own parts for pixels and tokens: splitting pixels into parts, and merging the parts.
 
 The contract of all backends is in tests/test_contract.py.
 """
@@ -63,7 +63,7 @@ def test_every_way_to_split_matches_the_oracle(isa, op, split):
 @pytest.mark.parametrize("pixel", [0, 600, 1099])
 @pytest.mark.parametrize("logit", [-float("inf"), float("inf"), float("nan"), 1e30])
 def test_one_part_does_to_the_others_what_torch_does(isa, pixel, logit):
-    """A pixel of the first, a middle, the last part whose logit rules out the pixel, the others, or everything."""
+    """A logit of the first, a middle or the last part removes its pixel, all other pixels, or makes everything NaN."""
     x, weight = make("token_pool", SPLITS["parts"])
     weight[:, 0] = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
     x[0, pixel, 0] = logit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architectures of the CUDA kernels: the ones that CMakeLists.txt takes, and their names in files and pages."""
+"""The architectures of the CUDA kernels: those that CMakeLists.txt accepts, and those named in files and pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CMAKE = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     ],
 )
 def test_architectures_that_cannot_be_are_refused(architectures, message, tmp_path):
-    """Before any compiler is looked for."""
+    """They are refused before CMake looks for a compiler."""
     command = [_tool("cmake"), "-S", ROOT, "-B", tmp_path, f"-DVITKERN_CUDA_ARCHITECTURES={architectures}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults that only the CUDA kernels of ms_deform_attn could have, emulated: their dispatch, teams and addresses.
 
-The contract of all backends is in test_contract.py, which runs the kernels here as well, with atomics and without.
+test_contract.py tests the contract of all backends on these kernels too, with and without atomics.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def plain(args, grad_output, dtype):
 
 
 def assert_right(args, *, deterministic=False, grad_output=None):
-    """Output and every gradient, in an order of sums that is the kernel's own."""
+    """Checks output and every gradient, with the error that another order of sums may have."""
     value, fused = args[0], args[7] is not None
     if grad_output is None:
         shape = (value.shape[0], args[3].shape[1], value.shape[2] * value.shape[3])
@@ -95,7 +95,7 @@ def test_any_number_of_points(points, channels, deterministic):
 @pytest.mark.parametrize("channels", [30, 32])
 @pytest.mark.parametrize("numbers", [0, 4], ids=["plain", "fused"])
 def test_each_gradient_alone_equals_all_together(channels, numbers):
-    """The sanitized run also checks that no address is made of the null pointer of a gradient not needed."""
+    """The sanitized run also checks that no address is computed from the null pointer of an unneeded gradient."""
     args, grad_output = make(channels, numbers=numbers), torch.randn(2, 9, 3 * channels)
     count = 4 if numbers else 3
     all_gradients = ours(args, grad_output, needed=(True,) * count)[1:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths of the CUDA kernels made of matrix products that only some sizes take, run by the emulator."""
+"""Size-dependent paths of the CUDA kernels made of matrix products, run by the emulator."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_pooling_of_more_channels_than_a_window_and_more_tokens_than_a_group(cha
 
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_pooling_of_split_pixels(recurrent):
-    """Four tokens of bf16 and a thousand pixels make 31 splits, more than there are steps of 32 pixels to share out."""
+    """Four tokens of bf16 and a thousand pixels in up to 31 splits: more than there are steps of 32 pixels for all."""
     case = TokenCase("split", "", 2, 1000, 16, 4)
     assert_right("token_pool", case, torch.bfloat16, backend="cuda", recurrent=recurrent)
 
 
 @pytest.mark.slow
 def test_many_rows_go_in_larger_blocks():
-    """From 2^14 rows on a block takes 64 of them."""
+    """From 2^14 rows on, a block takes 64 rows."""
     case = AdapterBottleneckCase("long", "", (2**14 + 5,), 8, 3)
     assert_right("adapter_bottleneck", case, torch.bfloat16, backend="cuda", activation="gelu")
 
@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused_by_name():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_not_multiples_of_16_bytes_and_addresses_that_are(dtype):
-    """Scalars take the place of vectors: in one tensor by its address, in the others by their width."""
+    """Scalars replace vectors: in one tensor because of its address, in the others because of their width."""
     assert_right(
         "adapter_bottleneck",
         AdapterBottleneckCase("odd", "", (20,), 24, 16),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guards and launches of csrc/common/launch.cuh against a runtime with two devices that are not there
-(tests/fake_runtime): which contexts come about, what is left current, errors, shared memory. And a driver that has no
-card, asked by the true runtime."""
+"""Guards and launches of csrc/common/launch.cuh on a fake runtime with two devices (tests/fake_runtime): created
+contexts, the current device afterwards, errors, shared memory. Also the real runtime with a fake driver without a
+card."""
 
 from __future__ import annotations
 

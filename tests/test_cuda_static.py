@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels compiled for cards that are not here: what nvcc made of all that the extension can launch.
+"""The machine code that nvcc makes of all CUDA kernels of ms_deform_attn; no card is needed.
 
-benchmarks/static has the machinery and the figures of D = 32; here are the promises that hold for every kernel.
+benchmarks/static has the tools and the figures for D = 32; these tests hold for every kernel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def compiled(request, tmp_path_factory):
 
 
 def vectorised(kernels, name):
-    """The kernels of a pass that move whole vectors, of both forms."""
+    """The kernels of a pass that move whole vectors, in both forms."""
     chosen = {n: k for n, k in kernels.items() if re.match(rf"{OP}_{name}<\w+, (16|32|64),", n)}
     assert chosen
     return chosen.items()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels made of matrix products, compiled for cards that are not here. None of them is compiled for its
-channels or hidden units, so what holds of a kernel holds of all their numbers."""
+"""The CUDA kernels made of matrix products, compiled without a card. Numbers of channels and hidden units are no
+compile-time constants, so the tests hold for all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOW = ("__half", "__nv_bfloat16")
 
 @pytest.fixture(scope="module", params=of_cards(MULTIPROCESSORS, "products"), ids=lambda arch: f"sm_{arch}")
 def kernels(request, tmp_path_factory):
-    """By name, as in row_sums<float>; what several ops use comes once."""
+    """The kernels by name, such as row_sums<float>; a kernel that several ops use appears once."""
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")
     found = {}
     for op in OPS:
@@ -59,7 +59,7 @@ def test_registers_leave_room_for_two_blocks(kernels):
 
 
 def test_all_shared_memory_is_asked_for_at_the_launch(kernels):
-    """launch.cuh allows as much as a block can have, of which static shared memory would take a part."""
+    """launch.cuh allows as much dynamic shared memory as a block can have; static shared memory would reduce it."""
     assert {
         name: kernel.shared for name, kernel in products(kernels, ("float", "double", *LOW)) if kernel.shared
     } == {}
@@ -72,7 +72,7 @@ def test_products_of_16_bits_run_on_tensor_cores(kernels):
 
 
 def test_products_of_floats_do_not(kernels):
-    """Which of torch's users allows tf32 is not known here."""
+    """The kernels cannot see whether torch's user allows tf32, so they never use it."""
     for name, kernel in products(kernels, ("float",)):
         assert count(kernel, r"\w*MMA") == 0, name
         assert count(kernel, "FFMA") >= 32, name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of Deformable-DETR's own op test, on the CPU: the same sizes, tolerances and widths, own-written.
+"""The checks of Deformable-DETR's op test, written anew for the CPU: the same sizes, tolerances and widths.
 
 The formula in plain torch in double and in float, and gradcheck in double for a width of each kind. With a checkout of
 https://github.com/fundamentalvision/Deformable-DETR in VITKERN_DEFORMABLE_DETR, its own test runs too.
@@ -58,7 +58,7 @@ def test_gradcheck(channels):
 @pytest.mark.alone
 @pytest.mark.slow
 def test_gradcheck_of_a_width_beyond_a_thread_block():
-    """The full Jacobian of 1025 channels takes 14 GB; with less free, the fast mode checks random directions of it."""
+    """The full Jacobian of 1025 channels takes 14 GB; with less free memory, the fast mode checks random directions."""
     assert gradients_are_right(1025, fast_mode=free_gigabytes() < 18)
 
 
@@ -68,7 +68,7 @@ def test_gradcheck_of_a_width_beyond_a_thread_block():
     "VITKERN_DEFORMABLE_DETR" not in os.environ, reason="VITKERN_DEFORMABLE_DETR names no checkout"
 )
 def test_its_own_test(tmp_path):
-    """Except for the device, and the widths whose Jacobians need too much memory."""
+    """The test runs on the CPU, without the widths whose Jacobians need too much memory."""
     ops = Path(os.environ["VITKERN_DEFORMABLE_DETR"]) / "models" / "ops"
     text, widths = (ops / "test.py").read_text(encoding="utf-8"), "[30, 32, 64, 71, 1025, 2048, 3096]"
     assert widths in text and ".cuda()" in text

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern demo`: a row has times if both sides agree, and a wrong kernel is said to be wrong.
+"""`vitkern demo`: a row has times only if both sides agree, and a wrong kernel is reported.
 
-The card's half runs whole without a card: its device and clock are arguments, and the emulated kernels serve as cuda.
+The card's half runs without a card: its device and clock are arguments, and the emulated kernels stand in for cuda.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
 
 
 class SteadyClock:
-    """A card's clock by which every call takes two milliseconds."""
+    """A clock on which every call takes two milliseconds."""
 
     def calls(self, run):
         run()

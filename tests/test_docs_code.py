@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code of README and docs runs: Python as it stands, commands as far as their arguments."""
+"""The code in README and docs runs: Python as it is, commands up to the parsing of their arguments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _pages(language: str) -> list:
 
 @pytest.fixture
 def names(monkeypatch, tmp_path):
-    """The names that a page's blocks share; `model` is a reader's own. Changes to other projects end with the page."""
+    """The globals that a page's blocks share; `model` stands for the reader's. Patches of other projects are undone."""
     monkeypatch.chdir(tmp_path)
     yield {"__name__": "__main__", "model": nn.ModuleList([MSDeformAttn()])}
     vitkern.uninstall()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/migration/proof.md explains every sentence with which a trial can refuse a layer."""
+"""docs/migration/proof.md explains every reason that a trial can give to refuse a layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRIAL = [file for file in sorted(Path(trial.__file__).parent.glob("*.py")) if fi
 
 
 def sentences(source: str) -> Iterator[str]:
-    """The fixed parts of three words and more of what a module returns, yields, or refuses a layer with."""
+    """The fixed parts, of three words or more, of the texts that a module returns, yields, or refuses a layer with."""
     for node in ast.walk(ast.parse(source)):
         refuses = isinstance(node, ast.Raise) and "Unfit" in ast.unparse(node)
         if refuses or isinstance(node, ast.Return | ast.Yield):

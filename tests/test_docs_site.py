@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The site that `make docs` builds: without a warning, whole, and with nothing on it that comes from elsewhere."""
+"""The site that `make docs` builds: no warnings, no dead links, no resources from other sites."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def site(tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """The addresses a page loads, its anchors, and its words outside of code and formulas."""
+    """A parser that collects the addresses a page loads, its anchors, and its words outside of code and formulas."""
 
     LOADING = ("src", "srcset", "data", "poster", "action")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern doctor` tells the truth where all is well, and gets through where something is broken."""
+"""`vitkern doctor` reports a working installation correctly, and still runs if something is broken."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulator of tests/emulated.py itself: what it computes is right, and the faults that it is for are caught."""
+"""The CUDA emulator itself: its results are right, and it catches the faults that it is made for."""
 
 from __future__ import annotations
 

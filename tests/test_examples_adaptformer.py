@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/finetune_adaptformer.py: trains, is killed, resumes, and reaches what it should."""
+"""examples/finetune_adaptformer.py: trains, resumes after a kill, and reaches the expected accuracy."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def test_an_epoch_of_each_writes_what_was_trained_and_no_more(example, tmp_path,
 
 
 def test_a_kill_loses_no_more_than_an_epoch(example, tmp_path, capsys):
-    """Killed while it writes the second epoch, it goes on from the first and ends where it would have ended."""
+    """Killed while it writes the second epoch, it resumes from the first and ends with the same result."""
     killed_in_the_second_epoch = (
         "import os, signal, common, finetune_adaptformer as example\n"
         "def write(state, path, whole=common.write):\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/train_segmentation.py: trains, resumes, draws, and reaches what it should."""
+"""examples/train_segmentation.py: trains, resumes, draws, and reaches the expected quality."""
 
 import importlib
 from pathlib import Path

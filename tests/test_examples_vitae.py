@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/classify_vitae.py: trains, resumes, draws, and reaches what it should."""
+"""examples/classify_vitae.py: trains, resumes, draws, and reaches the expected accuracy."""
 
 import importlib
 import sys

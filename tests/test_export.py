@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Layer(nn.Module):
-    """Deformable attention on two levels, then an adapter: two ops, one with options of its own."""
+    """Deformable attention on two levels, then an adapter: two ops with different options."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzzer: its oracle has the gradients of finite differences, the kernels pass, and what is planted is found."""
+"""The fuzzer: its oracle agrees with finite differences, the kernels pass, and planted faults are found."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _output_of(tensors: dict[str, np.ndarray]) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("offset, sides", [(0.0, 2), (0.25, 1)])
 def test_a_point_on_an_edge_may_have_either_slope(offset, sides):
-    """Three pixels in a row: rounding decides on which side of the middle the reference point is."""
+    """In a row of three pixels, rounding decides on which side of the middle pixel's centre the point lies."""
     value, slopes = np.array([1.0, 3.0, 11.0]), (2.0, 8.0)
     levels = [Level(1, 3, 0, slice(0, 1))]
     places = np.array([0.5, 0.5]), np.array([offset, 0.0])
@@ -136,7 +136,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def test_relu_of_a_sum_that_overflows_keeps_nan_or_drops_it():
-    """The order of the sum decides between inf, -inf and NaN, so the slope, that meets NaN, may be 1 or 0."""
+    """The order of the sum decides between inf, -inf and NaN, so relu's slope, which meets a NaN, may be 1 or 0."""
     tensors = dict(x=[[2e30, 1e30]], down_weight=[[1e30, -1e30]], up_weight=[[NAN], [1.0]])
     arrays = {name: np.array(tensor) for name, tensor in tensors.items()}
     arrays |= dict(down_bias=None, up_bias=None, residual=None, scale=np.array(1.0))
@@ -205,7 +205,7 @@ Output = Callable[[Tensor], Tensor]
 
 
 def changes(change: Output):
-    """A function whose output is changed, and its gradients with it."""
+    """Wraps a function: changes its output, and thereby its gradients."""
 
     def wrap(run):
         def wrapped(**tensors):

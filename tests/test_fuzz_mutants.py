@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults that are compiled into the kernels: the fuzzer finds each within the cases of a minute."""
+"""Faults compiled into the kernels: the fuzzer finds each within the cases of one minute."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def arguments_of(mutation: Mutation, backend: str) -> list[str]:
 
 
 def assert_found_apart(mutation: Mutation, backend: str, *interpreter: object, **environment: str) -> None:
-    """By a wrong case, or by a crash on a guarded page."""
+    """Checks that the fuzzer, in its own process, finds the fault by a wrong result or a crash on a guarded page."""
     command = [sys.executable, *map(str, interpreter), *arguments_of(mutation, backend)]
     variables = {**os.environ, **environment}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=wide.ROOT)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that need a card, of every op and GPU backend: each dtype free and deterministic, streams, a second device,
-graphs, torch.compile. More inputs than here are in the other files, whose tests run on the card too (`-m gpu`)."""
+"""Tests of every op and GPU backend on a card: each dtype with and without deterministic mode, streams, a second
+device, graphs, torch.compile. Tests in other files run on the card too, with more inputs (`-m gpu`)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def backend(request) -> str:
 @pytest.mark.parametrize("kind", ["oracle", "repeat"], ids=["free", "deterministic"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_backward_match_the_oracle(op, backend, dtype, kind):
-    """Deterministic: the same bits again, besides."""
+    """The kind "oracle" compares with the oracle, "repeat" compares repeated calls bit by bit."""
     request = Request([op], (), [f"{backend}-gpu"], [dtype], "cuda", quick=True, kinds=[kind])
     tasks = plan(request).tasks
     if not tasks:
@@ -97,7 +97,7 @@ def test_a_device_that_is_not_the_current_one(op, backend):
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
 def test_forward_and_backward_are_captured_in_a_graph(op, backend, deterministic):
-    """And a replay computes anew, of what the inputs are then."""
+    """A replay of the graph uses the values that the inputs have at that time."""
     work = make(op)
     function, leaves = work.implementation(backend), leaves_of(work)
 
@@ -171,7 +171,7 @@ for op in OPS:
 
 
 def test_a_graph_captures_the_first_call_of_a_process():
-    """The runtime starts and loads the kernels in the middle of the capture."""
+    """The CUDA runtime is initialised and the kernels are loaded during the capture."""
     in_a_new_process(FIRST_CALLS)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measuring part of `make gpu`, on the CPU with cases that take no time: contenders, resuming, files, tables."""
+"""The measuring part of `make gpu`, run on the CPU with tiny cases: contenders, resuming, files, tables."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_costs_are_those_of_vitkern_bench(op, dtype):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The real thing on a CPU: two cases of two ops in one dtype, a contender that is right and one that is wrong."""
+    """Real measurements on the CPU: two cases of two ops in one dtype, a right contender and a wrong one."""
     case = replace(TINY["token_pool"], pixels=11, channels=8)
     cases = {"one": replace(case, name="one"), "two": replace(case, name="two", tokens=2)}
     for name in ("token_pool", "token_project"):
@@ -203,7 +203,7 @@ def test_after_an_error_of_the_card_the_guilty_one_is_left_out(small, tmp_path, 
 
     monkeypatch.setattr(contenders, "functions", functions)
     path = tmp_path / "file.json"
-    with pytest.raises(CommandError, match="wrong left the card in no defined state at token_pool"):
+    with pytest.raises(CommandError, match="wrong left the card in an undefined state at token_pool"):
         measure(path, cases=["two"])
     assert [row["backend"] for row in store.read(path)["rows"]] == ["wrong", "wrong"]
     with pytest.raises(CommandError, match="at token_project"):
@@ -301,7 +301,7 @@ def test_the_generator_writes_between_its_marks(tmp_path, monkeypatch, capsys):
 
 
 def test_contenders_compute_the_same(monkeypatch):
-    """A peer is called like ours here; compiled ones run uncompiled."""
+    """Our op stands in for the peers; torch.compile is replaced by the identity."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(contenders, "OTHER_PEERS", {"like ours": replace(OURS, name="like ours")})
     for op in bench.ALL_OPS.values():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu PART=counts` without a card: what it would run, and how it reads and compares what ncu writes."""
+"""`make gpu PART=counts` without a card: the commands that it would run, and reading and comparing ncu's output."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_silence_is_no_agreement(said):
 
 @pytest.mark.parametrize(("scatter", "status"), [(COPIES, DONE), (SCATTER, FAILED)], ids=["right", "off"])
 def test_a_run_stops_in_order_goes_on_and_fails_where_a_count_is_off(tmp_path, monkeypatch, scatter, status):
-    """With ncu played by the recorded file."""
+    """A recorded file stands in for ncu."""
     wanted = counts.subjects()[:2]
     monkeypatch.setattr(counts, "demand_counters", lambda: None)
     monkeypatch.setattr(counts, "launches_of", lambda case: [scatter, GATHER])

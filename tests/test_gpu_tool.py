@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu` without a card: what it lists and refuses, how it stops and goes on, names its files."""
+"""`make gpu` without a card: its dry run, its refusals, stopping and resuming, the names of its files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs 
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock whose time is set by hand."""
 
     now = 0.0
 
@@ -84,7 +84,7 @@ def test_every_command_of_vitkern_is_known_with_its_arguments():
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_card_has_its_checks(op, monkeypatch):
-    """Each op on each backend, with every kind and dtype; under a sanitizer few, and no finite differences."""
+    """Each op has checks on each backend, of every kind and dtype; under a sanitizer few, and no gradcheck."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(routes, "_objection", lambda backend: None)
     for step in correct.correct()[2:]:
@@ -124,7 +124,7 @@ def test_the_dry_run_says_how_long_it_takes(part, times, monkeypatch, capsys):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_starts_the_dry_run(tmp_path):
-    """With what it says has been set up: an environment with stamps younger than all sources."""
+    """A fake environment, with stamps newer than all sources, saves the setup."""
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -166,11 +166,11 @@ def test_without_a_card_it_is_one_sentence(part, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--op", "conv"], "no op is called conv; there are ms_deform_attn, "),
-        (["--case", "nothing-*"], "no case is called nothing-*; there are "),
-        (["--dtype", "fp8"], "no dtype is called fp8; there are bf16, fp16, fp32"),
+        (["--op", "conv"], "unknown op 'conv': choose from ms_deform_attn, "),
+        (["--case", "nothing-*"], "unknown case 'nothing-*': choose from "),
+        (["--dtype", "fp8"], "unknown dtype 'fp8': choose from bf16, fp16, fp32"),
         (["--seconds", "0"], "--seconds has to be more than 0, got 0"),
-        (["--without", "nope"], "no contender is called nope; there are torch compiled, vitkern compiled, "),
+        (["--without", "nope"], "unknown contender 'nope': choose from torch compiled, vitkern compiled, "),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(arguments, message, capsys):
@@ -199,7 +199,7 @@ def test_the_table_is_not_written_by_a_dry_run(monkeypatch, capsys):
 
 
 def architectures(path: Path, **programs: str) -> subprocess.CompletedProcess:
-    """tools/gpu_architectures where these programs are all there is."""
+    """Runs tools/gpu_architectures with only these programs on PATH."""
     for name, text in programs.items():
         program = path / name.replace("_", "-")
         program.write_text(f"#!/bin/sh\n{text}\n")
@@ -312,7 +312,7 @@ def test_an_error_of_the_card_ends_the_process(tmp_path):
     (tmp_path / "test_it.py").write_text(dedent(TESTS))
     (tmp_path / "fails").write_text("CUDA error: an illegal memory access was encountered")
     first = pytest_in(tmp_path, seconds=60)
-    assert "the card is in no defined state after test_it.py::test_two" in first.stdout
+    assert "the card is in an undefined state after test_it.py::test_two" in first.stdout
     assert (tmp_path / "log").read_text() == "1"
     pytest_in(tmp_path, seconds=60)  # a new process: all others, and then the guilty one again
     assert (tmp_path / "log").read_text() == "135"
@@ -375,7 +375,7 @@ def test_files_are_named_by_card_day_and_commit(tmp_path):
 def test_each_part_goes_on_in_its_own_file_unless_it_is_to_begin_anew(
     part, folder, left_out, tmp_path, monkeypatch
 ):
-    """By the command line, with a card that is not there."""
+    """Runs the command line with a fake card."""
     facts = CARD | {"commit": {"id": "0123456789abcdef", "dirty": False}}
     monkeypatch.setattr(entry, "demand_a_card", lambda: None)
     monkeypatch.setattr(entry, "environment", lambda commit: facts)

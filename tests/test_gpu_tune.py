@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu PART=tune` without a card: which sizes it changes, that wrong ones have no time, and what it cannot try."""
+"""`make gpu PART=tune` without a card: the sizes that it tries, no times for wrong results, and sizes it cannot try."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_size_that_breaks_the_card_ends_the_call_and_is_not_tried_again(monkey
     )
     path = tmp_path / "file.json"
     wanted = [tiny("token_project", "forward")]
-    with pytest.raises(CommandError, match="BLOCK_N.*left the card in no defined state: call again"):
+    with pytest.raises(CommandError, match="BLOCK_N.*left the card in an undefined state: call again"):
         tune.run(wanted, path, SOFTWARE, Budget(1e4))
     assert tune.run(wanted, path, SOFTWARE, Budget(1e4)) == DONE
     assert len(measured) == 1

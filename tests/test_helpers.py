@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparisons themselves: each is shown the mistake that it is there for."""
+"""The comparisons themselves: each one catches the mistake that it is made for."""
 
 import pytest
 import torch

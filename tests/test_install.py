@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vitkern.install and uninstall: what imports find before, meanwhile and after; the packages of others are made up."""
+"""vitkern.install and uninstall: the modules that imports find before, between and after, with stand-in packages."""
 
 import importlib
 import pickle
@@ -61,7 +61,7 @@ def nothing_stays(monkeypatch):
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """Puts packages of others where they are imported from."""
+    """A function that creates packages of other projects on sys.path."""
 
     def build(files):
         for name, text in files.items():
@@ -114,7 +114,7 @@ def test_a_package_that_comes_later_is_found(tree):
 
 
 def test_a_package_that_comes_after_its_stand_in_takes_its_place(tree):
-    """As a script does that tries the import and then extends its path."""
+    """As in a script that tries the import and then extends sys.path."""
     vitkern.install("deformable_detr")
     stand_in = load("groundingdino")
     extension = load("groundingdino._C")
@@ -184,11 +184,11 @@ def test_twice_is_once():
 
 def test_unknown_name():
     for function in (vitkern.install, vitkern.uninstall):
-        with pytest.raises(ValueError, match="by the name 'dino'. There are 'deformable_detr': .* DINO"):
+        with pytest.raises(ValueError, match="unknown name 'dino': choose from 'deformable_detr': .* DINO"):
             function("dino")
 
     for function in (vitkern.install, vitkern.uninstall):
-        with pytest.raises(ValueError, match=r"by the name \['mmcv'\]"):
+        with pytest.raises(ValueError, match=r"unknown name \['mmcv'\]"):
             function(["mmcv"])
 
 
@@ -273,7 +273,7 @@ def test_mmcv_lite(tree):
     assert forms.is_ours(ops.MultiScaleDeformableAttention.forward)
     extension = sys.modules["mmcv._ext"]
     assert extension.ms_deform_attn_backward is mmcv.ms_deform_attn_backward
-    with pytest.raises(NotImplementedError, match="mmcv._ext.nms is not there: vitkern stands in"):
+    with pytest.raises(NotImplementedError, match="mmcv._ext.nms is not available: vitkern stands in"):
         extension.nms(torch.zeros(1, 4), iou_threshold=0.5)
     with pytest.raises(AttributeError, match="'mmcv._ext' has no attribute '__path__'"):
         extension.__path__  # noqa: B018
@@ -323,7 +323,7 @@ def test_full_mmcv_keeps_its_other_functions(tree):
 
 
 def test_what_did_without_the_layer_is_told(tree):
-    """detrex puts a dummy in the place of the class where its compiled module is missing."""
+    """If its compiled module is missing, detrex replaces the class by a dummy."""
     without = (
         "try:\n    from detrex import _C\nexcept ImportError:\n    MultiScaleDeformableAttention = 'dummy'"
     )

@@ -24,7 +24,7 @@ def rounded(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def product(left: np.ndarray, right: np.ndarray, order=range(TERMS), kind=np.float32) -> np.ndarray:
-    """Term by term, each sum rounded to `kind`."""
+    """The product of matrices, summed term by term in `order`, each sum rounded to `kind`."""
     total = np.zeros((len(left), right.shape[1]), kind)
     for term in order:
         total = total + (left[:, term, None].astype(kind) * right[None, term].astype(kind))
@@ -51,12 +51,12 @@ RIGHT_ORDERS = {
 
 
 def inputs(dtype: torch.dtype) -> list[np.ndarray]:
-    """Rounded to the dtype, the same for every product."""
+    """The two factors, rounded to the dtype."""
     return [rounded(array, dtype).double().numpy() for array in (LEFT, RIGHT)]
 
 
 def yardsticks(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain and exact."""
+    """The plain product in the dtype and the exact one."""
     left, right = inputs(dtype)
     kind = np.float64 if dtype == torch.float64 else np.float32
     exact = product(left, right, kind=np.longdouble).astype(np.float64)

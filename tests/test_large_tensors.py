@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of more than 2^31 elements: every offset that is computed in 32 bits would wrap here."""
+"""Tensors of more than 2^31 elements: any offset computed in 32 bits would overflow."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ FEW = 100
 def row_inputs(
     op: str, dtype: torch.dtype, device: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """For two rows, or pixels: the tensors with a row for each of them, and the rest."""
+    """Inputs for two rows, or pixels: the tensors with one row for each, and the other tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ def of_rows(op: str, backend: str):
 
 
 def check_rows(op: str, backend: str, device: str, count: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Two rows, first and last of many that are zero, give what they give alone, output and every gradient."""
+    """Checks that two rows give the same output and gradients alone and as the first and last of many rows of zeros."""
     rows, rest = row_inputs(op, dtype, device)
     function = of_rows(op, backend)
     alone = gradients(function, (*rows.values(), *rest.values()))
@@ -113,7 +113,7 @@ def check_rows(op: str, backend: str, device: str, count: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("op", ["adapter_bottleneck", "token_pool", "token_project"])
 def test_rows_among_a_few(op):
-    """The next test needs a card; this is the same with few enough rows for a CPU."""
+    """The same as the next test, which needs a card, with few enough rows for a CPU."""
     check_rows(op, "cpu", "cpu", FEW, torch.float32)
 
 

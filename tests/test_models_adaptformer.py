@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaptFormer's options on small models: what each does, what is trained, and what is refused in words."""
+"""AdaptFormer's options on small models: their effects, the trained parameters, and the refused values."""
 
 from argparse import Namespace
 
@@ -180,7 +180,7 @@ def test_other_channels_no_classifier_and_another_one():
 
 
 def encoder(prefix="", qkv_bias=True):
-    """MAE's, VideoMAE's and timm's keys of a transformer like those above."""
+    """A checkpoint with the keys of MAE, VideoMAE or timm, for a transformer like those above."""
     shapes = {"norm.weight": (48,), "norm.bias": (48,)}
     for block in ("blocks.0.", "blocks.1."):
         linear = {"attn.qkv": (144, 48), "attn.proj": (48, 48), "mlp.fc1": (192, 48), "mlp.fc2": (48, 192)}
@@ -257,7 +257,7 @@ def test_windows_of_a_rolled_map_keep_opposite_sides_apart():
 
 
 def test_a_swin_block_is_attention_in_windows():
-    """Against attention over the whole map with all pairs of other windows masked."""
+    """Compares the block with attention over the whole map in which pairs from different windows are masked."""
     block = fill(swin_model(None).layers[0].blocks[1]).eval()  # 16 x 16, padded to 21 x 21, rolled by 3
     x = seeded("x", (1, 256, 24))
     place = torch.arange(21)
@@ -329,7 +329,7 @@ def test_export(name):
     "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
 def test_compiles_whole(name):
-    """Without inductor, which takes minutes: one graph, forward and backward."""
+    """Forward and backward compile as one graph; inductor is left out, because it takes minutes."""
     torch.compiler.reset()  # one forward serves all of these models, and has a limit of recompilations
     model = freeze_backbone(MODELS[name]()).train()
     torch.compile(model, fullgraph=True, backend="aot_eager")(inputs(model)).sum().backward()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters in models that others built: here in small ones whose blocks have the parts and names of theirs."""
+"""Adapters in models of other projects: here in small models whose blocks have the same parts and names."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ class TorchvisionBlock(nn.Module):
 
 
 class NormAfterBlock(nn.Module):
-    """As Swin V2 has it: what comes out of the network is normalised, not what goes in."""
+    """A block as in Swin V2: the output of each branch is normalised, not its input."""
 
     def __init__(self, channels):
         super().__init__()
@@ -57,7 +57,7 @@ class NormAfterBlock(nn.Module):
 
 
 class TransformersBlock(nn.Module):
-    """Two parts for the network, of which the second adds the residual; a tuple comes out."""
+    """A block of two modules for the feed-forward network; it returns a tuple."""
 
     def __init__(self, channels):
         super().__init__()
@@ -134,7 +134,7 @@ def test_a_sequential_adapter_reads_what_the_network_adds():
 
 
 def test_a_recomputed_block_leaves_nothing_behind():
-    """Blocks of this package recompute inside themselves, after their adapter's hooks have run."""
+    """Recomputed blocks with adapters give the same gradients, and leave no state that would prevent copies."""
     model = add_adapters(ViTAdapter(embed_dim=48, depth=4, num_heads=3), 4)
     x = seeded("image", (2, 3, 32, 32))
 

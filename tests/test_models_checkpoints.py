@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weights into models, on made state dicts with the published keys; and models by name."""
+"""Loading published weights, tested on artificial state dicts with the published keys; and models by name."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ D = 48
 
 
 def vit_dict(grid=14, patch=16, tokens=1):
-    """A timm ViT: DeiT, MAE and DINOv2 have the same keys."""
+    """The state dict of a timm ViT; DeiT, MAE and DINOv2 have the same keys."""
     shapes = {
         "cls_token": (1, 1, D),
         "pos_embed": (1, tokens + grid * grid, D),
@@ -77,12 +77,12 @@ def test_position_embeddings_of_a_grid_that_is_not_square():
 
 
 def test_position_embeddings_that_were_trained_on_a_grid_that_is_not_square():
-    """They are no square with some tokens before it: the first of them would be taken for tokens."""
+    """A grid that is not square is refused: its first positions would be taken for those of tokens before it."""
     trained = ViTAdapter(img_size=(64, 112), pretrain_size=(64, 112), **SMALL).state_dict()
     trained["pos_embed"] = seeded("positions", (1, 1 + 4 * 7, D))
     model = ViTAdapter(img_size=64, pretrain_size=64, **SMALL)
     with pytest.raises(
-        ValueError, match=r"29 position embeddings are no grid of 5 x 5 .*old=\(rows, columns\)"
+        ValueError, match=r"29 position embeddings do not form a grid of 5 x 5 .*old=\(rows, columns\)"
     ):
         load_checkpoint(model, trained)
     positions = resize_pos_embed(trained["pos_embed"], 1 + 4 * 4, (4, 4), old=(4, 7))
@@ -128,7 +128,7 @@ def test_dinov2_patches_of_14_become_16_and_its_layer_scale_gamma():
 
 @pytest.mark.parametrize("names", [(1, 3, 0, 2), (0, 0, 0, 1)], ids=["AugReg", "later"])
 def test_augreg_npz(names, tmp_path):
-    """The layout of flax: kernels [in, out], heads apart, convolutions [height, width, in, out]."""
+    """The layout of flax: kernels [in, out], separate axes for heads, convolutions [height, width, in, out]."""
     published, (attention, mlp, *norms) = vit_dict(), names
     arrays = {
         "embedding/kernel": published["patch_embed.proj.weight"].permute(2, 3, 1, 0),
@@ -308,7 +308,7 @@ def test_files_that_are_no_checkpoints_or_cut_off(tmp_path):
     broken = {"half.pth": half, "empty.pth": b"", "page.pth": b"<html>404</html>", "broken.npz": b"1234"}
     for name, contents in broken.items():
         (tmp_path / name).write_bytes(contents)
-        with pytest.raises(ValueError, match=f"{name} is no checkpoint, or only the beginning of one"):
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint, or is truncated"):
             load_checkpoint(ViTAdapter(**SMALL), tmp_path / name)
 
 

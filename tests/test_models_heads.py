@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads: sizes of the published systems, mmseg's names, and what they compute."""
+"""Heads: the sizes of the published systems, mmseg's parameter names, and the results."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_keys_are_those_of_mmseg():
 
 
 def layer(x, state, prefix):
-    """A normalised, rectified convolution from the tensors of a state dict."""
+    """A convolution with BatchNorm and ReLU from the tensors of a state dict."""
     weight = state[f"{prefix}.conv.weight"]
     x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
     mean, variance = state[f"{prefix}.bn.running_mean"], state[f"{prefix}.bn.running_var"]

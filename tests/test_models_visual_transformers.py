@@ -67,15 +67,15 @@ def test_export(name):
 @pytest.mark.slow
 @ALL_MODELS
 def test_compiles_whole(name):
-    """Without inductor, which takes minutes: one graph, forward and backward."""
+    """Forward and backward compile as one graph; inductor is left out, because it takes minutes."""
     model = MODELS[name]().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss_of(compiled(image(64, 96))).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-# Parameters, and 10^9 multiplications with additions of an image of 224 x 224, for the two of which the paper's
-# appendix gives the widths: it has 11.6 M and 1.579, 21.8 M and 3.299.
+# Parameters and GMACs for an image of 224 x 224, for the two models whose widths the paper's appendix gives. The paper
+# has 11.6 M and 1.579 GMACs, 21.8 M and 3.299 GMACs.
 @pytest.mark.parametrize(
     "name, count, gmacs", [("vt_resnet18", 11.68e6, 1.585), ("vt_resnet34", 22.04e6, 3.337)]
 )
@@ -87,7 +87,7 @@ def test_sizes_are_those_of_the_paper(name, count, gmacs):
 
 
 def test_the_pyramid_needs_little():
-    """The paper has 8.5 for an image of 800 x 1216, and 55.1 for a pyramid of convolutions."""
+    """The paper has 8.5 GMACs for an image of 800 x 1216, and 55.1 for a convolutional pyramid."""
     with torch.device("meta"):
         model, large = vitkern.create_model("vt_fpn_resnet50").eval(), torch.empty(1, 3, 800, 1216)
         macs = count_macs(model.forward_features, large) - count_macs(model.maps, large)
@@ -109,7 +109,7 @@ def test_widths_of_the_equations():
 
 
 def test_pixels_have_no_order():
-    """Neither tokens nor classes change when the pixels of the last map change places."""
+    """A permutation of the last map's pixels changes no logits."""
     model = fill(classifier()).double().eval()
     order, size = torch.randperm(24), image(64, 96).double()
     maps = model.maps(size)[-1]
@@ -200,7 +200,7 @@ def test_pooling_makes_the_map_smaller(tokens, grid):
 
 
 def test_centroids_find_the_clusters():
-    """Pixels round two directions, most of them round the first: each centroid is the mean of one of the groups."""
+    """The pixels lie around two directions, more around the first; each centroid is the mean of one group."""
     directions = torch.eye(6, dtype=torch.float64)[:2]
     of = (torch.arange(64) >= 40).long()
     x = (directions[of] * 3 + 0.05 * seeded("x", (64, 6)).double())[None]

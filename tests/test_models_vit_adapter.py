@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViT-Adapter's options on small models: what each does, and what is refused in words."""
+"""ViT-Adapter's options on small models: their effects, and the refused values."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing(name):
 
 @FORMS
 def test_which_parts_recompute(variant):
-    """The official detection form leaves the interactions out, that of Uni-Perceiver is the other way round."""
+    """Interactions are not recomputed in the official detection form, nor in Uni-Perceiver's segmentation form."""
     part = {
         kind: kind(variant=variant, with_cp=True, **SMALL).interactions[0]
         for kind in (ViTAdapter, UniPerceiverAdapter)
@@ -99,7 +99,7 @@ def test_windows_are_cut_row_by_row_and_joined_again():
 
 
 def test_what_the_padding_of_a_window_is():
-    """One token in a window of 2 x 2: the softmax runs over its own key and three of the padding."""
+    """One token in a window of 2 x 2: the softmax includes its own key and three keys of the padding."""
     x, channels = seeded("x", (1, 1, 8)), 8
     attentions = {
         "zeros": fill(vit.Attention(channels, 2, window_size=2)),
@@ -320,9 +320,9 @@ def test_export(name):
 @pytest.mark.slow
 @ALL_MODELS
 def test_compiles_whole(name):
-    """One graph, forward and backward: what inductor would be given, without the minutes that it takes.
+    """Forward and backward compile as one graph, the input of inductor, which itself would take minutes.
 
-    Plain "aot_eager" keeps the backward of dropout as one op, and torch 2.13 is wrong about the strides of its result.
+    Plain "aot_eager" keeps the backward of dropout as one op, for whose result torch 2.13 has wrong strides.
     """
     model = MODELS[name]().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
@@ -338,7 +338,10 @@ def test_compiles_whole(name):
         (r"\[B, 3, H, W\], got \[1, 3, 0, 64\]", lambda: build()(torch.zeros(1, 3, 0, 64))),
         (r"some of the maps 0 to 3, got \(1, 4\)", lambda: build(out_indices=(1, 4))),
         ("some of the maps 0 to 3, got 2", lambda: build(out_indices=2)),
-        ("depth must be .* got 3 and there is blocks.3", lambda: layer_decay_groups(build(), 1, 0, 0.5, 3)),
+        (
+            "depth must be .* got 3, but the model has blocks.3",
+            lambda: layer_decay_groups(build(), 1, 0, 0.5, 3),
+        ),
         ("variant must be", lambda: build(variant="panoptic")),
         ("img_size=384", lambda: build(img_size=384)),
         ("img_size=64 makes 16", lambda: beit_adapter("segmentation", use_abs_pos_emb=True)),
@@ -357,7 +360,7 @@ def test_compiles_whole(name):
         ("one or four of the blocks", lambda: baseline(out_indices=[0, 1])),
         ("from first to last, got .3, 2, 1, 0.", lambda: baseline(out_indices=[3, 2, 1, 0])),
         ("from first to last, got .1, 1, 3, 3.", lambda: baseline(out_indices=[1, 1, 3, 3])),
-        ("out_indices must be given: 6 blocks make no four quarters", lambda: baseline(depth=6)),
+        ("out_indices must be given: 6 blocks cannot be split into four quarters", lambda: baseline(depth=6)),
         ("residual_indices must be some of the blocks 0 to 3", lambda: baseline(residual_indices=[4])),
         ("at least 32 x 32", lambda: baseline()(image(16, 64))),
     ],

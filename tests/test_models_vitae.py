@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViTAE's options on small models: what each does, what is refused in words, and what the models look at."""
+"""ViTAE's options on small models: their effects, the refused values, and pictures of the attention."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_export(name):
 @pytest.mark.slow
 @ALL_MODELS
 def test_compiles_whole(name):
-    """Without inductor, which takes minutes: one graph, forward and backward."""
+    """Forward and backward compile as one graph; inductor is left out, because it takes minutes."""
     model = MODELS[name]().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss_of(compiled(image())).backward()
@@ -250,7 +250,7 @@ def test_stochastic_depth_of_each_stage_starts_where_the_released_code_says():
 
 
 def test_mean_attention_distance_of_uniform_attention():
-    """Queries of zero look everywhere alike: the mean distance of two tokens, by two loops."""
+    """With zero queries the attention is uniform, so the result is the mean distance of two tokens."""
     model = small(**LARGE)
     for cell in model.layers[2].NC:
         nn.init.zeros_(cell.attn.qkv.weight)
@@ -261,7 +261,7 @@ def test_mean_attention_distance_of_uniform_attention():
 
 
 def test_mean_attention_distance_of_padded_windows():
-    """One token in a window of 7 x 7: it has nothing to look at but itself."""
+    """One token in a window of 7 x 7 attends only to itself, so its distance is 0."""
     distances = mean_attention_distances(
         small_v2(RC_tokens_type="window", NC_tokens_type="window"), image(32, 32)
     )
@@ -270,7 +270,7 @@ def test_mean_attention_distance_of_padded_windows():
 
 
 def test_grad_cam_finds_what_the_head_reads():
-    """A head that reads one channel: the picture is that channel's positive part."""
+    """If the head reads one channel, the picture is that channel's positive part."""
     model = small_v2()
     nn.init.zeros_(model.head.weight)
     model.head.weight.data[1, 3] = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ms_deform_attn beyond its contract in test_contract.py: arguments, and gradients that plain torch has no rule for."""
+"""ms_deform_attn beyond its contract in test_contract.py: arguments, and gradients that plain torch does not define."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOW = (torch.float16, torch.bfloat16)
 
 
 def make(case, runner, dtype):
-    """Uniform locations in and somewhat outside of the map, off the cell edges, in `dtype` on the runner's device."""
+    """Inputs with uniform locations in and slightly outside of the map, off the edges of cells."""
     if runner.tiny:  # every program costs seconds: one image and head are enough for its arithmetic
         case = replace(case, batch=min(case.batch, 1), heads=min(case.heads, 1))
     return off_edge_inputs(case, device=runner.device, seed=0).to(dtype)
@@ -96,7 +96,7 @@ def test_non_finite_gradients_propagate(runner, bad):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_16_bit_locations_are_placed_in_float32(runner, dtype):
-    """A location of 16 bits times 256 pixels is no number of 16 bits."""
+    """The product of a 16-bit location and a width of 256 pixels does not fit 16 bits."""
     inputs = make(small(levels=((4, 256),)), runner, dtype)
     exact = call(inputs, "reference")(*(tensor.double() for tensor in inputs.differentiable()))
     once = torch.finfo(dtype).eps * exact.abs().max().item()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused form beyond its contract in test_contract.py: boxes of 16 bits, mistakes, memory."""
+"""The fused form beyond its contract in test_contract.py: 16-bit boxes, wrong arguments, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def call(tables, backend, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_boxes_are_widened_before_they_are_divided(runner, dtype):
-    """By three points to a level, which rounds."""
+    """Division by the three points of a level would round a 16-bit box."""
     case = replace(SMALL, levels=((64, 64),), batch=1 if runner.tiny else 2)
     problem = ms_deform_attn_fused(case, runner.device, 0, form="boxes").to(torch.float32)
     tensors, tables = list(problem.inputs.values()), problem.tables
@@ -65,7 +65,7 @@ def test_a_mistake_is_named(message):
 
 
 def test_locations_and_weights_never_exist_in_memory():
-    """Forward allocates the output alone, and what is saved for backward are the inputs themselves."""
+    """Forward allocates only the output, and saves only the inputs for backward."""
     tensors, tables = make_small()
     leaves = [tensor.requires_grad_() for tensor in tensors]
     saved = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that ms_deform_attn refuses, in words that name the argument, what it should be and what it is."""
+"""Calls that ms_deform_attn refuses with a message that names the argument, the expected value and the actual one."""
 
 import pytest
 import torch

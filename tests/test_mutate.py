@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/mutate: what is drawn, and a pass over a package of two functions, killed in the middle."""
+"""tools/mutate: the drawn mutations, and a pass over a small package that is killed in the middle."""
 
 from __future__ import annotations
 
@@ -142,14 +142,14 @@ def project(tmp_path, monkeypatch) -> Project:
 
 
 def rows_of(project: Project, *arguments: str) -> list[table.Row]:
-    """The rows after a pass, or a part of one."""
+    """Runs a pass, or a part of one, and returns the rows of its table."""
     main(["--hours", "0.1", *arguments], project, project.root / "reviewed.json")
     state = (project.root / "build" / "mutate").glob("state-*.json")
     return json.loads(max(state, key=lambda path: path.stat().st_mtime_ns).read_text())
 
 
 def test_a_pass_goes_on_where_it_was_killed(project, capsys):
-    """A broken test catches nothing, and neither does a test that does not reach the function."""
+    """Broken tests, and tests that do not reach the function, do not count as catching a mutation."""
     drawn = draw(project, 17, 160)
     first = rows_of(project, "--keep", "1")
     assert [row["key"] for row in first] == [drawn[0].key(KERNELS)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdapterBottleneck against AdaptFormer's adapter, written out in plain torch."""
+"""AdapterBottleneck compared with AdaptFormer's adapter in plain torch."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def official(module: AdapterBottleneck, x, add_residual=True, residual=None):
 
 
 def trained(**options) -> AdapterBottleneck:
-    """One whose weights are no longer the initial ones."""
+    """A module with random weights instead of the initial ones."""
     module = AdapterBottleneck(24, 6, **options)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nn.MSDeformAttn: what a drop-in has to accept, and what it refuses in words."""
+"""nn.MSDeformAttn: the arguments that a drop-in replacement must accept, and the ones that it refuses."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ def inputs(batch=2, queries=5, channels=32):
 
 
 def by_the_book(layer, query, reference_points, pixels, mask=None):
-    """The module's formula written out with plain torch and the oracle."""
+    """The module's formula in plain torch and the reference."""
     heads, levels, points = layer.n_heads, layer.n_levels, layer.n_points
     value = layer.value_proj(pixels)
     if mask is not None:

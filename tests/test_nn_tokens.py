@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token modules where the paper's equations do not reach: other widths, names, export."""
+"""The token modules beyond the paper's equations: other widths, parameter names, export."""
 
 import pytest
 import torch

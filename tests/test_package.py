@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]
 
 
 def python(*arguments: object, executable: object = sys.executable, **options) -> str:
-    """The output of a Python process that has to succeed."""
+    """Runs Python in a process that must succeed, and returns its output."""
     done = subprocess.run([str(executable), *map(str, arguments)], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -33,7 +33,7 @@ def sdist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """Built from the source distribution, as pip does it; without CUDA, whose sources test_cuda_* compile."""
+    """The wheel that pip builds from the source distribution; without CUDA, whose sources test_cuda_* compile."""
     folder = tmp_path_factory.mktemp("wheel")
     environment = {**os.environ, "VITKERN_CUDA": "OFF"}
     python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, sdist, env=environment)
@@ -42,7 +42,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def elsewhere(wheel, tmp_path_factory) -> Path:
-    """The interpreter of a new environment with the wheel, which borrows torch but not this checkout."""
+    """The interpreter of a new environment with the wheel and this environment's packages, but not this checkout."""
     folder = tmp_path_factory.mktemp("venv")
     python("-m", "venv", "--without-pip", folder)
     interpreter = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -136,7 +136,7 @@ def test_editable_install_reads_this_checkout():
 
 
 def test_cuda_cannot_be_demanded_where_there_is_no_nvcc(tmp_path):
-    """An error that says what to do, not a build that quietly lacks the kernels."""
+    """The build fails with advice; it does not silently lack the kernels."""
     nowhere = {name: text for name, text in os.environ.items() if not name.startswith("CUDA")}
     nowhere |= {"VITKERN_CUDA": "ON", "CUDACXX": str(tmp_path / "nvcc")}
     command = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patched layers call their children as the originals do, and are wrapped, compiled and copied as these are."""
+"""Patched layers call their children as the originals do, and can be wrapped, compiled and copied like them."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ CHILDREN = ("sampling_offsets", "attention_weights", "value_proj", "output_proj"
 
 
 def pair(base) -> tuple[Model, Model]:
-    """Two equal models, to patch one of them."""
+    """Two equal models, one of which is patched later."""
     return Model(base, changed(base)), Model(base, changed(base))
 
 
@@ -38,7 +38,7 @@ def assert_same(model, original, inputs=PLAIN) -> None:
 
 
 def heard(model, base, register) -> list[tuple[str, list[torch.Tensor]]]:
-    """The calls that hooks on children saw: each child with its input."""
+    """The calls that hooks on children record: the child and its input."""
     calls = []
 
     def listen(path):
@@ -92,7 +92,7 @@ def test_what_hooks_on_children_give_is_used(base, first):
 
 
 class LoraLinear(nn.Module):
-    """A layer of low rank beside one that is frozen."""
+    """A low-rank adapter beside a frozen layer."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class LoraLinear(nn.Module):
 
 
 class QuantisedLinear(nn.Module):
-    """Weights as integers and one scale, as quantisation leaves them: no `weight` that is a parameter."""
+    """A quantised layer, with integer weights and a scale instead of a parameter `weight`."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def parametrized(linear: nn.Linear) -> nn.Module:
 @pytest.mark.parametrize("wrap", [LoraLinear, QuantisedLinear, parametrized])
 @pytest.mark.parametrize("name", ["value_proj", "sampling_offsets"])
 def test_other_children(base, first, wrap, name):
-    """Any module may stand where a Linear did."""
+    """Any module may replace a Linear child."""
     model, original = pair(base)
     if first:
         assert_replaced(vitkern.patch(model))
@@ -207,7 +207,7 @@ def test_distributed(base, first, wrap, tmp_path):
 @each_base
 @patch_first
 def test_compiled(base, first):
-    """Into one graph, whatever the layer looks up at each call."""
+    """A patched layer compiles to one graph, although it checks its proof at each call."""
     model, original = pair(base)
     query, *others = tensors_of(Inputs(masked=True))
     expected = base.call(original.layers[0], query, *others)

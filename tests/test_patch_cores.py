@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer of no known form runs on the kernel where it calls a function that samples, and nothing else changes."""
+"""In a layer of no known form, the kernel replaces the function that samples, and nothing else changes."""
 
 import copy
 import inspect
@@ -34,7 +34,7 @@ def results(model: nn.Module) -> list[torch.Tensor]:
 
 @each_holder
 def test_two_models_of_one_project(kind):
-    """One is patched: it computes the same on the kernel. The other keeps its numbers, to the bit, and its function."""
+    """The patched model has the same results, on the kernel. The other keeps its function and bitwise results."""
     ours, other = model_of(kind), model_of(kind)
     space, own = dict(vars(others)), dict(vars(ours[0]))
     expected = results(ours)
@@ -73,7 +73,7 @@ FAULTS = {
 
 
 def project(name: str, old: str = "", new: str = "") -> types.ModuleType:
-    """The functions and layers again, as another project's, with a fault."""
+    """A module with the functions and layers of another project, with the text `old` replaced by `new`."""
     source = inspect.getsource(others)
     assert source.count(old) == 1 or not old
     module = types.ModuleType(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patched layer whose attributes or functions are changed later does as the original would, with one warning."""
+"""If attributes or functions of a patched layer change later, the original runs, with one warning."""
 
 import contextlib
 import sys
@@ -18,7 +18,7 @@ REACH = Row("a class attribute", ((" * 0.5", " * self.reach"),), appended="MSDef
 
 
 def pair(base, row: Row = AS_IT_IS) -> tuple[Model, Model]:
-    """A patched model and one that is not, whose classes are in modules of their own."""
+    """A patched model and an unpatched one, whose classes are in separate modules."""
     model, original = (Model(base, changed(base, row)) for _ in range(2))
     assert len(vitkern.patch(model).rows[0].paths) == 2
     return model, original
@@ -26,7 +26,7 @@ def pair(base, row: Row = AS_IT_IS) -> tuple[Model, Model]:
 
 @contextlib.contextmanager
 def one_warning(*names):
-    """Exactly one, which has one of these names."""
+    """Expects exactly one warning, which mentions one of these names."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -35,7 +35,7 @@ def one_warning(*names):
 
 
 def assert_same(model, original, inputs, *names):
-    """Three calls of the patched model, all of whose layers changed: its results are the original's to the bit."""
+    """Checks that three calls of the patched model, after a change of all layers, equal the original's bit by bit."""
     inputs = inputs._replace(calls=3)
     with one_warning(*names):
         found = results(model, inputs)
@@ -43,7 +43,7 @@ def assert_same(model, original, inputs, *names):
 
 
 def class_of(model):
-    """The class in the model's own module, which the patched one was derived from."""
+    """The class in the model's own module, from which the patched class is derived."""
     layer = model.layers[0]
     return next(kind for kind in type(layer).__mro__ if "__init__" in vars(kind))
 
@@ -58,7 +58,7 @@ def test_nothing_is_said_while_nothing_changes(base):
 
 @each_base
 def test_an_attribute_of_one_layer(base):
-    """The other goes on as it was: on the kernel, whose last bits differ."""
+    """The other layer still runs on the kernel, so the last bits differ."""
     model, original = pair(base, REACH)
     for each in (model, original):
         each.layers[1].reach = 0.25
@@ -70,7 +70,7 @@ def test_an_attribute_of_one_layer(base):
 
 @each_base
 def test_sizes_of_a_layer(base):
-    """Eight heads of two points have as many weights as four of four."""
+    """Eight heads with two points have as many weights as four heads with four points."""
     heads, points = (
         next(name for name in base.arguments if name.endswith(end)) for end in ("heads", "points")
     )
@@ -84,7 +84,7 @@ def test_sizes_of_a_layer(base):
 
 @each_base
 def test_an_attribute_without_effect(base):
-    """Whether it has one is for the original to say."""
+    """Any changed attribute makes the original run, even one that has no effect."""
     models = pair(base)
     for model in models:
         for layer in model.layers:
@@ -133,7 +133,7 @@ def test_an_attribute_that_is_set_back(base):
 
 
 def core_times_two(module, base):
-    """A core that gives twice what the module's own gives."""
+    """A core that returns twice the result of the module's own."""
     own = vars(module)["ms_deform_attn_core_pytorch" if base is DEFORMABLE_DETR else base.core]
 
     def core(*tensors):
@@ -212,7 +212,7 @@ def test_a_method_of_the_class_is_replaced(base):
 
 @each_base
 def test_another_forward_of_the_class(base):
-    """Tools that wrap the forward of a class keep their effect."""
+    """If a tool wraps the forward of the class, the wrapper runs."""
     models = pair(base)
     for model in models:
         kind = class_of(model)
@@ -221,7 +221,7 @@ def test_another_forward_of_the_class(base):
 
 
 def test_every_checkout_is_warned_of_too():
-    """As far as one is named: the attribute of a real layer."""
+    """The same for the layers of the checkouts that variables name."""
     others = [base for base in BASES if base not in OURS]
     if not others:
         pytest.skip("neither VITKERN_DEFORMABLE_DETR nor VITKERN_MMCV names a checkout")
@@ -235,7 +235,7 @@ def test_every_checkout_is_warned_of_too():
 
 @each_base
 def test_a_refusal_holds_as_long_as_its_cause(base):
-    """With another core the layer is tried again."""
+    """A refused layer is tried again after its core was replaced."""
     model = Model(base, changed(base, Row("nearest", (("mode='bilinear'", "mode='nearest'"),), core=True)))
     reasons = {left.reason for left in vitkern.patch(model).left}
     name = "ms_deform_attn_core_pytorch" if base is DEFORMABLE_DETR else base.core

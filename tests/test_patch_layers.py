@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers as projects of today write them run on the kernel where they sample, and nothing else of them changes."""
+"""In the layers of current projects, the kernel replaces the sampling, and nothing else changes."""
 
 import copy
 import inspect
@@ -23,7 +23,7 @@ def tensors_of(results) -> list[torch.Tensor]:
 
 
 def results(model: nn.Module) -> list[torch.Tensor]:
-    """Outputs, and the gradients of weights and of query and pixels."""
+    """Outputs, and the gradients of the inputs and of all parameters."""
     given = model[0].example()
     outputs = tensors_of(model[0](*given))
     flat = [each for one in given for each in (one if isinstance(one, list) else [one])]
@@ -70,7 +70,7 @@ def test_a_fused_layer_that_held_an_autograd_function_compiles():
 
 
 def project(name: str, old: str = "", new: str = "", monkeypatch=None) -> types.ModuleType:
-    """The layers again, as another project's, with a fault."""
+    """A module with the layers of another project, with the text `old` replaced by `new`."""
     source = inspect.getsource(today)
     assert not old or source.count(old) == 1, source.count(old)
     module = types.ModuleType(name)
@@ -141,12 +141,12 @@ def test_a_method_that_is_replaced_later_runs(monkeypatch):
     kind = type(model[0])
     vitkern.patch(model)
     monkeypatch.setattr(kind, "forward", lambda self, *given: torch.zeros(1))
-    with pytest.warns(UserWarning, match="'forward' is not as it was"):
+    with pytest.warns(UserWarning, match="'forward' has changed"):
         assert model[0](*model[0].example()).shape == (1,)
 
 
 def test_a_call_that_no_trial_had_goes_to_the_function(monkeypatch):
-    """A call that raises without the patch raises with it: what no trial could run is not guessed."""
+    """A call that raises without the patch also raises with it: the kernel never runs calls that no trial could run."""
     module = project("untried", monkeypatch=monkeypatch)
     original = module.plain_core
     vitkern.patch("untried")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vitkern.patch changes the classes of layers and nothing else, whatever it is called under and whatever they hold."""
+"""vitkern.patch changes the classes of layers and nothing else, in any context and for any contents of the layers."""
 
 import contextlib
 import gc
@@ -27,7 +27,7 @@ each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
 def state_of(model) -> dict[str, object]:
-    """All that may be read of a model and of the process without running anything; objects by identity."""
+    """The readable state of a model and of the process, with objects by identity; no code of the model runs."""
     layers = list(model.layers)
     state: dict[str, object] = {}
     for path, part in model.named_modules():
@@ -89,7 +89,7 @@ def test_nothing_but_classes_changes(base, row):
 
 @each_base
 def test_tracers_of_others_go_on(base):
-    """Debuggers and coverage set one."""
+    """The tracer of a debugger or of coverage stays active."""
 
     def tracer(frame, event, argument):
         return None
@@ -146,7 +146,7 @@ def warnings_are_errors():
 
 @contextlib.contextmanager
 def a_callback_of_the_collector():
-    """Python calls it in the middle of the code that is tried. hypothesis registers one."""
+    """A callback of the garbage collector, which runs in the middle of the tried code; hypothesis registers one."""
 
     def callback(phase, info):
         if info["uncollectable"] > 1000:  # a way that no trial takes
@@ -164,7 +164,7 @@ def a_callback_of_the_collector():
 
 @contextlib.contextmanager
 def a_hook_of_imports():
-    """Python calls it where torch imports a part of itself that it has not needed before."""
+    """An import hook, which runs if torch imports one of its modules for the first time."""
 
     class Hook:
         def find_spec(self, name, path=None, target=None):
@@ -207,7 +207,7 @@ CONTEXTS = {
 @each_base
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_patch_under(context, base):
-    """The table is the same as without, and what was patched works after."""
+    """The table is the same as outside of the context, and the patched model works afterwards."""
     model, original = (Model(base, changed(base)) for _ in range(2))
     stays = Model(base, changed(base, BORDER))
     with warnings_are_errors(), CONTEXTS[context]():
@@ -246,7 +246,7 @@ WEIGHTS = {
 @each_base
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_weights_are_never_read(weights, base):
-    """So layers are told apart by their code alone, whatever they hold."""
+    """Layers are judged by their code alone, for any values of their weights."""
     model, stays = Model(base, changed(base)), Model(base, changed(base, BORDER))
     for each in (model, stays):
         WEIGHTS[weights](each)
@@ -259,7 +259,7 @@ def test_weights_are_never_read(weights, base):
 
 @each_base
 def test_a_graph_that_was_recorded_before_is_still_good(base):
-    """patch writes nothing into weights, not even what they hold already."""
+    """patch does not write to weights, not even the values that they already have."""
     model = Model(base, changed(base))
     loss = model.layers[0].value_proj(torch.ones(1, 32)).square().sum()
     vitkern.patch(model)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vitkern.patch replaces a layer that computes what the kernels compute, however it is written, and no other.
+"""vitkern.patch replaces a layer if and only if it computes the same as the kernels, however it is written.
 
-A layer that computes more keeps its code, except the function that samples, which is a kernel's from then on.
+A layer that computes more keeps its code, except that a kernel replaces the function that samples.
 
-The layers are copies of Deformable-DETR's and mmcv's, changed in one place each: tests/changes.py. The
-layers of tests/rewordings.py compute the same in other words.
+The layers are copies of Deformable-DETR's and mmcv's, each changed in one place (tests/changes.py) or
+reworded with the same result (tests/rewordings.py).
 """
 
 import pytest
@@ -41,7 +41,7 @@ KEEPS_ITS_CORE = (
 
 
 def model_of(base, row: Row = AS_IT_IS) -> Model:
-    """With a class and a module of its own, so that nothing one model counts is seen by another."""
+    """A model with its own class and module, so that models share no counters or other state."""
     if row.core and not base.calls_core:
         pytest.skip(f"{base.name} does not call its core on a CPU")
     try:
@@ -56,7 +56,7 @@ _known: dict[tuple[object, ...], list[torch.Tensor | None]] = {}
 
 
 def results_unpatched(base, row: Row, inputs: Inputs) -> list[torch.Tensor | None]:
-    """The results of a model of its own, worked out once."""
+    """The results of a separate, unpatched model, computed once."""
     key = (base.name, row, inputs)
     if key not in _known:
         _known[key] = results(model_of(base, row), inputs)
@@ -70,7 +70,7 @@ def paths(table) -> list[str]:
 @each_base
 @each_change
 def test_the_change_is_one(base, row):
-    """Its inputs show it, unless none does: the rows themselves are right."""
+    """Each change alters the result on its inputs, unless it is marked as silent."""
     found = results_unpatched(base, row, row.shown)
     as_it_was = results_unpatched(base, AS_IT_IS, row.shown._replace(attributes=()))
     assert (distance(found, as_it_was) < 1e-5) == row.silent
@@ -79,7 +79,7 @@ def test_the_change_is_one(base, row):
 @each_base
 @each_change
 def test_a_changed_layer_stays(base, row):
-    """It keeps its numbers: all of them if its core has changed too, else the kernel's where it samples."""
+    """The results stay the same: bit by bit if the core is changed too, else within the kernel's error."""
     model = model_of(base, row)
     table = vitkern.patch(model)
     found, expected = results(model, row.shown), results_unpatched(base, row, row.shown)
@@ -195,7 +195,7 @@ def test_code_that_stays_is_tried_once(base):
 
 @each_base
 def test_a_class_whose_forward_is_replaced_is_tried_again(base):
-    """A new forward under an old name is new code."""
+    """A new forward under the same name counts as new code."""
     kind = changed(base)
     assert vitkern.patch(Model(base, kind), dry_run=True)
     forward = kind.forward
@@ -212,7 +212,7 @@ def test_a_class_whose_forward_is_replaced_is_tried_again(base):
     "sizes", [dict(heads=8, points=2), dict(heads=1, points=1), dict(heads=2, levels=3)], ids=str
 )
 def test_other_sizes(base, sizes):
-    """A layer is replaced whatever its sizes, whether or not others of its class were tried before."""
+    """Layers of all sizes are replaced, also after a trial of the same class with other sizes."""
     renamed = {name: next(key for key in base.arguments if key.endswith(name)) for name in sizes}
     wide = base._replace(
         arguments={**base.arguments, **{renamed[name]: size for name, size in sizes.items()}}
@@ -227,7 +227,7 @@ def test_other_sizes(base, sizes):
 
 @pytest.mark.parametrize("options", [dict(batch_first=False), dict(dropout=0.5)], ids=str)
 def test_options_of_mmcv(options):
-    """Queries come first by default, and dropout is drawn as the original draws it."""
+    """The axis of queries may come first, and dropout draws the same random numbers as the original."""
     base = next(base for base in BASES if base.name == "mmcv")
     kind = changed(base)
     layers = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patched models copied, pickled, compiled, cast, wrapped, and named to `vitkern doctor`."""
+"""Patched models: copied, pickled, compiled, cast, wrapped, and examined by `vitkern doctor --model`."""
 
 import copy
 import io

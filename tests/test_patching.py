@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vitkern.patch of models with layers as others write them. Tests of transformers' models are in tests/ecosystem."""
+"""vitkern.patch of models with layers of other projects. Tests with transformers are in tests/ecosystem."""
 
 import functools
 import pickle
@@ -18,7 +18,7 @@ SHAPES, STARTS = torch.tensor([[6, 5], [3, 2]]), torch.tensor([0, 30])
 
 
 class Model(nn.Module):
-    """Two layers and what stands round them."""
+    """Two layers with other modules around them."""
 
     def __init__(self, make=MSDeformAttn):
         super().__init__()
@@ -177,7 +177,7 @@ def test_a_class_made_from_a_patched_one_is_named():
 
 
 def test_a_parametrized_layer_stays():
-    """Torch takes the property that it gave a class from the layer's own, which a patch would have made another."""
+    """To remove a parametrization, torch deletes a property of the layer's class, which a patch would have replaced."""
     model, inputs = Model(), batch()
     for layer in model.layers:
         layer.register_parameter("factor", nn.Parameter(torch.ones(1)))
@@ -221,21 +221,21 @@ def test_a_layer_that_is_used_twice():
 
 
 class Tuned(MSDeformAttn):
-    """Another constructor, the same forward."""
+    """A subclass with another constructor and the same forward."""
 
     def __init__(self):
         super().__init__(n_points=2)
 
 
 class Gated(MSDeformAttn):
-    """Another forward."""
+    """A subclass with another result."""
 
     def forward(self, *inputs):
         return 2 * super().forward(*inputs)
 
 
 class Renamed(MSDeformAttn):
-    """A forward that says the same in other words."""
+    """A subclass whose forward has the same arguments, and runs a gate only."""
 
     def __init__(self):
         super().__init__()
@@ -264,7 +264,7 @@ def test_a_subclass_with_another_forward_stays(kind):
 
 
 class Overwriting(MSDeformAttn):
-    """A forward that leaves one of its arguments changed."""
+    """A subclass whose forward changes one of its arguments in place."""
 
     def forward(self, query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index):
         output = super().forward(
@@ -280,7 +280,7 @@ def test_a_forward_that_changes_an_argument_stays():
 
 
 def test_a_decorated_forward_stays():
-    """functools.wraps shows the forward inside, and not what is done round it."""
+    """functools.wraps shows only the inner forward; the wrapper around it must be tried too."""
 
     class Doubled(MSDeformAttn):
         @functools.wraps(MSDeformAttn.forward)
@@ -356,7 +356,7 @@ def test_arguments_that_only_the_original_understands():
 
 
 class Gained(MSDeformAttn):
-    """A forward with an argument that has no role, so that no trial gives it."""
+    """A subclass with an argument that has no role and is absent from all trials."""
 
     def forward(
         self,
@@ -375,7 +375,7 @@ class Gained(MSDeformAttn):
 
 @pytest.mark.parametrize(("extra", "runs"), [({"key_pos": 3}, True), ({"gain": 2.0}, False)])
 def test_arguments_that_no_trial_has_given(extra, runs):
-    """Arguments that the code cannot see have no effect; with others the original runs."""
+    """Extra arguments that the code ignores have no effect; with an argument that it uses, the original runs."""
     layer, (query, pixels, points) = Gained(), batch()
     inputs = (query, points, pixels, SHAPES, STARTS)
     expected = layer(*inputs, **extra)

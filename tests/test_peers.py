@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No implementation is timed that is wrong in anything: benchmarks/peers.py tells each mistake by name."""
+"""benchmarks/peers.py names the mistake of a wrong implementation, which is then not timed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ScaledGradient(torch.autograd.Function):
 
 
 def spoilt(position: int) -> Peer:
-    """Ours, with the gradient of one argument a hundredth too large."""
+    """Our op with the gradient of one argument too large by 1 %."""
 
     def bind(_, inputs):
         attention = OURS.attention(inputs)
@@ -57,7 +57,7 @@ def test_vitkern_and_its_yardstick_are_right():
 
 
 def test_the_extension_of_deformable_detr_is_called_as_its_own_python_calls_it(monkeypatch):
-    """By one that has its two functions."""
+    """A module with the same two functions stands in for the extension."""
     monkeypatch.setitem(sys.modules, "MultiScaleDeformableAttention", deformable_detr)
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.0")
     peer = replace(PEERS["Deformable-DETR"], devices=("cpu",))

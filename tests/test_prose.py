@@ -39,6 +39,12 @@ CASES = {
     "variable": ("a.py", f'x = os.environ["{NEW}"]\n', 1, f"{NEW} has no row", f'x = "{KNOWN}"\n'),
     "variable of C++": ("a.cpp", f'getenv("{NEW}");\n', 1, f"{NEW} has", f'getenv("{KNOWN}");\n'),
     "string": ("a.py", "# Of x.\nx = 'What?'\n", 1, 'opens with "Of"', "x = 'Those of others: nobody knows'\n"),
+    "stock phrase": ("a.py", "# z is worked\n# out again\n", 1, 'says "worked out"', "# backward computes z again\n"),
+    "needed": ("a.py", "# The wanted gradients.\n", 1, 'says "wanted gradients"', "# The needed gradients.\n"),
+    "page": ("a.md", "# What\n\n| Who |\n|---|\n\n```sh\n# Of x\n```\n\nRows\nof x. Those are zero.\n", 11,
+             'opens with "Those"', "# What\n\nRows of x, not \"Of x\". They are zero.\n"),
+    "list of a page": ("a.md", "Two:\n\n- rows\n- *x*\n  of y. What is left\n  is zero.\n", 5, 'opens with "What"',
+                       "Two:\n\n1. rows\n2. x\n   whose rows are zero\n"),
     "other files": ("a.py", "# Of x.\n", 1, 'opens with "Of"', None),
 }  # fmt: skip
 
@@ -52,7 +58,7 @@ def test_a_planted_fault_is_found_and_the_good_form_passes(case, tmp_path):
     assert found_line == line
     assert found.startswith(message)
     if good is None:
-        path, good = tmp_path / "a.md", faulty
+        path, good = tmp_path / "a.txt", faulty
     path.write_text(good)
     assert prose.findings(path, DOCUMENTED) == []
 

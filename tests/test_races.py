@@ -32,7 +32,7 @@ def test_no_accesses_race(case):
 
 
 def test_every_kernel_has_a_case_of_two_blocks():
-    """Each instance that the dispatch tables have put into the module; the gradient of scale is one block's."""
+    """Every compiled kernel instance runs with two blocks or more; the gradient of scale has one block only."""
     for case in CASES:
         call = case.make()
         with races.kernels(BLOCKS=0):
@@ -45,7 +45,7 @@ def test_every_kernel_has_a_case_of_two_blocks():
 
 @pytest.mark.parametrize("barrier", races.barriers())
 def test_every_barrier_is_needed(barrier):
-    """It still waits, but orders nothing: that is a race in one case at least."""
+    """If the detector ignores a barrier, which still waits, at least one case has a race."""
     folder = barrier.split("/")[0]
     op = "adapter_bottleneck" if folder == "common" else folder
     said = (reported(case, WITHOUT=barrier) for case in CASES if case.op == op)
@@ -58,7 +58,7 @@ def test_every_barrier_is_needed(barrier):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """Runs a kernel of tests/emulator/races.cu; with the race detector unless told otherwise."""
+    """A function that runs a kernel of tests/emulator/races.cu, with the race detector by default."""
     folder, built = tmp_path_factory.mktemp("races"), {}
 
     def run(kernel: str, detector: bool = True, **values: object) -> str:
@@ -104,7 +104,7 @@ def test_planted_races_are_told_by_both_lines(program, fault):
 
 @pytest.mark.parametrize("fault", ["fine", *FAULTS])
 def test_planted_races_do_no_harm_where_threads_take_turns(program, fault):
-    """So the emulator without the detector lets them pass."""
+    """So the emulator without the detector does not find them."""
     assert "right" in {program(fault, detector=False, ORDER=order).strip() for order in (0, 1)}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README: short, its status first, its links and its picture made of what is in the repository."""
+"""The README is short and begins with the status; its links lead to files, its picture matches the committed record."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_commands_take_is_said_where_they_are():
 
 
 def measured() -> store.Record:
-    """A run of all that is shown, as it would be written down; plain torch takes ten times as long."""
+    """A record of all cases in the picture, in which plain torch takes ten times as long."""
     rows = [
         bench_records.row(case, op=op, what=name, backend=backend, slower=slower)
         for op, case, _ in speed.SHOWN

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle against three independent judges: the definition in scalars, grid_sample, and finite differences."""
+"""The reference compared with the definition in scalars, with grid_sample, and with finite differences."""
 
 import math
 
@@ -14,7 +14,7 @@ CASE = MsDeformAttnCase("small", "", 2, ((5, 7), (3, 2), (1, 4)), 6, 3, 4, 2)
 
 
 def by_definition(value, shapes, starts, locations, weights, points_per_level, method):
-    """One number at a time, straight from the formulas."""
+    """The formulas, one number at a time."""
     batch, _, heads, channels = value.shape
     output = torch.zeros(batch, locations.shape[1], heads, channels, dtype=torch.float64)
 

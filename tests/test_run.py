@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern run`: a script sees what Python alone would show it, but for the kernels that it and its children find."""
+"""`vitkern run`: a script runs as under plain Python, except that it and its child processes import the kernels."""
 
 import os
 import subprocess
@@ -68,7 +68,7 @@ def write(tmp_path):
 )
 @pytest.mark.parametrize("end", ["raise SystemExit(7)", "1 / 0"])
 def test_a_script_sees_what_python_shows_it(command, end, write):
-    """Arguments, paths, names, flags, output, traceback and exit status; and it is not made to wait for torch."""
+    """Arguments, paths, names, flags, output, traceback and exit status are the same, and torch is not imported."""
     for name in ("script.py", "package/__init__.py", "package/tool.py"):
         at = write(name, "" if "init" in name else WHAT_IT_SEES.format(end=end))
     alone = python(*command, at=at, flags=["-O"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels give the same results in whatever order their threads run, switched at any access to memory."""
+"""The CUDA kernels give the same results for any order of their threads, which may switch at any memory access."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEEDS = int(os.environ.get("VITKERN_SEEDS", "3"))  # of a case; the cases of a k
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_every_schedule_gives_the_same_bits(number):
-    """Except sums by atomics, which are as exact as plain torch's in each. No two cases have the same seeds."""
+    """Except sums by atomics, which are as exact as plain torch's in any order. Each case has seeds of its own."""
     case = CASES[number]
     call = case.make()
     with races.kernels(BLOCKS=case.blocks, RACES=0):

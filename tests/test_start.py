@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of a start: the command line answers without torch, and the package brings little beside torch.
+"""The cost of a start: the command line runs without torch, and the package imports few modules besides torch's.
 
-Modules are counted in the place of seconds, which a busy machine would decide.
+Modules are counted instead of seconds, which depend on the load of the machine.
 """
 
 from __future__ import annotations

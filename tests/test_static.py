@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.static itself: loops and paths are counted right, and the tool does what it says."""
+"""python -m benchmarks.static itself: it counts loops and paths right, and its options work."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from benchmarks.static import compilers, report, sass
 from benchmarks.static.case import Points
 from benchmarks.static.figures import _count, occupancy
 
-# Two rounds of points: six instructions each round besides, of which an alternative of two and one of one; a loop of
-# four for each point, with two loads; a search that is not entered.
+# An outer loop over rounds of two points, with a branch of three instructions or one; in it a search loop that is not
+# entered, and a loop of four instructions, two of them loads, over the points.
 LISTING = """
  /*0000*/ MOV R0, RZ ;
  /*0010*/ ISETP.NE.AND P0, PT, R0, RZ, PT ;

@@ -27,7 +27,7 @@ def call(backend):
 
 @pytest.mark.parametrize("size", [1e4, -1e4, 1e30])
 def test_logits_of_any_size(runner, size):
-    """One pixel stands out by far; then all are the same huge number, and the tokens are plain means."""
+    """One pixel has by far the largest logit; then all logits are the same huge number, and tokens are plain means."""
     x, weight = torch.zeros(2, 90, 4, device=runner.device), torch.zeros(3, 4, device=runner.device)
     weight[:, 0] = 1.0
     x[:, :, 0] = torch.linspace(0, size, 90)
@@ -43,7 +43,7 @@ def test_logits_of_any_size(runner, size):
     "size, dtype", [(3000, torch.float32), *((3000, low) for low in LOW), (300, torch.float32)], ids=str
 )
 def test_gradients_where_one_pixel_is_nearly_all_of_a_token(runner, size, dtype):
-    """The gradient of the weight is a difference of huge numbers, all but 0, that plain torch has exactly."""
+    """The gradient of the weight is a nearly zero difference of huge numbers, which plain torch computes exactly."""
     x, weight = make(SMALL, runner, torch.float64)
     x, weight = (x * size).to(dtype), weight.to(dtype)
     grad_output = make(SMALL, runner, dtype, recurrent=True, seed=1)[1]
@@ -76,7 +76,7 @@ def test_logits_beyond_what_16_bits_hold(runner, autocast):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_logits_whose_rounding_is_huge(runner, dtype):
-    """Backward may add a logit up in another order than forward, and find it larger than the largest."""
+    """Backward may sum a logit in another order than forward and get more than the saved largest logit."""
     if runner.backend == "triton" and dtype is torch.float64:
         pytest.skip("triton takes no float64")
     x, weight = make(TokenCase("rounding", "", 3, 1, 35, 17), runner, dtype)
@@ -85,7 +85,7 @@ def test_gradients_of_logits_whose_rounding_is_huge(runner, dtype):
 
 
 def test_the_largest_logits_come_last(runner):
-    """Every block of pixels makes what came before negligible, or nearly so."""
+    """Each block of pixels has much larger logits than the blocks before it."""
     x, weight = make(TokenCase("rising", "", 1, 200, 8, 4), runner)
     x[:, :, 0] = torch.arange(200.0)
     weight[:, 0] = torch.tensor([1.0, 5.0, -5.0, 0.01])

@@ -22,7 +22,7 @@ def call(backend):
 
 @pytest.mark.parametrize("size", [30, 1e4, 1e30])
 def test_logits_of_any_size(runner, size):
-    """One token stands out by far; then all logits are the same huge number, and what is added is the plain mean."""
+    """One token has by far the largest logit; then all logits are the same huge number, and the plain mean is added."""
     x, query, key, tokens = make(SMALL, runner)
     outputs = [call(backend)(x, query * size, key, tokens) for backend in (runner.backend, "reference")]
     torch.testing.assert_close(*outputs)

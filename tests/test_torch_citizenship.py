@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op as a citizen of torch: dispatcher, compiler, exporter, autocast, checkpointing, transforms, second order."""
+"""The op in torch: dispatcher, compiler, exporter, autocast, checkpointing, transforms, second derivatives."""
 
 import contextlib
 import warnings
@@ -68,7 +68,7 @@ def test_exports_with_a_dynamic_batch_and_the_exported_program_trains():
 
 
 def test_a_second_derivative_is_never_silently_wrong():
-    """With once_differentiable, as the peers use it, the second-order term of this loss vanishes without a word."""
+    """With once_differentiable, as in peers, the second-order term of this loss would silently be zero."""
     inputs = make().requires_grad_()
     (gradient,) = torch.autograd.grad(attend(*inputs).square().sum(), inputs.value, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op, by its record, as a citizen of torch: dispatcher, compiler, exporter, autocast, checkpoints, transforms.
+"""Every op, by its record, in torch: dispatcher, compiler, exporter, autocast, checkpoints, transforms.
 
-test_torch_citizenship.py goes further, on ms_deform_attn alone: what is special there is the machinery that all share.
+test_torch_citizenship.py tests the machinery that all ops share in more detail, on ms_deform_attn only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MORE: list[tuple[str, dict]] = [
 
 
 class Citizen:
-    """An op's record as a function of all its tensors, those without a gradient last."""
+    """An op as a function of all its tensors; tensors without a gradient come last."""
 
     def __init__(self, name: str, options: dict) -> None:
         setting = Setting("small", SMALL[name][0], options=options)
@@ -59,7 +59,7 @@ class Citizen:
 
 
 class Recorder(TorchDispatchMode):
-    """Records which ops of the package are called, with their arguments."""
+    """Records the calls of the package's ops, with their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -216,7 +216,7 @@ def test_activation_checkpointing(citizen, reentrant):
 
 
 def _through_backward(citizen, function):
-    """Reentrant checkpoints know backward() but not autograd.grad()."""
+    """The gradients by backward(), because reentrant checkpoints do not support autograd.grad()."""
     tensors = citizen.tensors(requires_grad=True)
     function(*tensors).square().sum().backward()
     return [tensors[position].grad for position in citizen.differentiable]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways through the code that no trial took: functions with some calls, and the lines that those leave unproved."""
+"""Ways through the code that no trial took: functions, calls of them, and the lines that the calls leave unproved."""
 
 import linecache
 import sys
@@ -616,7 +616,7 @@ FILES = count()
 
 
 def load(source: str) -> tuple[dict, list[str], str]:
-    """The globals of a module, its calls, and its name."""
+    """Runs a module's source; returns its globals, the calls after `>>>`, and its file name."""
     lines = textwrap.dedent(source).strip().splitlines()
     calls = [line[4:] for line in lines if line.startswith(">>> ")]
     text = "\n".join(line for line in lines if not line.startswith(">>> ")) + "\n"

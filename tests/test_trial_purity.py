@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions whose results may change by themselves, and those that leave traces: why they are not pure."""
+"""Functions whose results may change from call to call, or that have side effects, and the reasons given."""
 
 import textwrap
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels compiled for cards that are not here: what ptxas made of them is held in place.
+"""The machine code of the Triton kernels, compiled without a card: registers, spills and widths of accesses.
 
-Registers decide how many threads hide the latency of the gathers, and a narrow access costs its factor in requests.
-The limits are what Triton 3.9 gives, rounded up; other versions compile, and only have to compile.
+Registers limit the threads that hide the latency of the gathers, and narrow accesses need more requests. The limits
+are Triton 3.9's figures, rounded up; other versions only have to compile the kernels.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def figures(request) -> list[dict]:
 
 
 def of(figures, kernel):
-    """The rows of a kernel whose channels fill their block."""
+    """The rows of a kernel, except those with channels that do not fill their block."""
     return [row for row in figures if row["kernel"] == kernel and not row["case"].endswith("x30")]
 
 
@@ -80,7 +80,7 @@ def test_gradients_of_value_are_added_four_at_a_time_where_the_card_can(figures)
 
 
 def test_the_fused_forward_locates_a_point_once(figures):
-    """In two layouts it once took half as many instructions again as the plain one."""
+    """Located once for each of two layouts, a point would take half as many instructions again as in the plain form."""
     rows = {(row["case"], row["form"]): row["located"] for row in of(figures, "forward")}
     for (case, form), located in rows.items():
         assert located <= 1.2 * rows[case, "plain"], (case, form)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels made of matrix products, compiled for cards that are not here: nothing spills, tensor cores work.
+"""The Triton kernels made of matrix products, compiled without a card: nothing spills, tensor cores are used.
 
 The kernels are compiled as for a launch with the shapes of tests/aot_compile_gemm.py. The limits are the figures of
 Triton 3.9, rounded up; with other versions the kernels only have to compile.
@@ -75,7 +75,7 @@ def test_16_bit_products_run_on_tensor_cores_and_float_ones_are_exact(figures):
 
 
 def test_tiles_move_in_16_byte_accesses(figures):
-    """Past them, only numbers of a row or vector move: biases, seed, scale, statistics, and sums of parts."""
+    """Only numbers of a row or vector move in narrower accesses: biases, seed, scale, statistics, and sums of parts."""
     for row in figures:
         wide = [name for name in row["accesses"] if ".128" in name or name == "cp.async.16"]
         assert any(name.startswith(("LDG", "cp.async")) for name in wide), row
@@ -90,5 +90,5 @@ def test_tf32_where_torch_is_told_to_use_it():
 
 @pytest.mark.parametrize("arch", sorted(MMA))
 def test_odd_sizes_compile(arch):
-    """One row, one pixel, one part: what Triton specialises on, beside sizes that fill no block."""
+    """Sizes of 1, which Triton specialises on, and sizes that fill no block."""
     assert compile_all(arch, "--case", "odd", "--dtype", "fp32", "fp16")

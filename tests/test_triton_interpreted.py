@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's own parts: branches of its kernels and launcher that the contract in test_contract.py does not reach.
+"""Branches of the Triton kernels and their launcher that the contract in test_contract.py does not reach.
 
-Interpreted, the price is per operation and program, so shapes have few heads and points.
+The interpreter's time grows with operations and programs, so shapes have few heads and points.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make(points_per_level, channels, *, sizes=((3, 5), (4, 2), (1, 2)), batch=1,
 
 
 class Interpreted(torch.autograd.Function):
-    """The two launchers under autograd, to be checked in float64: the public op does not offer that on Triton."""
+    """The two launchers under autograd, for checks in float64, which the public op does not allow on Triton."""
 
     @staticmethod
     def forward(ctx, value, locations, weights, shapes, level_start, points_per_level, method, deterministic):

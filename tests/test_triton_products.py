@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's own parts in the kernels made of matrix products: splits, tiles and limits that contracts do not reach."""
+"""Splits, tiles and limits of the Triton kernels made of matrix products that test_contract.py does not reach."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vitkern.triton_kernels.adapter_bottleneck import _dropout
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """As many parts as there are blocks."""
+    """Splits rows into as many parts as there are blocks."""
     monkeypatch.setattr(triton_products, "_LEAST_ROWS", 1)
 
 

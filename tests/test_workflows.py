@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workflow that other repositories call: what it installs on a runner of theirs."""
+"""The workflow that other repositories call: the packages that it installs on their runner."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def script(step: str) -> str:
     ],
 )
 def test_vitkern_comes_from_where_the_workflow_comes_from(asked, told, installed, tmp_path):
-    """Or from where the caller says; never by its name alone, which anyone could register."""
+    """The source is the workflow's repository or the caller's input, never a bare name, which anyone could register."""
     (tmp_path / "python").write_text(FAKE_PYTHON)
     (tmp_path / "python").chmod(0o755)
     said = tmp_path / "said"
@@ -56,6 +56,6 @@ def test_vitkern_comes_from_where_the_workflow_comes_from(asked, told, installed
 
 @pytest.mark.xdist_group("together")
 def test_a_worker_runs_whole_groups(request):
-    """Or each worker builds what the tests of a group share: pytest-xdist finds groups in pytest's own attributes."""
+    """Otherwise each worker would build what a group's tests share. pytest-xdist reads pytest's private attributes."""
     if request.config.getoption("loadgroup", False):
         assert request.node.nodeid.endswith("@together")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels with the widest vectors (16 floats) compiled for any chip, so that they are tested without AVX-512.
+"""The CPU kernels with the widest vectors (16 floats), compiled for any chip, so that tests need no AVX-512.
 
-The bindings over kernels that are built here, on demand, with VITKERN_VECTOR_BYTES=64 and without OpenMP.
+The module is built on demand with VITKERN_VECTOR_BYTES=64 and without OpenMP.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMPILER = shutil.which("c++") if os.name == "posix" else None
 
 
 def _reason() -> str | None:
-    """Why the module cannot be built here, if it cannot."""
+    """The reason why the module cannot be built here, or None."""
     if COMPILER is None:
         return "needs a compiler called c++"
     return None if importlib.util.find_spec("pybind11") else "needs pybind11"
@@ -39,7 +39,7 @@ def run(*command) -> str:
 
 @functools.cache
 def module() -> ModuleType:
-    """The twin of vitkern._C, built once for each state of the sources."""
+    """The counterpart of vitkern._C with these kernels, built once for each state of the sources."""
     import pybind11
 
     texts = b"".join(file.read_bytes() for file in sorted((ROOT / "csrc").rglob("*.[ch]*")))

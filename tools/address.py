@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The address of the repository, in this one place, and what is made of it: links, badges and metadata.
+"""The address of the repository, defined only here, and the links, badges and metadata made from it.
 
-As long as there is none, nothing that would need one is shown: README has relative links and no badges. Once ADDRESS is
-set, `python tools/address.py` writes the badges into README.md, [project.urls] into pyproject.toml and repo_url into
-mkdocs.yml, and makes the links of README.md absolute, as package indexes need them. A test holds the files to it.
+Without an address, the README has relative links and no badges. Once ADDRESS is set, `python tools/address.py` writes
+badges into README.md, [project.urls] into pyproject.toml and repo_url into mkdocs.yml, and makes the links of README.md
+absolute, as package indexes need them. A test compares the files with this address.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TITLE = "# vitkern\n"
 
 
 def readme(text: str, address: str) -> str:
-    """README.md with links and badges of this address; of none, with relative links and no badges."""
+    """README.md with links and badges of this address; without an address, with relative links and no badges."""
     text = re.sub(r"\]\(https?://\S+?/(?:blob|raw)/main/", "](", text)
     text = re.sub(rf"(?<={TITLE})\n\[!\[.*\n", "", text)
     if not address:

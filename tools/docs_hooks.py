@@ -28,7 +28,7 @@ ROLE = re.compile(r":(?:func|class|meth):<code>~?([\w.]+)</code>")  # of docstri
 
 
 def on_files(files, config):
-    """Adds the files at the root of the repository as pages: each text exists once."""
+    """Adds the files at the root of the repository as pages, so that each text exists only once."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=LINK.sub(_from_root, text)))
@@ -76,7 +76,7 @@ def on_page_content(html, page, config, files):
 
 
 def _reference(role: re.Match) -> str:
-    """A name with a link to its documentation, if there is any."""
+    """The name, with a link to its documentation if there is any."""
     name = role[1] if role[1].startswith("vitkern.") else f"vitkern.{role[1]}"
     return f'<autoref identifier="{name}" optional><code>{role[1].rpartition(".")[2]}</code></autoref>'
 

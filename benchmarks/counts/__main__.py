@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.counts: counts the memory accesses of every CUDA kernel, and the rounds of its loops, without a
+"""python -m benchmarks.counts: counts the memory accesses of every CUDA kernel, and the trips of its loops, without a
 card.
 
 It counts the ops whose sources have changed, writes benchmarks/counts/counts.json, and draws docs/counts.md from it.
@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def differences(found: dict[str, record.Row]) -> list[str]:
-    """Launches that were counted otherwise than the committed ones."""
+    """Descriptions of the launches whose counts differ from the committed ones."""
     before, told = record.committed()["counts"], []
     for name, row in found.items():
         if row != before.get(name):

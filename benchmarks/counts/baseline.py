@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable-DETR's algorithm (benchmarks/baseline_msda.cuh), run and counted as our kernels are."""
+"""Deformable-DETR's algorithm (benchmarks/baseline_msda.cuh), run and counted like our kernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Arguments(ctypes.Structure):
 
 @functools.cache
 def path() -> Path:
-    """The library, which VITKERN_BASELINE_COUNTS names where it is built already."""
+    """The compiled library; if VITKERN_BASELINE_COUNTS names one, it is not built."""
     if built := os.environ.get("VITKERN_BASELINE_COUNTS"):
         return Path(built)
     folder = emulated.ROOT / "build" / "baseline-counts"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls that are counted: each op, forward and backward, in shapes that users run, points at several places."""
+"""The counted calls: each op, forward and backward, in shapes that users run, with several distributions of points."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EVERY = 16  # of the blocks of a full shape, one is counted
 
 @dataclass(frozen=True)
 class Call:
-    """An op on its inputs, with the gradients of those that want one."""
+    """A call of an op that computes the gradients of all inputs that require one."""
 
     function: Callable[..., Tensor]
     inputs: Mapping[str, Tensor]
@@ -77,8 +77,11 @@ def _centres(case: MsDeformAttnCase, generator: torch.Generator) -> Tensor:
 
 
 def attention_inputs(case: MsDeformAttnCase, places: str) -> MsDeformAttnInputs:
-    """In float32. "initial": each query's own place plus Deformable-DETR's initial offsets, 0.2 pixels off at random;
-    "sigma 2 px": normal around it, in pixels of each level; "uniform": anywhere; "one pixel": all in one cell."""
+    """Inputs in float32, with locations by `places`.
+
+    "initial": the query's own point of the grid plus Deformable-DETR's initial offsets and noise of 0.2 pixels;
+    "sigma 2 px": normal around that point, in pixels of each level; "uniform": anywhere; "one pixel": all in one cell.
+    """
     if places == "uniform":
         return make_inputs(case, locations="uniform")
     inputs, generator = make_inputs(case), torch.Generator().manual_seed(1)
@@ -102,7 +105,7 @@ def _call(
     without: str = "",
     deterministic: bool = False,
 ) -> Call:
-    """`size` is the output's; the input `without` wants no gradient."""
+    """`size`: the shape of the output; `without`: an input that needs no gradient."""
     leaves = {name: tensor.detach().requires_grad_(name != without) for name, tensor in inputs.items()}
     like = next(iter(inputs.values()))
     grad_output = torch.randn(*size, generator=torch.Generator().manual_seed(2)).to(like.device, like.dtype)
@@ -124,7 +127,7 @@ def counted(make: Callable[[str], Call], **variables: object) -> Counted:
 
 
 def _named_sort(counted: Counted) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """The deterministic backward pass makes its tensors by this function; it tells them to the counter, too."""
+    """The sort of the deterministic backward pass, which also reports its new tensors to the counter."""
     sort = attention_op.sort_by_cell
 
     def named(cells: Tensor, bound: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +163,7 @@ def attention(case: MsDeformAttnCase, dtype: str, places: str, form: str, device
 
 
 def forward(case: MsDeformAttnCase, dtype: str, places: str, **variables: object) -> Counted:
-    """The plain form's forward pass alone."""
+    """The counts of the plain form's forward pass."""
     inputs = attention_inputs(case, places).to(DTYPES[dtype])
     names = dict(zip(("value", "shapes", "starts", "locations", "weights"), inputs))
     with counter.kernels_that_count(), counter.counting(counter.path(), names, **variables) as found:
@@ -228,7 +231,7 @@ def full() -> list[Case]:
 
 
 def small() -> list[Case]:
-    """Every kernel at a size for each run of the tests; one channel a lane for a width that has no vectors."""
+    """Every kernel at a size small enough for each run of the tests, also with a width that does not allow vectors."""
     shape = replace(ATTENTION_CASES["detr-encoder"].shrunk(), name="small")
     odd = replace(shape, name="small-odd", channels=37, queries=5)
     cases = [case for places in ("sigma 2 px", "one pixel") for case in _attention_cases(shape, places, True)]

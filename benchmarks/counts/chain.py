@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The longest chain of loads that wait for each other: which tensor's numbers decide where others are read, found by
-changing one and looking whose addresses change."""
+"""The longest chain of dependent loads: the tensors whose numbers decide where others are read, found by changing one
+tensor and comparing the addresses that are read from the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMS = ("plain", "fused", "deterministic")
 
 
 def changed(name: str, tensor: Tensor) -> Tensor:
-    """Other numbers that a kernel can read as well."""
+    """A tensor with other, valid numbers."""
     if name == "shapes":  # levels begin where they did
         return tensor.flip(1)
     if name == "first":
@@ -42,7 +42,7 @@ def addresses(launches: list[Row]) -> Addresses:
 
 
 def _with(make: Callable[[str], Call], name: str, device: str) -> Call:
-    """The call with other numbers in one tensor from the beginning."""
+    """The call, with other numbers in one tensor from the beginning."""
     call = make(device)
     with torch.no_grad():
         for tensors in (call.inputs, call.tables):
@@ -52,7 +52,7 @@ def _with(make: Callable[[str], Call], name: str, device: str) -> Call:
 
 
 def _late(make: Callable[[str], Call], name: str) -> Counted:
-    """With other numbers from the moment on that points are sorted, which the gathering of gradients comes after."""
+    """The counts if one tensor changes when the points are sorted, just before the kernel that gathers gradients."""
     sort, call = attention_op.sort_by_cell, make("cpu")
 
     def then_changed(cells: Tensor, bound: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def _of_baseline(case: MsDeformAttnCase, name: str) -> Counted:
 
 
 def longest(run: Callable[[str], Counted], tensors: tuple[str, ...]) -> dict[str, list[str]]:
-    """For each kernel the tensors of its longest chain, in order; `run` takes the tensor that is changed, or none."""
+    """For each kernel, the tensors of its longest chain in order; `run` takes the name of a tensor to change, or ""."""
     before = addresses(run("").launches)
     leads: dict[str, dict[str, set[str]]] = {kernel: {} for kernel in before}
     for name in tensors:
@@ -92,13 +92,13 @@ def longest(run: Callable[[str], Counted], tensors: tuple[str, ...]) -> dict[str
 
 
 def _from(tensor: str, leads: Mapping[str, set[str]]) -> list[str]:
-    """Ties go by name, so that the chain that is told is always the same."""
+    """The longest chain from this tensor; ties go by name, so that the result is always the same."""
     ways = (_from(other, leads) for other in sorted(leads.get(tensor, ())))
     return [tensor, *max(ways, key=len, default=[])]
 
 
 def measure() -> dict[str, dict[str, list[str]]]:
-    """The chains of attention's kernels, by form. No other op loads from where a tensor says."""
+    """The chains of attention's kernels, by form. No other op reads at addresses that depend on tensors."""
     found = {}
     for form in FORMS:
         make = functools.partial(cases.attention, SHAPE, "fp32", "sigma 2 px", form)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs emulated kernels in the build that counts (csrc/emulator/counts.cpp), and reads what it counted."""
+"""Runs emulated kernels in the counting build (csrc/emulator/counts.cpp), and reads the counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CSRC = emulated.ROOT / "csrc"
 
 @functools.cache
 def path() -> Path:
-    """The module, which VITKERN_EMULATED_COUNTS names where it is built already."""
+    """The compiled module; if VITKERN_EMULATED_COUNTS names one, it is not built."""
     return Path(os.environ.get("VITKERN_EMULATED_COUNTS") or emulated.build(watch="counts"))
 
 
@@ -51,7 +51,7 @@ def library(binary: Path) -> ctypes.CDLL:
 
 @dataclass
 class Counted:
-    """The counts of a call: a row for each launch, and the bytes that were filled with zeros or lent."""
+    """The counts of a call: a row for each launch, and the bytes that were zero-filled or allocated as workspace."""
 
     name: Callable[[str, Tensor], None]  # tells accesses to a tensor apart from others, by a word
     launches: list[Row] = field(default_factory=list)
@@ -61,9 +61,10 @@ class Counted:
 
 @contextlib.contextmanager
 def counting(binary: Path, names: Mapping[str, Tensor], **variables: object) -> Iterator[Counted]:
-    """Counts the launches inside; accesses are told apart by the tensors of `names` and those that are allocated.
-    EVERY=16: of every 16th block; REST: the kernel whose other blocks run too; L1=132x4x192: with the model of the
-    caches."""
+    """A context that counts launches; accesses are assigned to the tensors of `names` and to allocated ones.
+
+    EVERY=16: counts every 16th block; REST: the kernel whose other blocks run too; L1=132x4x192: models the caches.
+    """
     calls = library(binary)
 
     def name(what: str, tensor: Tensor) -> None:
@@ -91,7 +92,7 @@ def counting(binary: Path, names: Mapping[str, Tensor], **variables: object) -> 
 
 @contextlib.contextmanager
 def kernels_that_count() -> Iterator[None]:
-    """The ops run the kernels of the counting module."""
+    """A context in which the ops run the kernels of the counting module."""
     op.forget_plans()
     try:
         with mock.patch.object(native, "cuda_module", module()):
@@ -113,7 +114,7 @@ def _shown(place: Path) -> str:
 
 
 def _loop(place: Path) -> str | None:
-    """The line of a loop that a compiler keeps: it has a head, and no pragma unrolls all of it."""
+    """The line of a loop that remains in machine code: it has a head, and no pragma unrolls it completely."""
     file, number = str(place).rsplit(":", 1)
     if not Path(file).is_file() or "emulator" in Path(file).parts[:-1] or not number.isdigit():
         return None
@@ -126,7 +127,7 @@ def _loop(place: Path) -> str | None:
 
 
 def lines_of(rows: list[Row]) -> dict[tuple[Path, int], list[Path]]:
-    """The lines that lead to each place of these launches, the innermost first."""
+    """For each place in these launches, the source lines of its call stack, innermost first."""
     wanted: dict[Path, set[int]] = {}
     for row in rows:
         places = wanted.setdefault(row["binary"], set())
@@ -140,7 +141,7 @@ def lines_of(rows: list[Row]) -> dict[tuple[Path, int], list[Path]]:
 
 
 def with_lines(rows: list[Row]) -> list[Row]:
-    """The launches with loops by their lines instead of places; `within` of a site are the lines that led to it."""
+    """The launches with lines of loops instead of places; `within` of a site lists the lines of its call stack."""
     lines = lines_of(rows)
     for row in rows:
         loops: dict[str, list[int]] = {}

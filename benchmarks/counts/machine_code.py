@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hot loops of ms_deform_attn in nvcc's machine code beside what was counted for one trip of the same loops."""
+"""The hot loops of ms_deform_attn in nvcc's machine code, beside the counts for one trip of the same loops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KINDS = {"load": "loads", "store": "stores", "reduction": "reductions"}
 
 @functools.cache
 def _extent(file: Path, line: int) -> int:
-    """The last line of the loop that begins in a line."""
+    """The last line of the loop that begins at `line`."""
     depth, lines = 0, file.read_text().splitlines()
     for number, text in enumerate(lines[line - 1 :], line):
         code = text.split("//")[0]
@@ -56,7 +56,7 @@ def _loop_of(site: Row, loops: dict[str, list[int]]) -> str | None:
 
 
 def of_trip(launch: Row) -> tuple[str, dict[str, float]]:
-    """The loop that loads most, and the requests of a warp for each of its trips."""
+    """The loop with most loads of 16 bytes, and the requests of a warp for each of its trips."""
     loads: dict[str, int] = {}
     inside: dict[str, list[Row]] = {}
     for site in launch["sites"]:
@@ -80,14 +80,14 @@ def of_machine_code(kernel: Kernel, case: Case) -> dict[str, float]:
 
 
 def counted(dtype: str, form: str) -> dict[str, tuple[str, dict[str, float]]]:
-    """The requests of one trip, by kernel, where all points lie in the maps and all gradients are wanted."""
+    """The requests of one trip, by kernel, if all points lie in the maps and all gradients are needed."""
     shape = replace(ATTENTION_CASES["detr-encoder"].shrunk(), name="small", heads=8, queries=16)
     found = cases.counted(functools.partial(cases.attention, shape, dtype, "one pixel", form))
     return {launch["kernel"]: of_trip(launch) for launch in counter.with_lines(found.launches)}
 
 
 def measure() -> dict[str, Any]:
-    """A row for each kernel, or nothing where nvcc is not there."""
+    """A row for each kernel; nothing if nvcc is not installed."""
     if compilers.nvcc() is None:
         return {}
     rows = []

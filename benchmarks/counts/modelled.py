@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of the card decides here: which loads L1 serves. All blocks of the encoder, by the places of the points."""
+"""The loads that L1 serves in a model of the card, for all blocks of the encoder, by distribution of the points."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ Table = Iterator[str]
 
 
 def scale(row: Row, count: float) -> float:
-    """A count of all blocks from that of those that were counted."""
+    """The count of all blocks, scaled from the counted blocks."""
     return count * row["blocks"] / row["counted"]
 
 
 def short(number: float) -> str:
-    """Three digits: 1.23M."""
+    """A number with three digits, such as 1.23M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}" if number < 999.5 * size else f"{number / size:.0f}{unit}"
@@ -34,7 +34,7 @@ def _line(cells: Sequence[object]) -> str:
 
 
 def _head(names: str, words: int) -> Table:
-    """Headings divided by commas; all columns but the first `words` hold numbers."""
+    """The heading of a table; `names` are divided by commas, and all columns except the first `words` hold numbers."""
     cells = names.split(", ")
     yield _line(cells)
     yield "|" + "|".join("---" if i < words else "--:" for i in range(len(cells))) + "|"
@@ -56,7 +56,7 @@ def _wavefronts(row: Row) -> str:
 
 
 def _main_loop(row: Row) -> tuple[str, float, float]:
-    """The loop that a kernel goes round most often: where it is, trips of a warp, lanes that go along in percent."""
+    """The loop with most trips: its place, the trips of a warp, and the percentage of lanes that take part."""
     if not row["loops"]:
         return "-", 0, 0
     name, (trips, lanes) = max(row["loops"].items(), key=lambda loop: loop[1])
@@ -132,7 +132,7 @@ def _launch(known: dict[str, Any], form: str, shape: str, places: str, ending: s
 
 
 def _beside(known: dict[str, Any]) -> Table:
-    """Ours and the baseline's in millions, of the encoder."""
+    """Our counts and the baseline's for the encoder, in millions."""
     yield from _head("pass, points, counted, vitkern, baseline, baseline over vitkern", 3)
     columns: dict[str, Callable[[Row], float]] = {
         "requests to load": lambda row: total(row, "load")[0],
@@ -205,7 +205,7 @@ def _modelled(known: dict[str, Any]) -> Table:
 
 
 def sampling_errors(known: dict[str, Any]) -> dict[str, float]:
-    """How far counts of every 16th block are off those of all, in parts of them."""
+    """Relative errors of counts scaled from every 16th block."""
     name = f"ms_deform_attn plain {modelled.SHAPE} fp32 initial"
     sample = known["counts"][name]["launches"][0]
     whole = next(row["all_blocks"] for row in known["modelled"] if row["all_blocks"])
@@ -256,7 +256,7 @@ def write(known: dict[str, Any]) -> None:
 
 
 def problems(known: dict[str, Any]) -> list[str]:
-    """Why the page is not that of today's sources."""
+    """The reasons why the page does not match the current sources."""
     found = [
         f"the kernels of {op} have changed since they were counted: make counts"
         for op in record.OPS

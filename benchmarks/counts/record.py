@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed counts: counts.json, and which sources they are of."""
+"""The committed counts, counts.json, and the sources that they belong to."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def committed() -> dict[str, Any]:
 
 
 def write(found: dict[str, Any]) -> None:
-    """A line for each launch, so that a change shows which counts it changed."""
+    """Writes one line for each launch, so that a diff shows the changed counts."""
     FILE.write_text(_lines(found, 0) + "\n")
 
 
@@ -66,7 +66,7 @@ def _lines(value: Any, depth: int) -> str:
 
 
 def _flat(value: Any) -> bool:
-    """Whether a value is a launch or less."""
+    """Whether a value fits one line: a launch, or a part of one."""
     return (
         not isinstance(value, dict) and not any(isinstance(one, dict) for one in value)
     ) or "kernel" in value
@@ -80,7 +80,7 @@ def row_of(launch: Row) -> Row:
 
 
 def of_case(case: Case, counted: Counted) -> Row:
-    """The counts of a call; the deterministic one has its forward pass in common with the plain one."""
+    """The counts of a call; the deterministic form shares its forward pass with the plain one, which is left out."""
     launches = [
         one
         for one in counted.launches

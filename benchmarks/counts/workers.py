@@ -13,7 +13,7 @@ from benchmarks.counts.cases import Case
 
 
 def _count(number: int) -> tuple[str, record.Row, float]:
-    """The case of this number in everything(): cases do not travel to another process."""
+    """Counts the case with this index in everything(); the cases themselves cannot be pickled."""
     case, began = everything()[number], time.monotonic()
     counted = case.run() if case.small else case.run(EVERY=cases.EVERY)
     return case.name, record.of_case(case, counted), time.monotonic() - began

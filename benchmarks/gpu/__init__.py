@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evidence from a card, in runs that go on where the last one stopped: what `make gpu` starts.
+"""The command of `make gpu`: evidence from a card, in runs that each continue the last one.
 
 common.py has the time limit and names of files; correct.py runs tests and checks, by resume.py test by test; bench.py
 measures, with the contenders of contenders.py; tune.py tries other block sizes; table.py fills docs/performance.md.

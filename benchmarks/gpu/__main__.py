@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.gpu: tests, sanitizers, figures, block sizes, counters and rates of a card, in runs.
 
-Each call goes on where the last one stopped. It exits with 0 if all is done and right, 1 if something failed, 2 if what
-was asked for cannot be had, 3 if something is left for the next call.
+Each call continues where the last one stopped. It exits with 0 if all is done and right, 1 if something failed, 2 if
+the request cannot be met, 3 if something is left for the next call.
 """
 
 from __future__ import annotations

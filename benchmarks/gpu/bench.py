@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PART=bench: all shapes, ours against every contender, forward and a training step, in three dtypes.
+"""PART=bench: times our kernels and every contender on all shapes, forward and a training step, in three dtypes.
 
-The work is that of `vitkern bench run`, op by op and case by case, with more contenders; the file is of its kind, so
-`vitkern bench report` and `compare` read it. Rows that the file has are not measured again.
+It measures like `vitkern bench run`, op by op and case by case, with more contenders, and writes the same kind of
+file, which `vitkern bench report` and `compare` read. Rows that the file has are not measured again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _subject(op: Op, name: str, dtype: torch.dtype, device: str) -> Subject:
 
 
 def listing(wanted: Sequence[Subject], without: Sequence[str] = ()) -> None:
-    """Without a card: what would be measured, and of whom it is known here that they would take part."""
+    """Prints, without a card, the subjects to measure and the contenders that would take part, as far as known here."""
     for subject in wanted:
         dtype = store.short(dtype_name(subject.dtype))
         case = f"{subject.case.name} x{subject.batch}"
@@ -97,7 +97,7 @@ def run(
     budget: Budget,
     without: Sequence[str] = (),
 ) -> int:
-    """Adds to the file until all is there or the time is over; then a table and plots beside it."""
+    """Adds rows to the file until all are there or the time is over; then writes a table and plots beside it."""
     record = opened(path, environment)
     session = {"started": _now(), "clocks_before": gpu_clocks(), "seconds": 0.0}
     record["sessions"].append(session)
@@ -139,7 +139,7 @@ def opened(path: Path, environment: Mapping[str, object]) -> store.Record:
 
 
 class Bench:
-    """A record that grows, on disk after each subject."""
+    """A growing record, which is saved after each subject."""
 
     def __init__(self, record: store.Record, path: Path, budget: Budget, without: Sequence[str] = ()) -> None:
         self.record, self.path, self.budget, self.without = record, path, budget, without
@@ -168,7 +168,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _in(self, subject: Subject) -> Iterator[None]:
-        """Whatever ends the process inside, a note of the subject stays."""
+        """A context that leaves a note of the subject if the process ends inside."""
         before = self._ended()
         self.ended.parent.mkdir(parents=True, exist_ok=True)
         self.ended.write_text("".join(f"{label}\n" for label in {*before, label_of(subject)}))
@@ -176,7 +176,7 @@ class Bench:
         self.ended.write_text("".join(f"{label}\n" for label in before if label != label_of(subject)))
 
     def measure(self, wanted: Sequence[Subject]) -> list[Subject]:
-        """Measures the subjects; returns those that the time did not suffice for."""
+        """Measures the subjects; returns those for which there was not enough time."""
         left = self.open(wanted)
         if left:
             self.machine = Machine(left[0].device, [DTYPES[name] for name in USUAL_DTYPES])
@@ -190,13 +190,13 @@ class Bench:
             broken = [row for row in rows if _is_broken(row)]
             if broken:
                 raise CommandError(
-                    f"{broken[0]['backend']} left the card in no defined state at {label_of(subject)} "
+                    f"{broken[0]['backend']} left the card in an undefined state at {label_of(subject)} "
                     f"({broken[0]['reason']}): call again to go on without it"
                 )
         return left
 
     def rows_of(self, subject: Subject) -> list[store.Row]:
-        """All passes of the contenders, measured in turn in some visits, on inputs that lie elsewhere each time."""
+        """The rows of all passes and contenders, measured in turn in several visits, on inputs at other addresses."""
         names, _ = contenders.names(subject.op, subject.device.type, self.without)
         work = subject.op.workload(subject.case, subject.dtype, subject.device.type)
         names = {name: peer for name, peer in names.items() if name in subject.backends}
@@ -211,7 +211,7 @@ class Bench:
         return [row for group in groups for row in group.rows]
 
     def _add(self, rows: list[store.Row]) -> None:
-        """After an error of the card the one that was checked then has rows: the others are tried again."""
+        """Adds the rows. After an error of the card, only the contender that caused it gets rows; others run later."""
         broken = [row for row in rows if _is_broken(row)]
         guilty = {broken[0]["backend"]} if broken and TIMING not in broken[0]["reason"] else None
         rows = [row for row in rows if guilty is None or row["backend"] in guilty]
@@ -224,7 +224,7 @@ class Bench:
         self.save(rows)
 
     def save(self, rows: Sequence[store.Row] | None = None) -> None:
-        """`rows`: those that are new; if none are given all are brought up to date with the best that was measured."""
+        """Saves the record. `rows`: the new ones; None: all rows are updated with the best measured rates."""
         if self.machine is not None:
             self.record["ceilings"] = best(self.record["ceilings"], self.machine.ceilings)
         for row in self.record["rows"] if rows is None else rows:
@@ -248,7 +248,7 @@ def key_of(subject: Subject, what: str, backend: str) -> tuple[object, ...]:
 
 
 def costs(subject: Subject) -> dict[str, tuple[int, int]]:
-    """Bytes and operations of each pass. Counting takes as long as making inputs, so dtypes of a case share it."""
+    """Bytes and operations of each pass. Counting takes as long as making inputs, so the dtypes of a case share it."""
     size = subject.dtype.itemsize
     return {
         what: (moved // 8 * size, operations)
@@ -262,12 +262,12 @@ def _costs_in_float64(op: Op, case: Case) -> dict[str, tuple[int, int]]:
 
 
 def _elsewhere(work: Problem) -> Problem:
-    """The same numbers in other memory: to draw them anew would take longer than to measure."""
+    """The same inputs at other addresses: drawing new ones would take longer than the measurement."""
     return replace(work, inputs={name: tensor.clone() for name, tensor in work.inputs.items()})
 
 
 def _measured(group: Group, work: Problem) -> None:
-    """If timing raises an error, no row of the group has figures for this pass, though results were right."""
+    """Measures a group. If timing raises an error, its rows lose all figures and are marked as failed."""
     try:
         group.measure(work, SECONDS / VISITS, ROUNDS)
     except Exception as error:

@@ -23,7 +23,7 @@ SECONDS = 540.0
 
 
 class Budget:
-    """The seconds that a run may take. No work is begun that took longer before than is left now."""
+    """The seconds that a run may take. A step begins only if the time left exceeds that of the longest step so far."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.clock, self.end = seconds, clock, clock() + seconds
@@ -44,7 +44,7 @@ class Budget:
 
 
 def how_long(timing: float, limit: float) -> str:
-    """`timing`: seconds that figures may take to measure, which is all that is known before; `limit`: of a call."""
+    """A sentence on the time needed. `timing`: seconds for the measurements alone; `limit`: seconds of a call."""
     return (
         f"Timing may take {timing / 60:.0f} minutes; inputs, checks and compilation come on top. "
         f"Calls of {limit:.0f} s: {math.ceil(timing / limit)} or more."
@@ -69,7 +69,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
 
 
 def demand_the_software_of(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Figures of one file are of one torch, triton and vitkern."""
+    """Refuses to mix figures of different versions of torch, triton or vitkern in one file."""
     for what in ("torch", "triton", "vitkern"):
         old, new = before[what]["version"], now[what]["version"]
         if old != new:
@@ -83,7 +83,7 @@ def folder_of(environment: dict[str, Any]) -> str:
 
 
 def version_of(environment: dict[str, Any]) -> str:
-    """The commit, and with changes to it, a digest of them: what figures of one file have in common."""
+    """The version that all figures of a file share: the commit, and a digest of uncommitted changes."""
     commit = environment["commit"]
     if commit is None:
         return "unknown"
@@ -94,6 +94,6 @@ def version_of(environment: dict[str, Any]) -> str:
 
 
 def file_for(folder: Path, version: str, today: str) -> Path:
-    """The file of this version that an earlier run has begun, or a new one of today."""
+    """The file that an earlier run has begun for this version, or a new one with today's date."""
     begun = sorted(folder.glob(f"????-??-??-{version}.json"))
     return begun[-1] if begun else folder / f"{today}-{version}.json"

@@ -27,12 +27,12 @@ OTHER_PEERS = {name: peer for name, peer in PEERS.items() if not name.startswith
 
 
 def known() -> tuple[str, ...]:
-    """All contenders that `names` may find, of any op."""
+    """All contenders of any op that `names` may return."""
     return COMPILED, OURS_COMPILED, ATTENTION, *OTHER_PEERS
 
 
 def names(op: Op, device: str, without: Sequence[str] = ()) -> tuple[dict[str, Peer | None], dict[str, str]]:
-    """An op's usable contenders, each with its peer if it is one; and the reasons why others are not usable."""
+    """An op's usable contenders, each with its peer if it has one, and the reasons why others cannot be used."""
     of_the_op = [COMPILED, OURS_COMPILED]
     if op.name in BY_ATTENTION:
         of_the_op.append(ATTENTION)
@@ -63,7 +63,7 @@ def _no_compiler(device: str) -> str | None:
 
 
 def functions(op: Op, case: Case, work: Problem, found: dict[str, Peer | None]) -> dict[str, Function]:
-    """The contenders' functions of the work's inputs. They fit work that is made anew: its inputs are the same."""
+    """The contenders' functions of the work's inputs. They also fit a new copy of the work."""
     torch.compiler.reset()
     made: dict[str, Function] = {}
     for name, peer in found.items():
@@ -79,7 +79,7 @@ def functions(op: Op, case: Case, work: Problem, found: dict[str, Peer | None]) 
 
 
 def _of_peer(op: Op, case: Case, work: Problem, peer: Peer) -> Function:
-    """No peer has the fused form: it is called as their layers call it, after softmax and locations in torch."""
+    """The peer's function; no peer has the fused form, so softmax and locations are computed in torch before it."""
     assert isinstance(case, MsDeformAttnCase)
     value, *rest = work.inputs.values()
     levels = levels_of(case, str(value.device))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PART=correct and PART=sanitize: commands one after the other; those that passed at this commit are not run again."""
+"""PART=correct and PART=sanitize: a list of commands; those that passed at this commit do not run again."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def correct() -> list[Step]:
 
 
 def sanitized() -> list[Step]:
-    """Each tool on the quick cases, free and deterministic; finite differences would take hours under it."""
+    """Each tool on the quick cases, with and without deterministic mode; finite differences would take hours."""
     kinds = ("--kind", "oracle", "--kind", "repeat")
     cases = {op: [f"--case={name}" for name in OPS[op].quick] for op in OPS}
     return [
@@ -99,7 +99,7 @@ def listing(steps: Sequence[Step]) -> None:
 
 
 def run(steps: Sequence[Step], folder: Path, budget: Budget) -> int:
-    """`folder` keeps what came out, for the next call."""
+    """Runs the steps. `folder` keeps the outcomes for the next call."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "steps.json"
     outcomes: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
@@ -127,7 +127,7 @@ def _verdict(steps: Sequence[Step], outcomes: Mapping[str, str]) -> int:
 
 
 def _outcome(step: Step, folder: Path, budget: Budget) -> str:
-    """ "passed", "left" with what was lacking, or "FAILED" with the reason."""
+    """ "passed", "left" with the missing part, or "FAILED" with the reason."""
     limit = budget.left()
     if step.resumes:
         return _outcome_of_tests(step, folder / "tests.jsonl", limit)
@@ -140,7 +140,7 @@ def _outcome(step: Step, folder: Path, budget: Budget) -> str:
 
 
 def _outcome_of_tests(step: Step, log: Path, limit: float) -> str:
-    """By the log of all calls: pytest's own status is about this one."""
+    """The outcome by the log of all calls; pytest's own status covers this call only."""
     until = time.time() + limit - GRACE
     options = ("-p", "benchmarks.gpu.resume", "--outcomes", str(log), "--until", str(until))
     status = _status(step, (*step.command, *options), limit)

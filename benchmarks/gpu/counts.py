@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PART=counts: what docs/counts.md has, beside what the card's own counters say (ncu, of Nsight Compute).
+"""PART=counts: the counts of docs/counts.md, compared with the card's own counters (ncu, of Nsight Compute).
 
 `python -m benchmarks.gpu.counts NAME` makes the call of a case once on the card; ncu runs it.
 """
@@ -67,7 +67,7 @@ def listing(wanted: Sequence[Case]) -> None:
 
 
 def seconds_of_timing(wanted: Sequence[Case]) -> float:
-    """Each launch runs once for each group of counters, with what it writes saved and restored."""
+    """An estimate: ncu runs each launch once for each group of counters, and restores its memory in between."""
     return 15.0 * len(wanted)
 
 
@@ -75,7 +75,7 @@ def demand_counters() -> None:
     if shutil.which("ncu") is None:
         raise CommandError("PART=counts needs ncu of Nsight Compute in PATH")
     if torch.cuda.get_device_capability() < (9, 0):
-        raise CommandError("the counts are those of sm_90 and later, which add four floats at a time")
+        raise CommandError("the counts hold for sm_90 and later, which add four floats at a time")
 
 
 # ---- What ncu says
@@ -86,7 +86,7 @@ def measured(text: str) -> list[dict[str, Any]]:
     lines = text.splitlines()
     begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if begin is None:
-        raise CommandError(f"ncu counted nothing: {text.strip()[-400:] or 'it said nothing'}")
+        raise CommandError(f"ncu counted nothing: {text.strip()[-400:] or 'it printed nothing'}")
     found: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines[begin:]):
         launch = found.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
@@ -98,8 +98,10 @@ def measured(text: str) -> list[dict[str, Any]]:
 
 
 def expected(row: Row) -> Iterator[tuple[str, float, float]]:
-    """The counts of a launch: name, least and most. ncu counts asynchronous copies apart, so nothing of shared
-    memory is compared where there are any."""
+    """The counts of a launch: name, least and most.
+
+    ncu counts asynchronous copies separately, so launches with such copies have no counts of shared memory.
+    """
     for name, (_, kind) in _GLOBAL.items():
         requests, _, sectors, _ = page.total(row, kind)
         for what, count in ((name, requests), (f"sectors of {name}", sectors)):
@@ -113,7 +115,7 @@ def expected(row: Row) -> Iterator[tuple[str, float, float]]:
 
 
 def off_by(value: float, least: float, most: float) -> float:
-    """How far a value lies outside, in parts of it."""
+    """The distance of a value from the interval, relative to the value."""
     outside = max(least - value, value - most, 0.0)
     return outside / max(value, 1.0)
 
@@ -145,7 +147,7 @@ def _counted(case: Case, seconds: float) -> dict[str, Any]:
 
 
 def run(wanted: Sequence[Case], path: Path, environment: Mapping[str, object], budget: Budget) -> int:
-    """Adds a row for each case until all is there or the time is over."""
+    """Adds a row for each case until all are there or the time is over."""
     demand_counters()
     kept = json.loads(path.read_text()) if path.exists() else {"environment": environment, "rows": []}
     there = {row["key"][0] for row in kept["rows"]}
@@ -167,7 +169,7 @@ def run(wanted: Sequence[Case], path: Path, environment: Mapping[str, object], b
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The worst of each kernel and count over all shapes."""
+    """A table with the largest deviation of each kernel and count over all shapes."""
     worst: dict[tuple[str, str], tuple[float, str, Mapping[str, Any]]] = {}
     for row in rows:
         for one in row["counts"]:

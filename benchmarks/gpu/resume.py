@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pytest -p benchmarks.gpu.resume --outcomes FILE --until TIME: goes on with the tests that have no outcome yet.
+"""pytest -p benchmarks.gpu.resume --outcomes FILE --until TIME: continues with the tests that have no outcome yet.
 
-FILE has lines of JSON for each test that ran, of which the last counts. Tests that passed or were skipped do not run
-again; tests that failed, or ended the process, come last. An error of the card itself makes all later tests of a
-process fail, so it ends the run: the next one has a new process.
+FILE has a line of JSON for each run of a test; the last line of a test counts. Tests that passed or were skipped do
+not run again; tests that failed, or ended the process, come last. An error of the card makes all later tests of a
+process fail, so it ends the run; the next run has a new process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, str]:
 
 
 def collected(path: Path) -> int:
-    """How many tests there were in the last run."""
+    """The number of tests in the last run."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line["collected"] for line in map(json.loads, reversed(lines)) if "collected" in line), 0)
 
@@ -66,7 +66,7 @@ class Resume:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> object:
         report = yield
         if report.failed and any(sign in report.longreprtext for sign in BROKEN):
-            item.session.shouldstop = f"the card is in no defined state after {item.nodeid}"
+            item.session.shouldstop = f"the card is in an undefined state after {item.nodeid}"
         return report
 
     @pytest.hookimpl(wrapper=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PART=table: the table of cards in docs/performance.md, made of the newest file of each, and of nothing else."""
+"""PART=table: the table of cards in docs/performance.md, made only from the newest file of each card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ALIGNED = "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"
 
 
 def main(results: Path, *, check: bool = False) -> int:
-    """Writes the table into the page; with `check` says whether it is there already."""
+    """Writes the table into the page; with `check`, only compares it with the page."""
     wanted = made_of(results)
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     now, after = rest.split(END)
@@ -100,7 +100,7 @@ def _group(rows: Sequence[store.Row], op: str, case: str, dtype: str, what: str)
 
 
 def _cells(group: dict[str, store.Row], words: str) -> list[str]:
-    """The line of a group of contenders; empty if no kernel of ours has a time."""
+    """The cells of a line for a group of contenders; empty if none of our kernels has a time."""
     ours = best_of(group, OURS)
     if ours is None:
         return []
@@ -130,7 +130,7 @@ def best_of(group: dict[str, store.Row], names: Sequence[str]) -> str | None:
 
 
 def _means(rows: Sequence[store.Row]) -> Iterator[str]:
-    """How many times as long the best of the others takes, over all shapes, not only those in the table."""
+    """Sentences on the best other contender's time relative to ours, over all shapes, not only those in the table."""
     groups: dict[tuple[object, ...], dict[str, store.Row]] = {}
     for row in rows:
         groups.setdefault(store.key(row)[:-1], {})[row["backend"]] = row

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PART=tune: the block sizes of the Triton kernels, one changed at a time, against those that are chosen.
+"""PART=tune: times the Triton kernels with one block size changed at a time, against the chosen sizes.
 
-Sizes of the CUDA kernels are constants that everything is compiled for, so none can be tried at run time: COMPILED_IN
-lists them. To try one, change it, build both states into environments of their own, and compare them in turn:
+Sizes of the CUDA kernels are compile-time constants, which cannot be tried at run time: COMPILED_IN lists them. To
+try one, change it, build both versions into separate environments, and compare them:
 `vitkern bench compare --live .venv-before .venv-after --op OP --device cuda`.
 """
 
@@ -43,7 +43,7 @@ REGISTERS = {"none": None, "48": 48, "64": 64, "96": 96, "128": 128}
 
 @dataclass(frozen=True)
 class Table:
-    """A function of a module of kernels that chooses block sizes, and those that may be others."""
+    """A launch table of a module of kernels, and the sizes in it that may be changed."""
 
     op: str
     module: str
@@ -57,7 +57,7 @@ class Table:
 
     @property
     def told_the_pass(self) -> bool:
-        """Whether an argument of the function says for which pass it chooses."""
+        """Whether an argument tells the function which pass it chooses for."""
         return self.function == "launch_table" and self.module != "token_project"
 
     @property
@@ -105,7 +105,7 @@ def subjects(
 
 
 def alternatives(chosen: Mapping[str, Any], free: Sequence[str]) -> list[Change]:
-    """Each of the chosen sizes halved and doubled, stages one more and one less, other limits of registers."""
+    """The changes to try: each free size halved and doubled, one stage more and one less, other limits of registers."""
     found: list[Change] = []
     for name in free:
         if name == "maxnreg":
@@ -130,7 +130,7 @@ def applied(sizes: Mapping[str, Any], change: Change | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def changed(table: Table, change: Change | None) -> Iterator[dict[str, Any]]:
-    """Inside, launches that the table serves take its sizes with a change; what it chose is in the dictionary."""
+    """A context in which launches use the table's sizes with a change; yields a dictionary of the chosen sizes."""
     module = importlib.import_module(f"vitkern.triton_kernels.{table.module}")
     original: Callable[..., dict] = getattr(module, table.function)
     chosen: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def seconds_of_timing(wanted: Sequence[Subject]) -> float:
 
 
 def defined_in(constant: str) -> list[str]:
-    """The files of the CUDA kernels that give it a value."""
+    """The files of the CUDA kernels that define the constant."""
     files = sorted(path for kind in ("*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(kind))
     defines = re.compile(rf"constexpr \w+ {constant}\s*=")
     return [str(path.relative_to(ROOT)) for path in files if defines.search(path.read_text())]
@@ -177,7 +177,7 @@ def run(
     environment: Mapping[str, object],
     budget: Budget,
 ) -> int:
-    """Adds a row for each shape and table until all is there or the time is over."""
+    """Adds a row for each shape and table until all are there or the time is over."""
     record = opened(path, environment)
     there = {tuple(row["key"]) for row in record["rows"]}
     left = [
@@ -216,7 +216,7 @@ def demand_a_whole_card(row: Mapping[str, Any]) -> None:
     for one in row["alternatives"]:
         if any(sign in one.get("reason", "") for sign in BROKEN):
             raise CommandError(
-                f"{one['change']} left the card in no defined state: call again to go on after it"
+                f"{one['change']} left the card in an undefined state: call again to go on after it"
             )
 
 
@@ -225,7 +225,7 @@ def _tables_of(subject: Subject) -> list[Table]:
 
 
 def measure(subject: Subject, table: Table) -> dict[str, Any]:
-    """The chosen sizes and each alternative: milliseconds, or why there are none. All that are right take turns."""
+    """The chosen sizes and each alternative, with milliseconds or a reason for none; all are timed in turn."""
     work = subject.op.workload(subject.case, subject.dtype, subject.device.type)
     exact = exact_results(work)
     with changed(table, None) as chosen:
@@ -263,7 +263,7 @@ def _timed(work: Problem, table: Table, change: Change | None) -> Callable[[], o
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """For each table and change, how long it takes over what is chosen: mean, least and most of the shapes."""
+    """For each table and change, its time over that of the chosen sizes: mean, least and most over the shapes."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         (label, table), (first, *others) = row["key"], row["alternatives"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks.static: what the compilers made of every GPU kernel, read from the machine code, without a GPU.
+"""python -m benchmarks.static: figures of every GPU kernel, read from its machine code, without a GPU.
 
-Registers, spills, shared memory, occupancy, widths of accesses, reductions, instructions of a point and channel.
-docs/benchmarking.md explains the figures and holds the table.
+They are registers, spills, shared memory, occupancy, widths of accesses, reductions, and instructions of a point and
+channel. docs/benchmarking.md explains the figures and holds the table.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def why_not(backend: str) -> str | None:
-    """Why the kernels of a backend cannot be compiled here, if they cannot."""
+    """The reason why the kernels of a backend cannot be compiled here, or None."""
     if sass.cuobjdump() is None:
         return "cuobjdump was not found: install triton, which carries it, or a CUDA toolkit"
     if backend == "triton":
@@ -54,7 +54,7 @@ def why_not(backend: str) -> str | None:
 
 
 def compiled(cases: list[Case], arch: int):
-    """Pairs of case and kernel. All of nvcc's kernels of an architecture come of one run."""
+    """Pairs of case and kernel. One run of nvcc compiles all CUDA kernels of an architecture."""
     native = [case for case in cases if case.backend != "triton"]
     if native:
         yield from zip(native, compilers.compile_cuda([case.source for case in native], arch))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A measured case: a kernel, how it is compiled, where its time goes, and what its figures must be."""
+"""A measured case: a kernel, its compilation, its loop over points, and the targets of its figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Points:
-    """How to find the loop over sampled points: its loads and what one thread makes of them."""
+    """The properties of the loop over sampling points: its loads, and the points and channels of a thread."""
 
     load: str  # opcode of the loads that are counted
     loads: int  # of a point
@@ -21,7 +21,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Target:
-    """Limits of sm_90; occupancy of all architectures with as many threads."""
+    """Targets of a kernel's figures, compared on sm_90."""
 
     instructions: float | None = None  # of a point and channel, with locating
     occupancy: int = 50  # percent
@@ -30,7 +30,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Cuda:
-    """A kernel template of csrc or benchmarks, instantiated."""
+    """An instance of a kernel template of csrc or benchmarks."""
 
     header: str  # as #include takes it
     name: str  # ms_deform_attn_forward<float, 32, false>
@@ -40,7 +40,7 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Triton:
-    """A @triton.jit function, specialised: a call gives the function, its signature, constants and options."""
+    """A specialised @triton.jit function; `specialise` returns the function, its signature, constants and options."""
 
     specialise: Callable[[], tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]
 

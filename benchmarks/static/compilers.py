@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvcc and Triton, run for cards that are not here."""
+"""Runs nvcc and Triton's compiler; no card is needed."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def compile_triton(source: Triton, arch: int) -> sass.Kernel:
 
 
 def read_triton(compiled) -> sass.Kernel:
-    """The machine code of what Triton has compiled."""
+    """Reads the machine code that Triton has compiled."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -108,7 +108,7 @@ def read_triton(compiled) -> sass.Kernel:
 
 
 def why_no_triton() -> str | None:
-    """Why Triton kernels cannot be compiled here, if they cannot."""
+    """The reason why Triton kernels cannot be compiled here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     version = importlib.metadata.version("triton")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the SASS of a kernel to the figures of the table. docs/benchmarking.md says how to read them."""
+"""Computes the figures of the table from the SASS of a kernel. docs/benchmarking.md says how to read them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def measure(kernel: Kernel, case: Case, arch: int) -> Figures:
 
 
 def occupancy(registers: int, shared: int, threads: int, arch: int) -> int:
-    """Percent of the threads of a multiprocessor that registers, shared memory and block slots allow."""
+    """The percentage of a multiprocessor's threads that registers, shared memory and block slots allow."""
     sm = MULTIPROCESSORS[arch]
     warps = -(-threads // 32)
     by_registers = sm.registers // (-(-registers * 32 // 256) * 256) // warps
@@ -78,13 +78,13 @@ def _widths(kernel: Kernel, opcode: str) -> dict[int, int]:
 
 
 def _reduction(opcode: str) -> str:
-    """RED.E.ADD.F32.FTZ.RN.STRONG.GPU -> RED.ADD.F32"""
+    """The opcode without its modifiers: RED.E.ADD.F32.FTZ.RN.STRONG.GPU becomes RED.ADD.F32."""
     parts = [p for p in opcode.split(".") if p not in ("E", "FTZ", "RN", "STRONG", "GPU", "SYS")]
     return ".".join(parts)
 
 
 def _count(kernel: Kernel, points: Points) -> tuple[float | None, ...]:
-    """Instructions of a thread for each of its sampled points and channels."""
+    """Instructions of a thread for each sampling point and channel: in the loop, with locating, and in all."""
     main = loop_over_points(kernel, points)
     if main is None:
         return None, None, None
@@ -92,7 +92,7 @@ def _count(kernel: Kernel, points: Points) -> tuple[float | None, ...]:
     a_point = of_main / (kernel.count(main.blocks, points.load) / points.loads)
 
     def outside(block: int) -> int:
-        """Neither the loop over points nor what its unrolling leaves over."""
+        """The size of a block, or 0 for blocks of the loop over points and of the remainder of its unrolling."""
         left_over = main.blocks is not around and kernel.blocks[block].count(points.load)
         return 0 if block in main.blocks or left_over else kernel.size(block)
 
@@ -108,7 +108,7 @@ def _count(kernel: Kernel, points: Points) -> tuple[float | None, ...]:
 
 
 def loop_over_points(kernel: Kernel, points: Points) -> Loop | None:
-    """The innermost loop with the loads of whole points; of several, as bilinear and nearest, the one with most."""
+    """The innermost loop that loads whole points; of several, as for bilinear and nearest, the one with most loads."""
     found = []
     for loop in kernel.loops:
         loads = kernel.count(loop.blocks, points.load)
@@ -121,13 +121,13 @@ def loop_over_points(kernel: Kernel, points: Points) -> Loop | None:
 
 
 def _without_loops(kernel: Kernel, around: Loop, main: Loop) -> frozenset[int]:
-    """The blocks of a loop but for those of other loops in it: a search for a level is not entered."""
+    """The blocks of a loop without other loops inside it: a search for a level counts as not entered."""
     others = (o.blocks for o in kernel.loops if o.blocks < around.blocks and not o.blocks >= main.blocks)
     return around.blocks - frozenset().union(*others)
 
 
 def _rest(kernel: Kernel, main: Loop, points: Points) -> tuple[int, int]:
-    """Instructions outside of all loops, and those of the loops that go over points beside the main one."""
+    """Instructions outside of all loops, and those of the other loops over points."""
     outer = [one for one in kernel.loops if not any(one.blocks < other.blocks for other in kernel.loops)]
     barriers = [i.address for i in kernel.instructions if i.opcode.startswith("BAR.SYNC")]
     begun = min(barriers, default=0)  # before it a block loads its tables

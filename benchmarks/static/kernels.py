@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that is measured. An op comes in by its module here, which lists its kernels for a dtype and channels."""
+"""All measured cases. Each op has a module here that lists its kernels for a dtype and a number of channels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OPS = (ms_deform_attn,)
 
 
 def all_cases(names: list[str]) -> list[Case]:
-    """The kernels of all ops for cases like fp32x32; one that is the same for several cases comes once."""
+    """The kernels of all ops for cases such as fp32x32; a kernel that several cases share appears once."""
     found: dict[str, Case] = {}
     for name in names:
         dtype, channels = name.split("x")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of ms_deform_attn, those of Deformable-DETR's algorithm beside them: four levels of four points."""
+"""The kernels of ms_deform_attn and of Deformable-DETR's algorithm, for four levels of four points."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _triton(dtype: str, channels: int) -> Iterator[Case]:
 
 
 def _specialise(name: str, dtype: str, channels: int, numbers: int):
-    """As the launcher of vitkern.ops.triton_ms_deform_attn does it, for eight heads."""
+    """Specialises a kernel as the launcher in vitkern.ops.triton_ms_deform_attn does, for eight heads."""
     import triton.language as tl
 
     from vitkern.triton_kernels import ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_deterministic
@@ -106,7 +106,7 @@ def _specialise(name: str, dtype: str, channels: int, numbers: int):
 
 
 def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    """Types of the arguments: value and its like in dtype, everything else as float tensors, tables or sizes."""
+    """The types of the arguments: tensors of the value's dtype, float tensors, tables or sizes."""
     tables = ("shapes_ptr", "level_start_ptr", "order_ptr", "first_ptr", "cells_ptr")
     signature = {}
     for parameter in kernel.params:

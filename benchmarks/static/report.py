@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures as lines, as the table of docs/benchmarking.md, and held against their targets."""
+"""Prints the figures as lines or as the table of docs/benchmarking.md, and compares them with their targets."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _line(case: Case, figures: Figures) -> str:
 
 
 def missed(case: Case, arch: int, figures: Figures) -> list[str]:
-    """The targets of a kernel that its figures miss, in words."""
+    """Sentences on the targets that the figures of a kernel miss."""
     target, where = case.target, f"sm_{arch} {case.label}"
     if target is None or arch != 90:
         return []
@@ -71,16 +71,16 @@ def missed(case: Case, arch: int, figures: Figures) -> list[str]:
     if figures.stack:
         found.append(f"{where}: {figures.stack} bytes are spilled")
     if figures.occupancy < target.occupancy:
-        found.append(f"{where}: occupancy {figures.occupancy} %, at least {target.occupancy} % are asked for")
+        found.append(f"{where}: occupancy {figures.occupancy} %, at least {target.occupancy} % are required")
     if max(figures.loads, default=0) < target.width:
         found.append(f"{where}: no load of {target.width} bytes")
     if target.instructions is not None and (figures.located or 1e9) > target.instructions:
-        found.append(f"{where}: {figures.located} instructions, at most {target.instructions} are asked for")
+        found.append(f"{where}: {figures.located} instructions, at most {target.instructions} are allowed")
     return found
 
 
 def _committed() -> dict[str, dict[str, str]]:
-    """The lines of the page by architecture and first three cells."""
+    """The lines of the table in the page, by architecture and first three cells."""
     lines: dict[str, dict[str, str]] = {}
     for line in PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines():
         if line.startswith("### "):
@@ -99,7 +99,7 @@ def _measured(rows: dict[tuple[int, Case], Figures]) -> dict[str, dict[str, str]
 
 
 def differences(rows: dict[tuple[int, Case], Figures]) -> list[str]:
-    """Lines of the page that are not what was measured."""
+    """The differences between lines of the page and the measured ones."""
     committed, found = _committed(), []
     for arch, lines in _measured(rows).items():
         for key, line in lines.items():

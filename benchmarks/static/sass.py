@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine code of a kernel, read from its cubin without a GPU: resources, accesses, loops.
 
-Instructions are counted along the longest path, so that of two alternatives the dearer one counts, and one behind the
-other both. Code that only a diverged warp runs is left out.
+Instructions are counted along the longest path: of two alternatives the more expensive one counts, and of code in
+sequence all. Code that only a diverged warp runs is left out.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Kernel:
         return sum(self.blocks[b].count(opcode) for b in blocks)
 
     def longest_path(self, blocks: frozenset[int], head: int, cost: Callable[[int], int]) -> int:
-        """The dearest way from `head` through `blocks`, each of them passed at most once."""
+        """The cost of the most expensive path from `head` through `blocks`, each of them passed at most once."""
         best: dict[int, int] = {}
         for block in reversed(_in_order(self.blocks, head, blocks)):
             after = [best.get(s, 0) for s in self.blocks[block].successors if s in blocks]
@@ -75,7 +75,7 @@ class Kernel:
 
 
 def cuobjdump() -> str | None:
-    """The disassembler of Triton's package, else a toolkit's."""
+    """The disassembler in Triton's package, or else that of a CUDA toolkit."""
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
         carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -160,7 +160,7 @@ def _blocks(instructions: list[Instruction]) -> dict[int, Block]:
 
 
 def _in_order(blocks: dict[int, Block], head: int, within: frozenset[int]) -> list[int]:
-    """Reverse postorder: every block before those that follow it, but for the jumps back of loops."""
+    """Blocks in reverse postorder: each before its successors, except for jumps back in loops."""
     seen, order = {head}, []
     stack = [(head, iter(blocks[head].successors))]
     while stack:
@@ -176,7 +176,7 @@ def _in_order(blocks: dict[int, Block], head: int, within: frozenset[int]) -> li
 
 
 def _loops(blocks: dict[int, Block]) -> list[Loop]:
-    """Natural loops: a jump back to a block that dominates it, and what reaches the jump without passing that block."""
+    """Natural loops: a jump back to a dominating block, and the blocks that reach the jump without passing that one."""
     if not blocks:
         return []
     entry = next(iter(blocks))

@@ -10,8 +10,7 @@
 
 namespace vitkern {
 
-// From slowest to fastest. `baseline` is what every chip of the architecture has: SSE2 on x86-64, NEON on
-// AArch64.
+// From slowest to fastest. Every chip of the architecture has `baseline`: SSE2 on x86-64, NEON on AArch64.
 enum class CpuIsa { kBaseline, kAvx2, kAvx512 };
 
 std::vector<std::string> compiled_cpu_isas();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the number of an element type to CPU kernels that were compiled for it.
+// Calls the CPU kernel that was compiled for an element type, given by its number.
 #pragma once
 
 #include <stdexcept>

@@ -100,9 +100,8 @@ VITKERN_INLINE Vec<Accumulator<T>, N> load_wide(const T* from) {
   }
 }
 
-// Twice as many: those at even places, and those at odd ones. Nothing has to be shuffled for it. Rows begin at
-// any number, so numbers are loaded: memcpy to a vector of pairs goes through memory, which takes five times as
-// long.
+// Twice as many numbers: those at even places, and those at odd places, without a shuffle. Rows may begin at any number,
+// so numbers are loaded: memcpy to a vector of pairs would go through memory, which takes five times as long.
 template <int N>
 VITKERN_INLINE void load_pairs(const BFloat16* from, Vec<float, N>& even, Vec<float, N>& odd) {
   const auto bits = bit_cast<int32_t>(load<uint16_t, 2 * N>(&from->bits));  // even places are the low halves
@@ -131,8 +130,7 @@ VITKERN_INLINE void store_narrow(T* to, Vec<Accumulator<T>, N> a) {
   }
 }
 
-// Arrays of any length: whole vectors, then fours (a query often has four points), then the rest one vector,
-// padded.
+// Arrays of any length: whole vectors, then fours (a query often has four points), then the rest in one padded vector.
 template <typename T>
 void widen_array(const T* from, int64_t count, Accumulator<T>* to) {
   constexpr int N = kLanes<Accumulator<T>>;

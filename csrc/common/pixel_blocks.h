@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ops on pixels [B, N, C] and tokens [B, T, C] have in common: how they split the pixels, how they read and
-// write a block of them, and the three products of a block with tokens.
+// The common code of the ops on pixels [B, N, C] and tokens [B, T, C]: splitting the pixels, reading and writing a block
+// of them, and the three products of a block with tokens.
 //
-// The pixels of an image are cut into parts, the tasks of parallel_for; a part is gone through in blocks, which stay
-// in the first caches while everything that needs them is worked out. Both cuts follow from the sizes alone, so that
-// no result depends on the number of threads.
+// The pixels of an image are cut into parts, the tasks of parallel_for; a part is processed in blocks, which stay in the
+// first caches until all their results are computed. Both cuts follow from the sizes alone, so that no result depends on
+// the number of threads.
 #pragma once
 
 #include <math.h>
@@ -19,8 +19,8 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-// Parts are halved while they keep so many pixels, beside which what a part leaves behind is little. Fewer do where
-// there are few tasks yet: threads that have nothing to do cost more. More than kTasks are not needed.
+// Parts are halved while they keep this many pixels, so that a part's results are small compared to it. While there are
+// few tasks, fewer pixels suffice: idle threads cost more. More than kTasks tasks are not needed.
 constexpr int64_t kPartPixels = 160, kSmallPartPixels = 48;
 constexpr int64_t kFewTasks = 8, kTasks = 128;
 constexpr int64_t kMinBlock = 2 * kTileRows, kMaxBlock = 96;  // pixels
@@ -52,7 +52,7 @@ struct PixelSplit {
 };
 
 // `columns` numbers of type Acc belong to each pixel of a block. Blocks have `deep` pixels at least, if the second cache
-// has room for them: where pixels are summed over, each block pays for bringing the sums to the registers and back.
+// has room for them: in sums over pixels, each block moves the sums to the registers and back.
 template <typename Acc>
 PixelSplit split_pixels(int64_t batch, int64_t pixels, int64_t columns, int64_t deep) {
   PixelSplit split{batch, pixels, 0, 1};
@@ -65,8 +65,8 @@ PixelSplit split_pixels(int64_t batch, int64_t pixels, int64_t columns, int64_t 
   return split;
 }
 
-// Rows of a stored matrix as the products take them, in whole vectors: where they lie if that is what they are, else
-// in a buffer, zero beyond the last column.
+// Rows of a stored matrix as whole vectors, the form that the products need: in place if they have that form, else in a
+// buffer, zero beyond the last column.
 template <typename T>
 struct RowBlock {
   using Acc = Accumulator<T>;

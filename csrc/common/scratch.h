@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that a call needs for its own duration. Fresh pages cost a fault each, often more than the work on
-// them, so released blocks are kept for the next call, up to kMaxKeptBytes in the whole process.
+// Memory for the duration of a call. Each fresh page costs a fault, often more than the work on it, so released blocks
+// are kept for the next call, up to kMaxKeptBytes in the whole process.
 #pragma once
 
 #include <cstddef>
@@ -25,9 +25,8 @@ class Scratch {
   size_t bytes_;
 };
 
-// Asks for large pages under memory of the caller that is about to be written: if it is fresh, it then costs
-// a fault for every 2 MB instead of every 4 KB, and later readers fewer translations. A hint, which changes
-// nothing but speed.
+// Requests large pages for memory that the caller is about to write: if the memory is fresh, there is a fault for every
+// 2 MB instead of every 4 KB, and later reads need fewer translations. This is a hint, which changes only speed.
 void prefer_huge_pages(void* data, size_t bytes);
 
 }  // namespace vitkern

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Four vectors, or four columns, at a time: what lanes have to change places for.
+// Operations that exchange lanes, on four vectors or four columns at a time.
 #pragma once
 
 #include "common/simd.h"

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<T, N>: N numbers that are computed with together, on any instruction set.
+// Vec<T, N>: a vector of N numbers, on any instruction set.
 //
-// GCC and Clang translate their vector extension into what the target has, splitting vectors that are wider
-// than its registers; other compilers get loops over an array. Everything here has internal linkage: the
-// linker must never replace a function of one instruction set by its twin of another. For the same reason no
-// std:: template is used.
+// GCC and Clang compile their vector extension to the target's instructions, and split vectors that are wider than its
+// registers; other compilers get loops over an array. Everything here has internal linkage: the linker must never replace
+// a function of one instruction set by its twin of another. For the same reason no std:: template is used.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +25,8 @@
 #define VITKERN_VECTOR_EXTENSION 1
 #endif
 
-// Before a loop over an array of vectors that are meant to live in registers: GCC otherwise takes a loop that
-// fills it for a copy of memory.
+// Put before a loop over an array of vectors that should stay in registers: GCC otherwise turns a loop that fills it
+// into a copy of memory.
 #if defined(__GNUC__) && !defined(__clang__)
 #define VITKERN_UNROLL _Pragma("GCC unroll 16")
 #else
@@ -197,8 +196,7 @@ VITKERN_INLINE auto bit_cast(Vec<T, N> a) {
   return r;
 }
 
-// The same numbers, which the compiler cannot fuse into a sum: products that must be rounded alike on every
-// chip.
+// The same numbers, which the compiler cannot fuse into a sum: for products that every chip must round in the same way.
 template <typename T, int N>
 VITKERN_INLINE Vec<T, N> rounded(Vec<T, N> a) {
 #if VITKERN_VECTOR_EXTENSION && defined(__x86_64__) && VITKERN_VECTOR_BYTES <= VITKERN_REGISTER_BYTES

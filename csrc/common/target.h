@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a pass runs: the last part of every op's parameters.
+// The device, stream or threads of a pass: the last part of every op's parameters.
 #pragma once
 
 #include <cstdint>

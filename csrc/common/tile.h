@@ -7,8 +7,8 @@
 // B is read vector by vector and is best packed first, in panels of kPanel columns, zero beyond the last column:
 // [panel][k][kPanel], so that a tile reads it as one stream. Everything is of accumulator type; packing widens.
 //
-// A caller walks over panels of B (panel_columns), in each over tiles of rows of A (for_tiles), and does with the
-// sums what it likes while they are in registers:
+// A caller loops over panels of B (panel_columns), in each over tiles of rows of A (for_tiles), and uses the sums while
+// they are in registers:
 //
 //   for_tiles(rows, [&](auto height, int64_t row) {
 //     const auto sums = multiply<height.value, kVectors>(a.from_row(row), panel, kPanel<Acc>, depth);

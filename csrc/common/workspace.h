@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that the caller lends to several kernels, laid out in one place for its size and for its addresses.
+// The layout of the device memory that the caller allocates for several kernels; it gives the size and the addresses.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The counter's knowledge of the launch that runs, and the way it counts the threads' accesses. counts.cpp feeds it.
+// The counter's state of the running launch, and the counting of the threads' accesses. counts.cpp feeds it.
 #pragma once
 
 #include <dlfcn.h>
@@ -101,7 +101,7 @@ inline Place place_of(uintptr_t address) {
   return {0, address};
 }
 
-// For the model of L1: the lines of a request, each with the sectors that are wanted.
+// For the model of L1: the lines of a request, each with the requested sectors.
 inline void ask_for(const std::vector<uint64_t>& sectors, std::vector<uint64_t>& lines) {
   const size_t first = lines.size();
   for (const uint64_t sector : sectors) {

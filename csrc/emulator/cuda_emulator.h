@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on the CPU, for tests: g++ compiles the .cu file that nvcc compiles, unchanged.
 //
-// Each CUDA thread is a fiber: a stack of its own and a switch of a dozen instructions. A block lives
-// on one OS thread, which runs each fiber up to its next barrier or warp operation; blocks have threads of OpenMP.
+// Each CUDA thread is a fiber: a stack of its own and a switch of a dozen instructions. One OS thread runs a block,
+// each fiber up to its next barrier or warp operation; OpenMP spreads the blocks over threads.
 // CUDA_EMU_ORDER=1 runs the threads of a block backwards: a result that differs depends on the order.
 // CUDA_EMU_SEED=n draws the next thread at random at each barrier and warp operation and, in a build with
 // VITKERN_WATCHED, before any access to memory (schedules); the same n gives the same schedule.
@@ -40,7 +40,7 @@ enum class Waits { kForNothing, kForBlock, kForWarp, kEnded };
 struct Meeting {
   const char* operation;
   unsigned mask;
-  int source;  // the lane whose value is wanted; below 0: a bit from every lane
+  int source;  // the lane whose value is read; below 0: a bit from every lane
   uint64_t value;
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a kernel's source says, in terms of the emulator: qualifiers, built-in variables, intrinsics, runtime
+// The elements of a kernel's source, defined for the emulator: qualifiers, built-in variables, intrinsics, runtime
 // calls. Included by cuda_emulator.h.
 #pragma once
 
@@ -185,8 +185,8 @@ VITKERN_CALLED void add_four_floats(float* address, const float* addends) {
 
 namespace emulator {
 
-// The blocks of a grid, spread over OpenMP threads; where races are looked for, one after the other, in an order
-// that a seed draws. The first failure is thrown.
+// Runs the blocks of a grid, spread over OpenMP threads; with the race detector one after the other, in an order that a
+// seed draws. Throws the first failure.
 inline void launch(const char* kernel, const void* function, dim3 grid, dim3 block, size_t shared_bytes,
                    const std::function<void()>& body) {
   const int64_t threads = int64_t{block.x} * block.y * block.z, blocks = int64_t{grid.x} * grid.y * grid.z;

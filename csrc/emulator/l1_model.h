@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A model of the multiprocessors' L1 caches: which loads of global memory go on to L2.
+// A model of the multiprocessors' L1 caches: finds the loads of global memory that go on to L2.
 //
-// Lines of 128 bytes in four sectors, 16 ways, least recently used goes. All warps of a multiprocessor take turns, a
-// request each. Stores and reductions pass by. The order is the model's: a card's own is another, and differs from run
-// to run.
+// Lines of 128 bytes in four sectors, 16 ways; the least recently used line is evicted. All warps of a multiprocessor
+// take turns, a request each. Stores and reductions bypass the cache. A real card has another order, which differs from
+// run to run.
 #pragma once
 
 #include <algorithm>
@@ -54,8 +54,8 @@ class Cache {
   uint64_t time_ = 0;
 };
 
-// The requests of a block's warps: lines with the wanted sectors in the lower bits, the first line of each
-// request marked.
+// The requests of a block's warps: lines with the requested sectors in the lower bits; the first line of each request is
+// marked.
 struct Asked {
   static constexpr uint64_t kFirst = 1ull << 63;
   std::vector<std::vector<uint64_t>> warps;
@@ -103,8 +103,8 @@ class Multiprocessor {
   std::vector<Running> running_;
 };
 
-// Runs all blocks in their order. `together`: a multiprocessor begins several at once, and the next ones where all of
-// them have ended; else it begins one wherever one has ended.
+// Runs all blocks in their order. `together`: a multiprocessor begins several at once, and the next ones when all of
+// these have ended; otherwise it begins one whenever one has ended.
 template <typename Asks>
 void run_l1(const L1Model& model, bool together, const std::map<int64_t, Asked>& blocks, const Asks& asks) {
   std::vector<Multiprocessor> all(model.multiprocessors, Multiprocessor(model.bytes));

@@ -62,7 +62,7 @@ uint32_t in_module(const void* caller) {
   return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(caller) - launch.module);
 }
 
-// For a reader who has the module: tests/races.py puts lines and variables in the place of {...}.
+// For a reader who has the module: tests/races.py replaces {...} by lines and variables.
 std::string place_of(uintptr_t address) {
   char text[64];
   if (launch.declared.has(address)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the emulator tells who watches the kernels: the race detector (races.cpp) or the counter (counts.cpp), one of
-// which is linked in builds with VITKERN_WATCHED; nothing in others.
+// The emulator's calls to the watcher of the kernels: the race detector (races.cpp) or the counter (counts.cpp). Builds
+// with VITKERN_WATCHED link one of them; in other builds these calls do nothing.
 //
 // In such a build the kernels are compiled with -fsanitize=thread, by which the compiler calls a function before
 // each access to memory; races.cpp and counts.cpp have these functions, in place of libtsan.

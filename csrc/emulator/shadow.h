@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// When two accesses of a launch are ordered, and what is remembered of each piece of memory to tell.
+// The order of two accesses of a launch, and the shadow memory from which it is found.
 //
 // Two accesses to the same bytes race if they are not ordered, one of them writes, and not both are atomic. Order
 // comes from a launch's begin and end, from the program of one thread, from a barrier of the block for all of its

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is counted of a launch, by the rules that CUDA's guides state: a request of a warp takes the sectors of 32 bytes
-// and the lines of 128 that its lanes touch in global memory, and in shared memory a wavefront for each word of 4 bytes
-// that one of 32 banks must give.
+// The counts of a launch, by the rules in CUDA's guides: a request of a warp takes the sectors of 32 bytes and the lines
+// of 128 bytes that its lanes touch in global memory, and in shared memory one wavefront for each word of 4 bytes that
+// the busiest of 32 banks must deliver.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions of common/tensor_cores.cuh, for the emulator: what a warp's lanes hold is laid on a table
+// The instructions of common/tensor_cores.cuh, for the emulator: the lanes of a warp put their registers into a table
 // that all of them read.
 #pragma once
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Puts the lanes of a warp together again, which the emulator runs one after the other: what the lanes did since they
-// last met, each for itself, becomes what the warp does, instruction by instruction.
+// Combines the lanes of a warp, which the emulator runs one after the other: the accesses of each lane since the lanes
+// last met become those of the warp, instruction by instruction.
 //
 // A card runs one instruction at a time for the lanes that are at it. Which lanes are is settled here by the rule of
 // the lowest place: of all lanes the ones go on that are furthest behind in the code, and those at the same place go

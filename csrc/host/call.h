@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The hand-over from Python to the kernels, the same for every op, pass and device: tensors come in, parameters go out.
 //
-// An op tells by name how its tensors fill its parameters (<op>/bindings.h). Call allocates the outputs, borrows all
-// tensors, says where to run, and launches without the GIL.
+// An op's tensors fill its parameters by name (<op>/bindings.h). Call allocates the outputs, borrows all tensors, sets
+// device and stream, and launches without the GIL.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -72,7 +72,7 @@ struct Pass {
   CpuKernel<Params> cpu;
   Launch cuda;                                    // null where a build has none
   int64_t (*workspace)(const Params&) = nullptr;  // cuda: bytes, into params.workspace
-  bool backward = false;  // then the first argument says which outputs are wanted, and others are null
+  bool backward = false;  // then the first argument says which outputs are needed, and others are null
 };
 
 template <typename Params>

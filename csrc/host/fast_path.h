@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast path into an op's kernels (vitkern/ops/fast_path.py): from a call's arguments to the plan of their signature,
-// under an autograd.Function where a gradient is wanted.
+// under an autograd.Function if a gradient is needed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -42,7 +42,7 @@ class FastPath {
  public:
   // asks_gradients: torch.is_grad_enabled.
   // tensors: how many arguments are tensors or None; what follows are options, by default these.
-  // recorded: positions of the tensors that may want a gradient.
+  // recorded: positions of the tensors that may need a gradient.
   // plans: {(key of the tensors, *options): a tuple, or None: there is no fast path}. The tuple begins with a function of
   // the tensors, and two that also record a gradient, of the recorded tensors and a tuple of all: one for the first
   // output, one for all of them.
@@ -58,7 +58,7 @@ class FastPath {
         plans_(std::move(plans)),
         requires_grad_(signer_.tensor(), "requires_grad"),
         whole_(whole) {
-    if (tensors > TensorView::kMost) throw std::invalid_argument("an op of too many tensors");
+    if (tensors > TensorView::kMost) throw std::invalid_argument("an op has too many tensors");
   }
 
   // The op's result; None where the call has to go another way.
@@ -152,7 +152,7 @@ class FastPath {
 // The same for a backward pass: from grad_output and the saved tensors to the kernel of the plan that recorded them.
 class FastBackward {
  public:
-  // signatures: of grad_output and the tensors, those for which the kernel may run. kernel: of the wanted gradients, a
+  // signatures: of grad_output and the tensors, those for which the kernel may run. kernel: of the needed gradients, a
   // contiguous grad_output, and the tensors.
   FastBackward(Signer signer, Watch watched, pybind11::object asks_gradients,
                std::vector<std::string> signatures, pybind11::object kernel)
@@ -163,7 +163,7 @@ class FastBackward {
         kernel_(std::move(kernel)),
         contiguous_("contiguous") {}
 
-  // Takes the flags of the wanted gradients, grad_output and the tensors; returns the gradients, or None where the call
+  // Takes the flags of the needed gradients, grad_output and the tensors; returns the gradients, or None where the call
   // takes the dispatcher's path, as gradients of gradients do: the op refuses them in words.
   pybind11::object operator()(Arguments inputs, Py_ssize_t count, const TensorView*) const {
     if (count < 2 || count - 1 > TensorView::kMost ||

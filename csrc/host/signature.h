@@ -24,8 +24,8 @@ class Signer {
         parameter_(std::move(parameter)),
         is_neg_(pybind11::getattr(tensor_, "is_neg")) {}
 
-  // Takes tensors and Nones. Returns None if a tensor is not what memory holds: of another type, lazily negated or
-  // zero, sparse, or larger than its storage.
+  // Takes tensors and Nones. Returns None if a tensor does not simply view its memory: if it has another type, is
+  // lazily negated or zero, sparse, or larger than its storage.
   pybind11::object operator()(const pybind11::tuple& tensors) const {
     std::string key;
     TensorView view;

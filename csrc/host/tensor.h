@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A tensor as C++ sees it: address, sizes, strides, type and device, without libtorch.
 //
-// From 2.10 on, torch hands all of it over at once through DLPack's C exchange API (github.com/dmlc/dlpack, 1.2), which
-// does not depend on torch's version. Older releases are asked by a Python function.
+// From 2.10 on, torch provides all of it at once through DLPack's C exchange API (github.com/dmlc/dlpack, 1.2), which
+// does not depend on torch's version. For older releases, a Python function reads it.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// ms_deform_attn and ms_deform_attn_fused in vitkern._C: how their tensors and options fill their parameters.
+// ms_deform_attn and ms_deform_attn_fused in vitkern._C: fills the kernels' parameters from tensors and options.
 //
 // The two ops differ in that the fused one has reference points before the locations, which are offsets then.
 #pragma once
@@ -53,8 +53,7 @@ void read_forward(MsDeformAttnParams& p, const TensorView* in, const TensorView*
   p.output = out[0].address();
 }
 
-// The gradients are in the order of the tensors. In place of the reference points' gradient
-// stands that of the locations.
+// The gradients are in the order of the tensors; the gradient of the locations replaces that of the reference points.
 template <bool kFused>
 void read_backward(MsDeformAttnParams& p, const TensorView* in, const TensorView* out) {
   p.grad_output = in[0].address();

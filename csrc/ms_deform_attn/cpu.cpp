@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry points: reads the levels, then picks the kernel for the element types and the way of sampling.
+// The entry points: read the levels, then choose the kernel for the element types and the sampling method.
 #include "ms_deform_attn/cpu.h"
 
 #include <stdexcept>

@@ -6,7 +6,7 @@
 // in the same order either way. Where heads are few, the queries are cut into a number of chunks that depends
 // on the shapes only; each adds to a slab of its own, and the slabs are summed in their order. So results do
 // not depend on the number of threads.
-// Memory: where rows are met several times over, a task copies its rows side by side, and adds to a slab of
+// Memory: if points touch rows several times, a task copies its rows side by side, and adds to a slab of
 // accumulators that is written to grad_value once.
 #pragma once
 

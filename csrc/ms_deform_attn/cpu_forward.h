@@ -4,10 +4,10 @@
 // Work split: a task is a stretch of queries of one head of one image; consecutive tasks, which run at the
 // same time, share the head. Within a task, tiles of queries: first the coordinates of all points, then the
 // rows they name.
-// Memory: where the rows are read several times over, [S, M, D] is first copied to [M, S, D]: its stride of M
+// Memory: if rows are read several times, [S, M, D] is first copied to [M, S, D]: its stride of M
 // * D numbers maps neighbours to the same cache sets. Rows are prefetched kAhead queries before they are
 // added.
-// Numerics: sums in the accumulator type, in an order that depends on nothing but the shape.
+// Numerics: sums in the accumulator type, in an order that depends only on the shape.
 #pragma once
 
 #include <type_traits>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fused form: softmax of logits, eq. (8), and pixel coordinates from reference points and offsets, eqs.
-// (9) and (10), worked out within a tile, so that weights and locations are nowhere in memory. Backward: the
-// gradients of the tile turned into those of offsets and locations, eq. (12), and of logits, eq. (11).
+// (9) and (10), computed within a tile, so that weights and locations are never in memory. Backward: turns the
+// gradients of the tile into those of offsets and locations, eq. (12), and of logits, eq. (11).
 //
 // The softmax runs over all levels. A backward task that sees all of them does so too; for tasks of one
 // level there are the passes of cpu_logits.h.
@@ -171,8 +171,8 @@ void weigh_rows(const Fusion<Acc>& fusion, const Softmax<Acc>* softmax, int64_t 
   }
 }
 
-// The same where only the logits are known. Each pass goes over all rows: what waits within a row, its largest and its
-// sum, does not wait for the row before.
+// The same if only the logits are known. Each pass goes over all rows: the largest and the total of a row depend on
+// earlier results of that row, but not on other rows.
 template <typename Acc>
 void softmax_rows(const Fusion<Acc>& fusion, int64_t rows, int64_t points, Acc* weights) {
   constexpr int N = kLanes<Acc>;
@@ -218,8 +218,8 @@ void unweigh_rows(const Fusion<Acc>& fusion, const Acc* weights, int64_t rows, i
     store(grads + i, load<Acc, N>(weights + i) * (load<Acc, N>(grads + i) - load<Acc, N>(fusion.scale + i)));
 }
 
-// From gradients by pixels, in tile.xy, to those of offsets, in place, and of locations, eq. (12), and on to
-// logits.
+// Turns the gradients by pixels in tile.xy into those of offsets, in place, and of locations, eq. (12), and those of the
+// weights into those of logits.
 template <typename Acc>
 void unfuse_points(const Fusion<Acc>& fusion, const Tile<Acc>& tile, const MsDeformAttnParams& p,
                    int64_t queries, Acc* grad_weight) {

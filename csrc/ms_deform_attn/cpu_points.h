@@ -132,7 +132,7 @@ void read_points(Tile<Acc>& tile, const MsDeformAttnParams& p, int64_t row, int6
 }
 
 // Rows and coefficients of the four corners, eqs. (2) and (3). Products are rounded before 1/2 is subtracted,
-// so that all instruction sets see a location on the edge of a cell on the same side of it.
+// so that all instruction sets put a location on the edge of a cell into the same cell.
 template <typename Acc>
 void locate_bilinear(Tile<Acc>& tile) {
   using Index = Integer<Acc>;
@@ -241,8 +241,7 @@ VITKERN_INLINE void prefetch_rows(const Tile<Acc>& tile, int64_t query, const An
   }
 }
 
-// Whether queries that follow one another read rows far from one another. Where they do not, the caches
-// already hold what prefetching would bring.
+// Whether consecutive queries read distant rows. If not, the caches already hold the rows that prefetching would bring.
 template <typename Acc>
 bool scattered(const Tile<Acc>& tile, int64_t queries) {
   constexpr int kNearby = 16;  // rows
@@ -253,8 +252,8 @@ bool scattered(const Tile<Acc>& tile, int64_t queries) {
   return queries == 1 || 4 * far > (queries - 1) * tile.points;
 }
 
-// Brings the points that a later read_points() reads into the cache: a query's lie far from the next one's. `size` is
-// that of a coordinate, in bytes.
+// Prefetches the points for a later read_points(), because the points of consecutive queries lie far apart. `size` is that
+// of a coordinate, in bytes.
 VITKERN_INLINE void prefetch_points(const MsDeformAttnParams& p, int64_t row, int64_t points, int64_t size) {
   const char* locations = static_cast<const char*>(p.locations) + 2 * row * size;
   const char* weights = static_cast<const char*>(p.weights) + row * size;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of a stretch of queries: dots of grad_output with the rows of the corners, from which follow the
 // gradients of weights and locations, eqs. (6) and (7), and shares of grad_output added to the gradients of
-// those rows, eq. (5). cpu_backward.h says who runs it on what.
+// those rows, eq. (5). cpu_backward.h has the work split.
 #pragma once
 
 #include "common/shuffle.h"
@@ -10,8 +10,8 @@
 namespace vitkern::VITKERN_ISA {
 namespace {
 
-// Between value and slab: a load waits for earlier stores at the same offset in another page, which would be
-// those to the gradient of the same row.
+// The gap between value and slab: a load waits for earlier stores at the same offset in another page; without the gap
+// these would be the stores to the gradient of the same row.
 constexpr int64_t kHalfPage = 2048;
 
 // Levels whose gradients one task adds up: one level, or all of them where levels share pixels.
@@ -22,7 +22,7 @@ struct Group {
   int64_t first_row;  // of a slab that holds a row for corners outside and then the pixels of each group
 };
 
-// Whether anything but the gradient of value is wanted.
+// Whether a gradient other than that of value is needed.
 inline bool wants_points(const MsDeformAttnParams& p) {
   return p.grad_locations || p.grad_weights || p.grad_computed;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether the levels of a pyramid cover the pixels of value: checked here, and put into words here.
+// Checks whether the levels of a pyramid cover the pixels of value, and words the errors.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Multi-scale deformable attention: what every native kernel is told, CPU and CUDA, forward and backward.
+// Multi-scale deformable attention: parameters of all native kernels, CPU and CUDA, forward and backward.
 //
 // Shapes: B images, S pixels of all levels together, M heads, D channels of a head, Q queries, L levels,
 // K sampling points of a query and head over all levels. Everything is contiguous.
@@ -18,8 +18,8 @@ enum class Sampling : int32_t { kBilinear = 0, kNearest = 1 };
 // Levels of unequal point counts are described by value, so that no launch has to copy a table to the device.
 constexpr int kMaxRaggedLevels = 256;
 
-// The fused form: `locations` hold offsets, `weights` hold logits, and softmax and locations are worked out on the
-// way in, eqs. (8) to (10). Strides count numbers and are 0 along an axis that is broadcast.
+// The fused form: `locations` hold offsets, `weights` hold logits, and the kernels compute softmax and locations as they
+// read these, eqs. (8) to (10). Strides count numbers and are 0 along an axis that is broadcast.
 struct Reference {
   const void* points;    // [B | 1, Q, L | 1, numbers], accumulator type; null: the plain form
   int64_t numbers;       // 2: (x, y), 4: (x, y, width, height)

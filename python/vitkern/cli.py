@@ -65,37 +65,39 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     doctor = commands.add_parser(
-        "doctor", help="what is installed, what can run here, and what cannot and why"
+        "doctor", help="show what is installed, which backends run here, and why others cannot"
     )
-    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument(
         "--model",
         metavar="NAME",
-        help="what vitkern.patch replaces in package.module:model, file.py:model or a config of transformers",
+        help="list the layers that vitkern.patch replaces in package.module:model, file.py:model or a config",
     )
     doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser(
-        "demo", help="a transformer layer, checked and timed against plain torch, and a picture"
+        "demo", help="check and time a transformer layer against plain torch, and draw a picture"
     )
     demo.add_argument("--output", type=Path, default=Path("vitkern-demo"), help="folder for the picture")
     demo.add_argument("--threads", type=int, help="default: torch's own number")
     demo.add_argument("--quick", action="store_true", help="the smallest size only")
     demo.set_defaults(run=_demo)
 
-    models = commands.add_parser("models", help="names, parameters, operations and input sizes of the models")
+    models = commands.add_parser(
+        "models", help="list names, parameters, operations and input sizes of the models"
+    )
     models.add_argument("pattern", nargs="?", default="*", help="such as 'vit_adapter_*'")
     models.set_defaults(run=_models)
 
     run = commands.add_parser(
         "run",
-        help="a script of others as it is, with vitkern's kernels where it imports its own compiled ones",
+        help="run an unmodified script with vitkern's kernels in place of compiled modules that it imports",
         usage="vitkern run [-h] [--override] (SCRIPT | -m MODULE) [ARGUMENTS ...]",
     )
-    run.add_argument("--override", action="store_true", help="also where compiled ones are installed")
-    run.add_argument("-m", dest="module", action="store_true", help="a module, as python -m")
-    run.add_argument("program", metavar="SCRIPT", help="or the module")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on")
+    run.add_argument("--override", action="store_true", help="also replace installed compiled modules")
+    run.add_argument("-m", dest="module", action="store_true", help="run a module, like python -m")
+    run.add_argument("program", metavar="SCRIPT", help="the script, or with -m the module")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="for the script")
     run.set_defaults(run=_run)
     bench.add_to(commands)
     check.add_to(commands)

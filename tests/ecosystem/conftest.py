@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes packages importable whose compiled parts are missing or not for this torch. Tests need none of these parts."""
+"""Makes packages importable whose compiled parts are missing or do not fit this torch. No test uses these parts."""
 
 import importlib.util
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models to export to ONNX, the exporter of today, and what runs its files. Skips where onnx is missing."""
+"""Models to export to ONNX, torch's present exporter, and a runtime for its files. Skips tests if onnx is missing."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ HEADS, CHANNELS = 2, 8
 
 
 class Call(nn.Module):
-    """A function of tensors, and what else it takes."""
+    """A function of tensors, with its other arguments."""
 
     def __init__(self, function, *fixed, **options):
         super().__init__()
@@ -32,7 +32,7 @@ class Call(nn.Module):
 
 
 class Layer(nn.Module):
-    """MSDeformAttn on levels of known sizes, with weights that a trained one could have."""
+    """MSDeformAttn on levels of fixed sizes, with weights like those of a trained layer."""
 
     def __init__(self, levels):
         super().__init__()
@@ -55,7 +55,7 @@ def pixels_of(sizes):
 
 
 def export(model, inputs, path, dynamic=None, table=None, **options):
-    """By the exporter of today, checked with shape inference; returns the nodes by operator."""
+    """Exports with torch's present exporter, checks the file with shape inference and returns the nodes by operator."""
     table = vitkern.onnx.translation_table() if table is None else table
     program = torch.onnx.export(
         model,
@@ -94,7 +94,7 @@ def assert_same(model, path, inputs, rtol=1e-4, atol=1e-4):
 def attention_inputs(
     fused, batch=2, queries=5, points=(3, 3), flat=False, numbers=2, shared=(), dtype=torch.float32
 ):
-    """value, then locations and weights, or reference points, offsets and logits."""
+    """Inputs of an op: value, then locations and weights, or reference points, offsets and logits."""
     levels, total = len(points), sum(points)
     value = torch.randn(batch, pixels_of(SIZES[:levels]), HEADS, CHANNELS, dtype=dtype)
     shape = (batch, queries, HEADS, *((total,) if flat else (levels, points[0])))

@@ -103,7 +103,7 @@ def test_adapters(name, option):
 
 @torch.no_grad()
 def test_a_sequential_adapter_is_that_of_adaptformer():
-    """A ViT of timm with adapters after its networks, and its weights and adapters in ours."""
+    """A ViT of timm with an adapter after each feed-forward network, and our AdaptFormer with the same weights."""
     theirs = fill(add_adapters(timm("vit_tiny_patch16_224", depth=2)(), 8, option="sequential")).eval()
     tuning = dict(ffn_num=8, ffn_option="sequential", ffn_adapter_scalar=0.1)
     ours = AdaptFormer(

@@ -16,7 +16,7 @@ IMAGE = (2, 3, 64, 96)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """One entry for each call of our layer."""
+    """A list with one entry for each call of our layer."""
     made = []
 
     def counted(*arguments):
@@ -141,7 +141,7 @@ def test_register_is_undone(detector, calls):
 
 
 def test_on_a_gpu_transformers_own_default_gives_way(registered):
-    """Their defaults, registered again, do not bring the layer of the hub back."""
+    """The library's defaults, registered again, do not restore the layer from the hub."""
     from transformers.integrations import hub_kernels
 
     hub_kernels.register_kernel_mapping_transformers()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmcv-lite with vitkern.install("mmcv"): its own layer on our kernels, beside the same layer as it came.
+"""mmcv-lite with vitkern.install("mmcv"): its layer on our kernels agrees with the unchanged layer.
 
 With a checkout of https://github.com/open-mmlab/mmcv in VITKERN_MMCV, its own test of the op runs too, on the CPU.
 """
@@ -140,7 +140,7 @@ def test_a_detector_trains_on_the_kernels():
 @pytest.mark.slow
 @pytest.mark.skipif("VITKERN_MMCV" not in os.environ, reason="VITKERN_MMCV names no checkout")
 def test_its_own_test(tmp_path):
-    """Except for the device, and the width of 1025, whose Jacobian takes gigabytes."""
+    """mmcv's test, on the CPU, without the width of 1025, whose Jacobian takes gigabytes."""
     source = Path(os.environ["VITKERN_MMCV"]) / "tests" / "test_ops" / "test_ms_deformable_attn.py"
     text = source.read_text(encoding="utf-8")
     for old, new in (

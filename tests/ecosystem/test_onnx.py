@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vitkern.onnx: what the exporter writes is valid ONNX, of no more nodes than needed, and computes the same."""
+"""vitkern.onnx: exported files are valid ONNX, have few nodes, and compute the same as the model."""
 
 import pytest
 import torch
@@ -262,7 +262,7 @@ def test_an_unknown_form_is_refused():
 
 
 def as_if_trained(model):
-    """Every parameter moved, so that no branch is multiplied with zero."""
+    """Changes every parameter, so that no branch is multiplied by zero."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.02 if parameter.dim() > 1 else 0.1))
@@ -281,7 +281,7 @@ def as_if_trained(model):
     ],
 )
 def test_whole_models(name, size, most_nodes, tmp_path):
-    """From a checkpoint, for any batch."""
+    """Models built from a checkpoint, exported for any batch size."""
     torch.save(
         as_if_trained(vitkern.create_model(name, img_size=size)).state_dict(), tmp_path / "weights.pth"
     )

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def assert_is_tensorrts(path, version):
-    """As plugin/multiscaleDeformableAttnPlugin of TensorRT checks its inputs in configurePlugin."""
+    """Checks the node's inputs as configurePlugin does in TensorRT's plugin/multiscaleDeformableAttnPlugin."""
     model = onnx.shape_inference.infer_shapes(onnx.load(path))
     (node,) = [node for node in model.graph.node if node.op_type == "MultiscaleDeformableAttnPlugin_TRT"]
     assert node.domain == "trt.plugins" and "trt.plugins" in {o.domain for o in model.opset_import}

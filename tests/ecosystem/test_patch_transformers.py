@@ -38,7 +38,7 @@ def layers_of(model):
 
 
 def recorded(model, given):
-    """By path, the arguments that each layer is called with."""
+    """The arguments of each layer's calls, by path."""
     calls, handles = {}, []
     for path, layer in layers_of(model).items():
 
@@ -100,7 +100,7 @@ def test_layers_that_take_the_nearest_pixel(name):
 
 @contextlib.contextmanager
 def same_choices(choices):
-    """torch.topk gives what it gave in the first run, where one near tie in another order moves all that follows."""
+    """Makes torch.topk repeat the choices of the first run: a near tie in another order would change later results."""
     original, replay = torch.topk, iter(list(choices))
 
     def topk(values, *positional, **named):
@@ -205,7 +205,7 @@ def test_copies(name, tmp_path):
 
 
 def test_pickled_layers(family):
-    """Layers, since some whole models have hooks of the library that no pickle can hold."""
+    """Pickles layers only: some whole models have hooks of the library that cannot be pickled."""
     model = build(family)
     vitkern.patch(model)
     for layer in layers_of(model).values():
@@ -241,7 +241,7 @@ def test_a_compiled_model():
 
 @pytest.mark.parametrize("name", ["deformable_detr", "d_fine", "mask2former"])
 def test_layers_in_bfloat16(name):
-    """Ours is as near to the layer in float64 as the library's own in bfloat16: twice its error at most."""
+    """The error of the patched layer in bfloat16, against float64, is at most twice that of the original."""
     model, given = build(name), inputs(name)
     with torch.no_grad():
         calls = recorded(model, given)

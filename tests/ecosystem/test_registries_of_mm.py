@@ -74,7 +74,7 @@ OFFICIAL = [
 
 
 def registry(project):
-    """Its models, ours among them; from here on names are looked up in its registries first."""
+    """The project's registry of models, including ours; names are looked up in its registries first from now on."""
     models = pytest.importorskip(f"{project}.registry").MODELS
     import_module("mmengine.registry").init_default_scope(project)
     return models
@@ -89,7 +89,7 @@ def config_of(project, path, backbone):
 
 
 def published(project, file):
-    """A configuration that the project ships."""
+    """A configuration file from the project's release."""
     folder = Path(import_module(project).__file__).parent / ".mim/configs"
     return Config.fromfile(folder / file).model
 
@@ -118,7 +118,7 @@ BACKBONE = dict(type="ViTAdapter", embed_dim=48, depth=4, num_heads=3, conv_inpl
 
 
 def segmentor():
-    """mmseg's UperNet with an auxiliary head, as it ships it, on a small ViT-Adapter."""
+    """mmseg's own configuration of UperNet with an auxiliary head, on a small ViT-Adapter."""
     import_module("vitkern.compat.mmseg")
     config = published("mmseg", "_base_/models/upernet_r50.py")
     config.backbone, config.pretrained = dict(BACKBONE), None
@@ -158,7 +158,7 @@ def test_a_segmentor_of_mmseg_trains():
 
 
 def test_a_detector_of_mmdet_trains():
-    """ATSS, which needs no RoIAlign, and while it trains no suppression of boxes either."""
+    """ATSS needs no RoIAlign and, in training, no non-maximum suppression."""
     structures = pytest.importorskip("mmdet.structures")
     instance_data = import_module("mmengine.structures").InstanceData
     models = registry("mmdet")

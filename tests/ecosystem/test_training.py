@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small detectors train on drawn shapes, patched as unpatched: the measure is the noise of their own training."""
+"""Small detectors train on drawn shapes: a patch changes the losses no more than changes of 1e-6 in the weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def shapes(step: int, family: str) -> dict[str, object]:
 
 
 def shaken(model: nn.Module, seed: int) -> nn.Module:
-    """A copy whose weights differ by a millionth."""
+    """A copy whose weights differ by up to NOISE of themselves."""
     model, draw = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

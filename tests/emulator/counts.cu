@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels whose counts are known by hand, for the counter. Each runs with one block of 32 x 8 threads, or what it says.
+// Kernels for tests of the counter, whose counts are known by hand. Each runs in one block of 32 x 8 threads, unless its
+// launch says otherwise.
 #include <cstdio>
 #include <tuple>
 

@@ -1,5 +1,6 @@
-// SPDX-License-Identifier: Apache-2.0 Kernels with a planted fault each, started by name. Prints what they
-// compute, or how the emulator stopped them.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Kernels with one planted fault each, started by name. Prints their results, or the emulator's reason for stopping.
 #include <cstdio>
 #include <cstring>
 

@@ -1,5 +1,7 @@
-// SPDX-License-Identifier: Apache-2.0 Kernels that use each feature of the emulator. Prints a line of numbers
-// for each; tests/test_emulator.py knows them.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Kernels that use each feature of the emulator. Prints a line of numbers for each; tests/test_emulator.py has the
+// expected ones.
 #include <cstdio>
 
 #include "common/launch.cuh"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels with a race each, started by name, that come out right where threads take turns; "fine" has none. Prints
-// "right" or "wrong", or what the race detector says. tests/test_races.py knows what that is.
+// Kernels with one race each, started by name; their results are right as long as threads take turns. "fine" has no
+// race. Prints "right" or "wrong", or the race detector's report, which tests/test_races.py expects.
 #include <cstdio>
 #include <cstring>
 

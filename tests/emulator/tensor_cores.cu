@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions of common/tensor_cores.cuh in the emulator. Prints lines of numbers that
-// tests/test_emulator.py knows.
+// The instructions of common/tensor_cores.cuh in the emulator. Prints lines of numbers;
+// tests/test_emulator.py has the expected ones.
 #include <cstdio>
 #include <vector>
 

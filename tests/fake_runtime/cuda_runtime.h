@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// As much of the CUDA runtime as csrc/common/launch.cuh calls, with two devices that are not there: which context each
-// thread has, which contexts were created, errors that stay until they are asked for, and limits of kernels.
+// The part of the CUDA runtime that csrc/common/launch.cuh calls, with two fake devices: the context of each thread,
+// the created contexts, errors that stay until they are read, and limits of kernels.
 #pragma once
 
 #include <cstddef>

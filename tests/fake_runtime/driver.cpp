@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A CUDA driver, libcuda.so.1, without a card, of the version that FAKE_DRIVER names. To create a context, or
-// anything else but to tell its version, ends the process.
+// A fake CUDA driver, libcuda.so.1, without a card; FAKE_DRIVER sets its version. Any call other than the query of the
+// version, such as the creation of a context, ends the process.
 #include <cstdlib>
 #include <cstring>
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Guards and launches of csrc/common/launch.cuh, a scenario by name, and what is left in the fake runtime after it.
+// Runs guards and launches of csrc/common/launch.cuh in the scenario of the given name, then prints the state of the
+// fake runtime.
 #include <cstdio>
 #include <functional>
 #include <map>

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of Deformable-DETR and mmcv as text, and what differs between their words.
+"""The layers of Deformable-DETR and mmcv as text, and the different names that they use.
 
-With a checkout named by VITKERN_DEFORMABLE_DETR or VITKERN_MMCV, that project's own layer too.
+If VITKERN_DEFORMABLE_DETR or VITKERN_MMCV names a checkout, that project's own layer is included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 
 
 class Base(NamedTuple):
-    """One way to write the layer."""
+    """A project's version of the layer."""
 
     name: str
     kind: str  # its class
@@ -40,7 +40,7 @@ def _call_mmcv(layer, query, pixels, points, shapes, starts, mask):
 
 
 def _plain(*sources: str) -> str:
-    """Without comments, and laid out in one way, in which snippets can be written."""
+    """The text without comments and in one layout, so that snippets can be found in it."""
     text = "\n".join(ast.unparse(ast.parse(source)) for source in sources)
     text = re.sub(
         r"(?m)^( *)\(([\w, ]+)\) = ", r"\1\2 = ", text
@@ -149,7 +149,7 @@ _STANDINS = {"MultiScaleDeformableAttention", "__future__", "mmengine", "mmcv"}
 
 
 def _of_checkout(prelude: str, folder: Path, *files: str) -> str:
-    """The files of a project as one module, without what they import from it."""
+    """The files of a project joined into one module, without their imports from that project."""
     parts = [prelude]
     for file in files:
         tree = ast.parse((folder / file).read_text())

@@ -26,7 +26,7 @@ def ms_deform_attn_core_pytorch(value, value_spatial_shapes, sampling_locations,
 
 
 class MSDeformAttnFunction:
-    """In place of the compiled one."""
+    """Replaces the compiled function."""
 
     @staticmethod
     def apply(value, shapes, starts, locations, weights, im2col_step):

@@ -30,7 +30,7 @@ def multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_lo
 
 
 class MultiScaleDeformableAttnFunction:
-    """In place of the compiled one."""
+    """Replaces the compiled function."""
 
     @staticmethod
     def apply(value, shapes, starts, locations, weights, im2col_step):

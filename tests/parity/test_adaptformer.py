@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaptFormer against recorded outputs of the official models (ShoufaChen/AdaptFormer at 6967d67).
 
-Each file holds the tuning configuration, an input, what the model made of it in eval mode and the gradients of a
-weighted sum of its outputs. Weights depend on nothing but their key and shape.
+Each file holds the tuning configuration, an input, the model's output in eval mode and the gradients of a weighted
+sum of the outputs. Weights depend only on their key and shape.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The token modules against equations (1) to (5) of Visual Transformers (arXiv 2006.03677), recorded in float64.
 
-``vt_equations.pt`` holds a map, tokens, the matrices of the equations and what each of them gives.
+``vt_equations.pt`` holds a map, tokens, the matrices of the equations and the result of each equation.
 """
 
 from pathlib import Path

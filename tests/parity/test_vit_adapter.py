@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViT-Adapter against recorded outputs of the official models (czczup/ViT-Adapter at fd64a51).
 
-Each file holds the constructor's arguments, an input, what the model made of it in eval mode and, for two of them, the
-gradients of a weighted sum of its outputs. Weights depend on nothing but their key and shape.
+Each file holds the constructor's arguments, an input, the model's output in eval mode and, for two models, the
+gradients of a weighted sum of the outputs. Weights depend only on their key and shape.
 """
 
 from functools import cache

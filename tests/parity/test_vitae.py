@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViTAE and ViTAEv2 against recorded outputs of the official models (ViTAE-Transformer/ViTAE-Transformer at aebf1d7).
 
-Each file holds an image, what the model made of it in eval mode and the gradients of a weighted sum of that. Weights
-depend on nothing but their key and shape.
+Each file holds an image, the model's output in eval mode and the gradients of a weighted sum of it. Weights depend
+only on their key and shape.
 """
 
 from functools import cache

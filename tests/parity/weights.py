@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that depend on nothing but their key and shape, so that no file has to hold them."""
+"""Weights that depend only on their key and shape, so that no file has to hold them."""
 
 import zlib
 
@@ -12,7 +12,7 @@ def seeded(key, shape):
 
 
 def weight(key, tensor):
-    """The tensor of that name: near what training makes of its kind, and nowhere zero."""
+    """The tensor of that name: of the magnitude that training gives to its kind, and nowhere zero."""
     drawn = seeded(key, tensor.shape)
     if key.endswith("running_var"):
         return drawn.abs() * 0.5 + 0.5
@@ -31,7 +31,7 @@ def weight(key, tensor):
 
 @torch.no_grad()
 def fill(model):
-    """The model, with these weights in every floating tensor of its state dict."""
+    """Sets every floating tensor of the state dict to these weights and returns the model."""
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(weight(key, tensor))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of other projects, counted: which of them ``vitkern.patch`` replaces, and why it leaves the others.
+"""The census of other projects' layers: the ones that ``vitkern.patch`` replaces, and the reasons why others stay.
 
-``records`` lists the classes. ``sources`` gets the text of a project and ``loading`` imports single files of it,
-with stand-ins for all packages that are not there. ``one`` tries one class and times it; ``table`` writes the results.
+``records`` lists the classes. ``sources`` gets the code of a project and ``loading`` imports single files of it, with
+stand-ins for missing packages. ``one`` tries one class and times it; ``table`` writes the results.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/census: tries every class, writes the results as data and as a page, and says what has changed."""
+"""tools/census: tries every class, writes the results as data and as a page, and lists changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def tried(job: tuple[int, Path]) -> Row | str:
-    """The row of one record, or the error that ended it. Each runs in a process of its own, which imports nothing."""
+    """The row of one record, or the error that ended it. Each record has its own process."""
     number, below = job
     record = RECORDS[number]
     try:

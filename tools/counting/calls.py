@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments for a layer of each interface, drawn: a batch of one, 300 queries, levels of 40 x 40 pixels and smaller."""
+"""Random arguments for layers of each interface: one image, 300 queries, levels of 40 x 40 pixels and smaller."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def transformers(layer: Any) -> Call:
 
 
 def boxes(layer: Any) -> Call:
-    """As RT-DETR and ultralytics: one box for all levels, sizes as pairs."""
+    """The interface of RT-DETR and ultralytics: one box for all levels, sizes as pairs."""
     width = _width(layer)
     given = (_drawn(1, QUERIES, width), _drawn(1, QUERIES, 1, 4), _drawn(1, _pixels(layer), width))
     return (*given, _sizes(layer)), {}
@@ -81,14 +81,14 @@ def oriented_boxes(layer: Any) -> Call:
 
 
 def of_levels(layer: Any) -> Call:
-    """As D-FINE: a list of levels [B, M, D, S_l]."""
+    """D-FINE's interface: a list of levels [B, M, D, S_l]."""
     heads, width = _heads(layer), _width(layer)
     value = [_drawn(1, heads, width // heads, h * w) for h, w in _sizes(layer)]
     return (_drawn(1, QUERIES, width), _drawn(1, QUERIES, 1, 4), value, _sizes(layer)), {}
 
 
 def of_maps(layer: Any) -> Call:
-    """As GTR: a list of maps [B * M, D, H, W]."""
+    """GTR's interface: a list of maps [B * M, D, H, W]."""
     (query, points, value, sizes), named = of_levels(layer)
     maps = [
         each.detach().flatten(0, 1).unflatten(-1, size).requires_grad_() for each, size in zip(value, sizes)
@@ -102,7 +102,7 @@ def oriented_maps(layer: Any) -> Call:
 
 
 def temporal(layer: Any) -> Call:
-    """As BEVFormer: every pixel is a query, the value of two frames."""
+    """BEVFormer's temporal attention: every pixel is a query, and the value has two frames."""
     levels, width, pixels = _levels_of(layer), _width(layer), _pixels(layer)
     named = {"value": _drawn(2, pixels, width), "reference_points": _drawn(2, pixels, _levels(layer), 2)}
     return (_drawn(1, pixels, width),), {
@@ -113,13 +113,13 @@ def temporal(layer: Any) -> Call:
 
 
 def anchors(layer: Any) -> Call:
-    """As BEVFormer's spatial cross attention: points of four heights for a query."""
+    """BEVFormer's spatial cross attention: points at four heights for each query."""
     call, named = mmcv(layer)
     return call, {**named, "reference_points": _drawn(1, QUERIES, 4, 2)}
 
 
 def segments(layer: Any) -> Call:
-    """As TadTR: one axis, of time."""
+    """TadTR's interface: time is the only axis."""
     lengths, width = torch.tensor([SIDE >> level for level in range(_levels(layer))]), _width(layer)
     points = _drawn(1, QUERIES, _levels(layer), 1)
     value = _drawn(1, int(lengths.sum()), width)

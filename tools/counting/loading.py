@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single files of a project as modules, without its packages' own ``__init__`` and without most of its requirements.
+"""Imports single files of a project, without running its packages' ``__init__`` and without most of its requirements.
 
-A package of the project is an empty module that finds names where its ``__init__`` imports them from. A package that
-is not installed is a stand-in: its decorators return what they decorate, and its classes are ``torch.nn.Module``.
+A package of the project is an empty module that imports a name from where its ``__init__`` would. A package that is
+not installed is a stand-in: its decorators return the decorated function, and its classes are ``torch.nn.Module``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KERNELS = ("ms_deform_attn_forward", "ms_deform_attn_backward")  # only a compi
 
 
 def compiled(name: str) -> types.ModuleType:
-    """A module in place of a compiled one: the published op in plain torch."""
+    """A stand-in for a compiled module: the published op in plain torch."""
     module = types.ModuleType(name)
     module.ms_deform_attn_forward = world._published_forward  # type: ignore[attr-defined]
     module.ms_deform_attn_backward = world._published_backward  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def compiled(name: str) -> types.ModuleType:
 
 
 class Anything:
-    """A name of a package that is not installed."""
+    """A stand-in for any name of a package that is not installed."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = name
@@ -65,7 +65,7 @@ class Anything:
 
 
 class Missing(types.ModuleType):
-    """A module that is not installed."""
+    """A stand-in for a module that is not installed."""
 
     __path__: ClassVar[list[str]] = []
 
@@ -80,7 +80,7 @@ class Missing(types.ModuleType):
 
 
 class _BaseModule(nn.Module):
-    """In place of mmcv's and mmengine's."""
+    """A stand-in for the BaseModule of mmcv and mmengine."""
 
     def __init__(self, init_cfg: Any = None) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def _imported_names(file: Path) -> dict[str, tuple[str, str]]:
 
 
 class _Lenient(SourceFileLoader):
-    """Keeps a module whose import fails half-way, for the sake of those that need only its beginning."""
+    """Keeps a module whose import fails half-way, for modules that need only its beginning."""
 
     failed: ClassVar[dict[str, BaseException]] = {}
 
@@ -129,7 +129,7 @@ class _Lenient(SourceFileLoader):
 
 
 class _Packages:
-    """Finds packages below the roots before all others, and stand-ins after all others."""
+    """Finds packages and modules below the roots, before all other finders."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots, self.own = roots, {each.name for root in roots for each in root.iterdir()}
@@ -175,7 +175,7 @@ class _Absent:
 
 
 def load(roots: Sequence[Path], module: str, absent: Sequence[str] = ()) -> types.ModuleType:
-    """A module of the project, in this process for good. `absent`: packages that are taken as not installed."""
+    """Imports a module of the project, permanently for this process. `absent`: packages to treat as not installed."""
     sys.meta_path.insert(0, _Packages(roots))  # type: ignore[arg-type]
     sys.meta_path.append(_Absent(roots))  # type: ignore[arg-type]
     for name in absent:

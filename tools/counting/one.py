@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One class of the census, in a process of its own: the trial of it and of its stand-in, differences and times."""
+"""One class of the census, in its own process: the trials of it and of its stand-in, differences and times."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _distance(found: list[Any], expected: list[Any]) -> float:
 
 
 def _times(layer: nn.Module, positional: Any, named: Any, *, backward: bool) -> list[float]:
-    """Milliseconds of some runs after one that counts for nothing."""
+    """Milliseconds of some runs, after a warm-up."""
     found = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -134,7 +134,7 @@ def _times(layer: nn.Module, positional: Any, named: Any, *, backward: bool) -> 
 
 
 def _stand_in(record: Record) -> str:
-    """The verdict on the stand-in in the tests."""
+    """The verdict on the class's stand-in in the tests."""
     kind = getattr(layers_today, record.stand_in, None) or getattr(
         layers_of_others, record.stand_in or "_", None
     )

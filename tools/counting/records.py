@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer classes of the census: where each stands, how it is built and called, and its stand-in in the tests."""
+"""The layer classes of the census: their places, arguments and calls, and their stand-ins in the tests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _classic(
 
 
 def _bev(project: str, source: str, below: str, *names: str) -> list[Record]:
-    """The layers of BEVFormer and the projects that took them."""
+    """The layers of BEVFormer and of projects that copied them."""
     every = {
         "decoder": ("CustomMSDeformableAttention", "mmcv", "MultiScaleDeformableAttention"),
         "spatial_cross_attention": ("MSDeformableAttention3D", "anchors", "Anchors"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a project: a release from PyPI, or a commit from GitHub, unpacked below one folder and kept there."""
+"""The code of a project: a release from PyPI or a commit from GitHub, unpacked and kept below one folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def folder_of(source: str, below: Path) -> Path:
-    """The folder of ``name==version`` or ``owner/name@commit``, which is brought there if it is missing."""
+    """The folder of ``name==version`` or ``owner/name@commit``, which is downloaded if it is missing."""
     place = below / source.replace("/", "+")
     if not place.is_dir():
         archive = _release(source, below) if "==" in source else _commit(source, below)

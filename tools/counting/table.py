@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of the census as a page, and what has changed since the last one."""
+"""The results of the census as a page, and the changes since the last census."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ time is of that. Nothing here ran on a GPU.
 
 
 def key(row: Row) -> tuple[str, str, str]:
-    """The class of a row, in any release."""
+    """Identifies the class of a row, whatever its release."""
     return row["project"], row["module"], row["kind"]
 
 
@@ -68,7 +68,7 @@ def _line(row: Row) -> str:
 
 
 def changes(before: Mapping[tuple[str, str, str], Row], rows: Sequence[Row]) -> Iterator[str]:
-    """The differences from the committed census: code, verdicts, and stand-ins whose verdict is another."""
+    """The differences from the committed census: changed code, changed verdicts, and stand-ins with another verdict."""
     for row in rows:
         name = ".".join(key(row)[1:])
         then = before.get(key(row))

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def backends_of(name: str | None) -> tuple[str, ...]:
-    """The backends that can run here; says why others cannot."""
+    """The backends that can run here; prints why others cannot."""
     from tools.fuzzing.call import left_out, routes
 
     asked = tuple(BACKENDS) if name is None else (name,)
@@ -71,7 +71,7 @@ def one(number: int) -> int:
 
 
 def table(tally: Tally) -> str:
-    """Cases of each op and backend by dtype, and how many were wrong."""
+    """A table of the cases of each op and backend by dtype, and the number of wrong ones."""
     lines = [
         f"{'op':22}{'backend':11}" + "".join(f"{dtype:>10}" for dtype in DTYPES) + f"{'all':>9}{'wrong':>7}"
     ]

@@ -25,7 +25,7 @@ def expected(
     seed: int | None,
     scale_is_exact: bool,
 ) -> Results:
-    """Output and all gradients; `factor` is the type that factors of a second product are brought to.
+    """Output and all gradients; `factor` is the type to which factors of a second product are rounded.
 
     tensors: x [N, C], down_weight, down_bias, up_weight, up_bias, residual, scale (one number), as the op sees them.
     """
@@ -73,7 +73,7 @@ def _given(tensor: Array | None) -> Bounded:
 
 
 def _of_scale(acc: Arithmetic, g: Bounded, up: Bounded, a: Bounded, bias: Array | None) -> Bounded:
-    """(11), with the magnitudes of all terms: it may be summed over rows and channels first, or over hidden units."""
+    """Eq. (11), with the magnitudes of all terms: kernels may sum rows and channels first, or hidden units."""
     ways = acc.mul(g.at(np.s_[:, :, None]), up.at(np.s_[None]))  # [N, C, H]
     terms = acc.mul(ways, a.at(np.s_[:, None, :])).reshape(-1)
     if bias is not None:
@@ -86,7 +86,7 @@ def _of_scale(acc: Arithmetic, g: Bounded, up: Bounded, a: Bounded, bias: Array 
 
 
 def _switched(acc: Arithmetic, a: Bounded, switch: Bounded) -> Bounded:
-    """a times a factor that may be 0: what is not finite stays as NaN there, or is gone."""
+    """a times a factor that may be 0: there, NaN and infinities in `a` may stay as NaN or become 0."""
     gone = (np.abs(switch.value) <= switch.error) & ~(np.isfinite(a.value) & np.isfinite(a.error))
     return acc.mul(a, switch).may_differ(np.where(gone, np.inf, 0.0))
 
@@ -105,7 +105,7 @@ def _activated(acc: Arithmetic, z: Bounded, activation: str) -> Bounded:
 
 
 def _slope(acc: Arithmetic, z: Bounded, activation: str) -> Bounded:
-    """The derivative; of relu, either one where rounding decides on which side of 0 z is."""
+    """The derivative of the activation; for relu either one, if rounding decides on which side of 0 z is."""
     v, error = z
     if activation == "relu":
         either = (np.abs(v) <= error) & (error > 0)
@@ -123,7 +123,7 @@ def _slope(acc: Arithmetic, z: Bounded, activation: str) -> Bounded:
 
 
 def _dropout(seed: int | None, count: int, p: float) -> Array:
-    """Factors of (5) from the bits of (4)."""
+    """The dropout factors of eq. (5), from the random bits of eq. (4)."""
     if seed is None:
         return np.ones(count)
     index = np.arange(count, dtype=np.uint64)
@@ -134,7 +134,7 @@ def _dropout(seed: int | None, count: int, p: float) -> Array:
 
 
 def philox(seed: int, counter: Array) -> list[Array]:
-    """Philox 4x32-10 of Salmon et al. 2011: key `seed`, counter (low, high, 0, 0); four words of 32 bits."""
+    """Philox 4x32-10 (Salmon et al. 2011) of key `seed` and counter (low, high, 0, 0): four words of 32 bits."""
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
     words = [counter & low, counter >> shift, np.zeros_like(counter), np.zeros_like(counter)]

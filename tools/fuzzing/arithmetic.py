@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running error analysis: numbers in float64, each with a bound on how far another order of the sums may be off.
+"""Running error analysis: numbers in float64, each with a bound on the deviation that another order of sums may cause.
 
-An error of 0 with a value that is not finite means: NaN, or this infinity, and nothing else. An infinite error means:
-anything, since sums overflow, or infinities meet numbers whose sign rounding decides.
+A value that is not finite, with an error of 0, must be NaN or this infinity. An infinite error allows any result:
+sums may overflow, or rounding decides the sign of a number that meets an infinity.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Bounded(NamedTuple):
         return Bounded(self.value.reshape(shape), self.error.reshape(shape))
 
     def swap(self) -> Bounded:
-        """The last two axes exchanged."""
+        """The transpose: exchanges the last two axes."""
         return Bounded(self.value.swapaxes(-1, -2), self.error.swapaxes(-1, -2))
 
     def zero_unless(self, where: Array) -> Bounded:
         return Bounded(np.where(where, self.value, 0.0), np.where(where, self.error, 0.0))
 
     def may_differ(self, by: Array) -> Bounded:
-        """The same with this much more of an error; NaN: by anything."""
+        """The same values with a larger error; NaN adds an infinite error."""
         return Bounded(self.value, self.error + np.where(np.isnan(by), np.inf, by))
 
 
@@ -47,7 +47,7 @@ def concatenate(parts: list[Bounded], axis: int) -> Bounded:
 
 
 def either(one: Bounded, other: Bounded) -> Bounded:
-    """The same number worked out in two ways, of which either may be a kernel's."""
+    """The same number computed in two ways; a kernel may use either."""
     error = np.maximum(one.error, other.error)
     same = np.isfinite(one.value) | (one.value == other.value) | (np.isnan(one.value) & np.isnan(other.value))
     return Bounded(one.value, np.where(same, error, np.inf))
@@ -55,7 +55,7 @@ def either(one: Bounded, other: Bounded) -> Bounded:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The error bound of one operation: `unit` of its result, and `smallest` where results near zero are flushed."""
+    """Operations with error bounds: `unit` times the result, plus `smallest` for results that are flushed to zero."""
 
     name: str
     unit: float
@@ -63,13 +63,13 @@ class Arithmetic:
     largest: float
 
     def _settled(self, value: Array, error: Array, definite: Array) -> Bounded:
-        """Without finite numbers that may overflow, and with errors where `definite` tells what is not finite."""
+        """Gives an infinite error to numbers that may overflow; non-finite values are certain only if `definite`."""
         over = ~(np.abs(value) + error <= self.largest)
         error = np.where(over, np.inf, error)
         return Bounded(value, np.where(np.isfinite(value), error, np.where(definite, 0.0, np.inf)))
 
     def rounded(self, a: Bounded) -> Bounded:
-        """Brought to this type, as an intermediate result may be."""
+        """The numbers rounded to this type, as intermediate results may be."""
         error = a.error + self.unit * (np.abs(a.value) + a.error) + self.smallest
         return self._settled(a.value, error, a.error == 0)
 
@@ -108,7 +108,7 @@ class Arithmetic:
         return Bounded(value, np.where(np.isfinite(value), error, 0.0) + np.where(unsure & ~nan, np.inf, 0.0))
 
     def _gamma(self, count: int) -> float:
-        """The error of a sum of so many products, in units of the sum of their magnitudes."""
+        """The error of a sum of this many products, relative to the sum of their magnitudes."""
         return (count + 4) * self.unit
 
     def dot(self, a: Bounded, b: Bounded) -> Bounded:
@@ -126,7 +126,7 @@ class Arithmetic:
         return self._settled(a.value @ b.value.swapaxes(-1, -2), error, np.ones_like(error, dtype=bool))
 
     def scatter(self, terms: Bounded, index: Array, rows: int) -> Bounded:
-        """terms [N, D] added up in rows [rows, D]; a negative index is none."""
+        """Adds terms [N, D] to rows [rows, D] by index; terms with a negative index are dropped."""
         there = index >= 0
         terms, index = terms.at(there), index[there]
         shape = (rows, terms.value.shape[-1])
@@ -145,7 +145,7 @@ class Arithmetic:
         return Bounded(value, error)
 
     def softmax(self, logits: Bounded, axis: int) -> Bounded:
-        """exp(logit - largest) over the sum of those. Whatever the logits' errors, it lies between 0 and 1."""
+        """exp(logit - largest), divided by its sum. For any errors of the logits, it lies between 0 and 1."""
         z, error = logits
         if z.shape[axis] == 0:
             return logits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formulas of ms_deform_attn and ms_deform_attn_fused, in float64: docs/derivations/ms_deform_attn.md."""
+"""The formulas of ms_deform_attn and ms_deform_attn_fused in float64; docs/derivations/ms_deform_attn.md has them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sampled:
 
 
 class Wider(NamedTuple):
-    """How much more results may be off, where points may lie in other cells."""
+    """Additional errors of results if points may lie in other cells."""
 
     terms: Array
     weights: Array
@@ -44,7 +44,7 @@ class Attention:
         self.value, self.weights, self.grad = value, weights, exact(grad)
 
     def results(self, places: list[Pair]) -> tuple[Results, list[Sampled]]:
-        """Output and gradient of value, and what each level gives."""
+        """Output and gradient of value, and the samples of each level."""
         batch, pixels, heads, channels = self.value.shape
         sampled = [self._sample(level, place) for level, place in zip(self.levels, places)]
         none = exact(np.zeros((*self.grad.value.shape[:3], 0, channels)))
@@ -89,7 +89,7 @@ class Attention:
         return Sampled(terms, grad_weight, along, scattered)
 
     def _of_point(self, at: Touched, weight: Bounded, dots: Bounded) -> tuple[Bounded, Pair]:
-        """(6), and (7) without the level's size."""
+        """Eq. (6), and eq. (7) without the level's size."""
         inside = at.pixel >= 0
         grad_weight = self.acc.sum(self.acc.mul(at.share, dots).zero_unless(inside), -1)
         touches = inside.any(-1) & np.asarray(self.method == "bilinear")
@@ -104,7 +104,7 @@ class Attention:
         return grad_weight, (along[0], along[1])
 
     def _scattered(self, given: Bounded, pixel: Array) -> tuple[Bounded, Array]:
-        """Terms for grad_value and the rows that they are added to, -1 for those outside."""
+        """Terms for grad_value and the rows to add them to, -1 for pixels outside."""
         batch, pixels, heads, channels = self.value.shape
         image = np.arange(batch).reshape(-1, 1, 1, 1, 1)
         head = np.arange(heads).reshape(1, 1, -1, 1, 1)
@@ -128,7 +128,7 @@ class Attention:
 
 
 def _read(value: Array, pixel: Array) -> Array:
-    """[B, S, M, D] at pixels [B, Q, M, P, C], 0 where there is none: [B, Q, M, P, C, D]."""
+    """Reads [B, S, M, D] at pixels [B, Q, M, P, C], 0 outside: [B, Q, M, P, C, D]."""
     batch, pixels, heads, channels = value.shape
     if pixels == 0:
         return np.zeros((*pixel.shape, channels))
@@ -155,7 +155,7 @@ def _dots(grad: Array, read: Array, pixel: Array) -> Array:
 
 
 def _of_cell(method: str, at: Touched, weight: Array, dots: Array) -> list[Array]:
-    """(6) and (7) of one cell, without bounds."""
+    """Eqs. (6) and (7) for one cell, without error bounds."""
     inside = at.pixel >= 0
     found = [np.where(inside, at.share.value * dots, 0.0).sum(-1)]
     for slope in at.slope:
@@ -165,7 +165,7 @@ def _of_cell(method: str, at: Touched, weight: Array, dots: Array) -> list[Array
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Where one is 0 the product is, whatever the other."""
+    """The product; 0 if either factor is 0, even if the other is not finite."""
     return np.where((a == 0) | (b == 0), 0.0, a * b)
 
 
@@ -183,7 +183,7 @@ def expected_plain(
     weights: Array,
     grad: Array,
 ) -> Results:
-    """locations [B, Q, M, K, 2], weights [B, Q, M, K]."""
+    """Output and gradients for locations [B, Q, M, K, 2] and weights [B, Q, M, K]."""
     call = Attention(acc, levels, method, value, exact(weights), grad)
     places = [plain_places(locations[..., level.points, :], level, acc, method) for level in levels]
     results, sampled = call.results(places)
@@ -207,7 +207,7 @@ def expected_fused(
     logits: Array,
     grad: Array,
 ) -> Results:
-    """reference [B or 1, Q, L or 1, 2 or 4], offsets [B, Q, M, K, 2], logits [B, Q, M, K]."""
+    """Output and gradients for reference [B or 1, Q, L or 1, 2 or 4], offsets [B, Q, M, K, 2], logits [B, Q, M, K]."""
     weights = acc.softmax(exact(logits), -1)  # (8)
     call = Attention(acc, levels, method, value, weights, grad)
     full = np.broadcast_to(reference, (len(value), reference.shape[1], len(levels), reference.shape[3]))
@@ -234,7 +234,7 @@ def expected_fused(
 
 
 def _times(acc: Arithmetic, factor: Array, along: Bounded) -> Bounded:
-    """A gradient that is 0 stays 0, whatever the factor; a product of it may be rounded a few times."""
+    """The factor times a gradient, rounded a few times; a gradient of 0 stays 0 for any factor."""
     product = acc.rounded(acc.mul(exact(factor), along))
     return product.zero_unless((along.value != 0) | (along.error != 0))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case through the public functions and autograd, and the oracle's results for the same numbers."""
+"""Runs a case through the public functions and autograd, and the oracle on the same numbers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SEEDS = 2**63 - 1
 
 
 def _known() -> list[Route]:
-    """The ways to run each backend on the CPU: of cpu every instruction set, of the others one."""
+    """The routes of each backend on the CPU: every instruction set of cpu, one route of the others."""
     every = [*RUNNERS, *(route for route in all_routes("cpu") if route.backend == "reference")]
     return [route for route in every if route.device == "cpu" and route.name != "cpu-wide"]
 
 
 def routes() -> dict[str, list[Route]]:
-    """The ways that can run here, by backend."""
+    """The routes that can run here, by backend."""
     usable = [route for route in _known() if route.reason is None]
     return {name: [route for route in usable if route.backend == name] for name in BACKENDS}
 
 
 def left_out(backend: str) -> str:
-    """Why none of its ways can run here."""
+    """The reason why none of the backend's routes can run here."""
     reasons = [f"{route.name}: {route.reason}" for route in _known() if route.backend == backend]
     return f"{backend} is left out ({'; '.join(reasons)})"
 
@@ -47,7 +47,7 @@ Actual = dict[str, Tensor]
 
 
 def function(case: Case) -> Callable[..., Output]:
-    """The public function, of the case's tensors by their names."""
+    """The public function as a function of the case's tensors by name."""
     op: Callable[..., Output] = getattr(functional, case.op)
     options = {**case.options, "backend": case.backend}
 
@@ -84,7 +84,7 @@ def _settings(case: Case) -> Iterator[None]:
 
 
 def actual(case: Case, run: Callable[..., Output]) -> Actual:
-    """Output and the gradients that are wanted."""
+    """The output and the needed gradients."""
     leaves = {
         name: tensor.detach().requires_grad_(name in case.wanted)
         for name, tensor in case.tensors.items()
@@ -104,7 +104,7 @@ def actual(case: Case, run: Callable[..., Output]) -> Actual:
 
 
 def _numbers(tensor: Tensor, *dtypes: str) -> Array:
-    """In float64, brought to these types first, as the op does."""
+    """The numbers in float64, after conversion to these types, as in the op."""
     for dtype in dtypes:
         tensor = tensor.to(TORCH[dtype])
     return np.asarray(tensor.double().resolve_neg().resolve_conj().numpy())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case from its number: backend, op, dtype, shapes, strides, numbers, options, and the gradients that are wanted."""
+"""A case from its number: backend, op, dtype, shapes, strides, numbers, options, and the needed gradients."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class Case:
     mode: str = "grad"  # or "no_grad" or "inference": what is around the call
 
     def tensor(self, name: str) -> Tensor:
-        """One that there is."""
+        """The tensor of this name, which must not be None."""
         tensor = self.tensors[name]
         assert tensor is not None
         return tensor
 
     @property
     def first(self) -> Tensor:
-        """The tensor whose type the result has."""
+        """The tensor whose dtype the result has."""
         return self.tensor(next(iter(self.tensors)))
 
     @property
     def small(self) -> bool:
-        """For kernels that an interpreter runs."""
+        """Whether the case must be small, because the kernels are emulated or interpreted."""
         return self.backend in ("cuda", "triton")
 
 
@@ -77,7 +77,7 @@ class Draw:
         return choices[int(self.rng.integers(len(choices)))]
 
     def size(self, most: int, *, empty: float = 0.02) -> int:
-        """0 now and then, 1 often, else what is round vectors and tiles as likely as anything."""
+        """A size up to `most`: rarely 0, often 1, else with equal chances one near vectors and tiles or any other."""
         if self.chance(empty):
             return 0
         if self.chance(0.15):
@@ -91,7 +91,7 @@ class Draw:
         return str(self.one_of(DTYPES)) if self.chance(often) else self.case.dtype
 
     def numbers(self, shape: Sequence[int], dtype: str, *, bad: bool = True) -> Tensor:
-        """Usual ones, or huge, tiny, whole, of all magnitudes, or some that are not finite."""
+        """Random numbers: usual, huge, tiny, whole, sparse, of all magnitudes, or with some that are not finite."""
         data = self.rng.standard_normal(shape)
         kinds = ["huge", "tiny", "whole", "wide", "zero", *(["bad"] * 2 if bad else [])]
         kind = "usual" if self.ordinary or self.chance(0.4) else self.one_of(kinds)
@@ -136,7 +136,7 @@ class Draw:
 
 
 def begin(number: int) -> tuple[Case, np.random.Generator]:
-    """Op, backend and dtype: what a number can be chosen by without drawing all of it."""
+    """Draws only op, backend and dtype, by which case numbers can be selected quickly."""
     rng = np.random.Generator(np.random.PCG64(number))
     backend = str(rng.choice(list(BACKENDS), p=list(BACKENDS.values())))
     dtypes = [name for name in DTYPES if (backend, name) != ("triton", "float64")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of each op, drawn."""
+"""Draws the arguments of each op."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ACTIVATIONS = ("relu", "gelu", "silu")
 
 
 def _dense(draw: Draw) -> tuple[int, int]:
-    """The largest number of rows or pixels, and of channels: few of both, now and then many of one."""
+    """The largest number of rows or pixels, and of channels: small, with sometimes one of them large."""
     backend = draw.case.backend
     many = float(draw.rng.random())
     if many < 0.04:  # more than kernels take at once
@@ -23,12 +23,12 @@ def _dense(draw: Draw) -> tuple[int, int]:
 
 
 def _images(draw: Draw) -> int:
-    """The largest number of images: each is a program to Triton, which takes its interpreter a tenth of a second."""
+    """The largest number of images; Triton's interpreter takes a tenth of a second for the program of each image."""
     return 2 if draw.case.backend == "triton" else 3
 
 
 def _tokens(most: int) -> int:
-    """The largest number of tokens beside so many channels: as many as the shared memory of any card holds."""
+    """The largest number of tokens with this many channels: as many as fit the shared memory of every card."""
     return 128 if most > 100 else min(most, 20)
 
 
@@ -92,7 +92,7 @@ def token_project(draw: Draw) -> Case:
 
 
 def _pyramid(draw: Draw) -> tuple[list[int], list[int]]:
-    """The levels of the case; points of each, and the numbers in [..., L, P]: all alike unless ragged."""
+    """Draws the levels of the case; returns the points of each level and the last axes, [L, P], or [K] if ragged."""
     case = draw.case
     count = draw.size({"triton": 2, "cuda": 3}.get(case.backend, 4), empty=0.03)
     side = 5 if case.small else 9
@@ -112,7 +112,7 @@ def _pyramid(draw: Draw) -> tuple[list[int], list[int]]:
 
 
 def _tables(draw: Draw) -> None:
-    """Levels as pairs of numbers or a tensor, first pixels as numbers, a tensor, or, where they follow, nothing."""
+    """Draws the form of the levels: pairs or a tensor; first pixels as numbers, a tensor or, if possible, None."""
     case = draw.case
     shapes: object = list(case.levels)
     if draw.chance(0.6) or not case.levels:
@@ -127,7 +127,7 @@ def _tables(draw: Draw) -> None:
 
 
 def _attention(draw: Draw) -> tuple[tuple[int, ...], list[int], list[int]]:
-    """Draws value and the levels: (B, Q, M, D), points of each level, and how the points are laid out."""
+    """Draws value and the levels; returns (B, Q, M, D), the points of each level, and the last axes of the points."""
     case = draw.case
     points, layout = _pyramid(draw)
     _tables(draw)
@@ -143,13 +143,13 @@ def _attention(draw: Draw) -> tuple[tuple[int, ...], list[int], list[int]]:
 
 
 def _sizes_of_points(case: Case, points: list[int]) -> np.ndarray:
-    """[K, 2] as (width, height)."""
+    """The (width, height) of each point's level, [K, 2]."""
     sizes = np.array(case.levels, dtype=np.float64).reshape(-1, 2)[:, ::-1]
     return np.repeat(sizes, points, 0)
 
 
 def _pixels(draw: Draw, shape: tuple[int, ...], sizes: np.ndarray) -> np.ndarray:
-    """Coordinates in pixels [..., K, 2]: anywhere in and round the maps, on centres and edges, or next to those."""
+    """Coordinates in pixels [..., K, 2]: anywhere in and around the maps, on centres and edges, or beside these."""
     anywhere = draw.rng.uniform(-1.5, 1.5, shape) + draw.rng.random(shape) * sizes
     halves = np.round(2 * anywhere) / 2
     kind = draw.rng.random(shape)

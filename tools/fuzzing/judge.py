@@ -30,12 +30,12 @@ class Wrong:
 
 
 def rounded(value: Array, dtype: torch.dtype) -> Array:
-    """To the nearest of this type, infinities where there is none; by way of float32, as torch does it."""
+    """The values rounded to this type, or infinite if out of range, by torch's conversion."""
     return torch.from_numpy(np.ascontiguousarray(value)).to(dtype).double().numpy()
 
 
 def limits(known: Bounded, dtype: torch.dtype) -> tuple[Array, Array]:
-    """The least and the largest number that may come: rounding keeps the order of numbers."""
+    """The least and the largest allowed result: rounding keeps the order of numbers."""
     error = known.error * (1 + 1e-9)
     return rounded(known.value - error, dtype), rounded(known.value + error, dtype)
 
@@ -65,13 +65,13 @@ def compare(name: str, got: Tensor, known: Bounded, dtype: torch.dtype) -> list[
 
 
 def through(case: Case, name: str, known: Bounded, dtype: torch.dtype) -> Bounded:
-    """An input of another type than x may get its gradient by way of x's type, as it came."""
+    """The gradient of an input with another type than x may be rounded to x's type first."""
     parameter = case.op in ("adapter_bottleneck", "token_pool") and name not in ("x", "scale", "residual")
     return OF[case.dtype].rounded(known) if parameter and dtype != case.first.dtype else known
 
 
 def judge(case: Case, results: dict[str, Tensor], expected: dict[str, Bounded]) -> list[Wrong | str]:
-    """The faults, in words; empty if there are none."""
+    """The faults of the results; empty if there are none."""
     found: list[Wrong | str] = []
     shapes = {"output": case.grad_output, "attention": case.first}
     for name in ("output", *case.wanted, *(["attention"] if "attention" in results else [])):
@@ -91,7 +91,7 @@ def judge(case: Case, results: dict[str, Tensor], expected: dict[str, Bounded]) 
 
 
 def unsure(case: Case, expected: dict[str, Bounded]) -> tuple[int, int]:
-    """How many numbers may be anything, of how many."""
+    """The number of results that may have any value, and the number of all results."""
     names = ["output", *case.wanted]
     errors = [expected[name].error for name in names]
     return sum(int(np.isinf(error).sum()) for error in errors), sum(error.size for error in errors)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors against guarded pages, in every layout that torch has: a kernel that reads beyond one ends the process."""
+"""Tensors beside guarded pages, in all of torch's layouts: a kernel that reads outside of one ends the process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ARENAS = 16
 
 @functools.cache
 def _arenas() -> list[mmap.mmap]:
-    """Memory whose first and last page may not be touched; none where the system has no mprotect."""
+    """Memory whose first and last pages must not be accessed; none if the system lacks mprotect."""
     if sys.platform == "win32":
         return []
     protect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -38,7 +38,7 @@ def _arenas() -> list[mmap.mmap]:
 
 @dataclass
 class Placed:
-    """Where the tensors of a case lie. Only one case at a time has the arenas."""
+    """Places the tensors of a case in memory. Only one case at a time uses the arenas."""
 
     rng: np.random.Generator
     used: int = 0
@@ -47,7 +47,7 @@ class Placed:
         self._whole: list[tuple[Tensor, Tensor]] = []  # storages, and what they held
 
     def storage(self, count: int, dtype: torch.dtype) -> Tensor:
-        """So many elements, at one or the other end of an arena, if there is one left that has the room."""
+        """Storage for `count` elements, at either end of an arena if one is left that is large enough."""
         size, arenas = count * dtype.itemsize, _arenas()
         at_end = bool(self.rng.integers(4))  # most overruns are at the end
         if count == 0 or size > _ROOM * PAGE or self.used >= len(arenas):
@@ -57,7 +57,7 @@ class Placed:
         return torch.frombuffer(arenas[self.used - 1], dtype=dtype, count=count, offset=offset)
 
     def place(self, data: Tensor, layout: str) -> Tensor:
-        """The same numbers with other strides; the gaps between them are NaN."""
+        """A copy with other strides; the gaps between the elements are NaN."""
         if layout == "negated":
             return torch._neg_view(self._strided(-data, self._permutation(data)))
         if layout == "imaginary" and data.dtype in (torch.float32, torch.float64):
@@ -78,7 +78,7 @@ class Placed:
         return [int(axis) for axis in self.rng.permutation(data.dim())]
 
     def _sliced(self, data: Tensor) -> Tensor:
-        """Every second, or all but the last few, of one axis."""
+        """A slice of one axis: with steps of 1 or 2, and up to two unused elements at the end."""
         axis, step = int(self.rng.integers(data.dim())), int(self.rng.integers(1, 3))
         shape = list(data.shape)
         shape[axis] = shape[axis] * step + int(self.rng.integers(3))
@@ -89,12 +89,12 @@ class Placed:
         return self._strided(whole, range(data.dim()))[tuple(part)]
 
     def expanded(self, data: Tensor, axis: int) -> Tensor:
-        """The first of an axis, in all its places without a copy."""
+        """The first element of an axis, expanded along it without a copy."""
         first = data.narrow(axis, 0, 1)
         return self._strided(first, range(data.dim())).expand(data.shape)
 
     def _strided(self, data: Tensor, order: range | list[int]) -> Tensor:
-        """data in memory in the order of its axes that is given."""
+        """A copy whose axes lie in memory in this order."""
         laid = data.permute(*order) if data.dim() else data
         storage = self.storage(data.numel(), data.dtype)
         storage.copy_(laid.reshape(-1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case, run and judged."""
+"""Runs and judges one case."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Outcome:
 def try_case(
     number: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run
 ) -> Outcome:
-    """Runs a case. `wrap` may stand between it and the public function."""
+    """Runs a case. `wrap` wraps the public function, for tests of the fuzzer."""
     case = draw(number)
     usable = routes()[case.backend]
     if not usable:
@@ -69,7 +69,7 @@ def _attempt(
 
 
 def describe(case: Case) -> str:
-    """The whole case in words."""
+    """A description of the whole case."""
     levels = f", levels {case.levels} from {case.starts}" if case.levels else ""
     lines = [f"options {case.options}{levels}"]
     lines.append(f"gradients of {', '.join(case.wanted) or 'nothing'}; around the call: {case.mode}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where points of ms_deform_attn lie, in pixels, and which pixels they touch: eqs. (2) to (4), (9) and (10).
+"""The places of sampling points in pixels, and the pixels that they touch: eqs. (2) to (4), (9) and (10).
 
-Plain locations are made pixels by two roundings that the derivation fixes, so each has one cell. In the fused form the
-order of the operations is free: near an edge a point has an error, and other cells beside its own.
+Plain locations are converted to pixels by two roundings that the derivation fixes, so each lies in one cell. In the
+fused form the order of the operations is free: near an edge, a point has an error and may lie in other cells too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Touched:
-    """The pixels of points, [..., C] with C = 4, or 1 of `nearest`."""
+    """The pixels that points touch, [..., C] with C = 4, or 1 for `nearest`."""
 
     pixel: Array  # -1: none
     share: Bounded
@@ -39,7 +39,7 @@ class Touched:
 
 
 def plain_places(locations: Array, level: Level, acc: Arithmetic, method: str) -> Pair:
-    """Pixels of locations [..., 2]: product, then shift, each rounded."""
+    """Pixel coordinates of locations [..., 2]: product, then shift, each rounded."""
     number = np.float64 if acc.name == "float64" else np.float32
     shift = number(-0.5 if method == "bilinear" else 0.5)
     u, v = (locations[..., i].astype(number) * number(level.size[i]) + shift for i in (0, 1))
@@ -49,8 +49,9 @@ def plain_places(locations: Array, level: Level, acc: Arithmetic, method: str) -
 def fused_places(
     reference: Array, offsets: Array, level: Level, acc: Arithmetic, method: str
 ) -> tuple[Pair, tuple[Array, Array]]:
-    """Pixels of reference points [B, Q, 1, 1, 2 or 4] and offsets [B, Q, M, P, 2], and steps: the pixels of an offset
-    of one. Where an offset leads nowhere, they are NaN.
+    """Pixel coordinates, NaN if not finite, of reference points [B, Q, 1, 1, 2 or 4] and offsets [B, Q, M, P, 2].
+
+    Also returns the steps: the pixels that an offset of 1 stands for.
     """
     shift = -0.5 if method == "bilinear" else 0.5
     count = level.points.stop - level.points.start
@@ -71,7 +72,7 @@ def fused_places(
 
 
 def _is_exact(start: Array, moved: Array, size: int, shift: float, acc: Arithmetic) -> Array:
-    """Whether nothing is rounded, in whichever order a place is worked out; size is a power of two."""
+    """Whether a place is computed without rounding, in any order of operations; size is a power of two."""
     number = np.float64 if acc.name == "float64" else np.float32
     steps = (start * size, start * size + shift, start * size + moved, start * size + moved + shift)
     same = np.ones(np.broadcast(start, moved).shape, dtype=bool)
@@ -83,7 +84,7 @@ def _is_exact(start: Array, moved: Array, size: int, shift: float, acc: Arithmet
 
 
 def others_near(place: Pair) -> list[tuple[Array, Array]]:
-    """Places that rounding may make of these beside their own, only where the cell is another."""
+    """Other places that rounding may give to the points, if they lie in other cells."""
     sides: list[list[Array]] = []
     for u in place:
         ways = [u.value]

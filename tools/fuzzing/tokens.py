@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formulas of token_pool and token_project, in float64: the equations of their pages in docs/derivations."""
+"""The formulas of token_pool and token_project in float64; their pages in docs/derivations have the equations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Results = dict[str, Bounded]
 def expected_pool(
     acc: Arithmetic, factor: Arithmetic, stored: Arithmetic, x: Array, weight: Array, grad: Array
 ) -> Results:
-    """x [B, N, C], weight [T, C] or [B, T, C], grad [B, T, C]; `stored` is the type that the tokens are kept in."""
+    """Output and gradients for x [B, N, C], weight [T, C] or [B, T, C], grad [B, T, C]; `stored`: dtype of tokens."""
     shared = weight.ndim == 2
     batch, pixels, _ = x.shape
     pixel, g = exact(x), exact(grad)
@@ -40,14 +40,14 @@ def expected_pool(
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Where one is 0 the product is, whatever the other."""
+    """The product; 0 if either factor is 0, even if the other is not finite."""
     return np.where((a == 0) | (b == 0), 0.0, a * b)
 
 
 def expected_project(
     acc: Arithmetic, factor: Arithmetic, x: Array, query: Array, key: Array, tokens: Array, grad: Array
 ) -> Results:
-    """x [B, N, C], query [B, N, K], key [B, T, K], tokens [B, T, C], grad [B, N, C]."""
+    """Output and gradients for x [B, N, C], query [B, N, K], key [B, T, K], tokens [B, T, C], grad [B, N, C]."""
     q, k, v, g = exact(query), exact(key), exact(tokens), exact(grad)
     share = acc.softmax(acc.dot(q, k), -1)  # (1), [B, N, T]
     rounded = factor.rounded(share)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases in processes of their own, for as long as there is time: a crash ends a worker, and its case is told."""
+"""Runs cases in worker processes for a given time: a crash ends a worker only, and its case is reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def kinds() -> Iterator[Kind]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which of the numbers are run; without an op, those of all."""
+    """The cases to run; without an op, those of all ops."""
 
     op: str | None
     backends: tuple[str, ...]
@@ -45,7 +45,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Every `step`-th from `first` on, to `end` if there is one."""
+    """Every `step`-th number from `first` on, up to `end` if given."""
 
     first: int
     step: int = 1
@@ -57,7 +57,7 @@ class Numbers:
 
 
 def work(numbers: Numbers, wanted: Wanted, shared: Any, say: Callable[[str], None]) -> None:
-    """Runs cases and counts them in `shared`, until there are no more or it is told to stop."""
+    """Runs cases and counts them in `shared`, until there are no more or `shared` says to stop."""
     from tools.fuzzing.one import try_case
 
     place = {kind: _COUNTS + 2 * at for at, kind in enumerate(kinds())}
@@ -80,7 +80,7 @@ def work(numbers: Numbers, wanted: Wanted, shared: Any, say: Callable[[str], Non
 
 
 def _end_with_the_parent() -> None:
-    """Ends this process when the command does, however that ends."""
+    """Ends this process when the command ends, for any reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -94,7 +94,7 @@ def _work_apart(numbers: Numbers, wanted: Wanted, shared: Any, pipe: Connection)
 
 
 class Worker:
-    """A process and what it shares; one that ends too early is followed by another, from the next number on."""
+    """A process and its shared counters; if it ends too early, another one continues with the next number."""
 
     def __init__(self, numbers: Numbers, wanted: Wanted) -> None:
         self.numbers, self.wanted = numbers, wanted
@@ -125,7 +125,7 @@ class Worker:
             pass
 
     def look(self) -> str | None:
-        """The fault of the process, after which the next one has begun; None if there is none."""
+        """The fault of a process that crashed or hangs, which is then replaced; None if it runs."""
         now, number = time.monotonic(), self.shared[_NUMBER]
         if number != self.seen[0]:
             self.seen = number, now
@@ -161,7 +161,7 @@ class Tally:
 
 
 def fuzz(minutes: float, numbers: Numbers, workers: int, wanted: Wanted, say: Callable[[str], None]) -> Tally:
-    """Runs cases in so many workers for so many minutes, or to the end of the numbers."""
+    """Runs cases in `workers` processes for `minutes`, or to the end of the numbers."""
     started = time.monotonic()
     if workers == 0:  # in this process, whose end a crash would be
         shared = [0] * _PLACES

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module _mutate_calls: collects the code objects that are called in a thread. A profile function in Python, which
-// also sees each call of C, takes three times as long in interpreted Triton kernels.
+// The module _mutate_calls: collects the code objects that a thread calls. A profile function in Python would also see
+// each call of C, and interpreted Triton kernels would take three times as long.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mutations that the rules allow in a C++ or CUDA file, found in the text as clang-format leaves it.
 
-Comments, texts, preprocessor lines and template parameters are left alone.
+Comments, string literals, preprocessor lines and template parameters are not mutated.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _DECLARED = re.compile(
 
 
 def _blanked(text: str) -> str:
-    """The text with spaces where nothing may be changed."""
+    """The text with spaces in place of the parts that must not change."""
     return _HIDDEN.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
 
 

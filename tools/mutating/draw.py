@@ -15,7 +15,7 @@ from tools.mutating.mutation import Mutation
 
 @dataclass(frozen=True)
 class Project:
-    """The code that is changed, in groups that are drawn from equally, and the tests."""
+    """The code to mutate, in groups that are drawn equally often, and the tests."""
 
     root: Path
     groups: dict[str, tuple[str, ...]]  # patterns of files
@@ -41,7 +41,7 @@ def sites(file: str, text: str) -> list[Mutation]:
 
 
 def _of_group(project: Project, group: str, rng: random.Random) -> Iterator[Mutation]:
-    """Each file before any comes twice."""
+    """The mutations of a group: all files take turns."""
     texts = {file: project.text(file) for file in project.files(group)}
     left = {file: found for file, text in texts.items() if (found := sites(file, text))}
     while left:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One change of a file's text, and the rules of its kind."""
+"""One change of a file's text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Mutation:
         return text[: self.start] + self.after + text[end:]
 
     def key(self, text: str) -> str:
-        """Names the mutation as long as its line is the same, wherever the line is."""
+        """Identifies the mutation by the text of its line, so that it survives a move of the line."""
         lines = text.splitlines()
         column = self.start - text.rfind("\n", 0, self.start) - 1
         indent = len(lines[self.line - 1]) - len(lines[self.line - 1].lstrip())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mutations that the rules allow in a Python file. Texts, annotations and messages of errors are left alone."""
+"""The mutations that the rules allow in a Python file. Strings, annotations and error messages are not mutated."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _augmented(finder: Finder, node: ast.AugAssign) -> Iterator[Found]:
 
 
 def _next(finder: Finder, node: ast.AST | None) -> Iterator[Found]:
-    """A constant one further from zero."""
+    """A constant whose magnitude is larger by one."""
     negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
     number = node.operand if negative else node  # type: ignore[union-attr]
     if isinstance(number, ast.Constant) and type(number.value) is int:

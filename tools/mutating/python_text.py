@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The syntax tree of a Python file with places in its text, without the parts that people or type checkers read."""
+"""The syntax tree of a Python file with positions in its text, without the parts for readers and type checkers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Finder:
         self.parents: dict[ast.AST, ast.AST] = {}
 
     def offset(self, line: int, column: int) -> int:
-        """The offset of a place as ast counts it, in bytes of UTF-8."""
+        """The offset in the text of a position of ast, which counts in bytes of UTF-8."""
         text = self.lines[line - 1].encode()[:column].decode()
         return self.starts[line - 1] + len(text)
 
@@ -49,7 +49,7 @@ class Finder:
         return self.text[start:end]
 
     def between(self, left: ast.AST, right: ast.AST, symbol: str) -> tuple[int, int] | None:
-        """The place of an operator between two operands, if only brackets and spaces stand beside it."""
+        """The position of an operator between two operands, if only brackets and spaces surround it."""
         start, end = self.span(left)[1], self.span(right)[0]
         gap = self.text[start:end]
         if "#" in gap or gap.count(symbol) != 1:

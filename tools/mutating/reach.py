@@ -3,7 +3,7 @@
 
 MUTATE_RECORD names the file for the record, MUTATE_FOLDER the folder whose functions count, MUTATE_SECONDS the
 processor time after which no further test begins. MUTATE_TESTS names a file with the tests to run, MUTATE_RESULT the
-file that tells which test runs and which failed. In processes that a test starts, a .pth file calls ``start``.
+file for the running and the failed test. In processes that a test starts, a .pth file calls ``start``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def _watch() -> None:
-    """Collects the calls of this thread and of those that it will start."""
+    """Collects the calls of this thread and of threads that it starts later."""
     import _mutate_calls
 
     threading.setprofile(_mutate_calls.watch)
@@ -27,7 +27,7 @@ def _watch() -> None:
 
 
 def _reached() -> list[str]:
-    """The functions called since the last time, as ``file:name``."""
+    """The functions called since the last query, as ``file:name``."""
     import _mutate_calls
 
     folder = os.environ["MUTATE_FOLDER"] + os.sep
@@ -37,7 +37,7 @@ def _reached() -> list[str]:
 
 
 def start() -> None:
-    """Records a process that a test has started."""
+    """Records the calls of a process that a test has started."""
     if "MUTATE_CHILDREN" in os.environ:
         _watch()
         atexit.register(_leave)
@@ -93,7 +93,7 @@ class _Record:
         self._write(self.complete)
 
     def _write(self, complete: bool) -> None:
-        """With each function's name once."""
+        """Writes the record; each function's name appears only once."""
         done = {node: test for node, test in self.tests.items() if "reaches" in test}
         names = sorted({name for test in done.values() for name in test["reaches"]})
         numbers = {name: number for number, name in enumerate(names)}
@@ -111,7 +111,7 @@ class _Record:
 
 
 class _Choice:
-    """Runs the listed tests in their order, or all; tells which one runs, and which one failed."""
+    """Runs the listed tests in their order, or all; writes down the running test and the failed one."""
 
     def __init__(self, tests: list[str] | None, result: Path) -> None:
         self.order, self.result = {node: at for at, node in enumerate(tests or ())}, result
@@ -150,7 +150,7 @@ class _Choice:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Whole or not at all, whenever the process is killed."""
+    """Writes atomically: if the process is killed, the file is complete or unchanged."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)

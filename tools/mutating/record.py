@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of the functions that each test reaches, and the tests that a mutation is tried with."""
+"""The record of the functions that each test reaches, and the choice of the tests for a mutation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from tools.mutating.mutation import Mutation
 
-# The tests of a compiled object: of its build and op, by their names. The runs as cpu-wide compile all kernels
-# themselves, so they are left out: the same sources run as avx512 or avx2.
+# The tests of a compiled object, chosen by names of its build and op. Tests with the runner cpu-wide are left out,
+# because they compile all kernels themselves; the same sources run as avx512 or avx2.
 _CPU = r"^(?!.*(cpu-wide|cuda-|triton-|reference-|emulated)).*"
 _EMULATED = r"^(?!.*(cpu-|triton-|reference-|cuda-gpu)).*"
 _OPS = {
@@ -33,7 +33,7 @@ _HOST = r"tests/test_(architecture|backend_choice|changed_tensors|torch_citizens
 
 
 def _pattern(built: str) -> str:
-    """The names of the tests that run an object, by its path."""
+    """A pattern for the names of the tests that run an object."""
     for op, words in _OPS.items():
         if f"{op}/cpu.cpp" in built:
             return rf"(?={_CPU_FILES}){_CPU}({words}|{_KERNELS[op]})"
@@ -47,7 +47,7 @@ def _pattern(built: str) -> str:
 
 
 def races_of(objects: Sequence[Path]) -> str:
-    """The ops whose emulated kernels have changed, as pytest's -k takes them."""
+    """The ops whose emulated kernels have changed, as an expression for pytest's -k."""
     return " or ".join(op for op in _OPS if any(f"{op}_cuda" in path.name for path in objects))
 
 
@@ -75,7 +75,7 @@ class Record:
             self._importing.setdefault(file, []).extend(passed)
 
     def has(self, test_file: Path) -> bool:
-        """Whether there is a record of the file as it is."""
+        """Whether there is a record of the file's current state."""
         path = self.path(test_file.name)
         return path.exists() and path.stat().st_mtime >= test_file.stat().st_mtime
 
@@ -83,7 +83,7 @@ class Record:
         return self.folder / f"{Path(test_file).stem}.json"
 
     def tests(self, mutation: Mutation, objects: Sequence[Path] = ()) -> list[str]:
-        """Files with few seconds first; in each, the quick tests first."""
+        """The tests for a mutation: quick files first, and in each file the quick tests first."""
         if objects:
             patterns = [re.compile(each) for each in {_pattern(str(path)) for path in objects}]
             return self.in_order(node for node in self.seconds if any(each.match(node) for each in patterns))

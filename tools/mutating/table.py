@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a pass, written after each mutation, and the table made of it."""
+"""The state of a pass, saved after each mutation, and its table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class State:
 
 
 def identity(mutations: Iterable[Mutation]) -> str:
-    """Changes with the mutations and thus with the code around them."""
+    """A hash of the mutations, and thus of the code around them."""
     text = json.dumps([asdict(mutation) for mutation in mutations])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -50,7 +50,7 @@ def row_of(mutation: Mutation, text: str, outcome: str, **more: Any) -> Row:
 
 
 def again(project: Project, rows: Sequence[Row]) -> tuple[list[Mutation], list[Row]]:
-    """The mutations of an earlier table that the code still has, and the rows of the others."""
+    """The mutations of an earlier table that still exist in the code, and the rows of the others."""
     found, gone = [], []
     keys: dict[str, dict[str, Mutation]] = {}
     for row in rows:
@@ -67,13 +67,13 @@ def again(project: Project, rows: Sequence[Row]) -> tuple[list[Mutation], list[R
 
 
 def reasons(path: Path) -> dict[str, str]:
-    """Why reviewed mutations survive, by their keys."""
+    """The reasons why reviewed mutations survive, by key."""
     reviewed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return {each["key"]: each["reason"] for each in reviewed}
 
 
 def write(path: Path, seed: int, rows: Sequence[Row], reviewed: dict[str, str]) -> None:
-    """The table, with the reasons of the survivors that have one."""
+    """Writes the table, with the reasons of survivors if known."""
     listed = [{**row, "reason": reviewed[row["key"]]} if row["key"] in reviewed else row for row in rows]
     write_json(path, {"seed": seed, "summary": summary(rows), "rows": listed})
 

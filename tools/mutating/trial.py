@@ -83,7 +83,7 @@ def record(
 def run(
     place: Workplace, tests: Sequence[str], limit: float, expected: dict[str, float], **variables: str
 ) -> Verdict:
-    """Runs tests in several processes, by turns of their files, until one fails or the time is over."""
+    """Runs tests in several processes, alternating between their files, until one fails or the time is over."""
     files = list(dict.fromkeys(node.split("::")[0] for node in tests))
     turns = [set(files[turn :: place.processes]) for turn in range(min(place.processes, len(files)))]
     chosen = [[node for node in tests if node.split("::")[0] in own] for own in turns]
@@ -93,7 +93,7 @@ def run(
 
 
 def run_files(place: Workplace, files: Sequence[str], words: str, limit: float, **variables: str) -> Verdict:
-    """Runs the tests of each file that `words`, as -k takes them, choose. They may be unknown to the record."""
+    """Runs the tests of each file that match `words`, an expression for -k, even if the record lacks them."""
     options = ("-m", "", "-k", words)
     return _first_failure(
         [_Run(place, turn, file, variables, options) for turn, file in enumerate(files)], limit, {}
@@ -149,7 +149,7 @@ class _Run:
             return {}
 
     def ended(self) -> tuple[bool, str, str] | None:
-        """Whether it failed, in which test and how; None while it runs."""
+        """Whether the run failed, in which test and how; None while it runs."""
         status = self.process.process.poll()
         if status is None:
             return None
@@ -163,7 +163,7 @@ class _Run:
         return True, told.get("test", "when the tests start"), how
 
     def hangs(self, expected: dict[str, float]) -> tuple[bool, str, str] | None:
-        """The test that takes much longer than it should, if one does."""
+        """The test that takes much longer than recorded, or None."""
         told = self.told()
         took = time.time() - told.get("since", time.time())
         usual = expected.get(told.get("test", ""), 10.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The copy of the checkout in which files are changed, built and tested, under build/mutate."""
+"""The copy of the checkout under build/mutate, in which files are mutated, built and tested."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Workplace:
     # ---- The copy
 
     def prepare(self) -> None:
-        """Brings the copy up to date, also where a killed run has left a change in it."""
+        """Brings the copy up to date, even if a killed run has left a mutation in it."""
         self.tree.mkdir(parents=True, exist_ok=True)
         self._restore_built()
         self._copy_sources()
@@ -65,7 +65,7 @@ class Workplace:
         return [str(name) for name in names if name.parts[0] != "build" and "__pycache__" not in name.parts]
 
     def _copy_sources(self) -> None:
-        """Files keep their times, so that only new ones are built again."""
+        """Copies changed files with their times, so that only these are built again."""
         files = set(self._files())
         for file in files:
             source, copy = self.project.root / file, self.tree / file
@@ -78,7 +78,7 @@ class Workplace:
                 path.unlink()
 
     def _make_venv(self) -> None:
-        """It borrows all packages of this Python's environment, except the package under test."""
+        """Creates an environment that borrows all packages of this one, except the package under test."""
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", self.venv], check=True)
         lent = subprocess.check_output([sys.executable, "-c", _QUOTED], text=True)
         (self.packages() / "borrowed.pth").write_text(lent)
@@ -128,7 +128,7 @@ class Workplace:
         return next((self.tree / "build" / "emulator").glob("_emulated*.so"))
 
     def races(self) -> Path:
-        """The emulated kernels with the planted change, in the build that looks for races."""
+        """Builds the emulated kernels with the planted mutation and the race detector."""
         folder = self.tree / "build" / "emulator-races"
         self._run(["cmake", "--build", folder, "--target", "_emulated", "--parallel", "2"])
         return next(folder.glob("_emulated*.so"))
@@ -141,10 +141,10 @@ class Workplace:
             raise DoesNotCompileError((done.stdout + done.stderr)[-4000:])
         return done.stdout
 
-    # ---- Built files: those of the code without a change are kept, so that nothing is compiled to go back to it
+    # ---- Built files: those of the unchanged code are kept, so that a mutation is undone without a build
 
     def _built(self) -> Iterator[Path]:
-        """Relative to the folder of the command."""
+        """The paths of all built files, relative to the workplace."""
         folders = [folder for folder in (self.tree / "build").glob("*") if folder.is_dir()]
         for folder in [*folders, self.packages() / self.project.installs]:
             for path in folder.rglob("*"):
@@ -165,7 +165,7 @@ class Workplace:
                 shutil.copy2(kept, path)
 
     def _changed(self) -> list[Path]:
-        """The objects whose code is not that of the kept ones. Debugging symbols have columns, so they do not count."""
+        """The objects whose machine code differs from the kept ones; debugging symbols do not count."""
         objects = [name for name in self._built() if name.suffix == ".o" and (self.kept / name).exists()]
         written = [name for name in objects if not _is_same(self.root / name, self.kept / name)]
         return [name for name in written if _code(self.root / name) != _code(self.kept / name)]
@@ -173,7 +173,7 @@ class Workplace:
     # ---- One mutation
 
     def plant(self, mutation: Mutation) -> list[Path]:
-        """Changes the file and builds; the objects that became others."""
+        """Applies the mutation, builds, and returns the changed objects."""
         path = self.tree / mutation.file
         times = path.stat()
         self._original = path, path.read_bytes(), (times.st_atime_ns, times.st_mtime_ns)

@@ -24,34 +24,42 @@ FILTERS = ("ops", "cases", "backends", "dtypes", "passes", "device", "batch", "t
 
 def add_to(commands: Any) -> None:
     """Adds `vitkern bench` and its own commands to the commands of vitkern."""
-    bench = commands.add_parser("bench", help="how fast the kernels are here, and how far from the limit")
+    bench = commands.add_parser("bench", help="measure how fast the kernels are, and how far from the limit")
     kinds = bench.add_subparsers(dest="bench", required=True, metavar="command")
 
     run = kinds.add_parser("run", help="check and time ops, against plain torch and the machine's limit")
     _add_filters(run)
-    run.add_argument("--seconds", type=float, help="for the backends of a row together (default 4, quick 1)")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write everything, samples included")
+    run.add_argument(
+        "--seconds", type=float, help="time for all backends of a row together (default 4, quick 1)"
+    )
+    run.add_argument("--json", type=Path, metavar="FILE", help="write all results, with samples")
     run.set_defaults(run=_run)
 
-    compare = kinds.add_parser("compare", help="did it become slower? two files, or with --live two builds")
+    compare = kinds.add_parser(
+        "compare", help="find slower rows between two files, or with --live two builds"
+    )
     compare.add_argument(
         "a", metavar="A", help="a file of `run --json`; with --live a build, see the documentation"
     )
-    compare.add_argument("b", metavar="B", help="what is compared with A")
-    compare.add_argument("--live", action="store_true", help="time two builds in turn, now")
+    compare.add_argument("b", metavar="B", help="the file or build to compare with A")
+    compare.add_argument("--live", action="store_true", help="time two builds in turn")
     compare.add_argument(
-        "--smallest", type=float, help="differences below are none (default 0.15, with --live 0.05)"
+        "--smallest", type=float, help="smallest difference that counts (default 0.15, with --live 0.05)"
     )
-    compare.add_argument("--fail-on", choices=["slower"], help="exit with 1 if a row is, or fails its check")
+    compare.add_argument(
+        "--fail-on", choices=["slower"], help="exit with 1 if a row is slower or fails its check"
+    )
     compare.add_argument("--anyway", action="store_true", help="compare files of different machines")
     compare.add_argument(
-        "--launches", type=int, help=f"with --live: new processes so often (default {LAUNCHES})"
+        "--launches", type=int, help=f"with --live: number of process launches (default {LAUNCHES})"
     )
-    compare.add_argument("--rounds", type=int, help=f"with --live: of a row in a launch (default {ROUNDS})")
+    compare.add_argument(
+        "--rounds", type=int, help=f"with --live: rounds of a row per launch (default {ROUNDS})"
+    )
     _add_filters(compare, "with --live: ")
     compare.set_defaults(run=_compare)
 
-    report = kinds.add_parser("report", help="a page with plots, and the same in Markdown")
+    report = kinds.add_parser("report", help="write a page with plots, and the same in Markdown")
     report.add_argument("file", type=Path, help="a file of `run --json`")
     report.add_argument(
         "-o", "--output", type=Path, help="report.html or report.md; by default both, named like the file"
@@ -65,11 +73,11 @@ def _add_filters(parser: argparse.ArgumentParser, when: str = "") -> None:
         when=when,
         case="only these shapes, such as 'injector-*'",
         backend="cpu, cuda, triton, reference or torch",
-        device="default: cuda where there is one",
-        quick="small shapes: minutes",
+        device="default: cuda if there is one",
+        quick="small shapes, which take minutes",
     )
-    add_repeated(parser, "passes", f"{when}forward, backward or both in one")
-    parser.add_argument("--batch", type=int, help=f"{when}default: 1 on a CPU, the case's own on a GPU")
+    add_repeated(parser, "passes", f"{when}forward, backward or both (a training step)")
+    parser.add_argument("--batch", type=int, help=f"{when}default: 1 on a CPU, the case's batch on a GPU")
     parser.add_argument("--threads", type=int, help=f"{when}default: torch's own number")
 
 

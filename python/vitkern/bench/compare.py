@@ -65,8 +65,8 @@ def _same_machine(records: tuple[store.Record, store.Record], anyway: bool) -> N
         machines = [", ".join(machine(environment, device)) or "no GPU" for environment in environments]
         if machines[0] != machines[1] and not anyway:
             raise CommandError(
-                f"A was measured on {machines[0]}, B on {machines[1]}: anchors do not make up for that "
-                "(--anyway compares them all the same)"
+                f"A was measured on {machines[0]}, B on {machines[1]}: anchors cannot correct for that "
+                "(--anyway compares them regardless)"
             )
         if machines[0] != machines[1]:
             _warn(f"different machines, {' and '.join(machines)}")

@@ -49,7 +49,7 @@ class Build:
         if (where / "vitkern" / "__init__.py").exists():
             return cls(name, sys.executable, str(where.absolute()))
         raise CommandError(
-            f"{name}, {path}, is no build: it has to be a Python interpreter, an environment with one, or a folder "
+            f"{name}, {path}, is not a build: it must be a Python interpreter, an environment with one, or a folder "
             "that holds an installed vitkern, such as site-packages"
         )
 

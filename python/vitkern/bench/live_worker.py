@@ -2,8 +2,8 @@
 """One of the two processes of `vitkern bench compare --live`: python live_worker.py HARNESS [FOLDER].
 
 It imports vitkern from FOLDER, or from where its interpreter finds it, and the packages that measure from HARNESS, the
-package that was called: both builds are measured by the same code. It answers each line of JSON with one, and works
-only between the two.
+package whose command was called, so both builds are measured by the same code. It answers each line of JSON with one
+line, and does nothing in between.
 """
 
 from __future__ import annotations

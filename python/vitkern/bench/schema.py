@@ -129,7 +129,7 @@ _FIGURES: dict[str, Check] = {
 
 
 def complaint(record: Any) -> str | None:
-    """None if the record keeps to the schema, else what is wrong with it."""
+    """None if the record follows the schema, else a sentence on its fault."""
     if not isinstance(record, dict) or "schema" not in record:
         return "it does not say its schema"
     if record["schema"] != SCHEMA or isinstance(record["schema"], bool):

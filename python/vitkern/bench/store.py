@@ -16,7 +16,7 @@ from typing import Any
 from vitkern.bench import schema
 from vitkern.commands.errors import CommandError, in_one_line
 
-_NONE = "no file of `vitkern bench run --json`"
+_NONE = "not a file of `vitkern bench run --json`"
 HELD_UP = 1.5  # times an anchor's best: threads and caches add tens of percent, other processes on the cores far more
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -129,7 +129,9 @@ def read(path: Path) -> Record:
         record = json.loads(path.read_text())
     except RecursionError:
         raise CommandError(f"{path} is {_NONE}: it is nested too deeply") from None
-    except (OSError, ValueError) as error:  # not text, not JSON, or a number without end
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # not text, not JSON, or a number without end
         raise CommandError(f"{path} is {_NONE}: {in_one_line(error)}") from None
     objection = schema.complaint(record)
     if objection is not None:

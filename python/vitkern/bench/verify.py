@@ -77,7 +77,7 @@ def errors_of(function: Function, work: Problem, exact: Sequence[Tensor]) -> dic
 
 
 def complaint(errors: Mapping[str, float], dtype: torch.dtype) -> str | None:
-    """None if all is right, else what is not."""
+    """None if all results are right, else a sentence on the wrong one."""
     name, worst = max(errors.items(), key=lambda item: item[1])
     if worst <= LIMITS[dtype]:
         return None

@@ -100,7 +100,7 @@ def off_edges(locations: Tensor, width_height: Tensor) -> Tensor:
 
 
 def inside_a_cell(locations: Tensor, spatial_shapes: Tensor) -> Tensor:
-    """Whether each of [..., L, P, 2] is so far from a cell's edge that dtypes agree on the cell: [..., L, P, 1]."""
+    """Whether a location [..., L, P, 2] is so far from edges of cells that dtypes agree on its cell: [..., L, P, 1]."""
     pixel = locations.double() * spatial_shapes.flip(1)[:, None] - 0.5  # (x, y), as locations are
     return ((pixel - pixel.round()).abs() > EDGE).all(-1, keepdim=True)
 

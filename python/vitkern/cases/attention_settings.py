@@ -61,7 +61,7 @@ def _nan_pixels(value: Tensor) -> None:
 
 
 def _edges(locations: Tensor) -> None:
-    """Moves locations exactly to edges and centres of pixels, in maps of 2^n pixels and beside them."""
+    """Moves locations exactly to edges and centres of pixels in maps of 2^n pixels, and outside of the maps."""
     exact = torch.tensor([0.0, 1.0, -0.125, 0.125, 0.5, 0.375, 1.125, 0.875], dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(exact, exact, indexing="ij"), -1).flatten().to(locations.device)
     locations.copy_(grid.repeat(locations.numel() // len(grid) + 1)[: locations.numel()].view_as(locations))

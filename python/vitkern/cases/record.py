@@ -159,12 +159,12 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def first_of_all(tensor: Tensor) -> Tensor:
-    """The first image in all images' places, in the memory of one."""
+    """The first image, expanded to all images in the memory of one."""
     return tensor[:1].expand_as(tensor)
 
 
 def one_number(tensor: Tensor) -> Tensor:
-    """A gradient as .sum().backward() makes it, in the memory of one number."""
+    """A gradient in the memory of one number, expanded as by .sum().backward()."""
     return torch.ones((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 

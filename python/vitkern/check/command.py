@@ -14,26 +14,28 @@ from vitkern.commands.outputs import prove_file
 def add_to(commands: Any) -> None:
     """Adds `vitkern check` to the commands of vitkern."""
     parser = commands.add_parser(
-        "check", help="are outputs and gradients right here? of all kernels, or of yours"
+        "check", help="check outputs and gradients of all kernels, or of your own, on this machine"
     )
     add_filters(
         parser,
         case="only these inputs, such as 'injector-*'",
-        backend="reference, cpu, cuda or triton, or one way to run it, such as cpu-avx2",
-        device="default: all that there are",
-        quick="fewer cases and dtypes: minutes on a CPU",
+        backend="reference, cpu, cuda or triton, or one route of a backend, such as cpu-avx2",
+        device="default: all devices",
+        quick="fewer cases and dtypes, which take minutes on a CPU",
     )
     add_repeated(
         parser,
         "kinds",
-        "oracle (against float64), gradcheck, repeat (the same bits again) or subset (each gradient alone)",
+        "oracle (against float64), gradcheck, repeat (bitwise equal calls) or subset (each gradient alone)",
     )
-    parser.add_argument("--seed", type=int, help="of the random inputs (default 0)")
-    parser.add_argument("--times", type=float, help="plain torch's own error that is allowed (default 2)")
+    parser.add_argument("--seed", type=int, help="seed of the random inputs (default 0)")
+    parser.add_argument("--times", type=float, help="allowed multiple of plain torch's own error (default 2)")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit's XML for CI")
-    parser.add_argument("--list", action="store_true", help="say what would run, and what not and why")
     parser.add_argument(
-        "--module", metavar="NAME", help="check package.module:Name or file.py:Name, an MSDeformAttn of yours"
+        "--list", action="store_true", help="list the checks that would run, and why others would not"
+    )
+    parser.add_argument(
+        "--module", metavar="NAME", help="check your own MSDeformAttn, package.module:Name or file.py:Name"
     )
     parser.add_argument("--sanitize", action="store_true", help="run under compute-sanitizer, on a GPU")
     parser.set_defaults(run=_run)

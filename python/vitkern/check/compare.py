@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a result is right: its error against float64 is at most twice that of plain torch in the same dtype."""
+"""The rule for right results: the error against float64 is at most twice that of plain torch in the same dtype."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 TIMES = 2.0
-# Units in the last place of the largest value that are allowed too: where plain torch happens to be exact a
-# rounding is no mistake, and sums of the same terms in another order differ by some units of the accumulator.
+# Additional error, in units in the last place of the largest value: if plain torch happens to be exact, a rounding is
+# no mistake, and sums of the same terms in another order differ by some units of the accumulator.
 UNITS = {torch.float64: 32, torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
 # As a share of the largest gradient: a zero instead of a larger one is a missing gradient.
 MISSING = 1e-3

@@ -20,7 +20,7 @@ KINDS = ("oracle", "gradcheck", "repeat", "subset")
 
 @dataclass(frozen=True)
 class Request(Filters):
-    """Backends may be names of routes too."""
+    """The requested checks; backends may also be names of routes."""
 
     kinds: Sequence[str] = ()
     seed: int = 0
@@ -80,7 +80,7 @@ def _routes(request: Request, routes: Sequence[Route] | None) -> tuple[list[Rout
         found = [route for route in there if _is(route, asked)]
         if not found:
             names = ", ".join(route.name for route in there)
-            raise CommandError(f"no backend is called {asked}; there are {names}")
+            raise CommandError(f"unknown backend {asked!r}: choose from {names}")
         if all(route.reason for route in found):
             reasons = "; ".join(f"{route.name}: {route.reason}" for route in found)
             raise CommandError(f"backend {asked} cannot run here: {reasons}")
@@ -96,7 +96,7 @@ def _is(route: Route, asked: str) -> bool:
 
 
 def _rows(op: Op, request: Request, kinds: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Case, dtype and kind of all checks of an op."""
+    """The case, dtype and kind of each check of an op."""
     dtypes = request.dtypes or (("fp32", "bf16") if request.quick else tuple(DTYPES))
     names = [name for name in op.settings if not request.cases or matches(name, request.cases)]
     again = [name for name in (op.again[:1] if request.quick else op.again) if name in names]

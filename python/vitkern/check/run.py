@@ -30,7 +30,7 @@ def run(request: Request, *, junit: Path | None = None, only_list: bool = False)
         return 0
     if not planned.tasks:
         raise CommandError(
-            "no check fits all that was asked for; --list shows what there is, and what cannot run here and why"
+            "no check matches the request; --list shows all checks, and the reasons why some cannot run here"
         )
     if torch.cuda.is_available():
         # cuBLAS, which the reference calls on a GPU, repeats its bits only with a workspace of fixed size.

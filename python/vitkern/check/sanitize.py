@@ -40,7 +40,7 @@ def sanitize(request: Request) -> int:
 
 
 def affordable(request: Request) -> Request:
-    """The request cut to small cases without finite differences unless named: kernels take a hundred times as long."""
+    """The request with small cases and no finite differences by default: a tool slows kernels a hundredfold."""
     small = replace(request, device="cuda", quick=request.quick or not request.cases)
     if request.module is not None:
         return small
@@ -49,7 +49,7 @@ def affordable(request: Request) -> Request:
 
 
 def _backends() -> list[str]:
-    """The routes that can run; plain torch is not on trial."""
+    """The routes that can run, without plain torch."""
     own = [route for route in all_routes("cuda") if route.backend != "reference"]
     able = [route.name for route in own if route.reason is None]
     if not able:

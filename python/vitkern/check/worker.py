@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks in a process of their own, which may end in any way: tasks without an outcome have failed.
 
-Triton decides when it is imported whether it interprets; and code of others can end the process that it runs in.
+Triton decides on import whether it interprets kernels, and a user's code can end its process.
 """
 
 from __future__ import annotations

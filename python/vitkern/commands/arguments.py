@@ -34,7 +34,7 @@ def names_exist(arguments: argparse.Namespace) -> None:
         what = REPEATED[field].removeprefix("--")
         for name in getattr(arguments, field, ()):
             if name not in known:
-                raise CommandError(f"no {what} is called {name}; there are {', '.join(known)}")
+                raise CommandError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
 
 
 def option_of(field: str) -> str:
@@ -50,7 +50,7 @@ def add_filters(
     parser: argparse.ArgumentParser, *, case: str, backend: str, device: str, quick: str, when: str = ""
 ) -> None:
     """Adds the fields of vitkern.commands.choices.Filters, with the parts of the help that differ between commands."""
-    add_repeated(parser, "ops", f"{when}only this op; may be repeated, as the next ones")
+    add_repeated(parser, "ops", f"{when}only this op; may be repeated, like --case, --backend and --dtype")
     add_repeated(parser, "cases", f"{when}{case}")
     add_repeated(parser, "backends", f"{when}{backend}")
     add_repeated(parser, "dtypes", f"{when}fp32, bf16, fp16 or fp64")
@@ -65,7 +65,7 @@ def positive(option: str, value: float | None) -> None:
 
 
 def refuse(arguments: argparse.Namespace, fields: Iterable[str], why: str) -> None:
-    """Refuses arguments that would have no effect: to ignore them would look like consent."""
+    """Refuses arguments that would have no effect, instead of silently ignoring them."""
     for field in fields:
         value = getattr(arguments, field)
         if value or (value == 0 and value is not False):  # 0 was given, False was not

@@ -65,7 +65,7 @@ def chosen(what: str, asked: Iterable[str], known: Sequence[str]) -> tuple[str, 
     """The known names that were requested, in their order."""
     for name in asked:
         if name not in known:
-            raise CommandError(f"no {what} is called {name}; there are {', '.join(known)}")
+            raise CommandError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
     return tuple(name for name in known if name in asked)
 
 
@@ -78,7 +78,7 @@ def cases_exist(patterns: Iterable[str], known: Iterable[str]) -> None:
     names = sorted(set(known))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise CommandError(f"no case is called {pattern}; there are {', '.join(names)}")
+            raise CommandError(f"unknown case {pattern!r}: choose from {', '.join(names)}")
 
 
 def device_of(name: str | None) -> str:

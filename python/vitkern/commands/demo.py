@@ -30,9 +30,9 @@ CHANNELS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
 STRIDES = (8, 16, 32, 64)
 IMAGES = ((256, 256), (512, 512), (800, 1333))  # height, width
 
-# The sides round and add up float32 in another order, which makes 1e-6 of an output. The gradient of a location jumps
-# where it crosses a pixel centre's row or column: of millions of locations some dozens lie so close to one that the two
-# sides round them apart, each to a right answer, which makes up to 5e-3. Wrong maths makes 1e-1 and more of both.
+# The sides round and sum float32 in different orders, so outputs differ by 1e-6. The gradient of a location jumps where
+# it crosses a pixel centre's row or column: of millions of locations some dozens lie so close to one that the sides
+# round to different cells, both rightly, and gradients differ by up to 5e-3. Wrong maths gives 1e-1 and more in both.
 TOLERANCE = {"forward": 1e-5, "forward + backward": 1e-2}
 SECONDS_OF_TIMING = 2.5  # for a row of the table, and two rounds in any case
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern doctor`: what is installed, what can run on this machine, and what cannot and why.
+"""`vitkern doctor`: the installed software, the backends that run on this machine, and why others cannot.
 
 ``examine`` collects facts as plain data (``--json`` prints it), ``report`` lays them out. Both must work if the
 compiled module, torch or triton is missing or broken: the command exists for these cases.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vitkern doctor --model`: which layers of a model ``vitkern.patch`` replaces, and which it leaves and why."""
+"""`vitkern doctor --model`: the layers of a model that ``vitkern.patch`` replaces, and why others stay."""
 
 from __future__ import annotations
 

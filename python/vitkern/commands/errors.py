@@ -9,5 +9,5 @@ class CommandError(Exception):
 
 
 def in_one_line(error: BaseException) -> str:
-    """The error's message as part of a sentence of ours."""
+    """The error's message in one line, to be put into a sentence."""
     return " ".join(str(error).split())[:300]

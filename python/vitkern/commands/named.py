@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An object that a user names on the command line, in a module or a file of theirs."""
+"""An object that a user names on the command line, in a module or a file."""
 
 from __future__ import annotations
 

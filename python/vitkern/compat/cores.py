@@ -97,7 +97,7 @@ def _samples(function: Any) -> bool:
 
 
 def core_of(value: Any) -> Core | None:
-    """The core that a value is by its arguments: a function, a partial with plain values, or a class to apply."""
+    """The core for a value with fitting arguments: a function, a partial with plain values, or a class with `apply`."""
     core = _applied(value) if isinstance(value, type) else _plain(functions.undone(value))
     if core is None or next(iter(core.parameters), "self") == "self":
         return None

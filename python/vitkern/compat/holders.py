@@ -133,7 +133,7 @@ def _methods_on_kernels(layer: nn.Module, held: Held, replaced: Mapping[Core, Fu
 
 
 def _guarded(kind: Any, name: str, copied: Function, copies: _Swapped) -> Function:
-    """A method of the copies; the class's own runs if it has changed, or a global or function that it uses."""
+    """A method of the copies. After a change of the class's own method, or of what it uses, that one runs."""
     original = getattr(kind, name)
     scopes, codes = copies.scopes, [(each, each.__code__) for each in copies.copied()]
     held = [(scope.owner, key, value) for scope in scopes for key, value in scope.values.items()]
@@ -175,7 +175,7 @@ def _warn(kind: Any, name: str) -> None:
     if not torch.compiler.is_compiling() and (kind, name) not in _warned:
         _warned.add((kind, name))
         warnings.warn(
-            f"vitkern: {kind.__name__} runs its own code: {name!r} is not as it was when it was patched",
+            f"vitkern: {kind.__name__} runs its own code: {name!r} has changed since the patch",
             stacklevel=4,
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import hooks: modules that this package supplies, and changes to modules of others after their import."""
+"""Import hooks: modules that this package supplies, and changes to other packages' modules after their import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Act = Callable[[ModuleType], None]
 
 
 class Supply(NamedTuple):
-    """The function that fills a module of ours, and whether it precedes one of others, and is a package."""
+    """The function that fills a supplied module, and whether it precedes an installed one, and is a package."""
 
     fill: Act
     first: bool
@@ -22,7 +22,7 @@ class Supply(NamedTuple):
 
 
 class _Supplier(Loader):
-    """Makes a module of ours."""
+    """A loader that creates and fills a supplied module."""
 
     def __init__(self, fill: Act) -> None:
         self._fill = fill
@@ -53,7 +53,7 @@ class _Follower(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """A finder before all others, so it sees every import. Modules of others still come before the supplied ones."""
+    """A finder before all others, so it sees every import. Installed modules still come before the supplied ones."""
 
     def __init__(self) -> None:
         self.supplied: dict[str, Supply] = {}
@@ -66,7 +66,7 @@ class _Finder(MetaPathFinder):
         if package is not None and is_ours(package):
             path = _give_way(package) or path
             if is_ours(package) and name not in self.supplied:
-                why = f"{package.__name__} is not installed, vitkern stands in for it for the sake of one module"
+                why = f"{package.__name__} is not installed, vitkern supplies only one module of it"
                 raise ModuleNotFoundError(f"No module named {name!r}: {why}", name=name)
         elif name not in self.supplied and name not in self.followed:
             return None
@@ -135,7 +135,7 @@ def comes_first(name: str) -> bool:
 
 
 def supply(name: str, fill: Act, *, first: bool = False, is_package: bool = False) -> None:
-    """Makes imports of this name get a module that `fill` has filled. A module of others comes first unless `first`."""
+    """Supplies a module of this name, filled by `fill`, to imports. An installed module comes first unless `first`."""
     _finder.supplied[name] = Supply(fill, first, is_package)
     _listen()
 

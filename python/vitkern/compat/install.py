@@ -91,16 +91,16 @@ def install(name: str, *, override: bool = False) -> Table:
         name: ``"deformable_detr"``: the module ``MultiScaleDeformableAttention``, which Deformable-DETR, ViT-Adapter,
             Mask2Former, DINO and others compile, and the next two; ``"groundingdino"``: ``groundingdino._C``;
             ``"detrex"``: ``detrex._C``; ``"mmcv"``: ``mmcv._ext``, which mmcv-lite is without. In the last three, the
-            class MultiScaleDeformableAttention also gets a ``forward`` of ours, for every device.
-        override: ours too if such a module is installed; its other names stay available.
+            class MultiScaleDeformableAttention also gets vitkern's ``forward``, for every device.
+        override: also replaces an installed module; its other names stay available.
 
     Returns:
-        A table of the modules and classes that are ours from now on; ``left`` has those that stay, and why.
+        A table of the replaced modules and classes; ``left`` has those that stay, and why.
 
     Raises:
-        RuntimeError: the module is installed and there is no class to change instead, or it is imported already.
+        RuntimeError: the module is installed and there is no class to change instead, or it has already been imported.
 
-    To be called before the project is imported. A second call changes nothing; :func:`uninstall` undoes it.
+    Call it before the project is imported. A second call changes nothing; :func:`uninstall` undoes it.
     """
     ecosystem = _ecosystem("install", name)
     override |= imports.comes_first(ecosystem.extension)
@@ -122,7 +122,7 @@ def install(name: str, *, override: bool = False) -> Table:
 
 @_one_at_a_time
 def uninstall(name: str | None = None) -> Table:
-    """Undoes :func:`install`, for one name or for all. Modules that imported something from ours in between keep it.
+    """Undoes :func:`install`, for one name or for all. Names that were imported from our modules stay as they are.
 
     Returns:
         A table of the modules that were changed back: empty if there was nothing to undo.
@@ -142,7 +142,7 @@ def uninstall(name: str | None = None) -> Table:
 
 @_one_at_a_time
 def switch(parts: list[Ecosystem], *, override: bool) -> Table:
-    """Replaces modules of ecosystems on import. Only in the first may ours come before an installed one."""
+    """Replaces modules of ecosystems on import. Only the first ecosystem's installed module may be overridden."""
     rows, left = [], []
     for part in parts:
         first = override and part is parts[0]
@@ -164,7 +164,7 @@ def switch(parts: list[Ecosystem], *, override: bool) -> Table:
 def _ecosystem(caller: str, name: str) -> Ecosystem:
     if not isinstance(name, str) or name not in ECOSYSTEMS:
         known = "; ".join(f"{key!r}: {ecosystem.serves}" for key, ecosystem in ECOSYSTEMS.items())
-        raise ValueError(f"{caller}: nothing goes by the name {name!r}. There are {known}")
+        raise ValueError(f"{caller}: unknown name {name!r}: choose from {known}")
     return ECOSYSTEMS[name]
 
 
@@ -212,11 +212,13 @@ def _give_forward(part: Ecosystem, module: ModuleType) -> None:
 
 
 def _stand_in(module: ModuleType) -> None:
-    module.__doc__ = "Stands in for a package that is not installed, for the sake of one module of it."
+    module.__doc__ = (
+        "Stands in for a package that is not installed, so that one module of it can be imported."
+    )
 
 
 def _fill(part: Ecosystem, module: ModuleType) -> None:
-    """Fills a module as the compiled one: our functions, and for other names the installed one's, or a refusal."""
+    """Fills a stand-in for the compiled module: our functions, then the names of an installed one, or refusals."""
     theirs = imports.find_elsewhere(part.extension)
     others: list[ModuleType] = []
 
@@ -241,12 +243,12 @@ def _load(spec: ModuleSpec) -> ModuleType:
 
 
 def _missing(part: Ecosystem, name: str) -> Callable[..., Any]:
-    """A function that can be imported, as mmcv looks all functions up on import, but not called."""
+    """A function that can be imported, because mmcv looks up all functions on import, but that raises if called."""
 
     def refuse(*_: Any, **__: Any) -> None:
         supplied = ", ".join(function.__name__ for function in part.functions)
         raise NotImplementedError(
-            f"{part.extension}.{name} is not there: vitkern stands in for that module with {supplied} alone"
+            f"{part.extension}.{name} is not available: vitkern stands in for that module and has only {supplied}"
         )
 
     return refuse

@@ -211,7 +211,9 @@ class Proof:
         self._warned.add(what)
         reason = self.reason
         if what:
-            reason = f"{what!r} is not as it was when the kernel was tried. Unpatch and patch to have it tried again"
+            reason = (
+                f"{what!r} has changed since the kernel was tried. Unpatch and patch to have it tried again"
+            )
         warnings.warn(f"vitkern: {type(layer).__name__} runs its own forward: {reason}", stacklevel=4)
 
 

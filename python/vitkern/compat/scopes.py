@@ -85,9 +85,9 @@ def scopes_of(layer: nn.Module, judgement: Judgement) -> Iterator[Scope]:
 
 
 def looked_at(function: Function) -> set[str] | None:
-    """The keyword arguments of other names that a forward looks at; None if these may be any.
+    """The names of further keyword arguments that a forward reads from ``**kwargs``; None if it may read any.
 
-    Decorators of known libraries look at those that they rename, which their closures hold.
+    Decorators of known libraries read those that they rename, whose names are in their closures.
     """
     names: set[str] = set()
     while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):

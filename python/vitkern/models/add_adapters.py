@@ -83,7 +83,7 @@ def add_adapters(
     """Adds an AdaptFormer adapter beside, or after, the feed-forward network of each block of a ViT or Swin.
 
     Blocks of timm, torchvision and transformers are recognised by their structure. The model's keys stay;
-    each block gains ``adaptmlp.``. New adapters add zero: the model's results stay the same to the bit.
+    each block gains ``adaptmlp.``. New adapters add zero: the model's results stay bitwise equal.
 
     Args:
         model: the model, changed in place.

@@ -59,9 +59,7 @@ def read_checkpoint(path: str | Path) -> Any:
                 "torch.load(path, weights_only=False) and give load_checkpoint its state dict"
             ) from error
         kind = type(error).__name__
-        raise ValueError(
-            f"{path} is no checkpoint, or only the beginning of one ({kind}): {error}"
-        ) from error
+        raise ValueError(f"{path} is not a checkpoint, or is truncated ({kind}): {error}") from error
 
 
 def _is_of_torch(path: Path) -> bool:
@@ -172,7 +170,7 @@ def resize_pos_embed(
     before = count - rows * columns
     if before not in TOKENS_BEFORE:
         raise ValueError(
-            f"{count} position embeddings are no grid of {rows} x {columns} with {TOKENS_BEFORE} tokens before it: "
+            f"{count} position embeddings do not form a grid of {rows} x {columns} with {TOKENS_BEFORE} tokens before: "
             "vitkern.models.checkpoints.resize_pos_embed(positions, tokens, size, old=(rows, columns)) resizes those "
             "of a grid that is not square"
         )

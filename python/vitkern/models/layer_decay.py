@@ -28,7 +28,7 @@ def layer_of(name: str, depth: int) -> int:
     block = BLOCK.match(name)
     if block is not None and int(block[1]) >= depth:
         raise ValueError(
-            f"depth must be the number of the transformer's blocks, got {depth} and there is {name}"
+            f"depth must be the number of the transformer's blocks, got {depth}, but the model has {name}"
         )
     return depth + 1 if block is None else int(block[1]) + 1
 

@@ -171,7 +171,9 @@ def _interactions(indexes: Sequence[Sequence[int]] | None, depth: int) -> list[t
     """First and last block of each interaction."""
     if indexes is None:
         if depth % 4:
-            raise ValueError(f"interaction_indexes must be given: {depth} blocks make no four equal parts")
+            raise ValueError(
+                f"interaction_indexes must be given: {depth} blocks cannot be split into four equal parts"
+            )
         indexes = [(depth // 4 * part, depth // 4 * (part + 1) - 1) for part in range(4)]
     pairs = [(part[0], part[-1]) for part in indexes]
     if not pairs or any(not 0 <= first <= last < depth for first, last in pairs):

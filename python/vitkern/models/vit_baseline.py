@@ -79,7 +79,7 @@ def _taps(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     if indices is None:
         quarters = range(depth // 4 - 1, depth, max(depth // 4, 1))
         if len(quarters) != 4:
-            raise ValueError(f"out_indices must be given: {depth} blocks make no four quarters")
+            raise ValueError(f"out_indices must be given: {depth} blocks cannot be split into four quarters")
         return tuple(quarters)
     if len(indices) not in (1, 4) or list(indices) != sorted(set(indices) & set(range(depth))):
         raise ValueError(

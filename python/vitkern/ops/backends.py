@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends: their names, the predicate whether one can run, the choice, and its explanation.
+"""The backends: their names, whether one can run, the choice, and its explanation.
 
-``can_run`` decides all: the automatic choice takes the first backend without an objection, a backend that the user
-named raises its objection, and ``vitkern doctor`` prints it.
+Everything follows from ``can_run``: the automatic choice takes the first backend without an objection, a backend that
+the user names raises its objection, and ``vitkern doctor`` prints the objections.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def falls_to_reference(
 def explain(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, str | None]:
-    """For each backend None, or the reason why it cannot run; each on the device it is made for unless one is given."""
+    """For each backend None, or why it cannot run: on `device`, or by default on the device it is made for."""
     if device is not None:
         return {backend: can_run(backend, torch.device(device), dtype) for backend in BACKENDS}
     gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None

@@ -76,8 +76,8 @@ def check_memory(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]
         needed, there = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
         if there < needed:
             raise ValueError(
-                f"{op}: {name} must have the memory of its {list(tensor.shape)} of {tensor.dtype}, {needed} bytes, got "
-                f"a storage of {there} bytes: it has been resized"
+                f"{op}: {name} must have memory for {list(tensor.shape)} elements of {tensor.dtype}, {needed} bytes, "
+                f"got a storage of {there} bytes: it has been resized"
             )
 
 

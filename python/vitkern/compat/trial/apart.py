@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that no setting of the caller reaches, and that leaves no traces."""
+"""Runs work so that no setting of the caller affects it, and without side effects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 def in_a_thread(work: Callable[[], _T]) -> _T:
-    """Returns the result of work in a thread of its own, which no mode, tracer or autocast of the caller reaches."""
+    """Returns the result of work in its own thread, which no mode, tracer or autocast of the caller affects."""
     results: list[_T] = []
     errors: list[BaseException] = []
 

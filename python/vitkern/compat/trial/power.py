@@ -91,7 +91,7 @@ def require_wrong_forms_to_fail(trial: Trial, candidate: Candidate) -> None:
         form = candidate.form._replace(forward=wrong.twisted(name, candidate.form.forward))
         runs = (each.without_gradients() for each in _quickest_first(trial))
         if all(trial.compare(candidate._replace(form=form), each) is None for each in runs):
-            raise UnfitError(f"its trial cannot tell a kernel that is wrong ({name}) from the right one")
+            raise UnfitError(f"its trial cannot tell a wrong kernel ({name}) from the right one")
 
 
 def _alike(trial: Trial) -> set[str]:

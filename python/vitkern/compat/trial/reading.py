@@ -19,7 +19,7 @@ _WARN = {"warn", "warning", "print", "debug", "info", "error"}
 def require_readable(trial: Trial) -> None:
     """Refuses code that is more than a function of its inputs, as far as its text shows."""
     if not functions.is_theirs(inspect.unwrap(trial.original)):
-        raise UnfitError("its forward is of no module that can be told, so that its code cannot be followed")
+        raise UnfitError("its forward belongs to no known module, so its code cannot be followed")
     if device := functions.foreign_autocast(trial.original):
         raise UnfitError(f"its forward is decorated by autocast for {device}, which a CPU does not show")
     for name in ("__getattr__", "__getattribute__", "__setattr__"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that projects look up at run time, as a trial has them: the published op, or none.
+"""The kernels that projects look up at run time. In a trial they find the published op, or none.
 
 LibreYOLO's functions ask its registry. NVIDIA TAO's layers call ``torch.ops.nvidia``, which a library of its own fills.
 """

@@ -168,7 +168,7 @@ class Specimen:
         sizes = None if _keeps_shape(child) else _linear_sizes(child)
         if sizes is None and not _keeps_shape(child):
             raise UnfitError(
-                f"its child {name!r} is a {type(child).__name__}, which no stand-in is known for"
+                f"its child {name!r} is a {type(child).__name__}, for which there is no stand-in"
             )
         self.children[name] = Child(name, sizes, self.draws)
         return self.children[name]
@@ -242,7 +242,7 @@ class Specimen:
         if self.writes:
             return f"its forward writes the attribute {min(self.writes)!r}"
         if self.misses:
-            return f"its forward asks for the attribute {min(self.misses)!r}, which the layer has not"
+            return f"its forward asks for the attribute {min(self.misses)!r}, which the layer does not have"
         if "__dict__" in self.reads:
             return "its forward reads the layer's __dict__"
         for name, value in self._attributes.items():
