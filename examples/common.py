@@ -77,6 +77,7 @@ class Run:
         self.output: Path = options.output
         self.fresh = options.fresh
         self.samples: int | None = options.samples
+        self.summed: Tensor | None = None
         if options.threads:
             torch.set_num_threads(options.threads)
         torch.manual_seed(self.seed)
@@ -146,6 +147,8 @@ class Run:
         """The sums over all processes."""
         if dist.is_initialized():
             dist.all_reduce(values)
+            # gloo's thread may let go of them after us, and needs Python for it: not when Python ends (torch 2.13).
+            self.summed = values
         return values
 
 

@@ -58,7 +58,11 @@ def test_gradients_of_two_processes_are_those_of_one(kind, tmp_path):
         if not hasattr(fsdp, "fully_shard"):
             pytest.skip("this torch has no FSDP2")
     results = tmp_path / "gradients.pt"
-    mp.spawn(worker, (kind, tmp_path / "rendezvous", results), nprocs=2)
+    processes = mp.spawn(worker, (kind, tmp_path / "rendezvous", results), nprocs=2, join=False)
+    if not any(processes.join(timeout=200) for _ in range(2)):  # each waits for one process
+        for process in processes.processes:
+            process.kill()
+        pytest.fail("a process has not ended")
     layer = make_layer()
     loss(layer, *make_batch()).backward()
     distributed = torch.load(results)
