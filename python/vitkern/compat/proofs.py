@@ -47,7 +47,9 @@ class Proof:
         self._names = tuple(attributes)
         self._pick = operator.itemgetter(*self._names) if attributes else None
         self._expected = self._pick(self.attributes) if self._pick else None
+        self.functions = judgement.functions
         self._scopes = list(scopes_of(layer, judgement))
+        self._scopes += [scope for proof in judgement.proved for scope in proof._scopes]
         self._follow()
         self._absent = tuple((scope.space, name) for scope in self._scopes for name in scope.absent)
         self._inherited = {
