@@ -85,6 +85,22 @@ class OfDefault(Layer):
         return core(value, shapes, where.unflatten(3, (2, 4)), weights.unflatten(3, (2, 4)))
 
 
+class OfKeyword(Layer):
+    """A default of an argument that takes a name only."""
+
+    def sample(self, value, shapes, where, weights, *, core=multi_scale_deformable_attn_pytorch):
+        return core(value, shapes, where.unflatten(3, (2, 4)), weights.unflatten(3, (2, 4)))
+
+
+class OfAttribute(Layer):
+    def __init__(self):
+        super().__init__()
+        self.core = multi_scale_deformable_attn_pytorch
+
+    def sample(self, value, shapes, where, weights):
+        return self.core(value, shapes, where.unflatten(3, (2, 4)), weights.unflatten(3, (2, 4)))
+
+
 class OfPartial(Layer):
     """Holds the function as RT-DETR v2 does, in a partial."""
 
@@ -108,4 +124,4 @@ class OfLevels(Layer):
         return self.core(list(value), shapes, where, weights, [3, 5])
 
 
-HOLDERS = (OfGlobal, OfHelper, OfDefault, OfPartial, OfLevels)
+HOLDERS = (OfGlobal, OfHelper, OfDefault, OfKeyword, OfPartial, OfLevels)

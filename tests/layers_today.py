@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.layer_for_export import Exported as Exported
+
 HEADS, LEVELS, POINTS, WIDTH, QUERIES = 4, 2, 2, 32, 5
 SIZES = [(3, 4), (2, 2)]
 PIXELS = 16

@@ -128,6 +128,21 @@ def test_a_package_that_comes_after_its_stand_in_takes_its_place(tree):
     assert load("groundingdino") is stand_in and not hasattr(stand_in, "_C")
 
 
+def test_a_package_in_the_place_of_its_stand_in_may_wait_for_a_thread_that_imports(tree):
+    vitkern.install("deformable_detr")
+    load("groundingdino")
+    threads = """
+        import importlib, threading
+        thread = threading.Thread(target=importlib.import_module, args=["a_module_of_a_thread"], daemon=True)
+        thread.start()
+        thread.join(10)
+        waits = thread.is_alive()
+    """
+    tree({"groundingdino/__init__.py": threads, "groundingdino/util.py": "", "a_module_of_a_thread.py": ""})
+    assert load("groundingdino.util") and not load("groundingdino").waits
+    del sys.modules["a_module_of_a_thread"]
+
+
 def test_an_extension_that_comes_after_the_stand_in_of_its_package_is_not_shadowed(tree):
     vitkern.install("deformable_detr")
     load("groundingdino")

@@ -9,7 +9,7 @@ from textwrap import dedent
 import pytest
 
 from tests.test_install import MMCV_LITE, REAL
-from vitkern.compat import run
+from vitkern.compat import run, tao
 from vitkern.compat.install import ECOSYSTEMS
 
 EXTENSION = "MultiScaleDeformableAttention"
@@ -130,5 +130,5 @@ def test_what_keeps_python_from_preparing_is_refused(monkeypatch, capsys):
 
 def test_startup_waits_for_every_package():
     text = (run.STARTUP / "sitecustomize.py").read_text(encoding="utf-8")
-    packages = {ecosystem.extension.partition(".")[0] for ecosystem in ECOSYSTEMS.values()}
+    packages = {ecosystem.extension.partition(".")[0] for ecosystem in ECOSYSTEMS.values()} | {tao.PACKAGE}
     assert all(f'"{package}"' in text for package in packages)

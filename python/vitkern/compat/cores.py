@@ -127,6 +127,7 @@ def _applied(value: type) -> Core | None:
 class Replacement(NamedTuple):
     """A core and its replacement."""
 
+    layer: nn.Module  # that was tried
     proof: Proof
     function: Any  # called in the core's place; a class with `apply` in place of a class
 
@@ -136,10 +137,11 @@ _lock = threading.RLock()
 
 
 def replacement_of(core: Core) -> Replacement:
-    """The replacement of a core after a trial, which runs once per process."""
+    """The replacement of a core after a trial, which runs once as long as the code and all that it names stay."""
     key = (core, core.function.__code__)
     with _lock:
-        if key not in _known:
+        known = _known.get(key)
+        if known is None or known.proof.changed(known.layer) is not None:
             _known[key] = _tried(core)
     return _known[key]
 
@@ -152,11 +154,11 @@ def _tried(core: Core) -> Replacement:
             judgement = _refused(core) or judge(module, known=(_form(core, roles),))
             proof = Proof(module, judgement)
             if proof.holds:
-                return Replacement(proof, _sampling(core, module, proof, judgement, layout))
-            refusals.append(proof)
+                return Replacement(module, proof, _sampling(core, module, proof, judgement, layout))
+            refusals.append((module, proof))
     # The code was read to its end where it ran: that says more than an exception.
-    ran = [each for each in refusals if "raises in a trial" not in str(each.reason)]
-    return Replacement((ran or refusals)[0], core.applied or core.function)
+    ran = [each for each in refusals if "raises in a trial" not in str(each[1].reason)]
+    return Replacement(*(ran or refusals)[0], core.applied or core.function)
 
 
 def _refused(core: Core) -> Judgement | None:

@@ -57,7 +57,7 @@ _TRANSFORMERS = _roles(
 )
 _DEFORMABLE_DETR = _roles(
     "query=query reference_points=points input_flatten=value input_spatial_shapes=shapes "
-    "input_level_start_index=starts input_padding_mask=mask"
+    "input_level_start_index=starts input_padding_mask=mask input_spatial_shapes_hw=pairs"
 )
 _MMCV = _roles(
     "query=query key=ignored value=value identity=identity query_pos=position key_padding_mask=mask "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
@@ -165,6 +165,7 @@ def _guarded(kind: Any, name: str, copied: Function, copies: _Swapped) -> Functi
         return getattr(kind, name)(self, *positional, **named)
 
     method.replaces = functions.undone(original)  # type: ignore[attr-defined]
+    method.changed = changed  # type: ignore[attr-defined]
     return method
 
 
@@ -184,13 +185,20 @@ def _property(name: str, tried: Any, sample: Function) -> property:
     """An attribute that holds a core: the layer keeps it, and its code gets the kernel until the attribute changes."""
 
     def get(self: nn.Module) -> Any:
+        if name not in self.__dict__:
+            raise AttributeError(name)  # torch then looks for a child of that name
         now = self.__dict__[name]
         return sample if now is tried or _same(now, tried) else now
 
     def put(self: nn.Module, value: Any) -> None:
         self.__dict__[name] = value
 
-    return property(get, put)
+    def remove(self: nn.Module) -> None:
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        del self.__dict__[name]
+
+    return property(get, put, remove)
 
 
 def _same(now: Any, tried: Any) -> bool:
@@ -199,7 +207,9 @@ def _same(now: Any, tried: Any) -> bool:
     return now.func is tried.func and now.args == tried.args and now.keywords == tried.keywords
 
 
-_classes: dict[tuple[Any, Held], Any] = {}
+_Key = tuple[Any, Held, frozenset[tuple[Core, Function]]]
+_latest: dict[_Key, Any] = {}
+_classes: dict[str, Any] = {}  # by name
 
 
 def class_on_kernels(
@@ -207,24 +217,31 @@ def class_on_kernels(
 ) -> Any:
     """The subclass of a layer in which cores are replaced."""
     kind: Any = type(layer)
-    if (kind, held) not in _classes:
+    key = (kind, held, frozenset(replaced.items()))
+    if key not in _latest or _has_changed(_latest[key]):
+        name = uuid.uuid4().hex
         namespace = {
             "__module__": kind.__module__,
             "__doc__": kind.__doc__,
             "__reduce_ex__": reduce,
             "patched_from": kind,
             "patched_by": None,
-            "cores_of": f"{os.getpid()}-{len(_classes)}",
+            "cores_of": name,
             **_methods_on_kernels(layer, held, replaced),
         }
-        _classes[kind, held] = functions.subclass(kind, namespace)
-    return _classes[kind, held]
+        _latest[key] = _classes[name] = functions.subclass(kind, namespace)
+    return _latest[key]
+
+
+def _has_changed(made: Any) -> bool:
+    """Whether a class runs its own code because something has changed since it was made."""
+    return any(each.changed() is not None for each in vars(made).values() if hasattr(each, "changed"))
 
 
 def remade(kind: Any, name: str, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
     """A copy of a layer with replaced cores; in another process, the layer as it was."""
     layer = make(*arguments)
-    made = next((each for each in _classes.values() if each.cores_of == name), None)
-    if made is not None and type(layer) is kind:
+    made: Any = _classes.get(name)
+    if type(layer) is kind and getattr(made, "patched_from", None) is kind:
         layer.__class__ = made
     return layer

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import _imp
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -92,11 +94,27 @@ def _give_way(package: ModuleType) -> Sequence[str] | None:
     package.__path__ = theirs.submodule_search_locations
     if theirs.loader is not None:
         try:
-            theirs.loader.exec_module(package)
+            with _import_lock_released():
+                theirs.loader.exec_module(package)
         except BaseException:
             del sys.modules[package.__name__]  # as with any package whose import fails
             raise
     return package.__path__
+
+
+@contextlib.contextmanager
+def _import_lock_released() -> Iterator[None]:
+    """Lets other threads import inside a ``with`` block: Python holds its import lock while it asks a finder."""
+    depth = 0
+    with contextlib.suppress(RuntimeError):  # this thread does not hold it any more
+        while True:
+            _imp.release_lock()
+            depth += 1
+    try:
+        yield
+    finally:
+        for _ in range(depth):
+            _imp.acquire_lock()
 
 
 def find_spec(name: str) -> ModuleSpec | None:

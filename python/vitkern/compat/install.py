@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import nn
 
-from vitkern.compat import deformable_detr, forms, imports, mmcv, proofs, samples
+from vitkern.compat import deformable_detr, forms, imports, mmcv, proofs, samples, tao
 from vitkern.compat.table import Left, Table
 
 _LAYER = "MultiScaleDeformableAttention"  # the class, if there is one
@@ -91,17 +91,21 @@ def install(name: str, *, override: bool = False) -> Table:
         name: ``"deformable_detr"``: the module ``MultiScaleDeformableAttention``, which Deformable-DETR, ViT-Adapter,
             Mask2Former, DINO and others compile, and the next two; ``"groundingdino"``: ``groundingdino._C``;
             ``"detrex"``: ``detrex._C``; ``"mmcv"``: ``mmcv._ext``, which mmcv-lite is without. In the last three, the
-            class MultiScaleDeformableAttention also gets vitkern's ``forward``, for every device.
+            class MultiScaleDeformableAttention also gets vitkern's ``forward``, for every device. ``"tao"``: the ops
+            ``torch.ops.nvidia`` of NVIDIA TAO, whose layers then load no library of their own.
         override: also replaces an installed module; its other names stay available.
 
     Returns:
         A table of the replaced modules and classes; ``left`` has those that stay, and why.
 
     Raises:
-        RuntimeError: the module is installed and there is no class to change instead, or it has already been imported.
+        RuntimeError: the module is installed and there is no class to change instead, or it has already been imported;
+            TAO's library is installed or loaded.
 
     Call it before the project is imported. A second call changes nothing; :func:`uninstall` undoes it.
     """
+    if name == "tao":
+        return tao.install(override=override)
     ecosystem = _ecosystem("install", name)
     override |= imports.comes_first(ecosystem.extension)
     installed = _installed(ecosystem.extension)
@@ -127,8 +131,10 @@ def uninstall(name: str | None = None) -> Table:
     Returns:
         A table of the modules that were changed back: empty if there was nothing to undo.
     """
+    if name == "tao":
+        return Table(tao.uninstall())
     names = list(ECOSYSTEMS) if name is None else [name, *_ecosystem("uninstall", name).relatives]
-    undone = []
+    undone = tao.uninstall() if name is None else []
     for part in map(ECOSYSTEMS.__getitem__, names):
         modules = (part.extension, part.home)
         undone += [(module, "vitkern's", "as it was") for module in modules if imports.withdraw(module)]
@@ -163,7 +169,8 @@ def switch(parts: list[Ecosystem], *, override: bool) -> Table:
 
 def _ecosystem(caller: str, name: str) -> Ecosystem:
     if not isinstance(name, str) or name not in ECOSYSTEMS:
-        known = "; ".join(f"{key!r}: {ecosystem.serves}" for key, ecosystem in ECOSYSTEMS.items())
+        serves = {key: ecosystem.serves for key, ecosystem in ECOSYSTEMS.items()} | {"tao": "NVIDIA TAO"}
+        known = "; ".join(f"{key!r}: {each}" for key, each in serves.items())
         raise ValueError(f"{caller}: unknown name {name!r}: choose from {known}")
     return ECOSYSTEMS[name]
 

@@ -93,6 +93,7 @@ def deformable_detr(
     input_spatial_shapes: Any = None,
     input_level_start_index: Tensor | None = None,
     input_padding_mask: Tensor | None = None,  # [B, S], True where the input is padding
+    input_spatial_shapes_hw: Any = None,  # the same sizes as pairs, in RF-DETR
     **unknown: Any,
 ) -> Any:
     if unknown or input_spatial_shapes is None or not _are_reference_points(reference_points):
@@ -101,7 +102,7 @@ def deformable_detr(
     if input_padding_mask is not None:
         value = value.masked_fill(input_padding_mask[..., None], 0.0)
     sizes = (layer.n_heads, layer.n_levels, layer.n_points)
-    levels = (input_spatial_shapes, input_level_start_index)
+    levels = (_shapes(input_spatial_shapes_hw, input_spatial_shapes), input_level_start_index)
     output, _ = _attend(layer, query, value, levels, reference_points, sizes)
     return layer.output_proj(output)
 

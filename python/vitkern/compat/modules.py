@@ -13,6 +13,8 @@ from vitkern.compat.cores import core_of, replacement_of
 from vitkern.compat.table import Left, Table
 from vitkern.compat.trial import functions
 
+_originals: dict[str, list[Any]] = {}  # cores that were replaced, by the name that `patch` was given
+
 
 class Functions:
     """The cores of an imported module of a project, replaced for the whole process."""
@@ -22,7 +24,9 @@ class Functions:
 
     def _places(self) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
         """Each name for a core of this module in a module of the same project."""
-        own = {id(functions.undone(each)) for each in vars(sys.modules[self._name]).values() if core_of(each)}
+        present = [each for each in vars(sys.modules[self._name]).values() if core_of(each)]
+        # After a reload the module has others, and modules that imported from it still have those replaced before.
+        own = {id(functions.undone(each)) for each in (*present, *_originals.get(self._name, ()))}
         project = self._name.partition(".")[0]
         for name, module in sorted(sys.modules.items()):
             if name.partition(".")[0] == project and isinstance(module, ModuleType):
@@ -36,13 +40,14 @@ class Functions:
             core = None if hasattr(value, "samples") else core_of(value)
             if core is None:
                 continue
-            proof, function = replacement_of(core)
+            _, proof, function = replacement_of(core)
             if proof.reason is not None:
                 left.append(Left(path, key, proof.reason))
                 continue
             rows.append((path, f"{key}, for the whole process", "ms_deform_attn"))
             if not dry_run:
                 scope[key] = function
+                _originals.setdefault(self._name, []).append(value)
         if not rows and not left and not any(hasattr(value, "samples") for _, _, _, value in self._places()):
             warnings.warn(f"vitkern.patch found no function that samples in {self._name}", stacklevel=3)
         return Table(rows, left)
@@ -53,4 +58,5 @@ class Functions:
             if hasattr(value, "samples"):
                 scope[key] = value.replaces
                 rows.append((path, f"{key} on ms_deform_attn", key))
+        _originals.pop(self._name, None)
         return Table(rows)

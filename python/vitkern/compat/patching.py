@@ -279,7 +279,7 @@ def _remade(kind: Any, proof: str, make: Callable[..., nn.Module], *arguments: A
     """A copy of a patched layer: by its proof in the process that has it, elsewhere after a trial at its first call."""
     module = make(*arguments)
     if type(module) is kind and not forms.is_ours(kind.forward):
-        module.__class__ = _patched_class(kind, proofs.named(proof))
+        module.__class__ = _patched_class(kind, proofs.named(proof, kind))
     return module
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
 import operator
-import os
 import threading
+import uuid
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,6 @@ from vitkern.compat.trial.specimen import is_plain
 
 Function = Callable[..., Any]
 
-_numbers = itertools.count()
 _lock = threading.RLock()
 _proofs: dict[tuple[type, Function], list[Proof]] = {}
 
@@ -37,7 +35,7 @@ class Proof:
     """The result of a trial of code and a configuration: a kernel that does the same, or why there is none."""
 
     def __init__(self, layer: nn.Module, judgement: Judgement) -> None:
-        self.name = f"{os.getpid()}-{next(_numbers)}"
+        self.name = uuid.uuid4().hex  # a number would be that of another proof in another process
         self.reason = judgement.reason
         self.taken = judgement.taken
         self.candidate = judgement.candidate
@@ -49,7 +47,9 @@ class Proof:
         self._names = tuple(attributes)
         self._pick = operator.itemgetter(*self._names) if attributes else None
         self._expected = self._pick(self.attributes) if self._pick else None
+        self.functions = judgement.functions
         self._scopes = list(scopes_of(layer, judgement))
+        self._scopes += [scope for proof in judgement.proved for scope in proof._scopes]
         self._follow()
         self._absent = tuple((scope.space, name) for scope in self._scopes for name in scope.absent)
         self._inherited = {
@@ -250,10 +250,9 @@ def known_proof(layer: nn.Module, kind: Any) -> Proof | None:
     return None
 
 
-def named(name: str) -> Proof | None:
-    """A proof of this process by its name."""
-    every = itertools.chain.from_iterable(_proofs.values())
-    return next((proof for proof in every if proof.name == name), None)
+def named(name: str, kind: Any) -> Proof | None:
+    """A proof of this process, by its name, for layers of this class and its present code."""
+    return next((proof for proof in _proofs.get((kind, original_of(kind)), ()) if proof.name == name), None)
 
 
 def forward_by(proof: Proof, kind: Any) -> Function:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from vitkern.compat import imports
+from vitkern.compat import imports, tao
 from vitkern.compat.install import ECOSYSTEMS, switch
 
 STARTUP = Path(__file__).parent / "startup"
@@ -46,4 +46,9 @@ def find_switched(package: str, *, override: bool) -> ModuleSpec | None:
             for left in switch([part], override=override).left:
                 if not part.home:
                     print(f"vitkern run: {left}; --override puts vitkern's in its place", file=sys.stderr)
+    if package == tao.PACKAGE:
+        try:
+            tao.install(override=override)
+        except RuntimeError as error:
+            print(f"vitkern run: {error}", file=sys.stderr)
     return imports.find_spec(package)

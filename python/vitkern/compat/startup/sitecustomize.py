@@ -11,10 +11,16 @@ from importlib.util import module_from_spec
 
 
 class _Wait(MetaPathFinder):
-    """Imports vitkern when a package of ECOSYSTEMS is imported: vitkern imports torch, which few processes need."""
+    """Imports vitkern when a package is imported that it changes: vitkern imports torch, which few processes need."""
 
     def __init__(self) -> None:
-        self.packages = {"MultiScaleDeformableAttention", "detrex", "groundingdino", "mmcv"}
+        self.packages = {
+            "MultiScaleDeformableAttention",
+            "detrex",
+            "groundingdino",
+            "mmcv",
+            "nvidia_tao_pytorch",
+        }
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name not in self.packages:

@@ -32,7 +32,8 @@ class Copies:
                 self._tuple(function.__defaults__),
                 tuple(self._cell(cell) for cell in function.__closure__ or ()) or None,
             )
-            copied.__kwdefaults__ = function.__kwdefaults__
+            named = function.__kwdefaults__
+            copied.__kwdefaults__ = named and {name: self._value(each) for name, each in named.items()}
             copied.__dict__.update(function.__dict__)
             self._remember(function, copied)
         return self._copies[id(function)]

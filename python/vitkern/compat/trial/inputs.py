@@ -104,7 +104,7 @@ def layer_inputs(
             value = reference_points(setting, queries, sizes, draws)
         elif role == "shapes":
             value = shapes.clone()
-        elif role == "shapes_list":
+        elif role in ("shapes_list", "pairs"):
             value = list(levels)
         elif role == "starts":
             value = starts.clone()
@@ -115,7 +115,7 @@ def layer_inputs(
         else:
             raise UnfitError(f"no input is known for the role {role!r}")
         left_out = (
-            (role in ("position", "identity", "ignored") and not setting.optional)
+            (role in ("position", "identity", "pairs", "ignored") and not setting.optional)
             or (role == "mask" and not setting.masked)
             or (role == "value" and of_query)
         )

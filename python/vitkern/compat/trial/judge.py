@@ -18,6 +18,7 @@ from vitkern.compat.trial import functions, power
 from vitkern.compat.trial.apart import in_a_thread, said
 from vitkern.compat.trial.coverage import Coverage
 from vitkern.compat.trial.inputs import aim, core_inputs, layer_inputs
+from vitkern.compat.trial.proved import cores_proved
 from vitkern.compat.trial.reading import require_no_free_comparison, require_plain_class, require_readable
 from vitkern.compat.trial.runs import Outcome, Run, difference, run
 from vitkern.compat.trial.settings import BASIC, FURTHER, OF_CORES, Setting, fitted
@@ -49,6 +50,7 @@ class Judgement(NamedTuple):
     reads: frozenset[str] = frozenset()  # all names that were looked up on the layer
     taken: tuple[str, ...] = ()  # compiled functions that were taken as published
     functions: tuple[FunctionType, ...] = ()  # of the user's project that may run
+    proved: tuple[Any, ...] = ()  # proofs of functions that sample, which this one rests on
 
 
 def judge(
@@ -108,6 +110,7 @@ class Trial:
         self.runs: list[Run] = []
         self.kinds: set[Kind] = set()
         self.takes_mask = True
+        self.proved: list[Any] = []
         self.failed: dict[Kind, Exception] = {}
 
     def judgement(self) -> Judgement:
@@ -139,6 +142,7 @@ class Trial:
             frozenset(self.specimen.reads),
             tuple(sorted(set().union(*(world.taken for world in worlds)))),
             tuple(self.functions),
+            tuple(self.proved),
         )
 
     def _settings(self) -> Iterator[Setting]:
@@ -309,7 +313,10 @@ class Trial:
             raise UnfitError(f"{gap.why}: line {gap.line}, {gap.text!r}")
 
     def _gaps(self) -> list[Any]:
-        return self.coverage.gaps(partial(is_settled, self), self.raised)
+        gaps = self.coverage.gaps(partial(is_settled, self), self.raised)
+        proved = cores_proved(self, {gap.code for gap in gaps})
+        self.proved = list(dict.fromkeys(proved.values()))
+        return [gap for gap in gaps if id(gap.code) not in proved]
 
 
 def _arguments(function: Any) -> str:
