@@ -59,7 +59,7 @@ def test_a_layer_is_tried_again_after_a_change(name, monkeypatch):
     expected = results(model)
     vitkern.patch(model, strict=True)
     monkeypatch.setattr(module, name, copy_of(vars(module)[name]))
-    with pytest.warns(UserWarning, match=f"'{name}' is not as it was"):
+    with pytest.warns(UserWarning, match=f"'{name}' has changed since"):
         assert same(results(model), expected)
     vitkern.unpatch(model)
     vitkern.patch(model, strict=True)

@@ -103,5 +103,5 @@ def test_a_function_of_a_way_that_the_layer_never_takes_changes(monkeypatch):
     expected = results(layer)
     vitkern.patch(layer, strict=True)
     monkeypatch.setattr(module, "first", lambda level, points: 0)
-    with pytest.warns(UserWarning, match="'first' is not as it was"):
+    with pytest.warns(UserWarning, match="'first' has changed since"):
         assert same(results(layer), expected)

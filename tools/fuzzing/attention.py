@@ -192,7 +192,14 @@ def expected_plain(
     )
     found = [exact(np.zeros((*weights.shape[:3], 0, 2)))]
     for level, each in zip(levels, sampled):
-        axes = [acc.mul(exact(float(n)), along) for n, along in zip(level.size, each.places)]  # (7)
+        axes = []
+        for n, along in zip(level.size, each.places):  # (7)
+            wide = acc.mul(
+                exact(float(n)), exact(weights[..., level.points])
+            )  # may overflow before it meets the rest
+            axes.append(
+                acc.mul(exact(float(n)), along).may_differ(np.where(np.isinf(wide.error), np.inf, 0.0))
+            )
         found.append(Bounded(*(np.stack(pair, -1) for pair in zip(*axes))))
     return {**results, "locations": concatenate(found, -2)}
 
@@ -247,6 +254,8 @@ def _of_reference(acc: Arithmetic, level: Level, offsets: Array, places: Pair, n
         found.append(acc.sum(_times(acc, np.full(along.value.shape, float(size)), along), (2, 3)))
     if numbers == 4:
         for axis, (size, along) in enumerate(zip(level.size, places)):
-            share = offsets[..., axis] * size / (2 * max(count, 1))
-            found.append(acc.sum(_times(acc, share, along), (2, 3)))
+            of_box, part = offsets[..., axis] * size, 1 / (2 * max(count, 1))
+            before = acc.sum(_times(acc, of_box * part, along), (2, 3))
+            after = acc.sum(_times(acc, of_box, along), (2, 3))
+            found.append(either(before, acc.mul(after, exact(part))))
     return Bounded(*(np.stack(parts, -1)[:, :, None] for parts in zip(*found)))
