@@ -63,7 +63,9 @@ def expected(
             acc.mul(scale, acc.dot(g.swap(), a.swap())), acc.dot(scaled.swap(), a.swap())
         ),
         "up_bias": either(acc.mul(scale, acc.sum(g, 0)), acc.sum(scaled, 0)),
-        "scale": _of_scale(acc, g, up, a, tensors["up_bias"]),
+        "scale": either(  # (11)
+            _of_scale(acc, g, up, a, tensors["up_bias"]), acc.sum(acc.mul(g, products).reshape(-1), 0)
+        ),
     }
 
 
