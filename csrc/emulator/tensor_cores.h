@@ -55,23 +55,26 @@ VITKERN_CALLED void load_matrices(uint32_t (&out)[4], const void* row) {
   emulator::all_have_read("ldmatrix");
 }
 
+// Widened once, by the lane that holds them: 32 numbers are read from each place of the table.
 struct EmulatedOperands {
-  uint32_t a[4], b[2];
+  float a[8], b[4];
 };
 
 // mma.m16n8k16 with sums in float.
 template <typename T>
 void multiply_add_tile(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const emulator::races::Recording none(false);
-  const auto& held = emulator::lay_down("mma", EmulatedOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  EmulatedOperands own;
+  for (int i = 0; i < 8; ++i) own.a[i] = emulator::half_of<T>(a[i / 2], i % 2);
+  for (int i = 0; i < 4; ++i) own.b[i] = emulator::half_of<T>(i / 2 ? b1 : b0, i % 2);
+  const auto& held = emulator::lay_down("mma", own);
   const int lane = threadIdx.x % emulator::kWarpLanes;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4, lower = i / 2, column = lane % 4 * 2 + i % 2;
+    const EmulatedOperands *left = &held[4 * row], *right = &held[4 * column];
     for (int k = 0; k < 16; ++k) {
-      const int pair = k % 8 / 2, upper = k / 8;
-      const float left = emulator::half_of<T>(held[4 * row + pair].a[2 * upper + lower], k % 2);
-      const float right = emulator::half_of<T>(held[4 * column + pair].b[upper], k % 2);
-      sums[i] += left * right;
+      const int pair = k % 8 / 2, upper = k / 8, half = k % 2;
+      sums[i] += left[pair].a[2 * (2 * upper + lower) + half] * right[pair].b[2 * upper + half];
     }
   }
   emulator::all_have_read("mma");
