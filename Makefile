@@ -81,6 +81,9 @@ CUDA_RACES = VITKERN_EMULATED_RACES="$$($(BIN)/python -m tests.emulated --races)
 races: setup  ## CUDA kernels, emulated: no two accesses race, SEEDS=3 schedules a call give the same bits
 	$(CUDA_RACES) -m "" tests/test_races.py tests/test_schedules.py $(PARALLEL) $(PYTEST_ARGS)
 
+libtsan: setup  ## The race detector beside gcc's libtsan, on ms_deform_attn: both report the same, or why not. Minutes
+	$(BIN)/python -m tests.libtsan --check
+
 counts: setup  ## Counts what CUDA kernels that have changed ask of memory, emulated, and draws docs/counts.md: up to 45 minutes
 	$(BIN)/python -m benchmarks.counts $(COUNTS_ARGS)
 
@@ -140,7 +143,7 @@ help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench tables speed gpu check emulate fuzz races counts sanitize lint typecheck ci docs setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-kernels bench tables speed gpu check emulate fuzz races libtsan counts sanitize lint typecheck ci docs setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is

@@ -58,6 +58,7 @@ def build(sanitize: str = "", watch: str = "") -> Path:
 _FLAGS = {
     "": ("-O1", "-g"),
     "races": ("-O1", "-g", "-fsanitize=thread"),
+    "libtsan": ("-O1", "-g", "-fsanitize=thread"),
     "counts": ("-O0", "-g1", "-fsanitize=thread", "-fsanitize-coverage=trace-pc"),
 }
 
@@ -84,11 +85,12 @@ def compile_program(
     if not watch:
         _run(_tool("c++"), *flags, *_FLAGS[watch], "-x", "c++", source, "-o", program)
         return program
-    # Instrumented alone, and linked without libtsan.
+    # Instrumented alone; linked without libtsan, unless that is what watches.
     objects = program.with_suffix(".kernels.o"), program.with_suffix(".runtime.o")
     _run(_tool("c++"), *flags, *_FLAGS[watch], "-x", "c++", "-c", source, "-o", objects[0])
     _run(_tool("c++"), *flags, "-O2", "-c", ROOT / "csrc" / "emulator" / f"{watch}.cpp", "-o", objects[1])
-    _run(_tool("c++"), *flags, *objects, "-ldl", "-o", program)
+    runtime = ["-fsanitize=thread"] if watch == "libtsan" else []
+    _run(_tool("c++"), *flags, *runtime, *objects, "-ldl", "-o", program)
     return program
 
 
@@ -137,5 +139,5 @@ def sanitizer_environment() -> dict[str, str]:
 REASON = _reason()
 
 if __name__ == "__main__":
-    watch = next((word[2:] for word in sys.argv[1:] if word in ("--races", "--counts")), "")
+    watch = next((word[2:] for word in sys.argv[1:] if word in ("--races", "--libtsan", "--counts")), "")
     print(REASON or build(SANITIZERS if "--sanitize" in sys.argv else "", watch))

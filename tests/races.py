@@ -26,12 +26,12 @@ from tests import emulated
 from vitkern.ops import native, op
 
 CSRC = emulated.ROOT / "csrc"
-_MODULE = "VITKERN_EMULATED_RACES"
-REASON = emulated.REASON or (None if _MODULE in os.environ else "make races builds the kernels for this")
+MODULE = "VITKERN_EMULATED_RACES"
+REASON = emulated.REASON or (None if MODULE in os.environ else "make races builds the kernels for this")
 
 
 def path() -> Path:
-    return Path(os.environ[_MODULE])
+    return Path(os.environ[MODULE])
 
 
 @functools.cache

@@ -89,6 +89,8 @@ void thread_runs(int thread, const void* stack, size_t bytes) {
   counts::launch.stack = {"", reinterpret_cast<uintptr_t>(stack), bytes};
 }
 
+void scheduler_runs() {}
+
 void warp_meets(int first_thread, unsigned mask) {
   counts::Launch& launch = counts::launch;
   const int lanes = static_cast<int>(std::min<int64_t>(kWarpLanes, launch.threads - first_thread));

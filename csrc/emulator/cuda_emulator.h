@@ -231,6 +231,7 @@ class Block {
     void* own_sanitizer_stack = nullptr;
     __sanitizer_start_switch_fiber(&own_sanitizer_stack, next.stack.get(), kStackBytes);
     vitkern_switch_stack(&scheduler_top_, next.top);
+    races::scheduler_runs();
     __sanitizer_finish_switch_fiber(own_sanitizer_stack, nullptr, nullptr);
     if (!failure_.empty()) abandon(failure_);
   }

@@ -1,18 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Finds data races of emulated kernels, whatever order their threads ran in: the functions that -fsanitize=thread
 // calls before each access, with CUDA's rules in place of libtsan's. shadow.h says what a race is, and why it is found.
-#include <dlfcn.h>
-#include <link.h>
-
 #include <cstdio>
 #include <map>
-#include <numeric>
 #include <set>
 #include <tuple>
 
 #include "emulator/access_hooks.h"
-#include "emulator/cuda_emulator.h"
 #include "emulator/shadow.h"
+#include "emulator/watched.h"
 
 namespace emulator {
 
@@ -24,22 +20,16 @@ dim3 grid_extent() { return Block::current().grid_dim; }
 namespace races {
 namespace {
 
-struct Range {
-  std::string name;
-  uintptr_t begin = 0, bytes = 0;
-  bool has(uintptr_t address) const { return address - begin < bytes; }
-};
-
 constexpr size_t kMostReports = 20;  // of a launch
 
 struct Launch {
-  std::string kernel, without;
+  std::string kernel;
   bool records = true;
-  uintptr_t module = 0;
+  Module module;
   Memory global, shared;
-  Range declared, dynamic, stack;  // of __shared__ variables; of this launch's size; of the running thread
-  std::vector<uint3> blocks;       // that have begun
-  std::vector<Clock> clocks;       // of the block's threads
+  Range dynamic, stack;       // shared memory of this launch's size; of the running thread
+  std::vector<uint3> blocks;  // that have begun
+  std::vector<Clock> clocks;  // of the block's threads
   int thread = 0;
   std::set<std::tuple<uint32_t, uint32_t, Access, Access>> known;
   std::vector<std::string> found;
@@ -49,24 +39,15 @@ std::vector<Range> names;               // of tensors, as the caller gave them
 std::map<uintptr_t, int64_t> launched;  // most blocks, by kernel
 thread_local bool kernel_runs = false;
 
-// This module's variables of the running thread, among which are those that kernels declare __shared__.
-int find_thread_variables(dl_phdr_info* info, size_t, void*) {
-  if (info->dlpi_addr != launch.module) return 0;
-  for (int i = 0; i < info->dlpi_phnum; ++i)
-    if (info->dlpi_phdr[i].p_type == PT_TLS)
-      launch.declared = {"", reinterpret_cast<uintptr_t>(info->dlpi_tls_data), info->dlpi_phdr[i].p_memsz};
-  return 1;
-}
-
 uint32_t in_module(const void* caller) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(caller) - launch.module);
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(caller) - launch.module.begin);
 }
 
 // For a reader who has the module: tests/races.py replaces {...} by lines and variables.
 std::string place_of(uintptr_t address) {
   char text[64];
-  if (launch.declared.has(address)) {
-    std::snprintf(text, sizeof text, "{variable 0x%zx}", size_t{address - launch.declared.begin});
+  if (launch.module.declared.has(address)) {
+    std::snprintf(text, sizeof text, "{variable 0x%zx}", size_t{address - launch.module.declared.begin});
     return text;
   }
   if (launch.dynamic.has(address))
@@ -131,7 +112,7 @@ void pass(Access access, const Clock& before, const void* address, size_t bytes,
   const Record mine{now.block, now.epoch, now.lanes[now.thread % kWarpLanes], in_module(caller),
                     static_cast<uint16_t>(now.thread)};
   const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
-  const bool shared = launch.declared.has(begin) || launch.dynamic.has(begin);
+  const bool shared = launch.module.declared.has(begin) || launch.dynamic.has(begin);
   Memory& memory = shared ? launch.shared : launch.global;
   for (uintptr_t at = begin - begin % kCellBytes; at < begin + bytes; at += kCellBytes) {
     Cell& cell = memory.at(at);
@@ -147,13 +128,6 @@ void on_access(Access access, const void* address, size_t bytes, const void* cal
   pass(access, launch.clocks[launch.thread], address, bytes, caller);
 }
 
-bool switched_off(const Site& barrier) {
-  const std::string site = std::string(barrier.file) + ":" + std::to_string(barrier.line);
-  const std::string& off = launch.without;
-  return !off.empty() && site.size() >= off.size() &&
-         site.compare(site.size() - off.size(), off.size(), off) == 0;
-}
-
 }  // namespace
 
 Recording::Recording(bool kernel) : before_(std::exchange(kernel_runs, kernel)) {}
@@ -164,25 +138,13 @@ std::mutex& one_launch() {
   return mutex;
 }
 
-// CUDA_EMU_BLOCKS=n leaves all but the first n out: what the others would have written is missing.
-std::vector<int64_t> order_of_blocks(int64_t count) {
-  if (const char* most = std::getenv("CUDA_EMU_BLOCKS")) count = std::min(count, int64_t{std::atoi(most)});
-  std::vector<int64_t> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  if (const char* seed = std::getenv("CUDA_EMU_SEED"))
-    std::shuffle(order.begin(), order.end(), std::minstd_rand(std::atoi(seed)));
-  return order;
-}
+std::vector<int64_t> order_of_blocks(int64_t count) { return drawn_blocks(count); }
 
-// CUDA_EMU_WITHOUT=forward.cuh:24 is a barrier that orders nothing; CUDA_EMU_RACES=0 looks for no races.
+// CUDA_EMU_RACES=0 looks for no races.
 void launch_begins(const char* kernel, const void* function, int64_t blocks) {
-  Dl_info info{};
-  dladdr(reinterpret_cast<const void*>(&launch_begins), &info);
-  launch.module = reinterpret_cast<uintptr_t>(info.dli_fbase);
-  dl_iterate_phdr(find_thread_variables, nullptr);
-  const char *without = std::getenv("CUDA_EMU_WITHOUT"), *records = std::getenv("CUDA_EMU_RACES");
+  const char* const records = std::getenv("CUDA_EMU_RACES");
   launch.kernel = kernel;
-  launch.without = without ? without : "";
+  launch.module = module_of(reinterpret_cast<const void*>(&launch_begins));
   launch.records = !records || *records != '0';
   launch.global.clear();
   launch.blocks.clear(), launch.known.clear(), launch.found.clear();
@@ -214,6 +176,8 @@ void thread_runs(int thread, const void* stack, size_t bytes) {
   launch.thread = thread;
   launch.stack = {"", reinterpret_cast<uintptr_t>(stack), bytes};
 }
+
+void scheduler_runs() {}
 
 void block_barrier(const Site& site) {
   if (switched_off(site)) return;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The emulator's calls to the watcher of the kernels: the race detector (races.cpp) or the counter (counts.cpp). Builds
-// with VITKERN_WATCHED link one of them; in other builds these calls do nothing.
+// The emulator's calls to the watcher of the kernels: the race detector (races.cpp), the counter (counts.cpp) or gcc's
+// libtsan (libtsan.cpp). Builds with VITKERN_WATCHED link one of them; in other builds these calls do nothing.
 //
 // In such a build the kernels are compiled with -fsanitize=thread, by which the compiler calls a function before
 // each access to memory; races.cpp and counts.cpp have these functions, in place of libtsan.
@@ -52,7 +52,9 @@ void launch_begins(const char* kernel, const void* function, int64_t blocks);
 std::string launch_ends();  // the races found, or nothing
 void block_begins(uint3 index, int threads, const void* dynamic_shared, size_t bytes);
 void names_dynamic_shared(const char* name);
+// A thread goes on, on a stack of its own; none does.
 void thread_runs(int thread, const void* stack, size_t bytes);
+void scheduler_runs();
 // All threads of the block have come to a barrier; the lanes of `mask` have.
 void block_barrier(const Site& site);
 void warp_barrier(const Site& site, int first_thread, unsigned mask);
@@ -86,6 +88,7 @@ inline std::string launch_ends() { return {}; }
 inline void block_begins(uint3, int, const void*, size_t) {}
 inline void names_dynamic_shared(const char*) {}
 inline void thread_runs(int, const void*, size_t) {}
+inline void scheduler_runs() {}
 inline void block_barrier(const Site&) {}
 inline void warp_barrier(const Site&, int, unsigned) {}
 inline void warp_meets(int, unsigned) {}
