@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patched detectors compiled for images of any size: after the second size, nothing is compiled again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitkern
+from tests.ecosystem.detectors import detectors
+
+pytestmark = pytest.mark.slow
+SIZES = 64, 96, 128
+
+
+def leaves(given: object) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given] if given.requires_grad else []
+    each = given.values() if isinstance(given, dict) else given if isinstance(given, (list, tuple)) else ()
+    return [tensor for one in each for tensor in leaves(one)]
+
+
+def step(model: nn.Module, size: int) -> Tensor:
+    """The sum of all outputs for a drawn image of this size, after its backward pass."""
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(size))
+    total = sum(each.sum() for each in leaves(model(pixels)))
+    total.backward()
+    return total.detach()
+
+
+@detectors("rt_detr_v2", "rfdetr")
+def test_no_size_after_the_second_is_compiled(detector):
+    model = detector.build()
+    assert vitkern.patch(model, strict=True)
+    expected = [step(model, size) for size in SIZES]
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    first, second, third = SIZES
+    found = {size: step(compiled, size) for size in (first, second)}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (first, third, second):
+            found[size] = step(compiled, size)
+    for size, total in zip(SIZES, expected):
+        torch.testing.assert_close(found[size], total, rtol=1e-4, atol=1e-3)
