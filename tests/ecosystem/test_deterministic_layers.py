@@ -10,13 +10,14 @@ from torch import Tensor, nn
 import vitkern
 from tests import emulated
 from tests.ecosystem.detectors import Detector, detectors, scene
-from tests.runners import ORDERED
+from tests.runners import ORDERED, RUNNERS
 
 pytest.importorskip("scipy")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(emulated.REASON is not None, reason=str(emulated.REASON)),
 ]
+FREE = next(runner for runner in RUNNERS if runner.name == "cuda-emulated")
 
 
 def first_call(detector: Detector) -> tuple[nn.Module, tuple, dict]:
@@ -56,11 +57,16 @@ def test_a_deterministic_layer_on_emulated_cuda_gives_the_same_bits(detector, mo
     layer, positional, named = first_call(detector)
     expected = results(layer, positional, named)
     monkeypatch.setenv("VITKERN_BACKEND", "cuda")
-    found = []
-    with ORDERED.active():
+
+    def in_both_orders():
         for order in "01":
             monkeypatch.setenv("CUDA_EMU_ORDER", order)
-            found.append(results(layer, positional, named))
-    assert all(map(torch.equal, *found))
-    for ours, theirs in zip(found[0], expected, strict=True):
+            yield results(layer, positional, named)
+
+    with FREE.active():
+        assert not all(map(torch.equal, *in_both_orders()))
+    with ORDERED.active():
+        found, again = in_both_orders()
+    assert all(map(torch.equal, found, again))
+    for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-4)

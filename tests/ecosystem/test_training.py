@@ -62,7 +62,10 @@ def spread(own: list[float], model: nn.Module, detector: Detector, *, autocast: 
 
 @detectors()
 def test_a_patched_detector_trains_as_its_own(detector):
-    """Each curve jumps where a box is matched to another query, in some runs earlier: all steps share one measure."""
+    """A curve jumps where a box is matched to another query, at other steps in other runs: all share one measure.
+
+    Step by step, one of six unpatched runs leaves twice the spread of three others.
+    """
     model = detector.build()
     own, gradients = train(copy.deepcopy(model), detector, STEPS)
     measure = spread(own, model, detector)
