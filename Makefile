@@ -31,6 +31,11 @@ test-ecosystem:  ## Models of timm, torchvision, transformers and mmcv with ours
 	$(MAKE) VENV=.venv-ecosystem .venv-ecosystem/.ecosystem
 	.venv-ecosystem/bin/python -m pytest tests/ecosystem tests/test_models_checkpoints.py tests/test_docs_code.py $(PYTEST_ARGS)
 
+test-detectors:  ## Detectors of ultralytics and rfdetr, trained with ours, in an environment of their own
+	$(MAKE) VENV=.venv-detectors .venv-detectors/.detectors
+	.venv-detectors/bin/python -m pytest tests/ecosystem/test_training.py tests/ecosystem/test_compiled_detectors.py \
+	  tests/ecosystem/test_deterministic_layers.py -k "ultralytics or rfdetr" $(PYTEST_ARGS)
+
 test-kernels:  ## Our layer by way of Hugging Face's kernels, in an environment of its own: it wants an older transformers
 	$(MAKE) VENV=.venv-kernels .venv-kernels/.kernels
 	.venv-kernels/bin/python -m pytest tests/ecosystem/test_kernels.py $(PYTEST_ARGS)
@@ -137,13 +142,13 @@ clean:  ## Remove what was built, keep .venv
 	find $(PYTHON_FILES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## Remove .venv too
-	rm -rf $(VENV) .venv-ecosystem .venv-kernels .venv-docs .venv-gpu
+	rm -rf $(VENV) .venv-ecosystem .venv-detectors .venv-kernels .venv-docs .venv-gpu
 
 help:  ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: demo test test-ecosystem test-kernels bench tables speed gpu check emulate fuzz races libtsan counts sanitize lint typecheck ci docs setup dist format clean distclean help
+.PHONY: demo test test-ecosystem test-detectors test-kernels bench tables speed gpu check emulate fuzz races libtsan counts sanitize lint typecheck ci docs setup dist format clean distclean help
 
 # ---- How .venv comes about -------------------------------------------------------------------------------------------
 # One stamp a step, written when the step has succeeded. A killed pip may leave a package that looks installed and is
@@ -181,6 +186,11 @@ $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
 $(VENV)/.ecosystem: $(VENV)/.built $(wildcard requirements/ecosystem*.txt)
 	@$(PIP) install -c requirements/torch.txt -r requirements/ecosystem-common.txt
 	@$(PIP) install --no-deps -r requirements/ecosystem.txt
+	@touch $@
+
+$(VENV)/.detectors: $(VENV)/.built $(wildcard requirements/detectors*.txt)
+	@$(PIP) install -c requirements/torch.txt -r requirements/detectors-common.txt
+	@$(PIP) install --no-deps -r requirements/detectors.txt
 	@touch $@
 
 $(VENV)/.kernels: $(VENV)/.built requirements/kernels.txt
