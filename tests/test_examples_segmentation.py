@@ -101,4 +101,5 @@ def test_two_processes(options, tmp_path):
 
 @pytest.mark.slow
 def test_mean_iou(example, tmp_path):
-    assert example.main(["--threads", "2", "--output", str(tmp_path)]) >= 0.85
+    """Half of the epochs that a user gets unasked are enough."""
+    assert example.main(["--epochs", "4", "--threads", "1", "--output", str(tmp_path)]) >= 0.85
