@@ -21,7 +21,7 @@ NOISE, RUNS = 1e-6, 3
 
 @pytest.fixture(autouse=True)
 def one_thread(seeded):
-    """Of calls this small, two threads wait for each other longer than they compute."""
+    """Two threads wait for each other longer than they compute, in calls this small."""
     torch.set_num_threads(1)
 
 
