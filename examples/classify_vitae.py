@@ -12,14 +12,13 @@ the mean attention distance of each layer in pixels.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Run, arguments, fit
+from common import Run, arguments, fit, leave
 from digits import Digits, accuracy, augment, load_digits
 from vitkern.models import ViTAE, ViTAEv2
 from vitkern.models.attention_maps import grad_cam, mean_attention_distances
@@ -117,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main() else 1)
+    leave(0 if main() else 1)

@@ -13,14 +13,13 @@ After a kill, start it again: it resumes from the last epoch. Needs ``pip instal
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Run, arguments, fit
+from common import Run, arguments, fit, leave
 from digits import Digits, accuracy, augment, load_digits
 from vitkern.models import AdaptFormer, freeze_backbone, load_checkpoint
 
@@ -97,4 +96,4 @@ def main(argv: Sequence[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main() else 1)
+    leave(0 if main() else 1)

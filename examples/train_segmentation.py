@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Run, arguments, fit
+from common import Run, arguments, fit, leave
 from vitkern.models import VTFPN, FCNHead, Segmentor, UperNet, create_model
 from vitkern.models.attention_maps import sampling_points, token_attention
 
@@ -205,4 +204,4 @@ def main(argv: Sequence[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main() else 1)
+    leave(0 if main() else 1)
