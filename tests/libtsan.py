@@ -9,7 +9,6 @@ it; with --check it fails where the verdicts are others than the committed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -136,9 +135,8 @@ def of_libtsan(lines: str, log: Path, module: Path) -> dict[Key, Pairs]:
 
 def run(module: Path) -> None:
     """Each run in a process of its own, whose number, printed with case and barrier, names libtsan's log."""
-    spec = importlib.util.spec_from_file_location("_emulated", module)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    os.environ[races.MODULE] = str(module)
+    loaded = races.module()
     with mock.patch.object(native, "cuda_module", loaded), races.variables(BLOCKS=0):
         cases()[0].make().ours()  # imports what all runs need
     for case, call, barrier in runs():

@@ -35,7 +35,7 @@ def path() -> Path:
 
 
 @functools.cache
-def _module() -> ModuleType:
+def module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("_emulated", path())
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -66,7 +66,7 @@ def kernels(names: Mapping[str, torch.Tensor] | None = None, **values: object) -
     for name, tensor in (names or {}).items():
         _name(name, tensor)
     try:
-        with mock.patch.object(native, "cuda_module", _module()), variables(**values), named_outputs(_name):
+        with mock.patch.object(native, "cuda_module", module()), variables(**values), named_outputs(_name):
             yield
     except RuntimeError as error:
         raise RuntimeError(readable(str(error), path())) from None

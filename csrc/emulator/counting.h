@@ -2,19 +2,10 @@
 // The counter's state of the running launch, and the counting of the threads' accesses. counts.cpp feeds it.
 #pragma once
 
-#include <dlfcn.h>
-#include <link.h>
-
-#include "emulator/cuda_emulator.h"
 #include "emulator/tally.h"
+#include "emulator/watched.h"
 
 namespace emulator::counts {
-
-struct Range {
-  std::string name;
-  uintptr_t begin = 0, bytes = 0;
-  bool has(uintptr_t address) const { return address - begin < bytes; }
-};
 
 struct Lane {
   uint16_t path = 0;
@@ -33,8 +24,8 @@ struct Launch {
   int64_t blocks = 0, threads = 0, shared_bytes = 0, every = 1, block = 0;
   bool counts = true;  // the block that runs
   bool rest_runs = false;
-  uintptr_t module = 0;
-  Range image, declared, dynamic, stack;  // of the module; as in races.cpp
+  Module module;
+  Range dynamic, stack;  // as in races.cpp
   std::vector<Warp> warps;
   Paths paths;
   L1Model l1;
@@ -50,21 +41,7 @@ inline int64_t filled = 0;        // bytes, by cudaMemsetAsync
 inline thread_local bool kernel_runs = false;
 inline int thread = 0;
 
-inline int find_image(dl_phdr_info* info, size_t, void*) {
-  if (info->dlpi_addr != launch.module) return 0;
-  for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const auto& part = info->dlpi_phdr[i];
-    if (part.p_type == PT_TLS)
-      launch.declared = {"", reinterpret_cast<uintptr_t>(info->dlpi_tls_data), part.p_memsz};
-    if (part.p_type == PT_LOAD)
-      launch.image = {"", launch.module, std::max(launch.image.bytes, part.p_vaddr + part.p_memsz)};
-  }
-  return 1;
-}
-
-inline uint32_t in_module(const void* place) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(place) - launch.module);
-}
+inline uint32_t in_module(const void* place) { return launch.module.offset_of(place); }
 
 inline Warp& own_warp() { return launch.warps[thread / kWarpLanes]; }
 inline uint16_t& own_path() { return own_warp().lanes[thread % kWarpLanes].path; }
@@ -86,12 +63,12 @@ inline void record_of_caller(Kind kind, const void* address, size_t bytes, const
 inline void on_access(Kind kind, const void* address, size_t bytes, const void* caller) {
   if (!kernel_runs || !launch.counts) return;
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-  if (launch.stack.has(at) || launch.image.has(at)) return;
+  if (launch.stack.has(at) || launch.module.image.has(at)) return;
   record(kind, address, bytes, caller, own_path());
 }
 
 inline bool in_shared(uintptr_t address) {
-  return launch.declared.has(address) || launch.dynamic.has(address);
+  return launch.module.declared.has(address) || launch.dynamic.has(address);
 }
 
 inline Place place_of(uintptr_t address) {

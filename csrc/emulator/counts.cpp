@@ -9,11 +9,6 @@
 
 namespace emulator {
 
-uint3 thread_index() { return Block::current().fiber->thread; }
-uint3 block_index() { return Block::current().index; }
-dim3 block_extent() { return Block::current().block_dim; }
-dim3 grid_extent() { return Block::current().grid_dim; }
-
 namespace counts {
 namespace {
 
@@ -31,11 +26,6 @@ namespace races {
 
 Recording::Recording(bool kernel) : before_(std::exchange(counts::kernel_runs, kernel)) {}
 Recording::~Recording() { counts::kernel_runs = before_; }
-
-std::mutex& one_launch() {
-  static std::mutex mutex;
-  return mutex;
-}
 
 // CUDA_EMU_EVERY=16 counts every 16th block of a launch of 512 or more; the others do not run, or run
 // uncounted if the kernel is that of CUDA_EMU_REST=name, whose results decide what others read.
@@ -59,10 +49,7 @@ void launch_begins(const char* kernel, const void*, int64_t blocks) {
     std::sscanf(l1, "%dx%dx%ld", &launch.l1.multiprocessors, &launch.l1.resident, &kilobytes);
     launch.l1.bytes = kilobytes << 10;
   }
-  Dl_info info{};
-  dladdr(reinterpret_cast<const void*>(&launch_begins), &info);
-  launch.module = reinterpret_cast<uintptr_t>(info.dli_fbase);
-  dl_iterate_phdr(counts::find_image, nullptr);
+  launch.module = module_of(reinterpret_cast<const void*>(&launch_begins));
 }
 
 std::string launch_ends() {
@@ -163,8 +150,6 @@ VITKERN_HOOK __sanitizer_cov_trace_pc() {
 VITKERN_ACCESS_HOOKS(Kind::kLoad, Kind::kStore)
 
 // ---- What Python calls
-
-#define VITKERN_SERVED extern "C" __attribute__((visibility("default")))
 
 VITKERN_SERVED void vitkern_counts_name(const char* name, const void* begin, size_t bytes) {
   emulator::counts::names.push_back({name, reinterpret_cast<uintptr_t>(begin), bytes});

@@ -27,11 +27,6 @@ void __tsan_java_alloc(uintptr_t begin, size_t bytes);
 
 namespace emulator {
 
-uint3 thread_index() { return Block::current().fiber->thread; }
-uint3 block_index() { return Block::current().index; }
-dim3 block_extent() { return Block::current().block_dim; }
-dim3 grid_extent() { return Block::current().grid_dim; }
-
 namespace races {
 namespace {
 
@@ -113,11 +108,6 @@ Recording::~Recording() {
   if (before_ && !kernel_runs) __tsan_ignore_thread_end();
   if (!before_ && kernel_runs) __tsan_ignore_thread_begin();
   kernel_runs = before_;
-}
-
-std::mutex& one_launch() {
-  static std::mutex mutex;
-  return mutex;
 }
 
 std::vector<int64_t> order_of_blocks(int64_t count) { return drawn_blocks(count); }

@@ -12,11 +12,6 @@
 
 namespace emulator {
 
-uint3 thread_index() { return Block::current().fiber->thread; }
-uint3 block_index() { return Block::current().index; }
-dim3 block_extent() { return Block::current().block_dim; }
-dim3 grid_extent() { return Block::current().grid_dim; }
-
 namespace races {
 namespace {
 
@@ -39,9 +34,7 @@ std::vector<Range> names;               // of tensors, as the caller gave them
 std::map<uintptr_t, int64_t> launched;  // most blocks, by kernel
 thread_local bool kernel_runs = false;
 
-uint32_t in_module(const void* caller) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(caller) - launch.module.begin);
-}
+uint32_t in_module(const void* caller) { return launch.module.offset_of(caller); }
 
 // For a reader who has the module: tests/races.py replaces {...} by lines and variables.
 std::string place_of(uintptr_t address) {
@@ -132,11 +125,6 @@ void on_access(Access access, const void* address, size_t bytes, const void* cal
 
 Recording::Recording(bool kernel) : before_(std::exchange(kernel_runs, kernel)) {}
 Recording::~Recording() { kernel_runs = before_; }
-
-std::mutex& one_launch() {
-  static std::mutex mutex;
-  return mutex;
-}
 
 std::vector<int64_t> order_of_blocks(int64_t count) { return drawn_blocks(count); }
 
@@ -230,8 +218,6 @@ VITKERN_HOOK __tsan_func_exit() {}
 VITKERN_ACCESS_HOOKS(Access::kRead, Access::kWrite)
 
 // ---- What Python calls
-
-#define VITKERN_SERVED extern "C" __attribute__((visibility("default")))
 
 // Reports name the tensor that an address lies in; the last one given is meant.
 VITKERN_SERVED void vitkern_races_name(const char* name, const void* begin, size_t bytes) {

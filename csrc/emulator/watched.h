@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two detectors of races (races.cpp, libtsan.cpp) have in common: the launch as its variables shape it, and
-// where the kernels' shared memory lies.
+// The common part of the watchers: races.cpp, libtsan.cpp and counts.cpp, one of which is linked. They answer for the
+// indices of the running thread and find the module of the kernels; the two detectors of races also share variables.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,7 +10,15 @@
 
 #include "emulator/cuda_emulator.h"
 
-namespace emulator::races {
+// A function that Python calls.
+#define VITKERN_SERVED extern "C" __attribute__((visibility("default")))
+
+namespace emulator {
+
+uint3 thread_index() { return Block::current().fiber->thread; }
+uint3 block_index() { return Block::current().index; }
+dim3 block_extent() { return Block::current().block_dim; }
+dim3 grid_extent() { return Block::current().grid_dim; }
 
 struct Range {
   std::string name;
@@ -22,7 +30,11 @@ struct Range {
 // those that kernels declare __shared__.
 struct Module {
   uintptr_t begin = 0;
-  Range declared;
+  Range image, declared;
+
+  uint32_t offset_of(const void* place) const {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(place) - begin);
+  }
 };
 
 inline Module module_of(const void* address) {
@@ -33,14 +45,24 @@ inline Module module_of(const void* address) {
   const auto find = [](dl_phdr_info* loaded, size_t, void* found) {
     Module& module = *static_cast<Module*>(found);
     if (loaded->dlpi_addr != module.begin) return 0;
-    for (int i = 0; i < loaded->dlpi_phnum; ++i)
-      if (loaded->dlpi_phdr[i].p_type == PT_TLS)
-        module.declared = {"", reinterpret_cast<uintptr_t>(loaded->dlpi_tls_data),
-                           loaded->dlpi_phdr[i].p_memsz};
+    for (int i = 0; i < loaded->dlpi_phnum; ++i) {
+      const auto& part = loaded->dlpi_phdr[i];
+      if (part.p_type == PT_TLS)
+        module.declared = {"", reinterpret_cast<uintptr_t>(loaded->dlpi_tls_data), part.p_memsz};
+      if (part.p_type == PT_LOAD)
+        module.image = {"", module.begin, std::max(module.image.bytes, part.p_vaddr + part.p_memsz)};
+    }
     return 1;
   };
   dl_iterate_phdr(find, &module);
   return module;
+}
+
+namespace races {
+
+std::mutex& one_launch() {
+  static std::mutex mutex;
+  return mutex;
 }
 
 // CUDA_EMU_BLOCKS=n leaves all but the first n out: what the others would have written is missing. CUDA_EMU_SEED=n
@@ -63,4 +85,5 @@ inline bool switched_off(const Site& barrier) {
          site.compare(site.size() - off.size(), off.size(), off) == 0;
 }
 
-}  // namespace emulator::races
+}  // namespace races
+}  // namespace emulator
