@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu import contenders
 from benchmarks.gpu.common import DONE, FAILED, LEFT, STATE, Budget, demand_the_software_of
-from benchmarks.gpu.resume import BROKEN
+from benchmarks.gpu.resume import breaks_the_card
 from vitkern.bench import schema, store
 from vitkern.bench.ceilings import ANCHORS, Machine, cost
 from vitkern.bench.environment import gpu_clocks
@@ -280,7 +280,7 @@ def _measured(group: Group, work: Problem) -> None:
 
 
 def _is_broken(row: store.Row) -> bool:
-    return not row["verified"] and any(sign in row["reason"] for sign in BROKEN)
+    return not row["verified"] and breaks_the_card(row["reason"])
 
 
 def best(one: Mapping | None, other: Mapping) -> dict:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import subprocess
@@ -74,6 +75,22 @@ def demand_the_software_of(before: Mapping[str, Any], now: Mapping[str, Any], pa
         old, new = before[what]["version"], now[what]["version"]
         if old != new:
             raise CommandError(f"{path} was begun with {what} {old}, this is {new}: FRESH=1 begins it anew")
+
+
+def opened(path: Path, environment: Mapping[str, Any], **head: Any) -> dict[str, Any]:
+    """The record of an earlier call, if it was made with the same software, or a new one."""
+    if not path.exists():
+        return {"environment": environment, **head, "rows": []}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    demand_the_software_of(record["environment"], environment, path)
+    return record
+
+
+def show(text: str, path: Path, rows: int, left: int) -> None:
+    """Writes the tables of a record beside it, and prints them."""
+    path.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\n{path}: {rows} rows, {left} left")
 
 
 def folder_of(environment: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ import torch
 from benchmarks.counts import page, record
 from benchmarks.counts.cases import Case, full
 from benchmarks.counts.counter import Row
-from benchmarks.gpu.common import DONE, FAILED, LEFT, ROOT, Budget
+from benchmarks.gpu.common import DONE, FAILED, LEFT, ROOT, Budget, show
 from vitkern.bench import store
 from vitkern.commands.errors import CommandError
 
@@ -160,10 +160,7 @@ def run(wanted: Sequence[Case], path: Path, environment: Mapping[str, object], b
             break
         del left[0]
         store.write(path, kept)
-    text = in_words(kept["rows"])
-    path.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\n{path}: {len(kept['rows'])} rows, {len(left)} left")
+    show(in_words(kept["rows"]), path, len(kept["rows"]), len(left))
     wrong = any(one["off"] > MOST for row in kept["rows"] for one in row["counts"])
     return FAILED if wrong else LEFT if left else DONE
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 from benchmarks.counts import record
 from benchmarks.counts.cases import Call, Case, full
 from benchmarks.gpu import bounds, rates
-from benchmarks.gpu.common import DONE, FAILED, LEFT, Budget, demand_the_software_of
+from benchmarks.gpu.common import DONE, FAILED, LEFT, Budget, opened, show
 from benchmarks.gpu.rates import RATES, Card, Rate
-from benchmarks.gpu.resume import BROKEN
+from benchmarks.gpu.resume import breaks_the_card
 from vitkern.bench import store
 from vitkern.bench.cuda_clock import CudaClock, Sample
 from vitkern.bench.measure import interleaved
@@ -61,7 +60,7 @@ def seconds_of_timing(wanted: Sequence[Rate | Case]) -> float:
 def run(wanted: Sequence[Rate | Case], path: Path, environment: Mapping[str, Any], budget: Budget) -> int:
     """Adds a row for each rate and case until all is there or the time is over."""
     bench = of_the_card()
-    kept = opened(path, environment, bench.card)
+    kept = opened(path, environment, card=dataclasses.asdict(bench.card))
     there = {row["key"][1] for row in kept["rows"]}
     left = [subject for subject in wanted if subject.name not in there]
     while left and budget.allows_more():
@@ -76,23 +75,12 @@ def run(wanted: Sequence[Rate | Case], path: Path, environment: Mapping[str, Any
 def told(kept: Mapping[str, Any], path: Path, left: int) -> int:
     """Writes the tables; returns the exit status."""
     text = in_words(kept, record.committed())
-    path.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\n{path}: {len(kept['rows'])} rows, {left} left")
+    show(text, path, len(kept["rows"]), left)
     return FAILED if "FAILED" in text else LEFT if left else DONE
 
 
-def opened(path: Path, environment: Mapping[str, Any], card: Card) -> dict[str, Any]:
-    """The record of an earlier call, if it was made with the same software, or a new one."""
-    if not path.exists():
-        return {"environment": environment, "card": dataclasses.asdict(card), "rows": []}
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    demand_the_software_of(kept["environment"], environment, path)
-    return kept
-
-
 def demand_a_whole_card(row: Mapping[str, Any]) -> None:
-    if any(sign in row.get("reason", "") for sign in BROKEN):
+    if breaks_the_card(row.get("reason", "")):
         raise CommandError(f"{row['key'][1]} left the card in no defined state: call again to go on after it")
 
 

@@ -14,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
-BROKEN = ("CUDA error", "CUDA driver error", "AcceleratorError", "an illegal memory access")
+_BROKEN = ("CUDA error", "CUDA driver error", "AcceleratorError", "an illegal memory access")
+
+
+def breaks_the_card(text: str) -> bool:
+    """Whether an error, by its text, makes all later work of the process fail."""
+    return any(sign in text for sign in _BROKEN)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,7 +70,7 @@ class Resume:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> object:
         report = yield
-        if report.failed and any(sign in report.longreprtext for sign in BROKEN):
+        if report.failed and breaks_the_card(report.longreprtext):
             item.session.shouldstop = f"the card is in an undefined state after {item.nodeid}"
         return report
 

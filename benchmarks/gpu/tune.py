@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import bench
-from benchmarks.gpu.common import DONE, LEFT, ROOT, Budget, demand_the_software_of
-from benchmarks.gpu.resume import BROKEN
+from benchmarks.gpu.common import DONE, LEFT, ROOT, Budget, opened, show
+from benchmarks.gpu.resume import breaks_the_card
 from vitkern.bench import store
 from vitkern.bench.measure import clock_of, interleaved
 from vitkern.bench.plan import Subject
@@ -196,25 +195,13 @@ def run(
             del left[0]
             store.write(path, record)
             demand_a_whole_card(row)
-    text = in_words(record["rows"])
-    path.with_suffix(".md").parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\n{path}: {len(record['rows'])} rows, {len(left)} left")
+    show(in_words(record["rows"]), path, len(record["rows"]), len(left))
     return LEFT if left else DONE
-
-
-def opened(path: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of an earlier call, if it was made with the same software, or a new one."""
-    if not path.exists():
-        return {"environment": environment, "rows": []}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    demand_the_software_of(record["environment"], environment, path)
-    return record
 
 
 def demand_a_whole_card(row: Mapping[str, Any]) -> None:
     for one in row["alternatives"]:
-        if any(sign in one.get("reason", "") for sign in BROKEN):
+        if breaks_the_card(one.get("reason", "")):
             raise CommandError(
                 f"{one['change']} left the card in an undefined state: call again to go on after it"
             )
