@@ -53,7 +53,7 @@ def expected(
     f = _switched(acc, _switched(acc, e, kept), _slope(acc, z, activation))
     f = factor.rounded(f)  # (7)
     if x.value.shape[1] == 0:  # nothing times a slope that is not finite is NaN, or nothing
-        f = f.may_differ(np.where(np.isfinite(f.value), 0.0, np.inf))
+        f = f.undecided(~np.isfinite(f.value))
     return {
         "output": y,
         "x": acc.dot(f, down.swap()),  # (8)
@@ -84,13 +84,13 @@ def _of_scale(acc: Arithmetic, g: Bounded, up: Bounded, a: Bounded, bias: Array 
     # Without rows or channels there is no term; but a sum of none times what is not finite is NaN.
     factors = (a.value, np.zeros(0) if bias is None else bias)
     nothing = g.value.size == 0 and not all(np.isfinite(factor).all() for factor in factors)
-    return total.may_differ(np.asarray(np.inf if nothing else 0.0))
+    return total.undecided(np.asarray(nothing))
 
 
 def _switched(acc: Arithmetic, a: Bounded, switch: Bounded) -> Bounded:
     """a times a factor that may be 0: there, NaN and infinities in `a` may stay as NaN or become 0."""
     gone = (np.abs(switch.value) <= switch.error) & ~(np.isfinite(a.value) & np.isfinite(a.error))
-    return acc.mul(a, switch).may_differ(np.where(gone, np.inf, 0.0))
+    return acc.mul(a, switch).undecided(gone)
 
 
 def _activated(acc: Arithmetic, z: Bounded, activation: str) -> Bounded:

@@ -36,6 +36,15 @@ class Bounded(NamedTuple):
         """The same values with a larger error; NaN adds an infinite error."""
         return Bounded(self.value, self.error + np.where(np.isnan(by), np.inf, by))
 
+    def undecided(self, where: Array) -> Bounded:
+        """The same values, where any result is right at these places."""
+        return self.may_differ(np.where(where, np.inf, 0.0))
+
+
+def product(a: Array, b: Array) -> Array:
+    """The product; 0 if either factor is 0, even if the other is not finite."""
+    return np.where((a == 0) | (b == 0), 0.0, a * b)
+
 
 def exact(value: Array | float) -> Bounded:
     value = np.asarray(value, dtype=np.float64)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, concatenate, either, exact
+from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, concatenate, either, exact, product
 from tools.fuzzing.sampling import Level, Pair, Touched, fused_places, others_near, plain_places, touched
 
 Results = dict[str, Bounded]
@@ -99,8 +99,7 @@ class Attention:
         along = []
         for slope in at.slope:
             change = self.acc.sum(self.acc.mul(slope, dots).zero_unless(inside), -1)
-            product = self.acc.mul(weight, change).may_differ(np.where(over, np.inf, 0.0))
-            along.append(product.zero_unless(touches))
+            along.append(self.acc.mul(weight, change).undecided(over).zero_unless(touches))
         return grad_weight, (along[0], along[1])
 
     def _scattered(self, given: Bounded, pixel: Array) -> tuple[Bounded, Array]:
@@ -164,14 +163,9 @@ def _of_cell(method: str, at: Touched, weight: Array, dots: Array) -> list[Array
     return found
 
 
-def _product(a: Array, b: Array) -> Array:
-    """The product; 0 if either factor is 0, even if the other is not finite."""
-    return np.where((a == 0) | (b == 0), 0.0, a * b)
-
-
 def _changed(share: Array, by: Array, whole: Array) -> Array:
     """A change of shares times what they multiply: NaN where a share of 0 of what is not finite comes or goes whole."""
-    return np.where(whole[..., None], share[..., None] * by, _product(share[..., None], by))
+    return np.where(whole[..., None], share[..., None] * by, product(share[..., None], by))
 
 
 def expected_plain(
@@ -197,9 +191,7 @@ def expected_plain(
             wide = acc.mul(
                 exact(float(n)), exact(weights[..., level.points])
             )  # may overflow before it meets the rest
-            axes.append(
-                acc.mul(exact(float(n)), along).may_differ(np.where(np.isinf(wide.error), np.inf, 0.0))
-            )
+            axes.append(acc.mul(exact(float(n)), along).undecided(np.isinf(wide.error)))
         found.append(Bounded(*(np.stack(pair, -1) for pair in zip(*axes))))
     return {**results, "locations": concatenate(found, -2)}
 

@@ -151,9 +151,7 @@ def _attention(case: Case) -> dict[str, Bounded]:
     else:
         results = attention.expected_plain(*call, places, weights, grad)
     if value.size == 0:  # no sum has a term: NaN times nothing is 0 or NaN
-        results = {
-            name: r.may_differ(np.where(np.isfinite(r.value), 0.0, np.inf)) for name, r in results.items()
-        }
+        results = {name: r.undecided(~np.isfinite(r.value)) for name, r in results.items()}
     return results
 
 

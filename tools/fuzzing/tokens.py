@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, exact
+from tools.fuzzing.arithmetic import Arithmetic, Array, Bounded, exact, product
 
 Results = dict[str, Bounded]
 
@@ -33,15 +33,10 @@ def expected_pool(
     # (9) takes sum(f) y away, which is rounding: as much as f is off by, and y where the tokens were kept.
     rest = (f.error.sum(-1) + acc.unit * (pixels + 4) * np.abs(f.value).sum(-1))[..., None]
     with np.errstate(all="ignore"):
-        grad_w = grad_w.may_differ(_product(rest, np.abs(y.value) + y.error))
+        grad_w = grad_w.may_differ(product(rest, np.abs(y.value) + y.error))
     if shared:
         grad_w = acc.sum(grad_w, 0)
     return {"output": y, "attention": share.swap(), "x": grad_x, "weight": grad_w}
-
-
-def _product(a: Array, b: Array) -> Array:
-    """The product; 0 if either factor is 0, even if the other is not finite."""
-    return np.where((a == 0) | (b == 0), 0.0, a * b)
 
 
 def expected_project(
