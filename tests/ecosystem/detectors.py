@@ -52,9 +52,8 @@ class Detector(NamedTuple):
     build: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Scene], Tensor]
     family: str = ""  # of transformers
-    rate: float = (
-        1e-3  # of learning: at a lower one, some runs make no other choice in all steps, and others do
-    )
+    # At a lower learning rate, some runs make no other choice in all steps, and others do.
+    rate: float = 1e-3
 
     @property
     def reason(self) -> str | None:

@@ -34,9 +34,7 @@ def attend(
 def register() -> None:
     """Puts the op first in LibreYOLO's slot."""
     unregister()
-    importlib.import_module(
-        LIBREYOLO
-    )  # LibreYOLO's own would register later, at the first call, and come first
+    importlib.import_module(LIBREYOLO)  # its kernels would register later, at the first call, and come first
     kernels.register(SLOT, attend, name=NAME)
     kernels.clear_cache()  # models that ran before found no kernel, which the registry remembers
 
